@@ -1,0 +1,87 @@
+"""Command line: run parameter files, export a model of a run, render a report again."""
+
+import argparse
+import re
+import signal
+import sys
+from pathlib import Path
+
+from derm_compress.errors import DermError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a stage failed, 2 a wrong request, 130 stopped."""
+    arguments = parser().parse_args(argv)
+    for name in ("SIGTERM", "SIGHUP"):  # end like Ctrl-C, so that no kernel is left behind
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    try:
+        return arguments.command(arguments)
+    except DermError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(prog="python -m derm_compress", description=__doc__)
+    add = commands.add_subparsers(required=True, metavar="run | export | report").add_parser
+    run = add("run", help="compute what is missing of the runs of parameter files, and report")
+    run.add_argument("params", nargs="+", type=Path, help="params/NAME.yaml")
+    run.add_argument("--only", metavar="04", help="this stage only")
+    run.add_argument("--from", dest="from_", metavar="04", help="this stage and those after it")
+    run.add_argument("--set", action="append", default=[], metavar="'KEY=VALUE …'", help="over the files' values")
+    run.add_argument("--force", action="store_true", help="compute again, even if nothing has changed")
+    run.add_argument("--list", action="store_true", help="only say what is cached and what is to compute")
+    run.set_defaults(command=run_command)
+    export = add("export", help="write a model of a run as an ordinary model folder")
+    export.add_argument("model", help="RUN/STAGE[/NAME], without NAME the operating point")
+    export.add_argument("path", type=Path)
+    export.set_defaults(command=export_command)
+    report = add("report", help="render reports/RUN again from what is stored")
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.set_defaults(command=report_command)
+    return commands
+
+
+def assignments(texts: list[str]) -> dict[str, str]:
+    """{"a": "1", "b": "two words"} from ["a=1 b=two words"]: a value goes on until the next `name=`."""
+    found = {}
+    for text in re.split(r"\s+(?=\w+=)", " ".join(texts).strip()) if texts else ():
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise DermError(f"--set {text}: write name=value")
+        found[name] = value
+    return found
+
+
+def run_command(a) -> int:
+    from derm_compress.runner import run
+
+    return run(a.params, a.only, a.from_, assignments(a.set), a.force, a.list)
+
+
+def report_command(a) -> int:
+    from derm_compress.plan import project_root
+    from derm_compress.report import render, render_index
+
+    for name in a.runs:
+        print(render(name, root=project_root()))
+    render_index(project_root())
+    return 0
+
+
+def export_command(a) -> int:
+    from derm_compress.plan import find_recipe
+
+    recipe, store = find_recipe(a.model)
+    from derm_compress import models
+
+    models.export_model(recipe, store, a.path)
+    print(f"{a.model} -> {a.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

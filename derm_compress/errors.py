@@ -1,0 +1,5 @@
+"""The one exception whose text is meant for the person at the keyboard."""
+
+
+class DermError(Exception):
+    """Says in one line what is wrong, where, and what to do; the command line prints it and exits with 2."""

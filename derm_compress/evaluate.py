@@ -1,0 +1,178 @@
+"""Variants at work: each recipe is materialised, asked, judged, measured, and let go."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.torch import save_file
+
+from derm_compress import activations, generate, judge, memory, metrics, models, prune, quantize, recipes
+from derm_compress.data import Item
+from derm_compress.progress import track
+from derm_compress.recipes import ORIGINAL, Recipe
+
+
+def each_model(variants: pd.DataFrame, store, device: str, what: str) -> Iterator[tuple[str, object, object]]:
+    """(variant, model, processor) for every row; depths of one model share what comes before the pruning."""
+    held: tuple[Recipe | None, tuple] = (None, ())
+    for row in track(list(variants.itertuples()), what):
+        recipe = Recipe.from_json(row.recipe)
+        cut = recipe.steps and recipe.steps[-1]["step"] == "prune"
+        prefix = dataclasses.replace(recipe, steps=recipe.steps[:-1]) if cut else recipe
+        if held[0] != prefix:
+            held = (None, ())
+            held = (prefix, models.materialize(prefix, store, device))
+        model, processor = held[1]
+        left = set(recipe.kept())
+        positions = [i for i, block in enumerate(prefix.kept()) if block not in left]
+        with prune.without(model, positions):
+            yield row.variant, model, processor
+
+
+def answer_variants(
+    variants: pd.DataFrame, *, items: Sequence[Item], images: np.ndarray, store, device: str, journal=None, **how
+) -> pd.DataFrame:
+    """Judged answers of every variant to all questions about the items."""
+    frames = [
+        generate.answer(model, processor, items, images, variant=name, journal=journal, **how)
+        for name, model, processor in each_model(variants, store, device, "variants answered")
+    ]
+    return judge.rubric(pd.concat(frames, ignore_index=True))
+
+
+def scores(answers: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
+    """Score of each variant with its number of removed blocks: what a depth is chosen from."""
+    known = metrics.score_table(answers, ["variant"])
+    return variants[["variant", "blocks_removed"]].merge(known, on="variant")
+
+
+def answer_controls(
+    variants: pd.DataFrame, *, items: Sequence[Item], images: np.ndarray, seed: int, **how
+) -> pd.DataFrame:
+    """The original model on blank pictures and on those of other diseases: what is left is not seeing."""
+    original = recipes.named(variants, [ORIGINAL])
+    other = shuffled_rows(items, seed)
+    blank = np.full_like(images[:1], int(images.mean()))
+    frames = []
+    for name, rows, pictures in (("blank", [0] * len(items), blank), ("shuffled", other, images)):
+        moved = [dataclasses.replace(item, row=row) for item, row in zip(items, rows, strict=True)]
+        row = original.assign(variant=name)
+        frames.append(answer_variants(row, items=moved, images=pictures, **how))
+    return pd.concat(frames, ignore_index=True)
+
+
+def shuffled_rows(items: Sequence[Item], seed: int) -> list[int]:
+    """For each item the picture of another one, of another disease where there is one."""
+    rng = np.random.default_rng([seed, 11])
+    rows = []
+    for item in items:
+        others = [i for i in items if i.disease != item.disease] or [i for i in items if i.row != item.row]
+        rows.append(others[rng.integers(len(others))].row if others else item.row)
+    return rows
+
+
+def table_variants(variants: pd.DataFrame, choice: dict) -> pd.DataFrame:
+    """The variants of Tables 4 and 5, and the healed control beside them."""
+    role = recipes.roles(choice)
+    pruned, full = role["operating"], role["operating"] + recipes.HEALED
+    names = [ORIGINAL, pruned, full, ORIGINAL + recipes.HEALED]
+    names += [f"{source}|awq4" for source in (ORIGINAL, pruned, full)]
+    names += [f"{full}|{method}4" for method in ("bitsandbytes", "rtn", "rtn_symmetric")]
+    names += [f"{role['rival']}{recipes.HEALED}|awq4"]
+    return recipes.named(variants, [name for name in names if name in set(variants.variant)])
+
+
+def architecture(variants: pd.DataFrame, store, device: str) -> dict:
+    """Shapes of the original model, as memory.Architecture takes them."""
+    for _, model, _ in each_model(recipes.named(variants, [ORIGINAL]), store, device, "shapes"):
+        return dataclasses.asdict(memory.architecture(model.config))
+    raise AssertionError("recipes.named gives the original or raises")
+
+
+def latency(
+    variants: pd.DataFrame, store, items: Sequence[Item], images: np.ndarray, *, device: str, **how
+) -> pd.DataFrame:
+    """Milliseconds and memory of each variant with packed weights, one prompt at a time."""
+    rows = []
+    for row in track(list(variants.itertuples()), "latency measured"):
+        model, processor = models.materialize(Recipe.from_json(row.recipe), store, device, packed=True)
+        text = [generate.prompt(processor, "features")]
+        inputs = generate.prepare(processor, text, images[[items[0].row]], model.device)
+        told = memory.measure_latency(model, inputs, **how) | memory.resident_gib(device)
+        rows.append({"variant": row.variant, "weights_gib": memory.tensor_gib(model)} | told)
+    return pd.DataFrame(rows)
+
+
+def _batches(processor, model, items, images, batch_size: int) -> list[dict]:
+    where = {"batch_size": batch_size, "device": model.device}
+    return list(generate.calibration_batches(processor, items, images, **where))
+
+
+def activation_statistics(variants: pd.DataFrame, store, *, items, images, batch_size, device) -> pd.DataFrame:
+    """activations.activation_statistics of every variant; `block` is the original index."""
+    frames = []
+    for name, model, processor in each_model(variants, store, device, "activations"):
+        told = activations.activation_statistics(model, _batches(processor, model, items, images, batch_size))
+        frames.append(_original_blocks(told, variants, name))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _original_blocks(frame: pd.DataFrame, variants: pd.DataFrame, name: str) -> pd.DataFrame:
+    kept = Recipe.from_json(variants.set_index("variant").recipe[name]).kept()
+    return frame.assign(variant=name, block=[kept[b] for b in frame.block])
+
+
+def activation_surface(
+    variants: pd.DataFrame, store, *, block: int, projection: str, items, images, device, batch_size: int = 1
+) -> pd.DataFrame:
+    """Figure 4's data: |x| of one prompt at a projection's output in a block (of 32, counted from 1 as the paper does).
+
+    Columns: variant, block (original index), projection, token, channel, value. A variant without it is left out.
+    """
+    frames = []
+    for name, model, processor in each_model(variants, store, device, "Figure 4"):
+        recipe = Recipe.from_json(variants.set_index("variant").recipe[name])
+        index = min(recipe.blocks - 1, round(block / 32 * recipe.blocks) - 1)
+        if index not in recipe.kept():
+            continue
+        batch = _batches(processor, model, items[:1], images, batch_size)[0]
+        position = recipe.kept().index(index)
+        values = np.abs(activations.projection_output(model, batch, position, projection))
+        token, channel = np.indices(values.shape)
+        told = {"token": token.ravel(), "channel": channel.ravel(), "value": values.ravel().astype(np.float32)}
+        frames.append(pd.DataFrame({"variant": name, "block": index, "projection": projection, **told}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def search_scales(
+    folder: Path, sources: pd.DataFrame, store, *, bits, group_size, items, images, batch_size, device
+) -> None:
+    """AWQ's scales of every source as <variant>.safetensors, and the search's rows as search.parquet."""
+    frames = []
+    for name, model, processor in each_model(sources, store, device, "AWQ search"):
+        seen = quantize.collect_grams(model, _batches(processor, model, items, images, batch_size))
+        scales, rows = quantize.awq_search(model, seen, bits=bits, group_size=group_size)
+        save_file({key: value.contiguous() for key, value in scales.items()}, folder / f"{name}.safetensors")
+        frames.append(pd.DataFrame(rows).assign(variant=name))
+    pd.concat(frames, ignore_index=True).to_parquet(folder / "search.parquet", index=False)
+
+
+def quantization_errors(
+    variants: pd.DataFrame, sources: pd.DataFrame, store, *, items, images, batch_size, device
+) -> pd.DataFrame:
+    """Relative error of each block's output against the unquantized source, for every quantized variant."""
+    known, frames = recipes.named(sources, sources.variant).set_index("variant"), []
+    for name, model, processor in each_model(variants, store, device, "errors by block"):
+        source = Recipe.from_json(known.recipe[name.rpartition("|")[0]])
+        full, _ = models.materialize(source, store, device)
+        batches = _batches(processor, model, items, images, batch_size)[:1]
+        frames.append(pd.DataFrame(quantize.block_errors(full, model, batches)).assign(variant=name))
+    return pd.concat(frames, ignore_index=True)
+
+
+def answers_and_controls(answered: pd.DataFrame, controls: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([answered, controls], ignore_index=True)

@@ -1,0 +1,268 @@
+"""The paper's figures from stored frames: each function gives a `Drawing` (figure, data, finding). No torch.
+
+One style: dense grey, pruned blue, SFT orange, quantized green, the paper's own values black and dotted; markers and
+hatches differ too, so that a grey print reads. What a model said is drawn as plain text, never parsed as mathtext.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from derm_compress import metrics, paper
+
+DENSE, PRUNED, SFT, QUANTIZED, PAPER = "#6b6b6b", "#1f6fb4", "#d96f00", "#2a8c4a", "#111111"
+STAGE_COLOURS = {"03": PRUNED, "04": PRUNED, "05": SFT, "06": QUANTIZED, "07": QUANTIZED}
+TARGET = 4.0  # GiB: the memory the paper aims at
+STYLE = {
+    "savefig.dpi": 140, "font.family": "DejaVu Sans", "font.size": 9.5, "figure.constrained_layout.use": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e2e2e2",
+    "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5, "text.parse_math": False,
+    "svg.hashsalt": "derm_compress",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, the tidy data behind it (None where there are none) and its finding, which is its text alternative."""
+
+    figure: Figure
+    data: pd.DataFrame | None
+    finding: str
+
+    def save(self, path: Path) -> None:
+        """Write path.png, path.svg and, where there are data, path.csv; the bytes depend on the content alone."""
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(f"{path}.svg", metadata={"Date": None, "Creator": None})
+        Path(f"{path}.png").write_bytes(self.png())
+        if self.data is not None:
+            self.data.to_csv(f"{path}.csv", index=False, float_format="%.6g", lineterminator="\n")
+
+    @functools.cached_property
+    def _png(self) -> bytes:
+        with matplotlib.rc_context(STYLE), io.BytesIO() as buffer:
+            self.figure.savefig(buffer, format="png", metadata={"Software": None})
+            return buffer.getvalue()
+
+    def png(self) -> bytes:
+        return self._png
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        """Shown by Jupyter as the last value of a cell; nbconvert turns `alt` into the text alternative."""
+        return {"image/png": base64.b64encode(self.png()).decode()}, {"image/png": {"alt": self.finding}}
+
+
+def styled(draw):
+    """Run a drawing function under the one style, whatever the caller's settings are."""
+
+    @functools.wraps(draw)
+    def inner(*args, **kwargs) -> Drawing:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return inner
+
+
+def _canvas(finding: str, height: float, rows: int = 1, **options):
+    """A figure 5.8 inches wide whose title is its finding; returns figure and axes."""
+    figure = Figure(figsize=(5.8, height))
+    FigureCanvasAgg(figure)
+    figure.suptitle(textwrap.fill(finding, 66), x=0.01, ha="left", fontweight="bold", fontsize=10)
+    return figure, figure.subplots(rows, 1, **options)
+
+
+def _points(axes, rows, x, name, **options):
+    """Scores with their 95 % interval; rows without a score are left out."""
+    rows = rows.dropna(subset=[name])
+    if len(rows):
+        spread = [(rows[name] - rows[f"{name}_lo"]).clip(lower=0), (rows[f"{name}_hi"] - rows[name]).clip(lower=0)]
+        axes.errorbar(x[rows.index], rows[name], yerr=spread, capsize=3, markersize=6, **options)
+
+
+def _score_axis(axes):
+    axes.axhline(metrics.FLOOR, color="#999999", linewidth=1)
+    axes.set(ylabel="score, % (95 % interval)", ylim=(metrics.FLOOR - 9, 100))
+
+
+@styled
+def score_vs_blocks(table1: pd.DataFrame, table2: pd.DataFrame) -> Drawing:
+    """Score against blocks removed, before and after SFT, the paper's curve in it (Tables 1 and 2)."""
+    scored = table1.dropna(subset=["score"])
+    finding = "Scores need weights: only the paper's curve is drawn"
+    if len(scored):
+        first, worst = scored.iloc[0], scored.loc[scored.score.idxmin()]
+        finding = (
+            f"Removing {worst.blocks_removed:.0f} blocks takes the score from {first.score:.1f} to {worst.score:.1f} %"
+        )
+        for row in table2[table2.blocks_removed > 0].dropna(subset=["gain"]).head(1).itertuples():
+            finding += f"; with {row.blocks_removed} removed, SFT changes it by {row.gain:+.1f} points"
+    figure, axes = _canvas(finding, 3.7)
+    # The axis counts blocks of 32, so that a smaller model's fractions stand below the paper's.
+    before, after = table1.fraction_removed * paper.BLOCKS, table2.fraction_removed * paper.BLOCKS
+    _score_axis(axes)
+    axes.text(0, metrics.FLOOR - 1, "floor: every answer gets the lowest grade", va="top", fontsize=8, color="#555555")
+    theirs = paper.table(1)
+    axes.plot(theirs.blocks_removed, theirs.paper_score, ":^", color=PAPER, mfc="white", label="paper, LLaVA-1.5-7B")
+    _points(axes, table1, before, "score", fmt="-o", color=PRUNED, label="pruned")
+    _points(axes, table2, after, "score_after", fmt="s", color=SFT, label="after SFT (0 blocks: the control)")
+    axes.set_xlabel(f"blocks removed, of {paper.BLOCKS}")
+    axes.legend(loc="upper right")
+    return Drawing(figure, table1, finding)
+
+
+@styled
+def pareto(table4: pd.DataFrame) -> Drawing:
+    """Score against the planned memory of a 7B model with the same fraction removed (Table 4)."""
+    scored = table4.dropna(subset=["score", "vram_gib_7b"])
+    small = scored[scored.vram_gib_7b < TARGET]
+    finding = "Scores need weights: only the paper's points are drawn"
+    if len(scored):
+        finding = f"No variant stays below {TARGET:.0f} GiB at 7B"
+    if len(small):
+        best = small.loc[small.score.idxmax()]
+        finding = f"Of what stays below {TARGET:.0f} GiB at 7B, {best.setting} scores best: {best.score:.1f} %"
+    figure, axes = _canvas(finding, 4.4)
+    _score_axis(axes)
+    axes.axvline(TARGET, color="#999999", linewidth=1)
+    axes.text(TARGET, 96, f" {TARGET:.0f} GiB", color="#555555")
+    for i, row in table4.iterrows():  # the marker tells the model, the colour what was done to it last
+        kind, healed = ("o", "s")[bool(row.blocks_removed)], bool(row.healed)
+        marker = "P" if healed else kind
+        colour = QUANTIZED if row.bits < 16 else SFT if healed else PRUNED if row.blocks_removed else DENSE
+        axes.plot(row.paper_vram, row.paper_score, marker, color=PAPER, mfc="white", alpha=0.7)
+        _points(
+            axes,
+            scored.loc[scored.index == i],
+            scored.vram_gib_7b,
+            "score",
+            fmt=marker,
+            color=colour,
+            label=row.setting,
+        )
+    axes.plot([], [], "o", color=PAPER, mfc="white", label="hollow: the paper's, GB as printed")
+    axes.set(xlim=(0, 15), xlabel="planned weights of a 7B model, GiB")
+    figure.legend(loc="outside lower center", ncols=2)
+    return Drawing(figure, scored, finding)
+
+
+@styled
+def fig1_pipeline(graph: dict[str, list[str]], notes: dict[str, str] | None = None) -> Drawing:
+    """The stages and what feeds what; `graph` {stage: its inputs}, `notes` {stage: what came out of it}."""
+    level = {}
+    for stage in sorted(graph):
+        level[stage] = 1 + max((level[source] for source in graph[stage] if source in level), default=-1)
+    rows = [sorted(s for s in level if level[s] == y) for y in sorted(set(level.values()))]
+    finding = f"The study's {len(graph)} stages: what one leaves, the next ones read"
+    figure, axes = _canvas(finding, 0.4 + 0.7 * len(rows))
+    axes.axis("off")
+    axes.set(xlim=(0, 2), ylim=(len(rows) - 0.5, -0.5))
+    centre = {stage: ((2 * i + 1) / len(row), y) for y, row in enumerate(rows) for i, stage in enumerate(row)}
+    for stage, (x, y) in centre.items():
+        colour, width, note = STAGE_COLOURS.get(stage[:2], DENSE), 1.8 / len(rows[y]), (notes or {}).get(stage, "")
+        shape = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.4, "edgecolor": colour}
+        axes.add_patch(FancyBboxPatch((x - width / 2, y - 0.3), width, 0.6, facecolor=colour + "28", **shape))
+        middle = {"ha": "center", "va": "center"}
+        axes.text(x, y - 0.11 * bool(note), stage.replace("_", " "), fontweight="bold", **middle)
+        axes.text(x, y + 0.14, note, fontsize=8.5, **middle)
+        for source in graph[stage]:
+            if level.get(source) == y - 1:
+                start = (centre[source][0] if len(rows[y]) < len(rows[y - 1]) else x, y - 0.7)
+                end = (start[0], y - 0.3)
+                axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#444444"})
+    edges = [(stage, source) for stage in sorted(graph) for source in graph[stage]]
+    return Drawing(figure, pd.DataFrame(edges, columns=["stage", "reads"]), finding)
+
+
+@styled
+def fig2_block_removal(plan: dict, removed: int) -> Drawing:
+    """One block left out at a time, and the plan that follows: `plan` as stage 03 stores it, `removed` blocks go."""
+    blocks, protected, order = plan["blocks"], set(plan["protected"]), plan["order"]
+    gone, tried = order[:removed], sorted(order)
+    finding = f"Each of {len(order)} blocks is left out once; the {removed} that matter least go, in this order"
+    rows = [("full model", []), *((f"without {b}", [b]) for b in tried[:2]), ("...", None)]
+    rows += [*((f"without {b}", [b]) for b in tried[-1:]), (f"{removed} removed", gone)]
+    figure, axes = _canvas(finding, 2.6)
+    for y, (_, out) in enumerate(rows):
+        for b in range(blocks) if out is not None else []:
+            look = {"facecolor": DENSE, "hatch": "////"} if b in protected else {"facecolor": "#c9c9c9"}
+            look = {"facecolor": "white", "linestyle": ":"} if b in out else look
+            edge = PRUNED if b in out else "white"
+            axes.add_patch(Rectangle((b + 0.06, y - 0.36), 0.88, 0.72, edgecolor=edge, **look))
+    for turn, b in enumerate(gone, 1):
+        axes.text(b + 0.5, len(rows) - 1, turn, ha="center", va="center", fontsize=7.5, color=PRUNED, weight="bold")
+    axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_xticks([b + 0.5 for b in range(0, blocks, 4)], range(0, blocks, 4))
+    axes.set_xlabel("decoder block (hatched: protected; dotted: left out; number: its turn)")
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    turns = pd.Series({b: i for i, b in enumerate(order, 1)})
+    data = pd.DataFrame({"block": range(blocks), "turn": turns.reindex(range(blocks)).astype("Int64")})
+    return Drawing(figure, data.assign(protected=data.block.isin(protected), removed=data.block.isin(gone)), finding)
+
+
+@styled
+def fig3_layer_importance(scores: pd.DataFrame, removed: int) -> Drawing:
+    """Each criterion's value of every block; the `removed` least important filled, protected blocks as crosses.
+
+    Output similarity is drawn as the paper's Figure 3 has it, the mean cosine (high: unimportant), its score being
+    1 minus that.
+    """
+    shown = scores[~scores.criterion.str.startswith("random")]
+    groups = dict(list(shown.groupby("criterion", sort=False)))
+    gone = {name: set(group.nsmallest(removed, "rank").block) for name, group in groups.items()}
+    (name, group), *others = groups.items()
+    finding = f"Block {group.block[group['rank'].idxmin()]} matters least by {name.replace('_', ' ')}"
+    for other, _ in others[:1]:
+        finding += f"; by {other}, {len(gone[name] & gone[other])} of the {removed} blocks to go are the same"
+    figure, axes = _canvas(finding, 0.9 + 1.7 * len(groups), rows=len(groups), sharex=True, squeeze=False)
+    for ax, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
+        value = 1 - group.score if name == "output_similarity" else group.score
+        out, fixed = group.block.isin(gone[name]), group["rank"].isna()
+        ax.vlines(group.block, value.min() - 0.06 * (value.max() - value.min()), value, color="#bbbbbb", linewidth=1)
+        ax.plot(group.block[out], value[out], "o", color=PRUNED, label=f"{removed} least important")
+        ax.plot(group.block[~out & ~fixed], value[~out & ~fixed], "o", color=DENSE, mfc="white", label="stays")
+        ax.plot(group.block[fixed], value[fixed], "x", color=DENSE, label="protected")
+        ax.set_ylabel("mean cosine (Eq. 5)" if name == "output_similarity" else name.replace("_", " "))
+    axes[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    axes[-1, 0].set_xlabel("decoder block")
+    return Drawing(figure, scores, finding)
+
+
+@styled
+def fig4_activations(surface: pd.DataFrame, factor: float = 6.0) -> Drawing:
+    """|value| over tokens and channels of one projection's output; outliers: a peak over `factor` x the median one."""
+    surface = surface[surface.variant == surface.variant.iloc[0]]
+    size = surface.assign(value=surface.value.abs())
+    grid = size.pivot_table(index="token", columns="channel", values="value", aggfunc="max")
+    peak = grid.max()
+    far = (peak > factor * peak.median()).to_numpy()
+    finding = (
+        f"Block {surface.block.iloc[0]}, {surface.projection.iloc[0]}: {far.sum()} of {len(peak)} channels stand out; "
+        f"the largest value is {peak.max():.1f}, the median channel's peak {peak.median():.1f}"
+    )
+    figure, (map_, top) = _canvas(finding, 4.2, rows=2, sharex=True, height_ratios=(1.6, 1))
+    left, right = peak.index.min() - 0.5, peak.index.max() + 0.5
+    extent = (left, right, grid.index.max() + 0.5, grid.index.min() - 0.5)
+    image = map_.imshow(grid, aspect="auto", cmap="magma_r", extent=extent, interpolation="nearest")
+    figure.colorbar(image, ax=map_, label="|value|")
+    map_.set_ylabel("token")
+    map_.grid(False)
+    top.plot(peak.index, peak, color=DENSE, linewidth=1)
+    top.plot(
+        peak.index[far], peak[far], "D", color=QUANTIZED, ms=5, label=f"over {factor:g} x the median channel's peak"
+    )
+    top.set(xlabel="output channel", ylabel="peak |value|", ylim=(0, 1.35 * peak.max()))
+    top.legend(loc="upper right")
+    return Drawing(figure, surface, finding)

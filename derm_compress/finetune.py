@@ -1,0 +1,238 @@
+"""QLoRA: adapters on an NF4 base, trained on answers only, merged into the unquantized base and never into 4 bits."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from derm_compress import dialogue, memory, models, quantize
+from derm_compress.data import Item, load_dataset
+from derm_compress.errors import DermError
+from derm_compress.progress import track
+from derm_compress.recipes import HEALED, Recipe
+
+IGNORED = -100  # the label that the loss leaves out
+TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # plain name lists would also hit CLIP
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one QLoRA run; the paper's SFT has rank 16 and alpha 8."""
+
+    rank: int
+    alpha: int
+    learning_rate: float
+    steps: int
+    batch_size: int
+    seed: int
+    checkpoint_every: int = 50
+    gradient_checkpointing: bool = False
+
+
+def encode(tokenizer, turns: Sequence[tuple[str, str]], image_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels of one conversation; labels are kept on answers and their end-of-sequence alone.
+
+    The published template never ends an answer; here every answer does, or the model would never learn to stop.
+    """
+    text, spans = "", []
+    for i, (question, answer) in enumerate(turns):
+        image = tokenizer.image_token * image_tokens + "\n" if i == 0 and image_tokens else ""
+        text += f"USER: {image}{question} ASSISTANT:"
+        spans.append((len(text), len(text) + 1 + len(answer) + len(tokenizer.eos_token)))
+        text += f" {answer}{tokenizer.eos_token}"
+    coded = tokenizer(text, return_offsets_mapping=True)
+    answered = [any(a <= s < e <= b for a, b in spans) for s, e in coded["offset_mapping"]]
+    ids = torch.tensor(coded["input_ids"])
+    return ids, torch.where(torch.tensor(answered), ids, IGNORED)
+
+
+def collate(pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, pad: int) -> dict[str, torch.Tensor]:
+    """Right-padded batch: input_ids, labels and attention_mask, each [batch, longest]."""
+    pad_sequence = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad_sequence([i for i, _ in pieces], batch_first=True, padding_value=pad),
+        "labels": pad_sequence([x for _, x in pieces], batch_first=True, padding_value=IGNORED),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i, _ in pieces], batch_first=True),
+    }
+
+
+def image_tokens(model) -> int:
+    """Tokens that one image takes in the prompt: patches of the tower, without its class token."""
+    vision = model.config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def training_batch(model, processor, items: Sequence[Item], images: np.ndarray, rng: np.random.Generator) -> dict:
+    """One batch of conversations, each with its picture and its turns in random order and words."""
+    tokenizer, expanded = processor.tokenizer, image_tokens(model)
+    told = [dialogue.conversation(i.disease, i.facts, rng) for i in items]
+    batch = collate([encode(tokenizer, t, expanded) for t in told], pad=tokenizer.pad_token_id)
+    pixels = processor.image_processor(list(images[[i.row for i in items]]), return_tensors="pt")["pixel_values"]
+    return {k: v.to(model.device) for k, v in (batch | {"pixel_values": pixels.to(model.dtype)}).items()}
+
+
+def attach(model, training: Training):
+    """NF4 for the decoder's linears, fp32 adapters on them and nowhere else."""
+    quantize.quantize(model, method="bitsandbytes", bits=4, group_size=64, packed=True)
+    config = LoraConfig(r=training.rank, lora_alpha=training.alpha, target_modules=TARGETS, lora_dropout=0.0)
+    torch.manual_seed(training.seed)
+    tuned = get_peft_model(model, config)
+    if training.gradient_checkpointing:
+        tuned.enable_input_require_grads()
+        tuned.gradient_checkpointing_enable()
+    astray = [n for n, p in tuned.named_parameters() if p.requires_grad and "language_model" not in n]
+    if astray:
+        raise DermError(f"finetune: adapters outside the decoder, first {astray[0]}; check the target names")
+    return tuned
+
+
+def train(
+    model, processor, items: Sequence[Item], images: np.ndarray, training: Training, *, checkpoint: Path, what: str
+):
+    """QLoRA steps, going on from the checkpoint if there is one; returns the peft model, the curve and seconds."""
+    tuned = attach(model, training)
+    weights = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), lr=training.learning_rate, weight_decay=0.0)
+    done, curve, seconds = _resume(checkpoint, weights, optimizer)
+    tuned.train()
+    for step in track(range(done, training.steps), what, total=training.steps - done):
+        began = time.perf_counter()
+        rng = np.random.default_rng([training.seed, step])
+        chosen = [items[i] for i in rng.choice(len(items), min(training.batch_size, len(items)), replace=False)]
+        batch = training_batch(model, processor, chosen, images, rng)
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * _schedule(step, training.steps)
+        loss = tuned(**batch, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        curve.append((step, loss.item()))
+        seconds += time.perf_counter() - began
+        if (step + 1) % training.checkpoint_every == 0 and step + 1 < training.steps:
+            _checkpoint(checkpoint, weights, optimizer, curve, seconds)
+    return tuned.eval(), pd.DataFrame(curve, columns=["step", "loss"]), seconds
+
+
+def _schedule(step: int, steps: int, warmup: float = 0.05) -> float:
+    """Linear warm-up, then cosine to a tenth."""
+    if step < (rise := max(1, round(warmup * steps))):
+        return (step + 1) / rise
+    return 0.1 + 0.45 * (1 + np.cos(np.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _checkpoint(path: Path, weights: dict, optimizer, curve: list, seconds: float) -> None:
+    """Adapters and Adam's moments as safetensors, replaced at once."""
+    tensors = {}
+    for name, weight in weights.items():
+        tensors[f"w.{name}"] = weight.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = optimizer.state[weight][moment]
+    draft = path.with_suffix(".part")
+    save_file(tensors, draft, metadata={"curve": json.dumps(curve), "seconds": str(seconds)})
+    draft.replace(path)
+
+
+def _resume(path: Path, weights: dict, optimizer) -> tuple[int, list, float]:
+    if not path.exists():
+        return 0, [], 0.0
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    curve = [tuple(pair) for pair in json.loads(told["curve"])]
+    for name, weight in weights.items():
+        weight.data.copy_(tensors[f"w.{name}"])
+        moments = {m: tensors[f"{m}.{name}"].to(weight.device) for m in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {"step": torch.tensor(float(len(curve))), **moments}
+    return len(curve), curve, float(told["seconds"])
+
+
+def merge_adapter(model, folder: Path, *, kept: tuple[int, ...], trained_on: tuple[int, ...]) -> None:
+    """Add an adapter to the unquantized weights in place; refused where it was trained on other blocks.
+
+    peft loads an adapter of N blocks into a model of fewer without a word, on the wrong blocks.
+    """
+    if kept != trained_on:
+        raise DermError(
+            f"adapter {Path(folder).name}: trained on blocks {list(trained_on)}, the model has {list(kept)}; "
+            "merge it before pruning or train one for these blocks"
+        )
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    assert merged is model  # peft works in place
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tune: the variant that is trained on, its recipe and the settings."""
+
+    variant: str
+    recipe: str
+    training: Training
+    device: str = "cpu"
+
+
+def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
+    """Materialize, train and write the peft adapter, curve.parquet and told.json; checkpoints live in `scratch`."""
+    torch.set_num_threads(1)
+    dataset = load_dataset(data)
+    model, processor = models.materialize(Recipe.from_json(job.recipe), store, job.device)
+    tuned, curve, seconds = train(
+        model, processor, dataset.of("train"), dataset.images, job.training,
+        checkpoint=scratch / f"{job.variant}.safetensors", what=f"fine-tuning {job.variant}",
+    )  # fmt: skip
+    tuned.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's card; the export writes ours
+    curve.to_parquet(folder / "curve.parquet", index=False)
+    told = {"seconds": seconds, "train_peak_gib": memory.peak_gib(job.device)}
+    (scratch / f"{job.variant}.json").write_text(json.dumps(told))
+
+
+def run_all(folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Path, processes: int) -> None:
+    """Run jobs into folder/<variant>, `processes` at a time, one thread each; finished ones wait in `scratch`."""
+    todo = [job for job in jobs if not (scratch / job.variant).exists()]
+    where = {"data": data, "store": store, "scratch": scratch}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(todo) or 1), mp_context=context) as pool:
+        running = {job.variant: pool.submit(_run_one, job, **where) for job in todo}
+        for variant, result in running.items():
+            try:
+                result.result()
+            except Exception as error:
+                raise DermError(f"fine-tuning {variant}: {type(error).__name__}: {error}") from error
+    for job in jobs:
+        shutil.copytree(scratch / job.variant, folder / job.variant)
+
+
+def _run_one(job: Job, *, scratch: Path, **where) -> None:
+    draft = scratch / f".part-{job.variant}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    run(draft, job, scratch=scratch, **where)
+    draft.rename(scratch / job.variant)
+
+
+def read_curves(folder: Path, variants: Sequence[str]) -> pd.DataFrame:
+    """Loss curves of fine-tunes kept as folder/<variant>: variant, step, loss."""
+    frames = [pd.read_parquet(Path(folder) / v / "curve.parquet").assign(variant=v) for v in variants]
+    return pd.concat(frames, ignore_index=True)[["variant", "step", "loss"]]
+
+
+def measured(scratch: Path, variants: Sequence[str]) -> pd.DataFrame:
+    """Seconds and peak memory of fine-tunes: variant (as healed), seconds, train_peak_gib."""
+    rows = [{"variant": v + HEALED} | json.loads((scratch / f"{v}.json").read_text()) for v in variants]
+    return pd.DataFrame(rows)

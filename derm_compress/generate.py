@@ -1,0 +1,110 @@
+"""Answers of a model to the study's questions: greedy, batched, kept item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from derm_compress import dialogue
+from derm_compress.data import Item
+from derm_compress.progress import track
+
+COLUMNS = [
+    "variant", "item", "split", "disease", "question", "prompt", "answer", "reference", "tokens", "stopped",
+]  # fmt: skip
+
+
+def prompt(processor, kind: str) -> str:
+    """The prompt of one question with the image before it, by the processor's own chat template."""
+    content = [{"type": "image"}, {"type": "text", "text": dialogue.question(kind)}]
+    turns = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(turns, add_generation_prompt=True)
+
+
+def prepare(processor, texts: Sequence[str], images: np.ndarray, device) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch, padded on the left so that new tokens follow the prompt; images [n, S, S, 3]."""
+    processor.tokenizer.padding_side = "left"
+    return processor(text=list(texts), images=list(images), return_tensors="pt", padding=True).to(device)
+
+
+@torch.inference_mode()
+def generate(model, processor, inputs, *, max_new_tokens: int) -> tuple[list[str], list[int], list[bool]]:
+    """Greedy answers of a batch: texts, new tokens, and whether end-of-sequence was reached."""
+    tokenizer = processor.tokenizer
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )[:, inputs["input_ids"].shape[1] :]
+    ended = ids == tokenizer.eos_token_id
+    stopped = ended.any(1)
+    lengths = torch.where(stopped, ended.int().argmax(1) + 1, ids.shape[1])
+    kept = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return [t.strip() for t in texts], lengths.tolist(), stopped.tolist()
+
+
+def calibration_batches(
+    processor, items: Sequence[Item], images: np.ndarray, *, batch_size: int, device, answered: bool = True
+) -> Iterator[dict]:
+    """Prompts with image, and with the reference answer after them: what statistics are collected on."""
+    asked = [(item, kind) for item in items for kind in dialogue.QUESTIONS]
+    for start in range(0, len(asked), batch_size):
+        part = asked[start : start + batch_size]
+        told = [f" {dialogue.reference(i.disease, i.facts, k)}" if answered else "" for i, k in part]
+        texts = [prompt(processor, k) + t for (_, k), t in zip(part, told, strict=True)]
+        yield prepare(processor, texts, images[[i.row for i, _ in part]], device)
+
+
+def answer(
+    model,
+    processor,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    variant: str,
+    batch_size: int,
+    max_new_tokens: int,
+    questions: Sequence[str] = dialogue.QUESTIONS,
+    journal=None,
+    what: str | None = None,
+) -> pd.DataFrame:
+    """One row per item and question (COLUMNS); answers already in the journal are not generated again."""
+    done = dict(journal.done) if journal else {}
+    asked = [(item, kind) for kind in questions for item in items]
+    todo = [(i, k) for i, k in asked if f"{variant} {i.id} {k}" not in done]
+    starts = range(0, len(todo), batch_size)
+    for start in track(starts, what or f"answers of {variant}", total=len(starts)):
+        part = todo[start : start + batch_size]
+        texts = [prompt(processor, kind) for _, kind in part]
+        inputs = prepare(processor, texts, images[[item.row for item, _ in part]], model.device)
+        replies = zip(*generate(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True)
+        for (item, kind), (text, tokens, stopped) in zip(part, replies, strict=True):
+            row = _row(variant, item, kind, text, tokens, stopped)
+            done[f"{variant} {item.id} {kind}"] = row
+            if journal:
+                journal.add(f"{variant} {item.id} {kind}", row)
+    return pd.DataFrame([done[f"{variant} {i.id} {k}"] for i, k in asked], columns=COLUMNS)
+
+
+def _row(variant: str, item: Item, kind: str, text: str, tokens: int, stopped: bool) -> dict:
+    told = dialogue.reference(item.disease, item.facts, kind)
+    values = (
+        variant,
+        item.id,
+        item.split,
+        item.disease,
+        kind,
+        dialogue.question(kind),
+        text,
+        told,
+        tokens,
+        stopped,
+    )
+    return dict(zip(COLUMNS, values, strict=True))

@@ -1,0 +1,273 @@
+"""What a model needs in memory, planned from its architecture; what it takes when it runs, measured.
+
+Plans are GiB by component and need no torch; `architecture` counts on the meta device, so that llava-1.5-7b needs no
+weights. They hold tensors only: a GPU's context and its allocator's slack come on top.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from derm_compress.errors import DermError
+
+GIB = 2**30
+FP16, FP32 = 2, 4  # bytes
+
+# Bytes stored per weight beside its own bits. Integers: an fp16 scale a group and a zero point packed like the weights
+# (GEMM layout). NF4: an fp32 absmax a block; doubly quantized, a byte a block and an fp32 constant for 256 of them.
+OVERHEAD = {
+    "fp16": lambda bits, group: 0,
+    "awq": lambda bits, group: (FP16 + bits / 8) / group,
+    "rtn": lambda bits, group: (FP16 + bits / 8) / group,
+    "rtn_symmetric": lambda bits, group: FP16 / group,
+    "bitsandbytes": lambda bits, group: FP32 / group,
+    "bitsandbytes_double": lambda bits, group: (1 + FP32 / 256) / group,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Parameters by part, and the widths that set cache and activations: JSON by asdict, back by **."""
+
+    blocks: int
+    linears: dict[str, list[int]]  # of one decoder block, as [out, in]
+    block_norms: int  # what one block has beside its linears
+    outside: dict[str, int]  # vision_tower, projector, embedding, final_norm, head (0 where tied)
+    hidden: int
+    intermediate: int
+    cache_width: int  # of keys, and of values
+    vocabulary: int
+    image_tokens: int  # that one picture takes in the decoder
+    tower_values: int  # alive at once while the tower reads one picture
+
+    @property
+    def block_linears(self) -> int:
+        return sum(out * into for out, into in self.linears.values())
+
+    def kept(self, blocks_removed: int) -> int:
+        """Decoder blocks left; raises DermError where that many cannot go."""
+        if not 0 <= blocks_removed < self.blocks:
+            raise DermError(f"memory plan: {blocks_removed} of {self.blocks} blocks cannot be removed")
+        return self.blocks - blocks_removed
+
+    def parameters(self, blocks_removed: int = 0) -> int:
+        block = self.block_linears + self.block_norms
+        return sum(self.outside.values()) + self.kept(blocks_removed) * block
+
+
+def architecture(config) -> Architecture:
+    """Measure a LlavaConfig: the model is built on the meta device and its tensors are counted."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from derm_compress import models
+
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    block, parts = models.blocks(model)[0], models.parts(model)
+    text, vision, embedding = config.text_config, config.vision_config, model.get_input_embeddings()
+    linears = {name: list(linear.weight.shape) for name, linear in models.linears(block).items()}
+    outside = {name: _count(parts[name]) for name in ("vision_tower", "projector", "head")}
+    outside |= {"embedding": _count(embedding), "final_norm": _count(parts["decoder"].norm)}
+    outside["head"] *= parts["head"].weight is not embedding.weight
+    patches = (vision.image_size // vision.patch_size) ** 2
+    # LLaVA keeps all hidden states of the tower; its quick-GELU holds three tensors of the MLP's width.
+    tower_widths = (vision.num_hidden_layers + 2) * vision.hidden_size + 3 * vision.intermediate_size
+    return Architecture(
+        blocks=text.num_hidden_layers, linears=linears, outside=outside, vocabulary=text.vocab_size,
+        block_norms=_count(block) - sum(out * into for out, into in linears.values()),
+        hidden=text.hidden_size, intermediate=text.intermediate_size, cache_width=linears["self_attn.k_proj"][0],
+        image_tokens=patches + (config.vision_feature_select_strategy == "full"),
+        tower_values=(patches + 1) * tower_widths,
+    )  # fmt: skip
+
+
+def llava_7b() -> Architecture:
+    """llava-hf/llava-1.5-7b-hf from its published settings: CLIP ViT-L/14 at 336 px and Vicuna-7B."""
+    from transformers import LlavaConfig
+
+    text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32064}
+    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "projection_dim": 768}
+    text |= {"model_type": "llama", "num_attention_heads": 32, "tie_word_embeddings": False}
+    tower |= {"model_type": "clip_vision_model", "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+    return architecture(LlavaConfig(vision_config=tower, text_config=text))
+
+
+def plan_weights(
+    arch: Architecture, *, blocks_removed: int = 0, method: str = "fp16", bits: int = 16, group_size: int = 64
+) -> dict[str, float]:
+    """GiB of the weights by component; only the decoder blocks' linears are quantized, all else is fp16.
+
+    A quantized weight takes bits/8 bytes and its format's overhead: (2 + bits/8)/group for awq and rtn, 2/group for
+    rtn_symmetric, 4/group for bitsandbytes, (1 + 4/256)/group for bitsandbytes_double. Left out: NF4's codebook of
+    64 bytes a linear, padding of odd shapes.
+    """
+    if method not in OVERHEAD or (method == "fp16") != (bits == 16):
+        raise DermError(f"memory plan: no format {method!r} of {bits} bits; known: {', '.join(OVERHEAD)}")
+    blocks = arch.kept(blocks_removed)
+    weights = blocks * arch.block_linears
+    scales = weights * OVERHEAD[method](bits, group_size)
+    rest = {part: FP16 * count for part, count in arch.outside.items()}
+    rest["block_norms"] = FP16 * blocks * arch.block_norms
+    return _gib(decoder_linears=weights * bits / 8, quantization_scales=scales, **rest)
+
+
+def plan_peak(
+    arch: Architecture, *, batch: int = 1, prompt_tokens: int = 64, new_tokens: int = 200, **weights
+) -> dict[str, float]:
+    """GiB while questions of `prompt_tokens` about one picture each are answered; `weights` as in plan_weights.
+
+    Weights + fp16 KV cache at its final length (2 x width x blocks a token) + the prefill's activations + one linear
+    decoded to fp16 where quantized: parts that peak at different times, so rather too much. Activations, with fused
+    attention, the last token's logits and an MLP at least twice as wide as the residual: four tensors of the
+    residual's width (embeddings, block input, residual, normed), three of the MLP's, and the picture's features; or
+    the tower's peak if larger.
+    """
+    planned = plan_weights(arch, **weights)
+    blocks, tokens = arch.kept(weights.get("blocks_removed", 0)), prompt_tokens + arch.image_tokens
+    decoder = tokens * (4 * arch.hidden + 3 * arch.intermediate) + arch.image_tokens * arch.hidden
+    return planned | _gib(
+        kv_cache=FP16 * 2 * arch.cache_width * blocks * batch * (tokens + new_tokens),
+        activations=FP16 * batch * max(decoder, arch.tower_values + tokens * arch.hidden),
+        workspace=FP16 * arch.hidden * arch.intermediate * (weights.get("method", "fp16") != "fp16"),
+    )
+
+
+def plan_training(
+    arch: Architecture, *, blocks_removed: int = 0, rank: int = 16, batch: int = 1, text_tokens: int = 128,
+    checkpointing: bool = False, method: str = "bitsandbytes", element: int = FP16, rest: int = FP16,
+) -> dict[str, float]:  # fmt: skip
+    """GiB of QLoRA: NF4 base in blocks of 64, fp32 adapters on all decoder linears, Adam, a picture a row.
+
+    Adapters are rank x (in + out) a linear, gradients as much, Adam twice that. `element`: bytes of the compute type;
+    `rest`: of what is not 4-bit (4 after peft's k-bit preparation). A block keeps for backward, in fp32, both norms'
+    inputs, each adapter's input (computing in fp32: one for all linears that read the same) and its middle; in the
+    compute type queries, keys, values, attention's output, gate, activated gate and up. With checkpointing it keeps
+    its input, and one block is alive anew. All tokens' logits take 12 bytes each at the loss. No dropout masks.
+    """
+    hidden, mlp, linears = arch.hidden, arch.intermediate, arch.linears.values()
+    base = plan_weights(arch, blocks_removed=blocks_removed, method=method, bits=4)
+    base |= {part: base[part] * rest / FP16 for part in (*arch.outside, "block_norms")}
+    blocks, tokens = arch.kept(blocks_removed), batch * (text_tokens + arch.image_tokens)
+    adapters = FP32 * rank * blocks * sum(out + into for out, into in linears)
+    inputs = 2 * hidden + mlp if element == FP32 else sum(into for _, into in linears)
+    block = FP32 * (2 * hidden + inputs + rank * len(linears)) + element * (2 * hidden + 2 * arch.cache_width + 3 * mlp)
+    logits = 12 * arch.vocabulary  # log-softmax and gradient in fp32; logits and gradient in fp16, or fp32 logits
+    return base | _gib(
+        adapters=adapters, gradients=adapters, optimiser=2 * adapters, workspace=element * hidden * mlp,
+        activations=blocks * tokens * (element * hidden if checkpointing else block),
+        loss_or_block=tokens * (max(logits, block) if checkpointing else logits),
+    )  # fmt: skip
+
+
+def plan_variants(variants: pd.DataFrame, arch: Architecture, arch_7b: Architecture, **asked) -> pd.DataFrame:
+    """One row a variant: params_b, vram_gib (weights), peak_gib, and with `_7b` those of arch_7b.
+
+    variants: blocks_removed (of arch), method, bits, group_size; `blocks_removed_7b` is the same fraction of arch_7b's
+    blocks, rounded. asked: batch, prompt_tokens, new_tokens as in plan_peak.
+    """
+    rows = []
+    for row in variants.to_dict("records"):
+        planned, removed = {"variant": row["variant"]}, int(row["blocks_removed"])
+        removed_7b = int(removed * arch_7b.blocks / arch.blocks + 0.5)
+        for end, of, gone in (("", arch, removed), ("_7b", arch_7b, removed_7b)):
+            form = {"blocks_removed": gone} | {key: row[key] for key in ("method", "bits", "group_size")}
+            planned[f"params_b{end}"] = of.parameters(gone) / 1e9
+            planned[f"vram_gib{end}"] = sum(plan_weights(of, **form).values())
+            planned[f"peak_gib{end}"] = sum(plan_peak(of, **form, **asked).values())
+        rows.append(planned | {"blocks_removed_7b": removed_7b})
+    return pd.DataFrame(rows)
+
+
+def tensor_gib(model) -> float:
+    """GiB that parameters, buffers and bitsandbytes' quantization states hold; what is shared counts once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    states = [tensor.quant_state for tensor in tensors if getattr(tensor, "quant_state", None)]
+    states += [state.state2 for state in states if state.state2]
+    tensors += [tensor for state in states for tensor in (state.absmax, state.code)]
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values()) / GIB
+
+
+def peak_gib(device: str = "cpu") -> float:
+    """Peak of the process's resident memory, or of CUDA's allocated memory since its last reset."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / GIB
+    try:  # on Linux getrusage would start from the parent's peak
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # macOS counts in bytes
+
+
+def resident_gib(device: str = "cpu") -> dict[str, float]:
+    """rss_gib, rss_peak_gib of this process; on CUDA also allocated and reserved peaks and the device's use."""
+    import psutil
+
+    held = {"rss_gib": psutil.Process().memory_info().rss / GIB, "rss_peak_gib": peak_gib()}
+    if str(device).startswith("cuda"):
+        from torch import cuda
+
+        held |= {"allocated_peak_gib": peak_gib(device), "reserved_peak_gib": cuda.max_memory_reserved(device) / GIB}
+        free, total = cuda.mem_get_info(device)
+        held["device_used_gib"] = (total - free) / GIB
+    return held
+
+
+def measure_latency(model, inputs, *, new_tokens: int = 32, warmup: int = 3, repeats: int = 20) -> dict:
+    """Milliseconds: prefill, each decoded token, and all of it per new token; medians, quartiles as _lo, _hi.
+
+    inputs: the processor's tensors on the model's device. Every row gets exactly `new_tokens`, the first from the
+    prefill; a step counts once whatever the batch. Raises DermError under 2 tokens or without a repeat.
+    """
+    if new_tokens < 2 or repeats < 1:
+        raise DermError("measure_latency: needs at least 2 new tokens and 1 repeat")
+    runs = [greedy_tokens(model, inputs, new_tokens=new_tokens)[1:] for _ in range(warmup + repeats)]
+    prefill, decode = 1000 * np.array(runs[warmup:]).T  # [repeats] each
+    samples = {"prefill_ms": prefill, "decode_ms_per_token": decode / (new_tokens - 1)}
+    samples["total_ms_per_token"] = (prefill + decode) / new_tokens
+    batch, prompt_tokens = inputs["input_ids"].shape
+    result = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    for name, sample in samples.items():
+        lo, median, hi = np.quantile(sample, (0.25, 0.5, 0.75)).tolist()
+        result |= {name: median, f"{name}_lo": lo, f"{name}_hi": hi}
+    return result
+
+
+def greedy_tokens(model, inputs, *, new_tokens: int):
+    """(tokens [B, new_tokens], prefill seconds, decode seconds): greedy, cached, deaf to end-of-sequence."""
+    import torch
+
+    step, mask, tokens, clock = inputs, inputs["attention_mask"], [], [_clock(model.device)]
+    with torch.inference_mode():
+        while len(tokens) < new_tokens:
+            out = model(**step, use_cache=True, logits_to_keep=1)
+            tokens.append(out.logits.argmax(-1))
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            step = {"input_ids": tokens[-1], "attention_mask": mask, "past_key_values": out.past_key_values}
+            if len(tokens) in (1, new_tokens):  # no waiting for the device in between
+                clock.append(_clock(model.device))
+    return torch.cat(tokens, 1), clock[1] - clock[0], clock[2] - clock[1]
+
+
+def _clock(device) -> float:
+    """Seconds, once the device has done all that was asked of it."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _gib(**components: float) -> dict[str, float]:
+    return {name: float(size) / GIB for name, size in components.items()}

@@ -1,0 +1,131 @@
+"""Scores in percent with intervals, paired differences with p-values. Images are the clusters throughout.
+
+An `answers` frame has one row per answer of one variant: `item` (the image), `question`, `score` (1 to 4, or null where
+the judge's reply could not be read). Answers without a score are counted by `unscored` and left out of every mean.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from derm_compress.errors import DermError
+from derm_compress.paper import SCALE
+
+LEVEL = 0.95
+
+
+class Score(NamedTuple):
+    """Percent, its 95 % interval, and the number of scored answers behind it (nan, nan, nan, 0 for none)."""
+
+    score: float
+    lo: float
+    hi: float
+    n: int
+
+
+class Difference(NamedTuple):
+    """a - b in percentage points, 95 % interval, two-sided p, and the numbers of pairs and of images."""
+
+    difference: float
+    lo: float
+    hi: float
+    p: float
+    n: int
+    images: int
+
+
+def percent(mean_score: float) -> float:
+    """A mean mark of 1 to 4 as the paper's percentage, mean / 4 * 100: the floor is 25, not 0."""
+    return mean_score / SCALE[1] * 100
+
+
+FLOOR = percent(SCALE[0])
+
+
+def unscored(answers: pd.DataFrame) -> int:
+    """How many answers the judge gave no score (judge errors)."""
+    return int(answers["score"].isna().sum())
+
+
+def score_interval(answers: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> Score:
+    """Mean score in percent with a 95 % percentile bootstrap over images.
+
+    A drawn image brings all its answers, so that questions about one picture count as the dependent
+    observations they are. Raises DermError for a score outside 1 to 4.
+    """
+    scored = _scored(answers)
+    if scored.empty:
+        return Score(np.nan, np.nan, np.nan, 0)
+    sums, counts = _by_image(scored["item"], scored["score"])
+    lo, hi = _bootstrap(sums, counts, n_boot=n_boot, seed=seed)
+    return Score(percent(sums.sum() / counts.sum()), percent(lo), percent(hi), len(scored))
+
+
+def score_table(answers: pd.DataFrame, by: list[str], *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """One row per group of `by`, in order of appearance: score, score_lo, score_hi, n, unscored."""
+    rows = []
+    for key, group in answers.groupby(by, sort=False, dropna=False):
+        estimate = score_interval(group, n_boot=n_boot, seed=seed)
+        rows.append((*key, *estimate, unscored(group)))
+    return pd.DataFrame(rows, columns=[*by, "score", "score_lo", "score_hi", "n", "unscored"])
+
+
+def paired_difference(
+    a: pd.DataFrame, b: pd.DataFrame, *, n_boot: int = 2000, n_permutations: int = 10_000, seed: int = 0
+) -> Difference:
+    """Score of a minus score of b on the questions that both answered, with interval and sign-flip p-value.
+
+    a, b: answers of one variant each, paired by item and question; pairs with a missing score are left out.
+    Both interval and permutation treat images as the units. Raises DermError where a pair is not unique.
+    """
+    for answers in (a, b):
+        if answers.duplicated(["item", "question"]).any():
+            raise DermError("paired_difference: several answers to one question; pass one variant's answers")
+    pairs = _scored(a).merge(_scored(b), on=["item", "question"], suffixes=("_a", "_b"))
+    if pairs.empty:
+        return Difference(np.nan, np.nan, np.nan, np.nan, 0, 0)
+    sums, counts = _by_image(pairs["item"], pairs["score_a"] - pairs["score_b"])
+    lo, hi = _bootstrap(sums, counts, n_boot=n_boot, seed=seed)
+    p = sign_flip_p(sums, n_permutations=n_permutations, seed=seed)
+    difference = sums.sum() / counts.sum()
+    return Difference(percent(difference), percent(lo), percent(hi), p, len(pairs), len(sums))
+
+
+def sign_flip_p(sums: np.ndarray, *, n_permutations: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p of "a and b are exchangeable within each image"; sums: [images] summed differences.
+
+    Exact over all 2^images sign patterns where these are no more than n_permutations, else random patterns
+    with the observed one counted among them, so that p is never 0.
+    """
+    images = len(sums)
+    exact = images <= np.log2(n_permutations)
+    if exact:
+        bits = np.arange(2**images)[:, None] >> np.arange(images) & 1
+    else:
+        bits = np.random.default_rng(seed).integers(0, 2, (n_permutations, images), dtype=np.int8)
+    flipped = np.abs((1 - 2 * bits) @ sums)
+    extreme = int((flipped >= abs(sums.sum()) - 1e-9).sum())
+    return extreme / len(bits) if exact else (extreme + 1) / (len(bits) + 1)
+
+
+def _scored(answers: pd.DataFrame) -> pd.DataFrame:
+    scored = answers.loc[answers["score"].notna(), ["item", "question", "score"]].astype({"score": float})
+    if not scored["score"].between(*SCALE).all():
+        raise DermError(f"scores: a judge's score lies within {SCALE[0]} to {SCALE[1]}, or is null for none")
+    return scored
+
+
+def _by_image(items: pd.Series, values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """(sum, count) of values per image, [images] each, images in order of name."""
+    grouped = values.groupby(items.to_numpy(), sort=True)
+    return grouped.sum().to_numpy(float), grouped.size().to_numpy()
+
+
+def _bootstrap(sums: np.ndarray, counts: np.ndarray, *, n_boot: int, seed: int) -> tuple[float, float]:
+    """Percentile interval of total sum / total count when images are drawn with replacement."""
+    images = len(sums)
+    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=n_boot)
+    means = (drawn @ sums) / (drawn @ counts)  # [n_boot]
+    lo, hi = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(lo), float(hi)

@@ -1,0 +1,164 @@
+"""Models: loading, anatomy (the one place that knows where blocks, projector and head live), making, exporting."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging as transformers_logging
+
+from derm_compress.errors import DermError
+from derm_compress.recipes import Recipe
+
+TINY = Path(__file__).parent / "tiny_llava"
+PICO_BLOCKS = 8
+
+transformers_logging.set_verbosity_error()  # the loading report is asserted on below, not printed
+transformers_logging.disable_progress_bar()
+
+
+def decoder(model: LlavaForConditionalGeneration) -> nn.Module:
+    """The LLaMA decoder: embedding, blocks, final norm."""
+    return model.model.language_model
+
+
+def blocks(model: LlavaForConditionalGeneration) -> nn.ModuleList:
+    """The decoder's transformer blocks, index 0 first."""
+    return decoder(model).layers
+
+
+def linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The seven linear layers of a block by name, in the order of their use."""
+    names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    return {name: block.get_submodule(name) for name in names}
+
+
+def parts(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
+    """Vision tower, projector, decoder and head by name."""
+    inner = model.model
+    tower = {"vision_tower": inner.vision_tower, "projector": inner.multi_modal_projector}
+    return tower | {"decoder": inner.language_model, "head": model.lm_head}
+
+
+def fingerprint(model: LlavaForConditionalGeneration) -> str:
+    """16 hex digits of the architecture and of 64 values of every weight: tells two models apart at any size."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_base(name: str, device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU; every weight accounted for."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    source = str(TINY) if name in ("tiny", "pico") else name
+    if name == "pico":
+        return _pico().to(device).eval(), AutoProcessor.from_pretrained(source)
+    _check_architecture(name, source)
+    try:
+        model, told = LlavaForConditionalGeneration.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DermError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    missing = sorted(told["missing_keys"]) + [str(k) for k in told["mismatched_keys"]]
+    if missing:
+        raise DermError(
+            f"model {name}: {len(missing)} weights are missing or of another shape, first {missing[0]}; "
+            "they would be random: get a complete checkpoint"
+        )
+    return model.to(device).eval(), processor
+
+
+def _check_architecture(name: str, source: str) -> None:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise DermError(f"model {name}: no readable config.json there ({str(error).splitlines()[0]})") from error
+    if config.model_type != "llava":
+        raise DermError(
+            f"model {name}: is a {config.model_type} model; this study needs a LLaVA model (model_type llava)"
+        )
+
+
+def _pico() -> LlavaForConditionalGeneration:
+    """Eight random blocks on the tiny model's shapes, the same every time."""
+    config = AutoConfig.from_pretrained(TINY)
+    config.text_config.num_hidden_layers = PICO_BLOCKS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlavaForConditionalGeneration(config).float()
+
+
+def materialize(
+    recipe: Recipe, store, device: str = "cpu", packed: bool = False
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Make the variant of a recipe; `store.resolve(ref)` finds adapter and scale files. Merged, never left as LoRA."""
+    from derm_compress import finetune, prune, quantize
+
+    model, processor = load_base(recipe.base, device)
+    if (found := fingerprint(model)) != recipe.fingerprint:
+        raise DermError(f"model {recipe.base}: fingerprint {found}, but the recipe was made for {recipe.fingerprint}")
+    kept = tuple(range(len(blocks(model))))
+    for step in recipe.steps:
+        if step["step"] == "adapter":
+            finetune.merge_adapter(model, store.resolve(step["ref"]), kept=kept, trained_on=tuple(step["kept"]))
+        elif step["step"] == "prune":
+            prune.apply(model, [kept.index(k) for k in step["kept"]])
+            kept = tuple(step["kept"])
+        elif step["step"] == "quantize":
+            quantize.apply_step(model, step, store, packed=packed)
+        else:
+            raise DermError(f"recipe: unknown step {step['step']!r}; adapter, prune or quantize")
+    return model, processor
+
+
+def export_model(recipe_json: str, store, path: Path) -> Path:
+    """Write an ordinary folder that plain `from_pretrained` opens; a quantized variant with its dequantized weights."""
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        raise DermError(f"export: {path} exists and is not empty; name a new folder")
+    recipe = Recipe.from_json(recipe_json)
+    model, processor = materialize(recipe, store)
+    draft = path.with_name(path.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft)
+    processor.save_pretrained(draft)
+    (draft / "README.md").write_text(model_card(recipe, len(blocks(model))), encoding="utf-8")
+    if path.exists():
+        path.rmdir()
+    draft.rename(path)
+    return path
+
+
+def model_card(recipe: Recipe, left: int) -> str:
+    """A model card made from the recipe."""
+    said = []
+    for step in recipe.steps:
+        if step["step"] == "prune":
+            said.append(f"- pruned to the decoder blocks {list(step['kept'])} of the base")
+        elif step["step"] == "adapter":
+            said.append("- fine-tuned with QLoRA, the adapter merged into the unquantized weights")
+        else:
+            said.append(
+                f"- {step['method']}, {step['bits']} bits in groups of {step['group_size']}; this folder holds the "
+                "dequantized weights: the same answers, no smaller in memory"
+            )
+    return "\n".join(
+        [
+            "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---",
+            f"# A variant of {recipe.base} with {left} decoder blocks\n",
+            *(said or ["- unchanged base"]),
+            "\nNot a medical device: made for a study of model compression, not for diagnosis or treatment.\n",
+            "```python\nfrom transformers import AutoProcessor, LlavaForConditionalGeneration",
+            'model = LlavaForConditionalGeneration.from_pretrained("this-folder")\n```\n',
+        ]
+    )

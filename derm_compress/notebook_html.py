@@ -1,0 +1,79 @@
+"""Executed notebooks as inert HTML: outputs sanitised, equations as MathML, no trace of the machine."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from pathlib import Path
+
+import nbformat
+from latex2mathml.converter import convert
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+
+MIMES = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
+FORMULA = re.compile(r"(?s)```.*?```|`[^`]*`|\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$")
+
+
+def cleaner(root: Path):
+    """A function that hides this machine in any JSON value: known folders, then every other absolute path, its name."""
+    places = {str(root): ".", str(root.parent): "..", str(Path.home()): "~", sys.prefix: "python"}
+    known = sorted((place for place in places if len(place) > 2), key=len, reverse=True)
+    folder = re.compile("(?:" + "|".join(map(re.escape, known)) + r")(?![\w.-])")
+    other = re.compile(r"(?<![\w./~:<\\-])/(?:[\w.+@-]+/)+(?=[\w.+@-])|(?<!\w)[A-Z]:\\(?:[\w .+@-]+\\)+")
+    host = re.compile(rf"\b{re.escape(socket.gethostname())}\b")
+
+    def clean(value, name=""):
+        if isinstance(value, dict):
+            return {clean(key): clean(inner, key) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [clean(inner, name) for inner in value]
+        if not isinstance(value, str) or name.startswith("image/"):
+            return value
+        value = other.sub("…/", folder.sub(lambda found: places[found[0]], value))
+        return host.sub("host", value) if len(socket.gethostname()) > 4 else value
+
+    return clean
+
+
+def notebook_body(path: Path, clean) -> str:
+    """The HTML of an executed notebook, to be put into a page."""
+    notebook = nbformat.from_dict(clean(nbformat.read(path, as_version=4)))
+    formulas: list[str] = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = set_aside(cell.source, formulas)
+        for output in cell.get("outputs", ()):
+            if "data" in output:
+                slim(output)
+    exporter = HTMLExporter(template_name="basic", sanitize_html=True, exclude_anchor_links=True)
+    body = exporter.from_notebook_node(notebook)[0]
+    body = re.sub(r"<table[^>]*>", "<table><caption>computed in this notebook</caption>", body)
+    return re.sub(r"formula(\d+)aside", lambda found: formulas[int(found[1])], body)
+
+
+def slim(output) -> None:
+    """Leave of an output what a page can show without scripts, with a text alternative to each image."""
+    alt = {"alt": output.metadata.get("image/png", {}).get("alt", "A figure of this notebook")}
+    data = {mime: output.data[mime] for mime in MIMES if mime in output.data}
+    if "text/html" in data:  # the sanitiser would show pandas' style sheet as text
+        data["text/html"] = re.sub(r"(?s)<style.*?</style>", "", data["text/html"])
+    output.metadata, output.data = nbformat.from_dict({"image/png": alt, "image/jpeg": alt}), nbformat.from_dict(data)
+
+
+def set_aside(text: str, formulas: list[str]) -> str:
+    """Put a word in the place of each formula, which goes to `formulas` as MathML; code stays as it is."""
+
+    def one(found):
+        latex = found[1] or found[2]
+        if latex is None:
+            return found[0]
+        try:
+            known = re.sub(r"\\arg\b", r"\\mathrm{arg}", latex)
+            formulas.append(convert(known, display="block" if found[1] else "inline"))
+        except Exception:  # the converter has errors of many kinds, and the source reads well enough
+            formulas.append(str(Markup("<code>{}</code>").format(latex)))
+        return f"formula{len(formulas) - 1}aside"
+
+    return FORMULA.sub(one, text)

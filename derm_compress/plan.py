@@ -1,0 +1,165 @@
+"""One run as data: where it lies, the key of every stage, the notes it leaves, the recipes it holds (no torch)."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePath
+
+from derm_compress import keys
+from derm_compress.artifacts import Store, read_frame, read_json, write_json
+from derm_compress.errors import DermError
+from derm_compress.params import Notebook, graph, known_parameters, read_notebooks, read_params, select
+
+PLACES = ("run", "artifact_root")  # say where results go, not what they are
+FULL = {"05_sft": "+sft", "07_quantization": "+sft|awq4"}  # the operating point's name there
+FOLDERS = ("data_root", "model")  # a folder named here counts by its files
+
+
+def project_root(root: Path | None = None) -> Path:
+    """The folder with notebooks/ and params/: `root`, else DERM_COMPRESS_ROOT, else the folder above the package."""
+    return Path(root or os.environ.get("DERM_COMPRESS_ROOT") or keys.PACKAGE.parent).resolve()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: the values of all parameters of all notebooks, and what follows from them."""
+
+    root: Path
+    notebooks: dict[str, Notebook]
+    values: dict
+
+    @property
+    def run(self) -> str:
+        return self.values.get("run", "default")
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / self.values.get("artifact_root", "artifacts")
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's pointers, run_info.json and executed notebooks lie."""
+        return self.artifacts / "runs" / self.run
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.artifacts / "store")
+
+    @cached_property
+    def graph(self) -> dict[str, tuple[str, ...]]:
+        return graph(self.notebooks)
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Stage -> key."""
+        found = {}
+        for stage, notebook in self.notebooks.items():
+            values = {k: v for k, v in self.parameters(stage).items() if k not in PLACES}
+            parts = keys.code_parts(notebook.code(), words={v for v in values.values() if isinstance(v, str)})
+            upstream = {earlier: found[earlier] for earlier in self.graph[stage]}
+            values = {k: self._by_content(v) if k in FOLDERS else v for k, v in values.items()}
+            found[stage] = keys.digest([stage, parts, values, upstream, keys.versions()])
+        return found
+
+    def _by_content(self, value: str) -> str:
+        folder = self.root / value
+        return keys.folder_fingerprint(folder) if value and folder.is_dir() else value
+
+    def parameters(self, stage: str) -> dict:
+        """The values of the parameters that a stage's notebook declares."""
+        return {name: self.values[name] for name in self.notebooks[stage].schema}
+
+    def view(self, stage: str) -> str:
+        """Digest of how a notebook shows its results: its text, its figure cells, the modules that draw."""
+        notebook = self.notebooks[stage]
+        modules = keys.code_parts(notebook.code(figures=True), skip=keys.MACHINERY)["modules"]
+        return keys.digest([[text for text, _, _ in notebook.cells], modules])
+
+    def executed(self, stage: str) -> Path:
+        """Where the runner leaves a stage's executed notebook."""
+        return self.folder / "notebooks" / f"{stage}.ipynb"
+
+    def pointer(self, stage: str) -> dict:
+        """What this run last noted of a stage; empty if it did not."""
+        path = self.folder / f"{stage}.json"
+        return read_json(path) if path.exists() else {}
+
+    def point(self, stage: str, *, cached: bool) -> None:
+        """Notes that the run's stage is the finished artifact of its key."""
+        key, upstream = self.keys[stage], {earlier: self.keys[earlier] for earlier in self.graph[stage]}
+        parameters = {k: public(v) for k, v in self.parameters(stage).items() if k not in PLACES}
+        note = {"stage": stage, "key": key, "cached": cached, "parameters": parameters, "upstream": upstream}
+        made = self.store.manifest(stage, key)["made"]
+        write_json(self.folder / f"{stage}.json", note | made | {"view": self.view(stage)})
+
+    def made(self, stage: str) -> Path:
+        """The folder of the artifact that this run last noted for a stage, whatever its key would be today."""
+        key = self.pointer(stage).get("key")
+        if not key or not self.store.complete(stage, key):
+            raise DermError(f"run {self.run} has no finished {stage}; it may have {', '.join(self.notebooks)}")
+        return self.store.entry(stage, key)
+
+
+def make_plan(root: Path, notebooks: dict[str, Notebook], values: dict) -> Plan:
+    """A run of the given values over the notebooks' defaults."""
+    known = known_parameters(notebooks)
+    return Plan(root, notebooks, {name: parameter.default for name, parameter in known.items()} | values)
+
+
+def public(value):
+    """A value as reports may show it: without the folders of this machine."""
+    return f"…/{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
+
+
+def git_state(root: Path) -> dict:
+    """Commit of the project and whether its sources differ from it; nulls outside of a repository."""
+
+    def git(*words):
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        sources = [path for path in ("derm_compress", "notebooks", "params") if (root / path).exists()]
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *sources))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def environment() -> dict:
+    """Python, machine and library versions, without the machine's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    torch = sys.modules.get("torch")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": model[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else None,
+        "versions": keys.versions(),
+    }
+
+
+def find_recipe(model: str, *, root: Path | None = None) -> tuple[str, Store]:
+    """The recipe (JSON) of RUN/STAGE[/NAME], without NAME that of the operating point, and its store."""
+    root = project_root(root)
+    notebooks = read_notebooks(root)
+    run, stage, name = [*model.split("/", 2), "", ""][:3]
+    stage, file = select(stage, notebooks)[0], root / "params" / f"{run}.yaml"
+    values = read_params(file, known_parameters(notebooks)) if file.exists() else {}
+    plan = make_plan(root, notebooks, values | {"run": run})
+    single, table = plan.made(stage) / "recipe.json", plan.made(stage) / "variants.parquet"
+    if single.exists() and not name:
+        return single.read_text(encoding="utf-8"), plan.store
+    if not table.exists():
+        raise DermError(
+            f"{run}/{stage} has no model of that name; try 02_finetune, 04_pruning, 05_sft, 07_quantization"
+        )
+    recipes = read_frame(table).set_index("variant")["recipe"]
+    name = name or f"pruned-{read_json(plan.made('04_pruning') / 'choice.json')['operating']}{FULL.get(stage, '')}"
+    if name not in recipes:
+        raise DermError(f"{run}/{stage} has no {name}; known: {', '.join(recipes.index)}")
+    return recipes[name], plan.store

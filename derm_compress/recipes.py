@@ -1,0 +1,127 @@
+"""Recipes and the frame of variants: what every stage says of a model instead of storing one. No torch.
+
+A recipe is a base and the ordered steps that turn it into a variant:
+`adapter` (ref, sha256, kept), `prune` (kept), `quantize` (method, bits, group_size, ref).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from derm_compress.errors import DermError
+
+ORIGINAL, HEALED = "original", "+sft"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a variant is made: `base` is a name load_base knows, `blocks` its depth; `steps` are applied in order."""
+
+    base: str
+    fingerprint: str
+    blocks: int
+    steps: tuple[dict, ...] = ()
+
+    def then(self, step: str, **settings) -> Recipe:
+        return Recipe(self.base, self.fingerprint, self.blocks, (*self.steps, {"step": step, **settings}))
+
+    def kept(self) -> tuple[int, ...]:
+        """Original indices of the blocks that are left."""
+        pruned = [step["kept"] for step in self.steps if step["step"] == "prune"]
+        return tuple(pruned[-1]) if pruned else tuple(range(self.blocks))
+
+    def with_adapter(self, ref: str, folder: Path) -> Recipe:
+        """The recipe with a trained adapter merged; it belongs to the blocks that are left now."""
+        return self.then("adapter", ref=ref, sha256=adapter_digest(folder), kept=list(self.kept()))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        value = json.loads(text)
+        return Recipe(**value | {"steps": tuple(value["steps"])})
+
+
+def adapter_digest(folder: Path) -> str:
+    return hashlib.sha256((Path(folder) / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe that a stage left as recipe.json."""
+    return Recipe.from_json((Path(folder) / "recipe.json").read_text("utf-8"))
+
+
+def variant(name: str, recipe: Recipe, **known) -> dict:
+    """One row of the variants frame; unquantized weights count as 16 bits, whatever the CPU computes in."""
+    row = {"variant": name, "blocks_removed": recipe.blocks - len(recipe.kept()), "criterion": "", "healed": False}
+    return row | {"method": "fp16", "bits": 16, "group_size": 0} | known | {"recipe": recipe.to_json()}
+
+
+def pruned(original: Recipe, plans: Sequence, depths: Iterable[int]) -> pd.DataFrame:
+    """The original and every depth of every plan; the first plan is the paper's and names its variants plainly."""
+    rows = [variant(ORIGINAL, original)]
+    for i, plan in enumerate(plans):
+        for n in depths:
+            recipe = original.then("prune", kept=list(plan.kept(n)))
+            name = f"pruned-{n}" if i == 0 else f"pruned-{n}-{plan.criterion}"
+            rows.append(variant(name, recipe, criterion=plan.criterion))
+    return pd.DataFrame(rows)
+
+
+def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
+    """The same variants after SFT: `adapters/<variant>` under the stage's reference `ref`."""
+    rows = []
+    for row in sources.to_dict("records"):
+        name = row["variant"]
+        recipe = Recipe.from_json(row["recipe"]).with_adapter(f"{ref}/{name}", Path(adapters) / name)
+        rows.append(variant(name + HEALED, recipe, criterion=row["criterion"], healed=True))
+    return pd.DataFrame(rows)
+
+
+def quantized(sources: pd.DataFrame, *, methods: Sequence[str], bits: int, group_size: int, ref: str) -> pd.DataFrame:
+    """Every source by every method; AWQ takes its scales from `ref/<variant>.safetensors`."""
+    rows = []
+    for row in sources.to_dict("records"):
+        for method in methods:
+            step = {"method": method, "bits": bits, "group_size": group_size}
+            scales = {"ref": f"{ref}/{row['variant']}.safetensors"} if method == "awq" else {}
+            recipe = Recipe.from_json(row["recipe"]).then("quantize", **step, **scales)
+            known = {"criterion": row["criterion"], "healed": row["healed"], **step}
+            rows.append(variant(f"{row['variant']}|{method}{bits}", recipe, **known))
+    return pd.DataFrame(rows)
+
+
+def named(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Rows of these variants in this order, each once; DermError where one is unknown."""
+    names = list(dict.fromkeys(names))
+    if unknown := set(names) - set(frame.variant):
+        raise DermError(f"variants {sorted(unknown)} are not among {sorted(frame.variant)}")
+    return frame.drop_duplicates("variant").set_index("variant", drop=False).loc[names].reset_index(drop=True)
+
+
+def read_variants(*folders: Path) -> pd.DataFrame:
+    """The variants of several stages in one frame."""
+    frames = [pd.read_parquet(Path(folder) / "variants.parquet") for folder in folders]
+    return pd.concat(frames, ignore_index=True).drop_duplicates("variant", ignore_index=True)
+
+
+def read_choice(folder: Path) -> dict:
+    """Operating and deeper depth, as stage 04 chose them."""
+    return json.loads((Path(folder) / "choice.json").read_text("utf-8"))
+
+
+def roles(choice: dict, rival: str = "magnitude") -> dict[str, str]:
+    """Variant names by role: unpruned, operating, deeper, and the rival criterion at the operating depth."""
+    n = choice["operating"]
+    pruned_names = {"operating": f"pruned-{n}", "deeper": f"pruned-{choice['deeper']}", "rival": f"pruned-{n}-{rival}"}
+    return {"unpruned": ORIGINAL} | pruned_names

@@ -1,0 +1,49 @@
+"""Shared parts: one torch thread, no hub, the pico model and a handful of synthetic items."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    from derm_compress import synthetic
+
+    return synthetic.make(n_train=24, n_test=8, n_heldout=8, size=72, seed=3)
+
+
+@pytest.fixture
+def pico():
+    """A fresh (model, processor): 8 random blocks on the tiny model's shapes."""
+    import torch
+
+    from derm_compress import models
+
+    torch.set_num_threads(1)
+    return models.load_base("pico")
+
+
+@pytest.fixture
+def recipe(pico):
+    from derm_compress import models
+    from derm_compress.recipes import Recipe
+
+    return Recipe("pico", models.fingerprint(pico[0]), len(models.blocks(pico[0])))
+
+
+class FolderStore:
+    """Resolves every reference below one folder, as artifacts.Store does for finished stages."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def resolve(self, ref):
+        return self.root / ref
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FolderStore(tmp_path)

@@ -1,0 +1,234 @@
+"""A made-up finished run, file by file as the stages leave them, for the tests of tables, figures and report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import nbformat
+import numpy as np
+import pandas as pd
+
+from derm_compress import dialogue
+
+BLOCKS, DEPTHS, OPERATING, DEEPER = 32, (0, 2, 4, 6, 7, 8, 9, 10, 12), 6, 9
+UPSTREAM = {
+    "01_data": (),
+    "02_finetune": ("01_data",),
+    "03_layer_importance": ("01_data", "02_finetune"),
+    "04_pruning": ("01_data", "02_finetune", "03_layer_importance"),
+    "05_sft": ("01_data", "02_finetune", "03_layer_importance", "04_pruning"),
+    "06_activation_analysis": ("01_data", "02_finetune", "04_pruning", "05_sft"),
+    "07_quantization": ("01_data", "02_finetune", "04_pruning", "05_sft"),
+}
+UPSTREAM["08_evaluation"] = tuple(UPSTREAM)
+EVIL = "<script>alert('planted')</script><img src=x onerror=alert(1)> $\\frac{1}{2$ </s>"
+FACTS = {"count": "few", "size": "small", "colour": "red", "border": "sharp", "surface": "scaly", "site": "face"}
+
+
+def variant(name, blocks=0, *, criterion="", healed=False, method="fp16", bits=16):
+    return {
+        "variant": name, "blocks_removed": blocks, "criterion": criterion, "healed": healed, "method": method,
+        "bits": bits, "group_size": 64, "recipe": "{}",
+    }  # fmt: skip
+
+
+def quantized(row, method, bits=4):
+    return row | {"variant": f"{row['variant']}|{method}{bits}", "method": method, "bits": bits}
+
+
+def variants():
+    """Every variant of the study as one frame, and the level (1..4) its answers are drawn around."""
+    pruned = [
+        variant(f"pruned-{n}" if n else "original", n, criterion="output_similarity" if n else "") for n in DEPTHS
+    ]
+    magnitude = [variant(f"pruned-{n}-magnitude", n, criterion="magnitude") for n in (OPERATING, DEEPER)]
+    healed = [
+        variant("original+sft", healed=True),
+        variant("pruned-6+sft", 6, criterion="output_similarity", healed=True),
+        variant("pruned-9+sft", 9, criterion="output_similarity", healed=True),
+        variant("pruned-6-magnitude+sft", 6, criterion="magnitude", healed=True),
+    ]
+    packed = [
+        quantized(row, method)
+        for row in (pruned[0], pruned[3], healed[1], healed[2], healed[3])
+        for method in ("awq", "bitsandbytes", "rtn", "rtn_symmetric")
+    ]
+    return pd.DataFrame(pruned + magnitude + healed + packed)
+
+
+def level(row):
+    """The mean grade a variant's answers get: a plateau, a cliff, healing, and a price for four bits."""
+    grade = 3.4 - 0.13 * row.blocks_removed - (0.2 if row.criterion == "magnitude" else 0.0)
+    grade += 0.1 * row.blocks_removed if row.healed else 0.0
+    return max(1.0, grade - {"fp16": 0, "awq": 0.15, "bitsandbytes": 0.3}.get(row.method, 1.0))
+
+
+def items(test=39, heldout=60):
+    names = dialogue.diseases()
+    rows = [
+        {"id": f"{split}-{i}", "split": split, "disease": names[i % len(names)], "group": f"{split}-{i}", "row": i,
+         "facts": json.dumps(FACTS), "source": "synthetic"}
+        for split, count in (("test", test), ("heldout", heldout))
+        for i in range(count)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def answers(table, pictures, *, grade=level, words=None):
+    """Judged answers: half of a good answer is the reference, a runaway one repeats itself."""
+    rows = []
+    for row in table.itertuples():
+        rng = np.random.default_rng(int(hashlib.sha256(row.variant.encode()).hexdigest()[:8], 16))
+        for item in pictures.itertuples():
+            for kind in dialogue.QUESTIONS:
+                score = int(np.clip(round(rng.normal(grade(row), 0.8)), 1, 4))
+                right = dialogue.reference(item.disease, FACTS, kind)
+                stopped = row.blocks_removed < 10
+                said = words or (right[: len(right) * score // 4] + ("" if stopped else " the the the" * 9))
+                rows.append(
+                    {"variant": row.variant, "item": item.id, "split": item.split, "disease": item.disease,
+                     "question": kind, "prompt": dialogue.question(kind), "answer": said, "reference": right,
+                     "tokens": 12 if stopped else 60, "stopped": stopped, "judge": "rubric", "score": score,
+                     "why": "fabricated"}
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def memory(table, blocks=BLOCKS):
+    """Planned sizes: the fine arithmetic is memory.py's; here only something monotone."""
+    share = 1 - table.blocks_removed / blocks
+    seven = (table.blocks_removed * 32 / blocks).round().astype(int)
+    bytes_7b = 13.16 - 0.377 * seven
+    return pd.DataFrame(
+        {"variant": table.variant, "params_b": 0.0001 + 0.0016 * share,
+         "vram_gib": 0.0034 * share * table.bits / 16, "peak_gib": 0.005 * share * table.bits / 16,
+         "blocks_removed_7b": seven, "params_b_7b": 7.063427072 - 0.20238336 * seven,
+         "vram_gib_7b": np.where(table.bits == 4, bytes_7b * 0.33, bytes_7b), "peak_gib_7b": bytes_7b * 1.08}
+    )  # fmt: skip
+
+
+def latency(table):
+    ms = 10 - 0.2 * table.blocks_removed
+    spread = {f"{name}_{end}": ms * f for name in ("decode_ms_per_token",) for end, f in (("lo", 0.9), ("hi", 1.1))}
+    return pd.DataFrame(
+        {"variant": table.variant, "prefill_ms": 4 * ms, "decode_ms_per_token": ms, "total_ms_per_token": ms * 1.2,
+         "weights_gib": 0.003, "rss_gib": 0.9, **spread}
+    )  # fmt: skip
+
+
+def block_scores(rng, protected=(0, 1, 31)):
+    rows, plans = [], {}
+    for criterion in ("output_similarity", "magnitude", "random-0"):
+        values = rng.uniform(0.0, 0.6, BLOCKS)
+        order = [int(b) for b in np.argsort(values) if b not in protected]
+        ranks = {b: i for i, b in enumerate(order)}
+        rows += [{"criterion": criterion, "block": b, "score": values[b], "rank": ranks.get(b)} for b in range(BLOCKS)]
+        plans[criterion] = {"order": order, "protected": list(protected), "blocks": BLOCKS, "fingerprint": "f" * 64}
+    return pd.DataFrame(rows), plans
+
+
+def activation_frames(rng):
+    value = np.abs(rng.normal(0, 1, (24, 64)))
+    value[:, [7, 40]] *= 12
+    grid = [(t, c, value[t, c]) for t in range(24) for c in range(64)]
+    surface = pd.DataFrame(grid, columns=["token", "channel", "value"]).assign(
+        variant="original", block=30, projection="q_proj"
+    )
+    rows = [
+        {"variant": "original", "block": b, "projection": p, "mean_abs": 1.0, "p99": 3.0, "max": 4.0 + b,
+         "kurtosis": 5.0, "outlier_channels": b // 8}
+        for b in range(BLOCKS) for p in ("q_proj", "v_proj")
+    ]  # fmt: skip
+    return pd.DataFrame(rows), surface
+
+
+def stage_files(*, grade=level, words=None, heldout=60):
+    """{stage: {file: frame or JSON value}} of the whole study."""
+    rng, table, pictures = np.random.default_rng(0), variants(), items(heldout=heldout)
+    test = pictures[pictures.split == "test"]
+    kinds = {
+        "02_finetune": table.variant == "original",
+        "04_pruning": ~table.healed & (table.method == "fp16"),
+        "05_sft": table.healed & (table.method == "fp16"),
+        "07_quantization": table.method != "fp16",
+    }
+    shown = table[table.variant.str.contains("original|pruned-6") & (table.criterion != "random-0")]
+    curve = pd.DataFrame({"step": range(40), "loss": 3 / (1 + np.arange(40))})
+    scores, plans = block_scores(rng)
+    statistics, surface = activation_frames(rng)
+    trained = pd.DataFrame(
+        {"variant": ["original+sft", "pruned-6+sft", "pruned-9+sft"], "seconds": [61.0, 50.5, 44.25],
+         "train_peak_gib": [1.1, 1.0, 0.9]}
+    )  # fmt: skip
+    blind = pd.DataFrame([variant("blank"), variant("shuffled")])
+    eight = [answers(shown, pictures, grade=grade, words=words), answers(blind, pictures, grade=lambda row: 1.3)]
+    files = {name: {} for name in UPSTREAM}
+    for name, chosen in kinds.items():
+        files[name]["answers"] = answers(table[chosen], test, grade=grade, words=words)
+        files[name]["variants"] = table[chosen]
+    files["01_data"] |= {
+        "items": pictures,
+        "report.json": {"counts": {"train": 1737}, "unreadable": {EVIL: "truncated"}},
+    }
+    files["02_finetune"]["curve"] = curve
+    files["03_layer_importance"] |= {"scores": scores, "plans.json": plans}
+    files["04_pruning"]["choice.json"] = {"operating": OPERATING, "deeper": DEEPER, "why": "a third is gone"}
+    files["05_sft"] |= {"curves": curve.assign(variant="pruned-6+sft"), "measured/training": trained}
+    files["06_activation_analysis"] |= {"statistics": statistics, "figure4": surface}
+    files["07_quantization"]["errors"] = pd.DataFrame(
+        {"variant": ["original|awq4", "original|rtn4"], "block": [0, 0], "relative_error": [0.01, 0.04]}
+    )
+    files["08_evaluation"] |= {
+        "variants": pd.concat([table, blind]), "answers": pd.concat(eight), "memory": memory(table),
+        "measured/latency": latency(shown),
+    }  # fmt: skip
+    return files
+
+
+def write_store(root, files):
+    """Artifact folders under root/artifacts/store; returns {stage: folder}."""
+    folders = {}
+    for stage, content in files.items():
+        folder = root / "artifacts" / "store" / stage / hashlib.sha256(stage.encode()).hexdigest()[:16]
+        for name, value in content.items():
+            path = folder / (name if name.endswith(".json") else f"{name}.parquet")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(value)) if name.endswith(".json") else value.to_parquet(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        folders[stage] = folder
+    return folders
+
+
+def notebook(stage, root):
+    """An executed notebook with everything a report must survive."""
+    code = nbformat.v4.new_code_cell("print(1)", execution_count=1)
+    code.outputs = [
+        nbformat.v4.new_output("stream", text=f"read {root}/artifacts/x\n{EVIL}\n"),
+        nbformat.v4.new_output("display_data", data={"text/html": f"<style>td {{}}</style><table><tr><td>{EVIL}</td></tr></table>"}),
+        nbformat.v4.new_output("display_data", data={"text/markdown": f"**{EVIL}** <iframe src='https://x.test'></iframe>"}),
+        nbformat.v4.new_output("display_data", data={"application/javascript": "alert(2)", "text/plain": "js"}),
+        nbformat.v4.new_output("error", ename="E", evalue="x", traceback=[f'File "{root}/derm_compress/x.py", line 1']),
+    ]  # fmt: skip
+    text = f"# {stage[:2]} A question?\n\nEq. 1 is $\\Delta=\\max(|w|)/2^{{N-1}}$ and\n\n$$\\bar c_l=\\frac1N\\sum_i c_i$$\n\nIt costs 5 \\$."
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), code])
+
+
+def write_run(root, run="tiny", *, files=None, stages=None):
+    """A whole run below `root`: store, pointers, run_info.json and executed notebooks."""
+    files = files or stage_files()
+    folders = write_store(root, {name: files[name] for name in stages or files})
+    home = root / "artifacts" / "runs" / run
+    (home / "notebooks").mkdir(parents=True, exist_ok=True)
+    for stage, folder in folders.items():
+        pointer = {
+            "stage": stage, "key": folder.name, "seconds": 12.5, "cached": stage == "01_data",
+            "parameters": {"run": run, "seed": 0, "note": EVIL}, "environment": {"python": "3.11.2", "cpu": "2 cores"},
+            "upstream": {name: folders[name].name for name in UPSTREAM[stage] if name in folders},
+            "git": {"commit": "0123456789abcdef", "dirty": True},
+        }  # fmt: skip
+        (home / f"{stage}.json").write_text(json.dumps(pointer))
+        nbformat.write(notebook(stage, root), home / "notebooks" / f"{stage}.ipynb")
+    info = {"run": run, "seconds": 321.5, "status": "complete", "parameters": {"blocks": 6}}
+    (home / "run_info.json").write_text(json.dumps(info))
+    return folders

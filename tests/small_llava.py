@@ -1,0 +1,35 @@
+"""A small random LLaVA and batches for it, without tokenizer or files."""
+
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE, PAD, IMAGE_TOKENS = 199, 0, 9
+
+
+def small_llava(blocks=4, *, seed=0, hidden=64, kv_heads=4, std=0.1):
+    """LLaVA with a decoder of `blocks` x `hidden` (intermediate 3 x hidden) and a one-layer tower of 9 image tokens."""
+    text = {
+        "model_type": "llama", "vocab_size": 200, "hidden_size": hidden, "intermediate_size": 3 * hidden,
+        "num_hidden_layers": blocks, "num_attention_heads": 4, "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 256, "initializer_range": std, "pad_token_id": PAD,
+    }  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=36, patch_size=12
+    )
+    torch.manual_seed(seed)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def batch(rows=3, words=20, *, seed=0, padding=0, side="right"):
+    """A processor's output: an image and `words` words a row; `padding` pads, of which row r has r fewer, at `side`."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, IMAGE, (rows, 1 + words), generator=rng)
+    ids = torch.cat([ids[:, :1], torch.full((rows, IMAGE_TOKENS), IMAGE), ids[:, 1:]], 1)
+    pixels = torch.randn(rows, 3, 36, 36, generator=rng)
+    mask = torch.ones_like(ids)
+    if padding:
+        pad = torch.full((rows, padding), PAD)
+        parts = [(ids, mask), (pad, torch.zeros_like(pad))]
+        ids, mask = (torch.cat(x, 1) for x in zip(*(parts if side == "right" else parts[::-1]), strict=True))
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}

@@ -1,0 +1,132 @@
+"""A small project with notebooks of its own, on which store, parameters and runner are tried without torch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "derm_compress"
+MODULES = "__init__ __main__ artifacts errors keys params plan progress runner study".split()
+
+PARAMETERS = """\
+run: str = "default"  # name of the run
+artifact_root: str = "artifacts"  # where results go
+seed: int = 0  # same in both notebooks [0..1000]
+"""
+FIRST = PARAMETERS + 'count: int = 3  # numbers to make [1..100]\ndata_root: str = ""  # folder of inputs\n'
+SECOND = (
+    PARAMETERS
+    + """\
+factor: float = 2.0  # by which to multiply [0.001..10]
+sizes: list = [1, 2]  # one file each [1..9]
+mode: str = "plain"  # [plain|crash|exit|die|slow]
+"""
+)
+SHAPES = '''\
+"""Toy methods."""
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from derm_compress import words
+
+
+def numbers(count, seed):
+    """Numbers."""
+    return pd.DataFrame({"n": [seed + i for i in range(count)], "word": words.word()})
+
+
+def scaled(frame, factor):
+    return frame.assign(n=frame.n * factor)
+
+
+def misbehave(mode, journal):
+    """What notebooks do wrong."""
+    if mode == "crash":
+        raise ValueError("the toy crashed")
+    if mode == "exit":
+        sys.exit(0)
+    if mode == "die":
+        os.kill(os.getpid(), 9)
+    for item in range(40 if mode == "slow" else 2):
+        if str(item) not in journal.done:
+            journal.add(str(item), item)
+            if mode == "slow":
+                print("item", item, flush=True)
+                time.sleep(0.25)
+    return {"items": len(journal.done)}
+'''
+
+
+def cell(source: str, *tags: str) -> dict:
+    return {"cell_type": "code", "id": f"c{abs(hash(source)) % 10**8}", "metadata": {"tags": list(tags)},
+            "source": source.splitlines(keepends=True), "outputs": [], "execution_count": None}  # fmt: skip
+
+
+def notebook(path: Path, *cells: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": [f"# {path.stem}"]}
+    body = {"cells": [text, *cells], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(body, indent=1))
+    return path
+
+
+def project(root: Path) -> Path:
+    """01_data -> 02_left and 03_right, in a folder with a space in its name."""
+    root = root / "toy project"
+    for name in MODULES:
+        (root / "derm_compress").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACKAGE / f"{name}.py", root / "derm_compress" / f"{name}.py")
+    (root / "derm_compress" / "shapes.py").write_text(SHAPES)
+    (root / "derm_compress" / "words.py").write_text(
+        'from pathlib import Path\n\n\ndef word():\n    return (Path(__file__).parent / "words.yaml").read_text()\n'
+    )
+    (root / "derm_compress" / "words.yaml").write_text("mole")
+    (root / "derm_compress" / "report.py").write_text(
+        "def render(run, *, root):\n    folder = root / 'reports' / run\n    folder.mkdir(parents=True, exist_ok=True)\n"
+        "    (folder / 'index.html').write_text('report')\n    print('rendered', run)\n    return folder\n\n\n"
+        "def render_index(root):\n    print('indexed')\n"
+    )
+    books = root / "notebooks"
+    start = "from derm_compress import shapes\nfrom derm_compress.study import start_stage\n"
+    notebook(
+        books / "01_data.ipynb",
+        cell(FIRST, "parameters"),
+        cell(start + 'stage = start_stage("01_data", globals())'),
+        cell('frame = stage.frame("numbers", shapes.numbers, stage.p.count, stage.p.seed)'),
+        cell("print(len(frame))", "figure"),
+        cell("stage.finish()"),
+    )
+    for name, mode in (("02_left", "stage.p.mode"), ("03_right", '"plain"')):
+        notebook(
+            books / f"{name}.ipynb",
+            cell(SECOND, "parameters"),
+            cell("import pandas as pd\n" + start + f'stage = start_stage("{name}", globals())'),
+            cell('frame = pd.read_parquet(stage.input("01_data") / "numbers.parquet")'),
+            cell('out = stage.frame("scaled", shapes.scaled, frame, stage.p.factor)'),
+            cell(f'items = stage.json("items", shapes.misbehave, {mode}, stage.journal("items"))'),
+            cell("stage.finish()"),
+        )
+    (root / "params").mkdir()
+    (root / "params" / "tiny.yaml").write_text("run: tiny\ncount: 4\n")
+    return root
+
+
+def command(root: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "derm_compress", *words]
+
+
+def environment(root: Path) -> dict:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("DERM_COMPRESS")}
+    return clean | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+
+def call(root: Path, *words: str) -> subprocess.CompletedProcess:
+    """`python -m derm_compress` with these words, in the toy project."""
+    return subprocess.run(command(root, *words), cwd=root, env=environment(root), capture_output=True, text=True)
