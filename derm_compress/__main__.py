@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 def assignments(texts: list[str]) -> dict[str, str]:
     """{"a": "1", "b": "two words"} from ["a=1 b=two words"]: a value goes on until the next `name=`."""
     found = {}
-    for text in re.split(r"\s+(?=\w+=)", " ".join(texts).strip()) if texts else ():
+    for text in filter(None, re.split(r"\s+(?=\w+=)", " ".join(texts).strip())):
         name, sign, value = text.partition("=")
         if not sign or not name.isidentifier():
             raise DermError(f"--set {text}: write name=value")

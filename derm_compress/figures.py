@@ -68,7 +68,10 @@ def styled(draw):
     @functools.wraps(draw)
     def inner(*args, **kwargs) -> Drawing:
         with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
+            drawing = draw(*args, **kwargs)
+            drawing.figure.draw_without_rendering()  # the layout is solved once, so that no format depends on another
+            drawing.figure.set_layout_engine("none")
+            return drawing
 
     return inner
 
@@ -123,6 +126,7 @@ def score_vs_blocks(table1: pd.DataFrame, table2: pd.DataFrame) -> Drawing:
 @styled
 def pareto(table4: pd.DataFrame) -> Drawing:
     """Score against the planned memory of a 7B model with the same fraction removed (Table 4)."""
+    table4 = table4.dropna(subset=["bits"])
     scored = table4.dropna(subset=["score", "vram_gib_7b"])
     small = scored[scored.vram_gib_7b < TARGET]
     finding = "Scores need weights: only the paper's points are drawn"

@@ -33,13 +33,14 @@ def compare(answers: pd.DataFrame | None, one: str, other: str) -> metrics.Diffe
 
 def headline(results: Results) -> str:
     """One sentence: how far can this model be compressed, and is it worth more than pruning or quantizing alone?"""
-    if results.variants is None:
+    if results.variants is None or not results.variants.blocks_removed.any():
         return "No stage has left a compressed model yet."
     n, table = results.operating, tables.table4(results).set_index("variant")
     full, packed, pruned = variant_id(n, healed=True, method="awq"), variant_id(0, method="awq"), variant_id(n)
-    size = table.vram_gib_7b.map(lambda gib: "an unplanned size" if pd.isna(gib) else f"{gib:.1f} GiB")
+    size = table.vram_gib_7b.map(lambda gib: "memory not planned" if pd.isna(gib) else f"{gib:.1f} GiB")
     saved = 100 * (1 - table.vram_gib_7b[full] / table.vram_gib_7b["original"])
     plan = f"at 7B its weights take {size[full]} instead of {size['original']} ({saved:.0f} % less)"
+    plan = "its memory is not planned" if pd.isna(saved) else plan
     how = f"with {n} of {results.blocks} blocks removed, SFT and 4-bit AWQ"
     if table.score[[full, "original"]].isna().any():
         return f"Scores need weights; {how}, {plan}."
@@ -84,8 +85,9 @@ def findings_finetune(results: Results) -> list[str]:
 
 def findings_importance(results: Results) -> list[str]:
     """What the criteria agree on, from stage 03's scores and plans."""
-    said, first = [], next(iter(results.plans.values()))["order"]
-    for name, plan in results.plans.items():
+    plans, said = results.plans or {}, []
+    first = next((plan["order"] for plan in plans.values()), [])
+    for name, plan in plans.items():
         gone = plan["order"][: results.operating]
         said.append(f"By {words(name)} blocks {listed(gone)} go first; {listed(plan['protected'])} are protected.")
         if plan["order"] != first:
@@ -99,16 +101,14 @@ def findings_pruning(results: Results) -> list[str]:
     table = tables.table1(results).dropna(subset=["score"])
     if table.empty:
         return ["Scores need weights."]
-    whole, said = table.iloc[0], []
-    clear = [row for row in table.itertuples() if row.score_hi < whole.score_lo]
-    last = table.iloc[-1]
-    said.append(f"The score goes from {percent(whole)} at 0 blocks to {percent(last)} at {last.blocks_removed}.")
-    said.append(
-        f"The first depth whose interval lies below the unpruned model's is {clear[0].blocks_removed} blocks."
-        if clear
-        else "No depth's interval lies below the unpruned model's."
-    )
-    said.append(f"Operating point: {results.operating} blocks, the deeper one {results.deeper}.")
+    whole, last = table.iloc[0], table.iloc[-1]
+    clear = table[table.score_hi < whole.score_lo].blocks_removed
+    first = f"The first depth whose interval lies below the unpruned model's is {clear.min()} blocks."
+    said = [
+        f"The score goes from {percent(whole)} at 0 blocks to {percent(last)} at {last.blocks_removed}.",
+        first if len(clear) else "No depth's interval lies below the unpruned model's.",
+        f"Operating point: {results.operating} blocks, the deeper one {results.deeper}.",
+    ]
     wild = results.answers.assign(runaway=~results.answers.stopped.astype(bool)).groupby("variant").runaway.mean()
     share = table.variant.map(wild)
     worst = table.loc[share.idxmax()]
@@ -117,32 +117,31 @@ def findings_pruning(results: Results) -> list[str]:
     ours = variant_id(results.operating)
     for name in sorted(set(results.variants.criterion) - {""}):
         change = compare(results.answers, ours, variant_id(results.operating, criterion=name))
-        if change.n:
-            text = verdict(change, "the paper's criterion", words(name))
-            said.append(f"At {results.operating} blocks {text}.")
+        text = verdict(change, "the paper's criterion", words(name))
+        said += [f"At {results.operating} blocks {text}."] if change.n else []
     return said
 
 
 def findings_sft(results: Results) -> list[str]:
     """Table 2 in words: what SFT gives back, net of what the same SFT gives the unpruned model."""
-    table, said = tables.table2(results), []
-    table = table.dropna(subset=["gain"]).set_index("blocks_removed")
+    table, said = tables.table2(results).dropna(subset=["gain"]).set_index("blocks_removed"), []
     for n, row in table.iterrows():
-        model = f"with {n} blocks removed" if n else "the unpruned control"
+        model = f"the model with {n} blocks removed" if n else "the unpruned control"
         points = f"{row.gain:+.1f} points ({row.gain_lo:.1f} to {row.gain_hi:.1f})"
         said.append(f"SFT changes {model} from {row.score_before:.1f} to {row.score_after:.1f} %: {points}.")
     if 0 in table.index and results.operating in table.index:
         row, control = table.loc[results.operating], table.loc[0]
         loss, net = control.score_before - row.score_before, row.gain - control.gain
-        share = (
-            f"{100 * net / loss:.0f} % of the {loss:.1f} points that pruning took" if loss > 0 else "no loss to heal"
-        )
+        share = f"{100 * net / max(loss, 1e-9):.0f} % of the {loss:.1f} points that pruning took"
+        share = share if loss > 0 else "pruning left no loss to heal"
         said.append(f"Net of the control's gain, {net:.1f} points come back: {share}.")
     return said or ["Scores need weights."]
 
 
 def findings_activations(results: Results) -> list[str]:
     """Where the outliers sit, from stage 06's statistics."""
+    if results.statistics is None:
+        return []
     table = results.statistics[results.statistics.variant == results.statistics.variant.iloc[0]]
     peak = table.loc[table["max"].idxmax()]
     return [
@@ -159,7 +158,7 @@ def findings_quantization(results: Results) -> list[str]:
         plain = row.variant.split("|")[0]
         rival = f"{plain}|awq{row.bits}" if row.method != "awq" else plain
         change = compare(results.answers, row.variant, rival)
-        if change.n and row.blocks_removed in (0, results.operating):
+        if change.n and plain in (variant_id(0), variant_id(results.operating, healed=True)):
             name = f"{words(row.method)} at {row.bits} bits"
             said.append(f"{plain}: {verdict(change, name, 'AWQ' if row.method != 'awq' else '16 bits')}.")
     if results.errors is not None:
@@ -183,9 +182,8 @@ def findings_evaluation(results: Results) -> list[str]:
 
 
 def words(name: str) -> str:
-    return {"rtn": "round-to-nearest", "rtn_symmetric": "symmetric round-to-nearest", "awq": "AWQ"}.get(
-        name, name.replace("_", " ")
-    )
+    known = {"rtn": "round-to-nearest", "rtn_symmetric": "symmetric round-to-nearest", "awq": "AWQ"}
+    return known.get(name, name.replace("_", " "))
 
 
 def listed(numbers) -> str:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "sentence-transformers", "numpy")
-MACHINERY = frozenset({"study", "plan", "runner", "artifacts", "keys", "params", "progress", "errors"})
-PRESENTATION = frozenset({"figures", "tables", "report", "paper"})
+# neither moves a number: what runs the stages, what shows their results
+MACHINERY = frozenset({"study", "plan", "runner", "execution", "artifacts", "keys", "params", "progress", "errors"})
+PRESENTATION = frozenset({"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper"})
 
 
 class Module(NamedTuple):

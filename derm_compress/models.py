@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from derm_compress.recipes import Recipe
 TINY = Path(__file__).parent / "tiny_llava"
 PICO_BLOCKS = 8
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names an optional CPU kernel at every import
 transformers_logging.set_verbosity_error()  # the loading report is asserted on below, not printed
 transformers_logging.disable_progress_bar()
 

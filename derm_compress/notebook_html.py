@@ -7,12 +7,16 @@ import socket
 import sys
 from pathlib import Path
 
+import bleach
 import nbformat
 from latex2mathml.converter import convert
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 
 MIMES = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
+TAGS = re.findall(r"\w+", "a b blockquote br code del div em h1 h2 h3 h4 hr i li ol p pre span strong sub sup ul") + [
+    "table", "tbody", "td", "th", "thead", "tr",
+]  # fmt: skip
 FORMULA = re.compile(r"(?s)```.*?```|`[^`]*`|\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$")
 
 
@@ -48,9 +52,16 @@ def notebook_body(path: Path, clean) -> str:
             if "data" in output:
                 slim(output)
     exporter = HTMLExporter(template_name="basic", sanitize_html=True, exclude_anchor_links=True)
+    exporter.register_filter("clean_html", clean_html)  # its own would show <p> and <h1> as text
     body = exporter.from_notebook_node(notebook)[0]
     body = re.sub(r"<table[^>]*>", "<table><caption>computed in this notebook</caption>", body)
     return re.sub(r"formula(\d+)aside", lambda found: formulas[int(found[1])], body)
+
+
+def clean_html(html: str) -> str:
+    """Leave tags that only format; everything else becomes text."""
+    known = {"a": ["href", "title"], "th": ["colspan", "rowspan"], "td": ["colspan", "rowspan"], "span": ["class"]}
+    return Markup(bleach.clean(html, tags=TAGS, attributes=known, protocols={"http", "https"}))
 
 
 def slim(output) -> None:
@@ -70,7 +81,7 @@ def set_aside(text: str, formulas: list[str]) -> str:
         if latex is None:
             return found[0]
         try:
-            known = re.sub(r"\\arg\b", r"\\mathrm{arg}", latex)
+            known = re.sub(r"\\arg\b", r"\\operatorname{arg}", latex)
             formulas.append(convert(known, display="block" if found[1] else "inline"))
         except Exception:  # the converter has errors of many kinds, and the source reads well enough
             formulas.append(str(Markup("<code>{}</code>").format(latex)))

@@ -118,6 +118,7 @@ def choose(scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 2
     """
     most = len(plan.order)
     paper = {name: min(paper_depth(n, plan.blocks), most) for name, n in PAPER_DEPTHS.items()}
+    paper["deeper"] = min(max(paper["deeper"], paper["operating"] + 1), most)
     known = scores.dropna(subset="score").set_index("blocks_removed").score
     if fixed:
         depth, why = min(paper_depth(fixed, plan.blocks), most), "set by the parameter operating_blocks"

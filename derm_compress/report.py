@@ -9,7 +9,7 @@ import base64
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +20,9 @@ from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
 
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
+CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
+LONG = "<td class=long>{}</td>"
 PARTS = {  # in the paper's order: label, question, and what the numbers say to it
     "fig1_pipeline": ("Figure 1", "The pipeline", None),
     "fig2_block_removal": ("Figure 2", "Which blocks are tried, and which go?", None),
@@ -32,7 +34,11 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "table3_quantization": ("Table 3", "What do fewer bits cost, by method?", findings.findings_quantization),
     "table4_efficiency": ("Table 4", "What does the whole pipeline gain in memory and time?", None),
     "pareto": ("Beside Table 4", "What is the best score for the memory?", None),
-    "table5_ablation": ("Table 5", "Which part of the pipeline matters?", findings.findings_evaluation),
+    "table5_ablation": (
+        "Table 5",
+        "Which part of the pipeline matters?",
+        lambda r: findings.findings_evaluation(r)[1:],
+    ),
     "extra_baselines": ("Beside Table 5", "Does the score come from fine-tuning and from seeing?", None),
     "fig5_case_studies": ("Figure 5", "What do the models say?", None),
     "fig6_judge_prompt": ("Figure 6", "How are answers judged?", None),
@@ -68,6 +74,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     clean = cleaner(root)
     made = read_run(run, artifacts=Path(artifacts or root / "artifacts"), clean=clean)
     results = tables.load_results(made.artifacts)
+    results = replace(results, data_report=clean(results.data_report))
     built = tables.build(results)
     drawn = draw(results, built, {stage: list(note["upstream"]) for stage, note in made.stages.items()})
     files = {"run.json": json.dumps(record(made), indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
@@ -101,7 +108,8 @@ def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, figures
 
 def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> dict[str, figures.Drawing]:
     """{stem: drawing} of every figure that the results suffice for."""
-    n, depths = results.operating, built["table1_pruning"].blocks_removed if "table1_pruning" in built else []
+    n, said = results.operating, set() if results.answers is None else set(results.answers.variant)
+    depths = {int(n): tables.variant_id(int(n)) for n in built["table1_pruning"].blocks_removed} if built else {}
     cases = {"Original": tables.variant_id(0), "Pruned + quantized": tables.variant_id(n, method="awq")}
     cases["Pruned + SFT + quantized"] = tables.variant_id(n, healed=True, method="awq")
     drawn = {"fig1_pipeline": figures.fig1_pipeline(graph, outcomes(results, built))}
@@ -112,12 +120,11 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> d
         drawn["fig3_layer_importance"] = figures.fig3_layer_importance(results.scores, n)
     if results.figure4 is not None:
         drawn["fig4_activations"] = figures.fig4_activations(results.figure4)
-    if results.answers is not None and set(cases.values()) <= set(results.answers.variant):
+    if said.issuperset(cases.values()):
         drawn["fig5_case_studies"] = quotes.fig5_case_studies(results.answers, cases)
-    if results.answers is not None and len(depths):
-        names = {int(depth): tables.variant_id(int(depth)) for depth in depths}
-        drawn["fig7_iterative_pruning"] = quotes.fig7_iterative_pruning(results.answers, names)
-    if len(depths):
+    if said.intersection(depths.values()):
+        drawn["fig7_iterative_pruning"] = quotes.fig7_iterative_pruning(results.answers, depths)
+    if depths:
         healed = built.get("table2_sft", tables.tidy(pd.DataFrame(), "table2_sft"))
         drawn["score_vs_blocks"] = figures.score_vs_blocks(built["table1_pruning"], healed)
         drawn["pareto"] = figures.pareto(built["table4_efficiency"])
@@ -143,13 +150,14 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
     for stem, (label, question, find) in PARTS.items():
         if stem in built or stem in drawn:
             part = {"stem": stem, "label": label, "question": question, "said": find(results) if find else []}
-            part |= {"image": picture(drawn.get(stem)), "table": table(shown.get(stem), f"{label}. {question}")}
+            part |= {"image": picture(drawn.get(stem)), "table": table(shown.get(stem), f"{label}: {CAPTION}")}
             parts.append(part)
     brief = built.get("table4_efficiency")
     facts = [(name, note["key"][:12], note.get("seconds"), note.get("cached")) for name, note in made.stages.items()]
     last = list(made.stages.values())[-1]
     return {
         "title": f"derm_compress, run {made.name}",
+        "again": f"make report RUN={made.name}",
         "question": QUESTION,
         "headline": findings.headline(results),
         "first": picture(drawn.get("score_vs_blocks")),
@@ -158,6 +166,7 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
         else table(tables.readable(brief[BRIEF]), "The six ways of Table 4, with 95 % intervals"),
         "parts": parts,
         "notebooks": notebooks,
+        "noted": findings.findings_data(results.data_report) if results.data_report else [],
         "data": table(flat(results.data_report or {}), "What stage 01 notes of the data"),
         "stages": table(strings(facts, ["stage", "key", "seconds", "from the store"]), "Stages: seconds to compute"),
         "parameters": table(flat(parameters(made)), "Parameters of all stages"),
@@ -180,12 +189,16 @@ def strings(rows, columns) -> pd.DataFrame:
 
 
 def flat(value, path: str = "") -> pd.DataFrame:
-    """Nested JSON as a table of two columns."""
+    """Nested JSON as a table of two columns; long lists are cut."""
     rows = []
     for name, inner in value.items():
-        here = f"{path}{name}"
-        rows += flat(inner, f"{here}: ").to_numpy().tolist() if isinstance(inner, dict) and inner else [(here, inner)]
-    rows = [(name, ", ".join(map(str, cell)) if isinstance(cell, list) else cell) for name, cell in rows]
+        if isinstance(inner, dict) and inner:
+            rows += flat(inner, f"{path}{name}: ").to_numpy().tolist()
+        elif isinstance(inner, list):
+            told = [": ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in inner[:50]]
+            rows.append((f"{path}{name}", ", ".join([*told, *["…"] * (len(inner) > 50)]) or "none"))
+        else:
+            rows.append((f"{path}{name}", inner))
     return strings(rows, ["what", "value"])
 
 
@@ -194,9 +207,12 @@ def table(frame: pd.DataFrame | None, caption: str) -> Markup | None:
     if frame is None or frame.empty:
         return None
     head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in frame.columns)
-    rows = [Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row) for row in frame.to_numpy()]
+    rows = [
+        Markup("").join(Markup(LONG if len(cell) > 40 else "<td>{}</td>").format(cell) for cell in row)
+        for row in frame.to_numpy()
+    ]
     body = Markup("").join(Markup("<tr>{}</tr>\n").format(row) for row in rows)
-    whole = Markup("<table><caption>{}</caption><thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table>")
+    whole = Markup("<table><caption><span>{}</span></caption><thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table>")
     return Markup("<div class=wide tabindex=0>{}</div>").format(whole.format(caption, head, body))
 
 
@@ -226,7 +242,11 @@ def readme(view: dict, built: dict) -> str:
         lines += [f"![{part['label']}](figures/{part['stem']}.png)"] if part["image"] else []
         if part["stem"] in built:
             lines += [tables.to_markdown(tables.readable(built[part["stem"]])), f"[csv](tables/{part['stem']}.csv)"]
-    lines += ["## Notebooks", *(f"- [{name}]({name})" for name in view["notebooks"])]
+    lines += [
+        f"All of it again: `{view['again']}`",
+        "## Notebooks",
+        *(f"- [{name}]({name})" for name in view["notebooks"]),
+    ]
     return (
         "\n\n".join(lines + ["Provenance: [run.json](run.json), and the last section of [index.html](index.html)."])
         + "\n"
@@ -242,13 +262,13 @@ def render_index(root: Path) -> Path:
         frame = pd.read_csv(file) if file.exists() else pd.DataFrame([{}])
         link = Markup('<a href="{0}/index.html">{0}</a>').format(path.parent.name)
         frame = tables.readable(frame.reindex(columns=[*BRIEF, "decode_ms_per_token"]))
-        rows.append(frame.assign(**{"wall time, s": str(seconds)}).set_axis([link] * len(frame)))
-    runs = pd.concat(rows).fillna("").reset_index(names="run").astype(object) if rows else None
+        frame.insert(0, "run", pd.Series([link] * len(frame), dtype=object))
+        rows.append(frame.assign(**{"wall time, s": str(seconds)}))
+    runs = pd.concat(rows).fillna("") if rows else None
     shown = table(runs, "Table 4 of every run")
     target = Path(root, "reports", "index.html")
     part = target.with_suffix(".part")
-    part.write_text(
-        page(title="derm_compress: all runs", question=QUESTION, body=shown or "No run has a report yet."), "utf-8"
-    )
+    body = shown or "No run has a report yet."
+    part.write_text(page(title="derm_compress: all runs", question=QUESTION, body=body), "utf-8")
     os.replace(part, target)
     return target

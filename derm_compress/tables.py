@@ -15,9 +15,8 @@ from derm_compress import metrics, paper
 ANSWERING = ("02_finetune", "04_pruning", "05_sft", "07_quantization", "08_evaluation")  # the last one's word counts
 SCORE = ["score", "score_lo", "score_hi", "n"]
 SIZE = ["params_b", "vram_gib", "peak_gib", "blocks_removed_7b", "params_b_7b", "vram_gib_7b", "peak_gib_7b"]
-TIMES = [
-    f"{name}{end}" for name in ("decode_ms_per_token", "prefill_ms", "total_ms_per_token") for end in ("", "_lo", "_hi")
-]
+MEASURED = ("decode_ms_per_token", "prefill_ms", "total_ms_per_token")
+TIMES = [f"{name}{end}" for name in MEASURED for end in ("", "_lo", "_hi")]
 MODEL = ["variant", "blocks_removed", "healed", "method", "bits"]
 PAPER_SIZE = ["params_b", "vram_gib", "peak_gib", *SIZE[3:5], "paper_params_b", *SIZE[5:6], "paper_vram", *SIZE[6:]]
 COLUMNS = {  # what the paper gives stands beside what is ours
@@ -93,7 +92,11 @@ class Results:
 def load_results(folders: dict[str, Path], **given) -> Results:
     """Results from {stage: its artifact folder}; a stage still running hands over its own frames by name."""
     known = {f.name: _read(folders, f.metadata["file"]) for f in fields(Results) if f.metadata}
-    return Results(**known | {name: _together(folders, name) for name in ("variants", "answers")} | given)
+    known |= {name: _together(folders, name) for name in ("variants", "answers")} | given
+    for name, keys in (("variants", ["variant"]), ("answers", ["variant", "item", "question"])):
+        if known[name] is not None:
+            known[name] = known[name].drop_duplicates(keys, keep="last")
+    return Results(**known)
 
 
 def _read(folders, file):
@@ -105,13 +108,10 @@ def _read(folders, file):
 
 
 def _together(folders, name):
-    """One frame of all stages' variants or test answers; where two hold the same row, the later stage's."""
+    """One frame of all stages' variants or test answers; of equal rows the later stage's counts."""
     frames = [f for stage in ANSWERING if (f := _read(folders, f"{stage}/{name}.parquet")) is not None]
-    if not frames:
-        return None
-    keys = ["variant", "item", "question"] if name == "answers" else ["variant"]
-    frame = pd.concat(frames, ignore_index=True).drop_duplicates(keys, keep="last")
-    return frame[frame.split == "test"] if name == "answers" else frame
+    frame = pd.concat(frames, ignore_index=True) if frames else None
+    return frame[frame.split == "test"] if frames and name == "answers" else frame
 
 
 def variant_id(blocks: int, *, criterion: str = "", healed: bool = False, method: str = "", bits: int = 4) -> str:
@@ -121,8 +121,10 @@ def variant_id(blocks: int, *, criterion: str = "", healed: bool = False, method
 
 
 def answers_of(frame: pd.DataFrame | None, variant: str) -> pd.DataFrame:
-    empty = pd.DataFrame({"item": [], "question": [], "score": []})
-    return empty if frame is None else frame[frame.variant == variant]
+    """One variant's answers, each once; empty where there are none."""
+    if frame is None:
+        return pd.DataFrame({"item": [], "question": [], "score": []})
+    return frame[frame.variant == variant].drop_duplicates(["item", "question"], keep="last")
 
 
 def build(results: Results) -> dict[str, pd.DataFrame]:
@@ -207,9 +209,11 @@ def criteria(results: Results) -> pd.DataFrame:
 def baselines(results: Results) -> pd.DataFrame:
     """What the score owes to fine-tuning and to seeing: before it, and with blank or exchanged pictures."""
     frames = [f[f.split == "test"] for f in (results.answers, results.evaluation) if f is not None]
-    answers = pd.concat(frames) if frames else pd.DataFrame({"variant": []})
+    if not frames:
+        return pd.DataFrame()
+    answers = pd.concat(frames)
     there = [name for name in BASELINES if name in set(answers.variant)]
-    return _measured(pd.DataFrame({"variant": there}), results, answers)
+    return _measured(pd.DataFrame({"variant": there}, dtype=object), results, answers)
 
 
 def _measured(table, results, answers):

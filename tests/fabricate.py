@@ -23,6 +23,8 @@ UPSTREAM = {
 }
 UPSTREAM["08_evaluation"] = tuple(UPSTREAM)
 EVIL = "<script>alert('planted')</script><img src=x onerror=alert(1)> $\\frac{1}{2$ </s>"
+NOTED = {"counts": {"train": {"rosacea": 1737}}, "groups": 9, "largest_group": 2, "notes": []}
+NOTED |= {"excluded": {"NEV": 3}, "unreadable": [{"image": EVIL, "reason": "truncated"}]}
 FACTS = {"count": "few", "size": "small", "colour": "red", "border": "sharp", "surface": "scaly", "site": "face"}
 
 
@@ -64,7 +66,7 @@ def level(row):
     return max(1.0, grade - {"fp16": 0, "awq": 0.15, "bitsandbytes": 0.3}.get(row.method, 1.0))
 
 
-def items(test=39, heldout=60):
+def items(test=39, heldout=20):
     names = dialogue.diseases()
     rows = [
         {"id": f"{split}-{i}", "split": split, "disease": names[i % len(names)], "group": f"{split}-{i}", "row": i,
@@ -143,7 +145,7 @@ def activation_frames(rng):
     return pd.DataFrame(rows), surface
 
 
-def stage_files(*, grade=level, words=None, heldout=60):
+def stage_files(*, grade=level, words=None, heldout=20):
     """{stage: {file: frame or JSON value}} of the whole study."""
     rng, table, pictures = np.random.default_rng(0), variants(), items(heldout=heldout)
     test = pictures[pictures.split == "test"]
@@ -169,7 +171,7 @@ def stage_files(*, grade=level, words=None, heldout=60):
         files[name]["variants"] = table[chosen]
     files["01_data"] |= {
         "items": pictures,
-        "report.json": {"counts": {"train": 1737}, "unreadable": {EVIL: "truncated"}},
+        "report.json": NOTED,
     }
     files["02_finetune"]["curve"] = curve
     files["03_layer_importance"] |= {"scores": scores, "plans.json": plans}
@@ -203,18 +205,23 @@ def write_store(root, files):
 def notebook(stage, root):
     """An executed notebook with everything a report must survive."""
     code = nbformat.v4.new_code_cell("print(1)", execution_count=1)
+    shown = [
+        {"text/html": f"<style>td {{}}</style><table><tr><td>{EVIL}</td></tr></table>"},
+        {"text/markdown": f"**{EVIL}** <iframe src='https://x.test'></iframe>"},
+        {"application/javascript": "alert(2)", "text/plain": "js"},
+        {"image/png": "iVBORw0KGgo="},
+    ]
     code.outputs = [
         nbformat.v4.new_output("stream", text=f"read {root}/artifacts/x\n{EVIL}\n"),
-        nbformat.v4.new_output("display_data", data={"text/html": f"<style>td {{}}</style><table><tr><td>{EVIL}</td></tr></table>"}),
-        nbformat.v4.new_output("display_data", data={"text/markdown": f"**{EVIL}** <iframe src='https://x.test'></iframe>"}),
-        nbformat.v4.new_output("display_data", data={"application/javascript": "alert(2)", "text/plain": "js"}),
-        nbformat.v4.new_output("error", ename="E", evalue="x", traceback=[f'File "{root}/derm_compress/x.py", line 1']),
-    ]  # fmt: skip
-    text = f"# {stage[:2]} A question?\n\nEq. 1 is $\\Delta=\\max(|w|)/2^{{N-1}}$ and\n\n$$\\bar c_l=\\frac1N\\sum_i c_i$$\n\nIt costs 5 \\$."
+        *(nbformat.v4.new_output("display_data", data=data) for data in shown),
+        nbformat.v4.new_output("error", ename="E", evalue="x", traceback=[f'File "{root}/derm_compress/x.py"']),
+    ]
+    text = f"# {stage[:2]} A question?\n\nEq. 1 is $\\Delta=\\max(|w|)/2^{{N-1}}$ and\n\n"
+    text += "$$\\bar c_l=\\frac1N\\sum_i c_i$$\n\nIt costs 5 \\$."
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), code])
 
 
-def write_run(root, run="tiny", *, files=None, stages=None):
+def write_run(root, run="tiny", *, files=None, stages=None, notebooks=True):
     """A whole run below `root`: store, pointers, run_info.json and executed notebooks."""
     files = files or stage_files()
     folders = write_store(root, {name: files[name] for name in stages or files})
@@ -228,7 +235,8 @@ def write_run(root, run="tiny", *, files=None, stages=None):
             "git": {"commit": "0123456789abcdef", "dirty": True},
         }  # fmt: skip
         (home / f"{stage}.json").write_text(json.dumps(pointer))
-        nbformat.write(notebook(stage, root), home / "notebooks" / f"{stage}.ipynb")
+        if notebooks:
+            nbformat.write(notebook(stage, root), home / "notebooks" / f"{stage}.ipynb")
     info = {"run": run, "seconds": 321.5, "status": "complete", "parameters": {"blocks": 6}}
     (home / "run_info.json").write_text(json.dumps(info))
     return folders

@@ -34,7 +34,16 @@ def test_the_cell_is_the_schema(schema):
 
 @pytest.mark.parametrize(
     "line",
-    ["x = 1", "x: int = 1 + y", "x: dict = {}", "x: list = [{}]", "x: list[int] = [1]", "print(1)", "x: int", "a.b: int = 1"],
+    [
+        "x = 1",
+        "x: int = 1 + y",
+        "x: dict = {}",
+        "x: list = [{}]",
+        "x: list[int] = [1]",
+        "print(1)",
+        "x: int",
+        "a.b: int = 1",
+    ],
 )
 def test_other_lines_in_the_cell_are_refused(line):
     with pytest.raises(DermError, match="cell: write `name: type = value"):

@@ -8,7 +8,20 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "derm_compress"
-MODULES = "__init__ __main__ artifacts errors keys params plan progress runner study".split()
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+MODULES = [
+    "__init__",
+    "__main__",
+    "artifacts",
+    "errors",
+    "execution",
+    "keys",
+    "params",
+    "plan",
+    "progress",
+    "runner",
+    "study",
+]
 
 PARAMETERS = """\
 run: str = "default"  # name of the run
@@ -54,7 +67,7 @@ def misbehave(mode, journal):
         sys.exit(0)
     if mode == "die":
         os.kill(os.getpid(), 9)
-    for item in range(40 if mode == "slow" else 2):
+    for item in range(12 if mode == "slow" else 2):
         if str(item) not in journal.done:
             journal.add(str(item), item)
             if mode == "slow":
@@ -72,7 +85,7 @@ def cell(source: str, *tags: str) -> dict:
 def notebook(path: Path, *cells: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": [f"# {path.stem}"]}
-    body = {"cells": [text, *cells], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    body = {"cells": [text, *cells], "metadata": KERNEL, "nbformat": 4, "nbformat_minor": 5}
     path.write_text(json.dumps(body, indent=1))
     return path
 
@@ -89,7 +102,8 @@ def project(root: Path) -> Path:
     )
     (root / "derm_compress" / "words.yaml").write_text("mole")
     (root / "derm_compress" / "report.py").write_text(
-        "def render(run, *, root):\n    folder = root / 'reports' / run\n    folder.mkdir(parents=True, exist_ok=True)\n"
+        "def render(run, *, root):\n    folder = root / 'reports' / run\n"
+        "    folder.mkdir(parents=True, exist_ok=True)\n"
         "    (folder / 'index.html').write_text('report')\n    print('rendered', run)\n    return folder\n\n\n"
         "def render_index(root):\n    print('indexed')\n"
     )

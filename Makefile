@@ -1,0 +1,33 @@
+# make report [RUN=tiny] [SET="key=value other=value"]   the study and its report, in reports/$(RUN)/
+# make test | bench | lab                                all tests | all benchmarks | the notebooks in JupyterLab
+# Each installs what is missing into .venv; PYTHON=... names another Python (3.11 to 3.13).
+RUN := tiny
+SET :=
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do "$$name" -c \
+	'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo "$$name" && break; done)
+VENV := .venv/bin/python
+export SET
+
+.PHONY: report test bench lab install
+.DEFAULT_GOAL := report
+
+report: install
+	@$(VENV) -m derm_compress run "params/$(RUN).yaml" $(if $(SET),--set "$$SET")
+
+test: install
+	@OMP_NUM_THREADS=1 $(VENV) -m pytest
+
+bench: install
+	@for script in benchmarks/*.py; do echo "$$script"; $(VENV) "$$script" || exit 1; done
+
+lab: install
+	@$(VENV) -m jupyterlab notebooks
+
+install: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=/path/to/python"; exit 2; }
+	"$(PYTHON)" -m venv .venv
+	$(VENV) -m pip install --disable-pip-version-check -r requirements.txt
+	$(VENV) -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@

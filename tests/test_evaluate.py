@@ -1,0 +1,95 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from derm_compress import evaluate, models, prune, recipes
+from derm_compress.errors import DermError
+
+PLAN = prune.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+HOW = {"device": "cpu", "batch_size": 12, "max_new_tokens": 3}
+
+
+def variants(recipe):
+    return recipes.pruned(recipe, [PLAN, PLAN], [1, 3])
+
+
+def test_variants_name_depth_criterion_and_recipe(recipe):
+    frame = variants(recipe)
+    names = ["original", "pruned-1", "pruned-3", "pruned-1-output_similarity", "pruned-3-output_similarity"]
+    assert frame.variant.tolist() == names and frame.blocks_removed.tolist() == [0, 1, 3, 1, 3]
+    quantized = recipes.quantized(frame[:2], methods=["awq", "rtn"], bits=4, group_size=64, ref="07/k/scales")
+    assert quantized.variant.tolist() == ["original|awq4", "original|rtn4", "pruned-1|awq4", "pruned-1|rtn4"]
+    steps = [recipes.Recipe.from_json(r).steps[-1] for r in quantized.recipe]
+    assert steps[0]["ref"] == "07/k/scales/original.safetensors" and "ref" not in steps[1]
+    with pytest.raises(DermError, match="pruned-9"):
+        recipes.named(frame, ["pruned-9"])
+
+
+def test_every_model_is_the_one_its_recipe_says(recipe, store):
+    seen = {}
+    for name, model, _ in evaluate.each_model(variants(recipe), store, "cpu", "x"):
+        seen[name] = [id(b) for b in models.blocks(model)], len(models.blocks(model))
+    assert [n for _, n in seen.values()] == [8, 7, 5, 7, 5]
+    whole = seen["original"][0]
+    assert seen["pruned-3"][0] == [whole[i] for i in (0, 1, 4, 6, 7)]
+
+
+def test_shared_prefix_equals_materialized_alone(recipe, store, dataset):
+    frame = variants(recipe)
+    items = dataset.of("test")[:2]
+    together = evaluate.answer_variants(frame, items=items, images=dataset.images, store=store, **HOW)
+    alone = evaluate.answer_variants(frame[2:3], items=items, images=dataset.images, store=store, **HOW)
+    assert together[together.variant == "pruned-3"].answer.tolist() == alone.answer.tolist()
+    assert (together.score == 1).all() and set(together.judge) == {"rubric"}
+
+
+def test_controls_show_other_pictures_and_keep_the_reference(recipe, store, dataset):
+    items = dataset.of("test")
+    rows = evaluate.shuffled_rows(items, 0)
+    disease = {i.row: i.disease for i in dataset.items}
+    assert all(disease[row] != item.disease for row, item in zip(rows, items, strict=True))
+    controls = evaluate.answer_controls(
+        variants(recipe), items=items[:2], images=dataset.images, seed=0, store=store, **HOW
+    )
+    assert controls.groupby("variant").size().to_dict() == {"blank": 6, "shuffled": 6}
+    assert set(controls.disease) == {i.disease for i in items[:2]}
+
+
+def test_quantized_variants_run_from_search_to_errors(recipe, store, dataset, tmp_path):
+    frame = variants(recipe)[:2]
+    how = {"items": dataset.of("train")[:2], "images": dataset.images, "batch_size": 6, "device": "cpu"}
+    (tmp_path / "scales").mkdir()
+    evaluate.search_scales(tmp_path / "scales", frame, store, bits=3, group_size=64, **how)
+    methods = ["awq", "rtn"]
+    quantized = recipes.quantized(frame, methods=methods, bits=3, group_size=64, ref="scales")
+    errors = evaluate.quantization_errors(quantized, frame, store, **how)
+    assert errors.groupby("variant").size().tolist() == [8, 8, 7, 7] and (errors.relative_error > 0).all()
+    recipe_of = quantized.set_index("variant").recipe
+    one, two = (models.materialize(recipes.Recipe.from_json(recipe_of["original|awq3"]), store)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_activations_carry_original_block_numbers(recipe, store, dataset):
+    frame = variants(recipe)[:3]
+    how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": "cpu"}
+    told = evaluate.activation_statistics(frame, store, batch_size=3, **how)
+    assert set(told[told.variant == "pruned-3"].block) == {0, 1, 4, 6, 7}
+    surface = evaluate.activation_surface(frame, store, block=16, projection="q_proj", **how)
+    assert set(surface.block) == {3} and set(surface.variant) == {"original"}  # both plans remove block 3
+    assert surface.channel.max() == 63 and (surface.value >= 0).all()
+
+
+def test_latency_is_measured_for_each_variant(recipe, store, dataset):
+    frame = variants(recipe)[:2]
+    told = evaluate.latency(
+        frame, store, dataset.of("test"), dataset.images, device="cpu", new_tokens=3, repeats=3, warmup=1
+    )
+    assert told.variant.tolist() == ["original", "pruned-1"]
+    assert (told.prefill_ms > 0).all() and told.weights_gib[0] > told.weights_gib[1]
+
+
+def test_scores_say_how_deep_each_variant_is():
+    answers = pd.DataFrame({"variant": ["a", "a"], "item": ["1", "2"], "question": ["name"] * 2, "score": [4.0, 1.0]})
+    told = evaluate.scores(answers, pd.DataFrame({"variant": ["a"], "blocks_removed": [5]}))
+    assert told.blocks_removed[0] == 5 and np.isclose(told.score[0], 62.5)

@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import torch
+
+from derm_compress import data, dialogue, finetune, models, prune, quantize
+from derm_compress.errors import DermError
+
+TRAINING = finetune.Training(rank=4, alpha=8, learning_rate=1e-2, steps=4, batch_size=4, seed=0, checkpoint_every=2)
+
+
+def trained(dataset, tmp_path, training=TRAINING, name="a"):
+    model, processor = models.load_base("pico")
+    tuned, curve, _ = finetune.train(
+        model, processor, dataset.of("train"), dataset.images, training,
+        checkpoint=tmp_path / f"{name}.ckpt", what=name,
+    )  # fmt: skip
+    tuned.save_pretrained(tmp_path / name)
+    return tuned, curve
+
+
+def test_labels_are_answers_and_their_ends_alone(pico):
+    tokenizer = pico[1].tokenizer
+    turns = [("What is it?", "This is rosacea."), ("And the treatment?", "Sun protection.")]
+    ids, labels = finetune.encode(tokenizer, turns, 36)
+    assert (ids == tokenizer.convert_tokens_to_ids("<image>")).sum() == 36 and ids[0] == tokenizer.bos_token_id
+    kept = labels != finetune.IGNORED
+    assert torch.equal(labels[kept], ids[kept])
+    told = tokenizer.decode(ids[kept])
+    assert told == " This is rosacea.</s> Sun protection.</s>"
+    assert (labels == tokenizer.eos_token_id).sum() == 2
+    assert not (labels == tokenizer.convert_tokens_to_ids("<image>")).any()
+
+
+def test_training_prompts_are_the_tests_prompts(pico):
+    """The ids before the first answer equal what the processor makes of the test's prompt, image tokens included."""
+    from derm_compress import generate
+
+    processor = pico[1]
+    question = dialogue.question("name")
+    ids, labels = finetune.encode(processor.tokenizer, [(question, "This is rosacea.")], finetune.image_tokens(pico[0]))
+    first = int((labels != finetune.IGNORED).int().argmax())
+    pixels = np.zeros((1, 72, 72, 3), np.uint8)
+    asked = generate.prepare(processor, [generate.prompt(processor, "name")], pixels, "cpu")["input_ids"][0]
+    assert asked.tolist() == ids[:first].tolist()
+
+
+def test_batches_are_padded_on_the_right_and_padding_has_no_label(pico, dataset):
+    model, processor = pico
+    batch = finetune.training_batch(model, processor, dataset.of("train")[:5], dataset.images, np.random.default_rng(0))
+    mask = batch["attention_mask"]
+    assert (mask[:, 0] == 1).all() and (mask.diff(dim=1) <= 0).all()
+    assert (batch["labels"][mask == 0] == finetune.IGNORED).all()
+
+
+def test_adapters_sit_on_the_decoder_alone_over_nf4(pico):
+    tuned = finetune.attach(pico[0], TRAINING)
+    trained_names = [n for n, p in tuned.named_parameters() if p.requires_grad]
+    assert len(trained_names) == 8 * 7 * 2 and all("language_model" in n and "lora_" in n for n in trained_names)
+    counts = quantize.quantized_linears(tuned.get_base_model())
+    assert counts["decoder"] == 56 and sum(counts.values()) == 56
+
+
+def test_training_lowers_the_loss_and_is_repeatable(dataset, tmp_path):
+    longer = finetune.Training(rank=8, alpha=16, learning_rate=1e-2, steps=12, batch_size=4, seed=0)
+    _, one = trained(dataset, tmp_path, longer, "one")
+    _, two = trained(dataset, tmp_path, longer, "two")
+    assert one.loss.iloc[-3:].mean() < 0.9 * one.loss.iloc[:3].mean()
+    assert one.equals(two)
+    files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_a_cut_training_goes_on_to_the_same_adapter(dataset, tmp_path, monkeypatch):
+    _, whole = trained(dataset, tmp_path, name="whole")
+    real = finetune.training_batch
+
+    def dies(*args, **kwargs):
+        dies.calls += 1
+        if dies.calls == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    dies.calls = 0
+    monkeypatch.setattr(finetune, "training_batch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trained(dataset, tmp_path, name="cut")
+    monkeypatch.setattr(finetune, "training_batch", real)
+    _, resumed = trained(dataset, tmp_path, name="cut")
+    assert resumed.equals(whole)
+    files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("whole", "cut")]
+    assert files[0] == files[1]
+
+
+def test_merged_equals_unmerged_on_the_unquantized_base(dataset, tmp_path, pico):
+    from peft import PeftModel
+
+    trained(dataset, tmp_path, name="a")
+    model, processor = pico
+    finetune.merge_adapter(model, tmp_path / "a", kept=tuple(range(8)), trained_on=tuple(range(8)))
+    other = PeftModel.from_pretrained(models.load_base("pico")[0], tmp_path / "a")
+    batch = finetune.training_batch(model, processor, dataset.of("train")[:3], dataset.images, np.random.default_rng(0))
+    with torch.inference_mode():
+        merged, unmerged = model(**batch).logits, other(**batch).logits
+        plain = models.load_base("pico")[0](**batch).logits
+    assert torch.allclose(merged, unmerged, atol=1e-3) and not torch.allclose(merged, plain, atol=1e-2)
+    assert not any("lora" in n for n, _ in model.named_parameters())
+    assert quantize.quantized_linears(model)["decoder"] == 0
+
+
+def test_an_adapter_of_other_blocks_is_refused(pico):
+    prune.apply(pico[0], range(7))
+    with pytest.raises(DermError, match="merge it before pruning"):
+        finetune.merge_adapter(pico[0], "unused", kept=tuple(range(7)), trained_on=tuple(range(8)))
+
+
+def test_jobs_run_side_by_side_and_are_kept(dataset, recipe, store, tmp_path):
+    (tmp_path / "data").mkdir()
+    data.save_dataset(tmp_path / "data", dataset)
+    short = finetune.Training(rank=2, alpha=2, learning_rate=1e-3, steps=1, batch_size=2, seed=0)
+    pruned = recipe.then("prune", kept=[0, 1, 2, 7])
+    jobs = [finetune.Job("original", recipe.to_json(), short), finetune.Job("pruned-4", pruned.to_json(), short)]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (tmp_path / "out").mkdir()
+    finetune.run_all(tmp_path / "out", jobs, data=tmp_path / "data", store=store, scratch=scratch, processes=2)
+    curves = finetune.read_curves(tmp_path / "out", ["original", "pruned-4"])
+    assert curves.groupby("variant").size().to_dict() == {"original": 1, "pruned-4": 1}
+    told = finetune.measured(scratch, ["original", "pruned-4"])
+    assert told.variant.tolist() == ["original+sft", "pruned-4+sft"] and (told.train_peak_gib > 0.1).all()
+    healed = models.materialize(pruned.with_adapter("out/pruned-4", tmp_path / "out" / "pruned-4"), store)[0]
+    assert len(models.blocks(healed)) == 4

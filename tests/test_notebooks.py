@@ -1,0 +1,80 @@
+"""The notebooks as text: what every one of them has, and what none may have. They run in test_smoke.py."""
+
+import ast
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from derm_compress import params
+
+ROOT = Path(__file__).parent.parent
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STAGES = [
+    "01_data", "02_finetune", "03_layer_importance", "04_pruning", "05_sft", "06_activation_analysis",
+    "07_quantization", "08_evaluation",
+]  # fmt: skip
+
+
+def cells(path):
+    return [(c["cell_type"], "".join(c["source"]), c) for c in json.loads(path.read_text("utf-8"))["cells"]]
+
+
+def test_the_eight_notebooks_are_there():
+    assert [p.stem for p in PATHS] == STAGES
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+class TestEvery:
+    def test_is_stripped(self, path):
+        for kind, _, cell in cells(path):
+            assert kind == "markdown" or (cell["outputs"] == [] and cell["execution_count"] is None)
+
+    def test_opens_with_question_inputs_outputs_and_cost(self, path):
+        kind, text, _ = cells(path)[0]
+        assert kind == "markdown" and text.startswith(f"# {path.stem[:2]} ") and "?" in text.splitlines()[0]
+        for word in ("**Question.**", "**Inputs.**", "**Outputs.**", "**Cost.**"):
+            assert word in text
+
+    def test_has_findings_limits_and_an_end(self, path):
+        texts = [text for kind, text, _ in cells(path) if kind == "markdown"]
+        assert sum(t.startswith("## Findings") for t in texts) == 1
+        assert sum(t.startswith("## Limits") for t in texts) == 1
+        assert cells(path)[-1][1] == "stage.finish()"
+
+    def test_tells_before_it_does(self, path):
+        kinds = [kind for kind, _, _ in cells(path)]
+        assert ("code", "code") not in itertools.pairwise(kinds)
+
+    def test_code_cells_are_short_and_define_nothing(self, path):
+        code = [(text, cell) for kind, text, cell in cells(path) if kind == "code"]
+        for text, cell in code:
+            if "parameters" not in cell["metadata"].get("tags", []):
+                assert len(text.splitlines()) <= 12, text
+            assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in ast.walk(ast.parse(text)))
+        lengths = sorted(len(text.splitlines()) for text, _ in code)
+        assert lengths[len(lengths) // 2] <= 6
+
+    def test_no_result_is_typed_into_its_text(self, path):
+        """After the first cell, prose holds no percentages or scores; the paper's own, in 04, name the paper."""
+        for kind, text, _ in cells(path)[1:]:
+            if kind == "markdown" and "paper" not in text.lower():
+                assert not re.search(r"\d+(\.\d+)? ?%|\d+\.\d+", text), text
+
+
+def test_the_graph_is_what_the_cells_read():
+    graph = params.graph(params.read_notebooks(ROOT))
+    assert list(graph) == STAGES
+    assert set(graph["08_evaluation"]) == set(STAGES[:-1])
+    assert set(graph["06_activation_analysis"]) == {"01_data", "04_pruning", "05_sft"}
+    assert "06_activation_analysis" not in graph["07_quantization"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_run_file_is_valid_named_by_its_stem_and_says_its_command(path):
+    known = params.known_parameters(params.read_notebooks(ROOT))
+    values = params.read_params(path, known)
+    assert values["run"] == path.stem
+    assert "make report" in path.read_text().splitlines()[0] or "run params/" in path.read_text().splitlines()[0]

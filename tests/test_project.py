@@ -1,0 +1,71 @@
+"""The project's own files: formatting, pins, what may not be committed."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words):
+    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_ruff_has_nothing_to_say():
+    for words in (("check", "."), ("format", "--check", ".")):
+        done = run("ruff", *words)
+        assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_notebooks_are_stripped():
+    paths = [str(p) for p in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    assert len(paths) == 8
+    done = run("nbstripout", "--verify", "--keep-id", *paths)
+    assert done.returncode == 0, done.stdout
+
+
+def test_all_roads_install_the_same_pinned_set():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
+    assert pip == ["-r requirements.txt", "-e ."]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+    assert wanted and all(re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; .*)?", line) for line in wanted)
+    assert any(line.startswith("autoawq") and 'sys_platform == "linux"' in line for line in wanted)
+
+
+def test_the_modules_for_reports_need_no_torch():
+    modules = "tables figures findings report metrics paper artifacts study runner recipes judge data memory"
+    code = "import sys\n" + "".join(f"import derm_compress.{m}\n" for m in modules.split())
+    done = subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], cwd=ROOT)
+    assert done.returncode == 0
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_nothing_is_committed_that_may_not_be():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    reports = {f.split("/")[1] for f in files if f.startswith("reports/")}
+    assert reports <= {"tiny", "tiny-full", "gpu-rehearsal"}
+    assert not [f for f in files if f.lower().endswith((".jpg", ".jpeg", ".pt", ".bin", ".pkl", ".pth"))]
+    for name in filter(None, files):
+        text = (ROOT / name).read_bytes().decode("utf-8", "ignore") if (ROOT / name).is_file() else ""
+        assert not re.search(r"(?<![\w.])/(root|work|home)/\w", text), name
+
+
+def test_the_committed_report_is_small():
+    size = sum(p.stat().st_size for p in (ROOT / "reports/tiny").rglob("*") if p.is_file())
+    assert 0 < size < 6e6
+
+
+def test_the_embedded_weights_are_small_and_documented():
+    folder = ROOT / "derm_compress/tiny_llava"
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 12e6
+    told = yaml.safe_load((folder / "recipe.json").read_text())
+    assert told["command"] == "python -m derm_compress.tiny" and told["tower_accuracy"] and told["minutes"]

@@ -1,0 +1,120 @@
+"""All eight notebooks on the random pico model, through the runner, twice; then the report."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TABLES = {
+    "table1_pruning": ["blocks_removed", "fraction_removed", "score", "score_lo", "score_hi", "n"],
+    "table2_sft": ["blocks_removed", "score_before", "score_before_lo", "score_after", "score_after_hi", "seconds"],
+    "table3_quantization": ["blocks_removed", "healed", "method", "bits", "score", "n"],
+    "table4_efficiency": ["variant", "bits", "decode_ms_per_token", "prefill_ms", "total_ms_per_token", "score"],
+    "table5_ablation": ["setting", "score", "score_lo", "score_hi", "n"],
+}
+SHARED = ["params_b", "vram_gib", "blocks_removed_7b", "params_b_7b", "vram_gib_7b"]
+FIGURES = [
+    "fig1_pipeline", "fig2_block_removal", "fig3_layer_importance", "fig4_activations", "fig5_case_studies",
+    "fig6_judge_prompt", "fig7_iterative_pruning",
+]  # fmt: skip
+
+
+def project(folder):
+    """A project in a path with a space: the real notebooks and run files, the installed package."""
+    root = folder / "the study"
+    root.mkdir()
+    for name in ("notebooks", "params"):
+        shutil.copytree(ROOT / name, root / name)
+    return root
+
+
+def command(root, *words):
+    env = os.environ | {"DERM_COMPRESS_ROOT": str(root), "HF_HUB_OFFLINE": "1"}
+    asked = [sys.executable, "-m", "derm_compress", *words]
+    return subprocess.run(asked, cwd=root, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = project(tmp_path_factory.mktemp("smoke"))
+    done = command(root, "run", "params/smoke.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root
+
+
+def test_every_table_has_its_columns(study):
+    for stem, columns in TABLES.items():
+        frame = pd.read_csv(study / "reports/smoke/tables" / f"{stem}.csv")
+        assert set(columns + SHARED) <= set(frame.columns) and len(frame), stem
+        assert (study / "reports/smoke/tables" / f"{stem}.md").exists()
+    table2 = pd.read_csv(study / "reports/smoke/tables/table2_sft.csv")
+    assert table2.blocks_removed.tolist() == [0, 2, 3]
+
+
+def test_every_figure_is_drawn(study):
+    for stem in FIGURES:
+        for ending in ("png", "svg"):
+            assert (study / "reports/smoke/figures" / f"{stem}.{ending}").stat().st_size > 1000, stem
+
+
+def test_the_report_names_its_stages_and_no_path_of_this_machine(study):
+    told = json.loads((study / "reports/smoke/run.json").read_text())
+    assert len(told["stages"]) == 8 and all({"key", "seconds", "cached"} <= set(s) for s in told["stages"].values())
+    assert told["run_info"]["seconds"] > 0 and told["environment"]
+    for path in (study / "reports/smoke").rglob("*"):
+        if path.suffix in (".html", ".md", ".json", ".csv"):
+            text = path.read_text("utf-8")
+            assert str(study) not in text and str(Path.home()) + "/" not in text, path.name
+    assert len(list((study / "reports/smoke/notebooks").glob("*.html"))) == 8
+
+
+def test_a_second_run_computes_nothing_and_is_quick(study):
+    before = {p: p.stat().st_mtime_ns for p in (study / "artifacts/store").rglob("*") if p.is_file()}
+    begun = time.monotonic()
+    done = command(study, "run", "params/smoke.yaml")
+    assert done.returncode == 0 and time.monotonic() - begun < 15
+    assert {p: p.stat().st_mtime_ns for p in (study / "artifacts/store").rglob("*") if p.is_file()} == before
+
+
+def test_other_depths_leave_the_first_three_stages_alone(study):
+    listed = command(study, "run", "params/smoke.yaml", "--list", "--set", "depths=[4, 8]").stdout.splitlines()
+    state = {name: next(line for line in listed if name in line) for name in ("01_", "02_", "03_", "04_", "05_")}
+    assert all("cached" in state[name] for name in ("01_", "02_", "03_"))
+    assert "cached" not in state["04_"] and "cached" not in state["05_"]
+
+
+def test_a_second_whole_run_has_the_same_score_tables(study, tmp_path):
+    """Byte for byte, in another folder; measured columns apart."""
+    other = project(tmp_path)
+    done = command(other, "run", "params/smoke.yaml")
+    assert done.returncode == 0, done.stdout[-2000:]
+    measured = ["seconds", "train_peak_gib"]
+    for stem in TABLES:
+        frames = [pd.read_csv(root / f"reports/smoke/tables/{stem}.csv", dtype=str) for root in (study, other)]
+        kept = [c for c in frames[0] if c not in measured and "_ms" not in c]
+        assert frames[0][kept].to_csv() == frames[1][kept].to_csv(), stem
+
+
+def test_exported_models_open_with_plain_transformers(study):
+    for where, blocks in (("smoke/02_finetune", 8), ("smoke/04_pruning", 6), ("smoke/05_sft", 6)):
+        out = study / where.replace("/", "-")
+        done = command(study, "export", where, str(out))
+        assert done.returncode == 0, done.stderr
+        check = (
+            "import sys; from transformers import LlavaForConditionalGeneration as L;"
+            "m, told = L.from_pretrained(sys.argv[1], output_loading_info=True);"
+            "assert not told['missing_keys'] and not told['unexpected_keys'];"
+            "assert 'derm_compress' not in sys.modules;"
+            "print(len(m.model.language_model.layers))"
+        )
+        asked = [sys.executable, "-W", "ignore", "-c", check, str(out)]
+        assert subprocess.run(asked, capture_output=True, text=True).stdout.split()[-1] == str(blocks)
+    unknown = command(study, "export", "smoke/04_pruning/pruned-99", str(study / "none"))
+    assert unknown.returncode == 2 and "pruned-2" in unknown.stderr + unknown.stdout

@@ -1,0 +1,166 @@
+"""Tables and findings from fabricated frames: right columns, right scores, and sentences that follow the data."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import fabricate
+import pandas as pd
+import pytest
+
+from derm_compress import findings, paper, tables
+
+SHOWN = "tables, findings, figures, quotes, notebook_html, report"
+
+
+def results_of(**changes):
+    files = fabricate.stage_files(**changes)
+    frames = {name: value for part in files.values() for name, value in part.items()}
+    return tables.Results(
+        items=frames["items"], plans=frames["plans.json"], choice=frames["choice.json"],
+        training=frames["measured/training"], statistics=frames["statistics"], errors=frames["errors"],
+        variants=frames["variants"], evaluation=frames["answers"], memory=frames["memory"],
+        latency=frames["measured/latency"],
+        answers=pd.concat([files[s]["answers"] for s in tables.ANSWERING[:-1]], ignore_index=True),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results():
+    return results_of()
+
+
+@pytest.fixture(scope="module")
+def built(results):
+    return tables.build(results)
+
+
+def test_the_papers_tables_have_their_stems_keys_and_columns(built):
+    keys = {
+        "table1_pruning": ["blocks_removed", "fraction_removed", "peak_gib", "paper_score", "paper_vram"],
+        "table2_sft": ["blocks_removed", "score_before", "score_before_lo", "score_before_hi", "score_after",
+                       "score_after_lo", "score_after_hi", "seconds", "train_peak_gib", "paper_score_after"],
+        "table3_quantization": ["blocks_removed", "healed", "method", "bits", "peak_gib", "paper_score"],
+        "table4_efficiency": ["variant", "bits", "decode_ms_per_token", "prefill_ms", "total_ms_per_token",
+                              "paper_ms_per_token"],
+        "table5_ablation": ["setting", "paper_score"],
+    }  # fmt: skip
+    everywhere = ["params_b", "vram_gib", "blocks_removed_7b", "params_b_7b", "vram_gib_7b"]
+    for stem, columns in keys.items():
+        score = [] if stem == "table2_sft" else ["score", "score_lo", "score_hi", "n"]
+        assert set(columns + score + everywhere) <= set(built[stem].columns), stem
+    assert not built["table1_pruning"].duplicated("blocks_removed").any()
+    assert not built["table2_sft"].duplicated("blocks_removed").any()
+    assert not built["table3_quantization"].duplicated(["blocks_removed", "healed", "method", "bits"]).any()
+
+
+def test_rows_stand_beside_the_papers(built):
+    first = built["table1_pruning"].set_index("blocks_removed")
+    assert first.paper_score.dropna().to_dict() == paper.table(1).set_index("blocks_removed").paper_score.to_dict()
+    healed = built["table2_sft"].set_index("blocks_removed").paper_score_after
+    assert healed[6] == 74.25 and healed[9] == 52.25 and pd.isna(healed[0])
+    third = built["table3_quantization"].set_index(["blocks_removed", "healed", "method"]).paper_score
+    assert third[6, True, "awq"] == 54.25 and third[0, False, "bitsandbytes"] == 66.25
+    assert pd.isna(third[6, False, "awq"]) and pd.isna(third[6, True, "rtn"])
+    assert built["table4_efficiency"].paper_score.tolist() == [80.12, 62.5, 74.25, 64.72, 25, 54.25]
+    assert built["table5_ablation"].paper_score[:4].tolist() == [54.25, 47, 50, 25]
+
+
+def test_scores_are_the_mean_grade_over_four_on_the_right_items(results, built):
+    original = results.answers[results.answers.variant == "original"]
+    row = built["table1_pruning"].iloc[0]
+    assert row.score == pytest.approx(original.score.mean() * 25) and row.n == 117
+    assert row.score_lo < row.score < row.score_hi
+    assert (built["table4_efficiency"].n == (39 + 20) * 3).all() and (built["table3_quantization"].n == 117).all()
+    gain = built["table2_sft"]
+    assert (gain.score_after - gain.score_before).tolist() == pytest.approx(gain.gain.tolist())
+    change = built["table5_ablation"]
+    assert change.difference[1:].tolist() == pytest.approx((change.score[1:] - change.score[0]).tolist())
+
+
+def test_a_smaller_model_is_matched_by_fraction(results):
+    plans = {name: plan | {"blocks": 8} for name, plan in results.plans.items()}
+    kept = results.variants[results.variants.variant.isin(["original", "pruned-2"])]
+    table = tables.build(dataclasses.replace(results, plans=plans, variants=kept, choice=None))["table1_pruning"]
+    assert table.fraction_removed.tolist() == [0, 0.25]
+    assert table.paper_score.tolist() == [80.12, 49.5]  # 2 of 8 are 8 of 32
+
+
+def test_missing_scores_are_empty_in_the_csv_and_named_where_people_read(results):
+    bare = dataclasses.replace(results, answers=None, evaluation=None, latency=None, training=None)
+    built = tables.build(bare)
+    for stem in ("table1_pruning", "table4_efficiency", "table5_ablation"):
+        frame = pd.read_csv(pd.io.common.StringIO(tables.to_csv(built[stem])))
+        assert frame.score.isna().all() and frame.vram_gib_7b.notna().all()
+        assert "needs weights" in tables.to_markdown(tables.readable(built[stem]))
+        assert "needs weights" not in tables.to_csv(built[stem])
+    assert findings.headline(bare).startswith("Scores need weights") and "GiB" in findings.headline(bare)
+
+
+def test_equal_results_give_equal_bytes_with_fixed_digits(results, built):
+    again = tables.build(results_of())
+    assert [tables.to_csv(f) for f in again.values()] == [tables.to_csv(f) for f in built.values()]
+    row = tables.to_csv(built["table1_pruning"]).splitlines()[2].split(",")
+    named = dict(zip(built["table1_pruning"].columns, row, strict=True))
+    assert named["params_b"] == "0.001600000" and named["params_b_7b"] == "6.658660" and named["n"] == "117"
+    assert re.fullmatch(r"\d\d\.\d\d", named["score"]) and named["paper_vram"] == "12.5"
+
+
+def test_a_stage_under_way_hands_over_its_own_frames(tmp_path, results):
+    folders = fabricate.write_store(tmp_path, fabricate.stage_files())
+    stored = tables.load_results(folders)
+    pd.testing.assert_frame_equal(tables.build(stored)["table1_pruning"], tables.build(results)["table1_pruning"])
+    early = {stage: path for stage, path in folders.items() if stage < "05"}
+    given = tables.load_results(early, choice={"operating": 2, "deeper": 4})
+    assert given.operating == 2 and given.evaluation is None and len(tables.build(given)["table1_pruning"]) == 9
+    assert tables.load_results({}).variants is None and tables.build(tables.load_results({})) == {}
+
+
+def test_cells_stay_inert_in_markdown():
+    frame = pd.DataFrame({"what": ["<img onerror=x> a|b `c` [d](javascript:e) *f* \n g"]})
+    text = tables.to_markdown(frame)
+    assert "<img" not in text and "[d]" not in text and text.count("\n") == 3
+    assert "\\|" in text and "`" not in text
+
+
+def better(row):
+    """The opposite world: pruning heals, quantization alone is fatal, blindness does not matter."""
+    if row.blocks_removed == 0 and row.method != "fp16":
+        return 1.2
+    return min(4, 2.2 + 0.1 * row.blocks_removed - (1.5 if row.healed and row.method == "fp16" else 0))
+
+
+def test_every_finding_follows_the_data(results):
+    other = results_of(grade=better)
+    makers = (findings.headline, findings.findings_pruning, findings.findings_sft, findings.findings_quantization,
+              findings.findings_evaluation)  # fmt: skip
+    for make in makers:
+        assert make(results) and make(results) != make(other), make.__name__
+    assert "below quantization alone" in findings.headline(results)
+    assert "above quantization alone" in findings.headline(other)
+    assert "above pruning alone" in findings.headline(results)
+    assert any("lies below the unpruned" in text for text in findings.findings_pruning(results))
+    assert any("No depth's" in text for text in findings.findings_pruning(other))
+    assert "no loss to heal" in findings.findings_sft(other)[-1]
+    assert "no loss to heal" not in findings.findings_sft(results)[-1]
+
+
+def test_findings_on_importance_and_activations_follow_the_data(results):
+    swapped = {name: plan | {"order": plan["order"][::-1]} for name, plan in results.plans.items()}
+    moved = results.statistics.assign(max=results.statistics["max"][::-1].to_numpy())
+    other = dataclasses.replace(results, plans=swapped, statistics=moved)
+    assert findings.findings_importance(other) != findings.findings_importance(results)
+    assert findings.findings_activations(other) != findings.findings_activations(results)
+    assert "block 31" in findings.findings_activations(results)[0]
+
+
+def test_equal_models_cannot_be_told_apart(results):
+    same = results.evaluation.assign(score=results.evaluation.score.where(results.evaluation.variant == "", 3))
+    text = findings.headline(dataclasses.replace(results, evaluation=same))
+    assert "cannot be told apart" in text and "above" not in text and "below" not in text
+
+
+def test_nothing_that_shows_results_needs_torch():
+    code = f"import sys; from derm_compress import {SHOWN}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
