@@ -104,9 +104,10 @@ def score_vs_blocks(table1: pd.DataFrame, table2: pd.DataFrame) -> Drawing:
     finding = "Scores need weights: only the paper's curve is drawn"
     if len(scored):
         first, worst = scored.iloc[0], scored.loc[scored.score.idxmin()]
-        finding = (
-            f"Removing {worst.blocks_removed:.0f} blocks takes the score from {first.score:.1f} to {worst.score:.1f} %"
-        )
+        finding = f"No depth scores below the unpruned {first.score:.1f} %"
+        if worst.score < first.score:
+            blocks = int(worst.blocks_removed)
+            finding = f"Removing {blocks} blocks takes the score from {first.score:.1f} to {worst.score:.1f} %"
         for row in table2[table2.blocks_removed > 0].dropna(subset=["gain"]).head(1).itertuples():
             finding += f"; with {row.blocks_removed} removed, SFT changes it by {row.gain:+.1f} points"
     figure, axes = _canvas(finding, 3.7)

@@ -46,7 +46,7 @@ def headline(results: Results) -> str:
         return f"Scores need weights; {how}, {plan}."
     both = [compare(results.evaluation, full, alone) for alone in (packed, pruned)]
     said = [
-        verdict(change, "it", f"{name} alone ({size[alone]})")
+        verdict(change, "it", f"{name} alone at {size[alone]}")
         for change, name, alone in zip(both, ("quantization", "pruning"), (packed, pruned), strict=True)
         if change.n
     ]
@@ -85,14 +85,13 @@ def findings_finetune(results: Results) -> list[str]:
 
 def findings_importance(results: Results) -> list[str]:
     """What the criteria agree on, from stage 03's scores and plans."""
-    plans, said = results.plans or {}, []
-    first = next((plan["order"] for plan in plans.values()), [])
-    for name, plan in plans.items():
+    plans, said = sorted((results.plans or {}).items(), key=lambda plan: plan[0] != results.criterion), []
+    for name, plan in plans:
         gone = plan["order"][: results.operating]
         said.append(f"By {words(name)} blocks {listed(gone)} go first; {listed(plan['protected'])} are protected.")
-        if plan["order"] != first:
-            both = len(set(gone) & set(first[: len(gone)]))
-            said[-1] = said[-1][:-1] + f"; {both} of these {len(gone)} would go by the first criterion too."
+        if name != plans[0][0]:
+            both = len(set(gone) & set(plans[0][1]["order"][: len(gone)]))
+            said[-1] = said[-1][:-1] + f"; {both} of these {len(gone)} would go by {words(plans[0][0])} too."
     return said
 
 

@@ -206,16 +206,23 @@ def run_all(folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Pa
     """Run jobs into folder/<variant>, `processes` at a time, one thread each; finished ones wait in `scratch`."""
     todo = [job for job in jobs if not (scratch / job.variant).exists()]
     where = {"data": data, "store": store, "scratch": scratch}
+    if processes == 1 or len(todo) < 2:
+        for job in todo:
+            _run_one(job, **where)
+    else:
+        _run_beside(todo, processes, where)
+    for job in jobs:
+        shutil.copytree(scratch / job.variant, folder / job.variant)
+
+
+def _run_beside(todo: Sequence[Job], processes: int, where: dict) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(todo) or 1), mp_context=context) as pool:
-        running = {job.variant: pool.submit(_run_one, job, **where) for job in todo}
-        for variant, result in running.items():
+    with ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
+        for job, result in [(job, pool.submit(_run_one, job, **where)) for job in todo]:
             try:
                 result.result()
             except Exception as error:
-                raise DermError(f"fine-tuning {variant}: {type(error).__name__}: {error}") from error
-    for job in jobs:
-        shutil.copytree(scratch / job.variant, folder / job.variant)
+                raise DermError(f"fine-tuning {job.variant}: {type(error).__name__}: {error}") from error
 
 
 def _run_one(job: Job, *, scratch: Path, **where) -> None:

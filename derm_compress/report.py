@@ -6,6 +6,7 @@ Self-contained pages without scripts, whose own policy forbids requests; whateve
 from __future__ import annotations
 
 import base64
+import html
 import json
 import os
 import tempfile
@@ -80,7 +81,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     files = {"run.json": json.dumps(record(made), indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
     for stem, frame in built.items():
         files[f"tables/{stem}.csv"] = tables.to_csv(frame)
-        files[f"tables/{stem}.md"] = tables.to_markdown(tables.readable(frame))
+        files[f"tables/{stem}.md"] = to_markdown(tables.readable(frame))
     for path in sorted((made.folder / "notebooks").glob("[0-9]*.ipynb")):
         body = Markup(notebook_body(path, clean))
         files[f"notebooks/{path.stem}.html"] = page(title=path.stem.replace("_", " "), body=body, back=True)
@@ -114,8 +115,8 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> d
     cases["Pruned + SFT + quantized"] = tables.variant_id(n, healed=True, method="awq")
     drawn = {"fig1_pipeline": figures.fig1_pipeline(graph, outcomes(results, built))}
     drawn["fig6_judge_prompt"] = quotes.fig6_judge_prompt(judge.explanation())
-    if results.plans:
-        drawn["fig2_block_removal"] = figures.fig2_block_removal(next(iter(results.plans.values())), n)
+    if plan := (results.plans or {}).get(results.criterion):
+        drawn["fig2_block_removal"] = figures.fig2_block_removal(plan, n)
     if results.scores is not None:
         drawn["fig3_layer_importance"] = figures.fig3_layer_importance(results.scores, n)
     if results.figure4 is not None:
@@ -233,7 +234,6 @@ def page(**view) -> str:
 
 def readme(view: dict, built: dict) -> str:
     """The report for a repository browser."""
-    inert = tables.inert
     lines = [f"# {inert(view['title'])}", view["question"], f"**{inert(view['headline'])}**"]
     if view["first"]:
         lines.append("![Score against blocks removed](figures/score_vs_blocks.png)")
@@ -241,7 +241,7 @@ def readme(view: dict, built: dict) -> str:
         lines += [f"## {part['label']}. {part['question']}", *(f"- {inert(text)}" for text in part["said"])]
         lines += [f"![{part['label']}](figures/{part['stem']}.png)"] if part["image"] else []
         if part["stem"] in built:
-            lines += [tables.to_markdown(tables.readable(built[part["stem"]])), f"[csv](tables/{part['stem']}.csv)"]
+            lines += [to_markdown(tables.readable(built[part["stem"]])), f"[csv](tables/{part['stem']}.csv)"]
     lines += [
         f"All of it again: `{view['again']}`",
         "## Notebooks",
@@ -251,6 +251,18 @@ def readme(view: dict, built: dict) -> str:
         "\n\n".join(lines + ["Provenance: [run.json](run.json), and the last section of [index.html](index.html)."])
         + "\n"
     )
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """The readable table for a repository browser."""
+    rows = [frame.columns, ["---"] * frame.shape[1], *frame.to_numpy()]
+    return "".join("| " + " | ".join(inert(cell) for cell in row) + " |\n" for row in rows)
+
+
+def inert(text) -> str:
+    """Text that Markdown shows as it is, whatever it says."""
+    marks = {"|": "\\|", "`": "&#96;", "[": "&#91;", "\n": " ", "*": "\\*", "_": "\\_", "$": "\\$"}
+    return html.escape(str(text)).translate(str.maketrans(marks))
 
 
 def render_index(root: Path) -> Path:

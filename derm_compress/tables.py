@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -75,6 +74,13 @@ class Results:
     latency: pd.DataFrame | None = _of("08_evaluation/measured/latency.parquet")
     variants: pd.DataFrame | None = None
     answers: pd.DataFrame | None = None
+
+    @property
+    def criterion(self) -> str:
+        """The criterion of the study's own variants, which bear no criterion in their names: the paper's, mostly."""
+        rows = [] if self.variants is None else self.variants[["variant", "blocks_removed", "criterion"]].to_numpy()
+        plain = [criterion for name, n, criterion in rows if n and name == variant_id(n)]
+        return plain[0] if plain else "output_similarity"
 
     @property
     def blocks(self) -> int:
@@ -283,20 +289,7 @@ def _cell(name, value, lo, hi):
         return "needs weights" if name.startswith("score") else ""
     if isinstance(value, str | bool | np.bool_):
         return {"True": "yes", "False": "no"}.get(str(value), str(value))
-    style = (
-        digits(name) if name.startswith("paper") else "%.1f" if name.startswith(("score", "gain", "diff")) else "%.4g"
-    )
+    points = name.startswith(("score", "gain", "diff"))
+    style = digits(name) if name.startswith("paper") else "%.1f" if points else "%.4g"
     text = style % value
     return text if pd.isna(lo) else f"{text} ({style % lo} to {style % hi})"
-
-
-def to_markdown(frame: pd.DataFrame) -> str:
-    """The readable table for a repository browser."""
-    rows = [frame.columns, ["---"] * frame.shape[1], *frame.to_numpy()]
-    return "".join("| " + " | ".join(inert(cell) for cell in row) + " |\n" for row in rows)
-
-
-def inert(text) -> str:
-    """Text that Markdown shows as it is, whatever it says."""
-    marks = {"|": "\\|", "`": "&#96;", "[": "&#91;", "\n": " ", "*": "\\*", "_": "\\_", "$": "\\$"}
-    return html.escape(str(text)).translate(str.maketrans(marks))

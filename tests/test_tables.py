@@ -9,7 +9,7 @@ import fabricate
 import pandas as pd
 import pytest
 
-from derm_compress import findings, paper, tables
+from derm_compress import findings, paper, report, tables
 
 SHOWN = "tables, findings, figures, quotes, notebook_html, report"
 
@@ -93,7 +93,7 @@ def test_missing_scores_are_empty_in_the_csv_and_named_where_people_read(results
     for stem in ("table1_pruning", "table4_efficiency", "table5_ablation"):
         frame = pd.read_csv(pd.io.common.StringIO(tables.to_csv(built[stem])))
         assert frame.score.isna().all() and frame.vram_gib_7b.notna().all()
-        assert "needs weights" in tables.to_markdown(tables.readable(built[stem]))
+        assert "needs weights" in report.to_markdown(tables.readable(built[stem]))
         assert "needs weights" not in tables.to_csv(built[stem])
     assert findings.headline(bare).startswith("Scores need weights") and "GiB" in findings.headline(bare)
 
@@ -119,7 +119,7 @@ def test_a_stage_under_way_hands_over_its_own_frames(tmp_path, results):
 
 def test_cells_stay_inert_in_markdown():
     frame = pd.DataFrame({"what": ["<img onerror=x> a|b `c` [d](javascript:e) *f* \n g"]})
-    text = tables.to_markdown(frame)
+    text = report.to_markdown(frame)
     assert "<img" not in text and "[d]" not in text and text.count("\n") == 3
     assert "\\|" in text and "`" not in text
 
@@ -153,6 +153,14 @@ def test_findings_on_importance_and_activations_follow_the_data(results):
     assert findings.findings_importance(other) != findings.findings_importance(results)
     assert findings.findings_activations(other) != findings.findings_activations(results)
     assert "block 31" in findings.findings_activations(results)[0]
+
+
+def test_the_studys_own_criterion_is_told_by_its_variants_not_by_the_order_of_the_plans(results):
+    assert results.criterion == "output_similarity"
+    backwards = dataclasses.replace(results, plans=dict(reversed(results.plans.items())))
+    assert findings.findings_importance(backwards)[0] == findings.findings_importance(results)[0]
+    other = results.variants.replace({"criterion": {"output_similarity": "perplexity"}})
+    assert dataclasses.replace(results, variants=other).criterion == "perplexity"
 
 
 def test_equal_models_cannot_be_told_apart(results):
