@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,22 +16,33 @@ from derm_compress.data import Item
 from derm_compress.progress import track
 from derm_compress.recipes import ORIGINAL, Recipe
 
+COPIED = 2**30  # bytes up to which a model is copied before it is quantized, rather than made again
+
 
 def each_model(variants: pd.DataFrame, store, device: str, what: str) -> Iterator[tuple[str, object, object]]:
-    """(variant, model, processor) for every row; depths of one model share what comes before the pruning."""
+    """(variant, model, processor) for every row; rows that differ in their last step alone share what is before it."""
     held: tuple[Recipe | None, tuple] = (None, ())
     for row in track(list(variants.itertuples()), what):
         recipe = Recipe.from_json(row.recipe)
-        cut = recipe.steps and recipe.steps[-1]["step"] == "prune"
-        prefix = dataclasses.replace(recipe, steps=recipe.steps[:-1]) if cut else recipe
+        last = recipe.steps[-1] if recipe.steps else {"step": ""}
+        shared = last["step"] in ("prune", "quantize")
+        prefix = dataclasses.replace(recipe, steps=recipe.steps[:-1]) if shared else recipe
         if held[0] != prefix:
             held = (None, ())
             held = (prefix, models.materialize(prefix, store, device))
         model, processor = held[1]
+        if last["step"] == "quantize":
+            model = _quantized(model, last, recipe, store, device)
         left = set(recipe.kept())
         positions = [i for i, block in enumerate(prefix.kept()) if block not in left]
         with prune.without(model, positions):
             yield row.variant, model, processor
+
+
+def _quantized(model, step: dict, recipe: Recipe, store, device: str):
+    if memory.tensor_gib(model) * 2**30 > COPIED:
+        return models.materialize(recipe, store, device)[0]
+    return quantize.apply_step(copy.deepcopy(model), step, store)
 
 
 def answer_variants(
@@ -136,7 +148,7 @@ def activation_surface(
     frames = []
     for name, model, processor in each_model(variants, store, device, "Figure 4"):
         recipe = Recipe.from_json(variants.set_index("variant").recipe[name])
-        index = min(recipe.blocks - 1, round(block / 32 * recipe.blocks) - 1)
+        index = max(0, round(block / 32 * recipe.blocks) - 1)
         if index not in recipe.kept():
             continue
         batch = _batches(processor, model, items[:1], images, batch_size)[0]
@@ -165,14 +177,11 @@ def quantization_errors(
     variants: pd.DataFrame, sources: pd.DataFrame, store, *, items, images, batch_size, device
 ) -> pd.DataFrame:
     """Relative error of each block's output against the unquantized source, for every quantized variant."""
-    known, frames = recipes.named(sources, sources.variant).set_index("variant"), []
+    recipe_of, frames, held = dict(zip(sources.variant, sources.recipe, strict=True)), [], (None, None)
     for name, model, processor in each_model(variants, store, device, "errors by block"):
-        source = Recipe.from_json(known.recipe[name.rpartition("|")[0]])
-        full, _ = models.materialize(source, store, device)
-        batches = _batches(processor, model, items, images, batch_size)[:1]
-        frames.append(pd.DataFrame(quantize.block_errors(full, model, batches)).assign(variant=name))
+        source = name.rpartition("|")[0]
+        if held[0] != source:
+            held = (source, models.materialize(Recipe.from_json(recipe_of[source]), store, device)[0])
+        batches = _batches(processor, model, items, images, batch_size)
+        frames.append(pd.DataFrame(quantize.block_errors(held[1], model, batches)).assign(variant=name))
     return pd.concat(frames, ignore_index=True)
-
-
-def answers_and_controls(answered: pd.DataFrame, controls: pd.DataFrame) -> pd.DataFrame:
-    return pd.concat([answered, controls], ignore_index=True)

@@ -94,12 +94,12 @@ class Execution:
 
     def _listen(self, job: Job) -> None:
         for line in map(str.rstrip, job.process.stdout):
-            job.last = line or job.last
+            repeated, job.last = line == job.last, line or job.last  # the kernel echoes its own children's lines
             if cell := re.match(r"Executing Cell (\d+)", line):
                 job.cell = int(cell[1])
             elif line.startswith("Traceback (most recent call last)"):
                 job.failed = True  # what follows is papermill's own; the cell's traceback stands in the notebook
-            elif line and not job.failed and not CHATTER.match(line):
+            elif line and not repeated and not job.failed and not CHATTER.match(line):
                 job.spoke = time.monotonic()
                 self.say(job.stage, line)
 

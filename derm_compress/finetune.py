@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,15 +16,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from derm_compress import dialogue, memory, models, quantize
 from derm_compress.data import Item, load_dataset
 from derm_compress.errors import DermError
 from derm_compress.progress import track
-from derm_compress.recipes import HEALED, Recipe
+from derm_compress.recipes import HEALED, Recipe, adapter_digest
 
 IGNORED = -100  # the label that the loss leaves out
 TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # plain name lists would also hit CLIP
@@ -39,7 +40,6 @@ class Training:
     batch_size: int
     seed: int
     checkpoint_every: int = 50
-    gradient_checkpointing: bool = False
 
 
 def encode(tokenizer, turns: Sequence[tuple[str, str]], image_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,13 +86,12 @@ def training_batch(model, processor, items: Sequence[Item], images: np.ndarray, 
 
 def attach(model, training: Training):
     """NF4 for the decoder's linears, fp32 adapters on them and nowhere else."""
+    from peft import LoraConfig, get_peft_model  # three seconds that only training needs
+
     quantize.quantize(model, method="bitsandbytes", bits=4, group_size=64, packed=True)
     config = LoraConfig(r=training.rank, lora_alpha=training.alpha, target_modules=TARGETS, lora_dropout=0.0)
     torch.manual_seed(training.seed)
     tuned = get_peft_model(model, config)
-    if training.gradient_checkpointing:
-        tuned.enable_input_require_grads()
-        tuned.gradient_checkpointing_enable()
     astray = [n for n, p in tuned.named_parameters() if p.requires_grad and "language_model" not in n]
     if astray:
         raise DermError(f"finetune: adapters outside the decoder, first {astray[0]}; check the target names")
@@ -147,11 +146,12 @@ def _checkpoint(path: Path, weights: dict, optimizer, curve: list, seconds: floa
 
 
 def _resume(path: Path, weights: dict, optimizer) -> tuple[int, list, float]:
-    if not path.exists():
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            told = file.metadata()
+    except (FileNotFoundError, SafetensorError):  # none yet, or cut short by a power failure
         return 0, [], 0.0
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        told = file.metadata()
     curve = [tuple(pair) for pair in json.loads(told["curve"])]
     for name, weight in weights.items():
         weight.data.copy_(tensors[f"w.{name}"])
@@ -160,20 +160,27 @@ def _resume(path: Path, weights: dict, optimizer) -> tuple[int, list, float]:
     return len(curve), curve, float(told["seconds"])
 
 
-def merge_adapter(model, folder: Path, *, kept: tuple[int, ...], trained_on: tuple[int, ...]) -> None:
-    """Add an adapter to the unquantized weights in place; refused where it was trained on other blocks.
+def merge_adapter(model, folder: Path, step: dict, *, kept: tuple[int, ...]) -> None:
+    """W + alpha / r * B A for every adapted linear, in place, on unquantized weights.
 
-    peft loads an adapter of N blocks into a model of fewer without a word, on the wrong blocks.
+    Refused where the adapter's bytes or blocks are not those of the recipe's step: peft loads an adapter of N blocks
+    into a model of fewer without a word, on the wrong blocks.
     """
-    if kept != trained_on:
+    if tuple(step["kept"]) != tuple(kept):
         raise DermError(
-            f"adapter {Path(folder).name}: trained on blocks {list(trained_on)}, the model has {list(kept)}; "
+            f"adapter {Path(folder).name}: trained on blocks {list(step['kept'])}, the model has {list(kept)}; "
             "merge it before pruning or train one for these blocks"
         )
-    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    assert merged is model  # peft works in place
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    if adapter_digest(folder) != step["sha256"]:
+        raise DermError(f"adapter {Path(folder).name}: its bytes are not those that the recipe names; fine-tune again")
+    config = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
+    weights = load_file(Path(folder) / "adapter_model.safetensors", device=str(model.device))
+    for name, down in weights.items():
+        if name.endswith(".lora_A.weight"):
+            up = weights[name.replace("lora_A", "lora_B")]
+            linear = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            update = config["lora_alpha"] / config["r"] * (up @ down)
+            linear.weight.data += update.to(linear.weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,9 @@ def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
     )  # fmt: skip
     tuned.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's card; the export writes ours
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config["base_model_name_or_path"] = Recipe.from_json(job.recipe).base  # not a path of this machine
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
     curve.to_parquet(folder / "curve.parquet", index=False)
     told = {"seconds": seconds, "train_peak_gib": memory.peak_gib(job.device)}
     (scratch / f"{job.variant}.json").write_text(json.dumps(told))
@@ -216,13 +226,26 @@ def run_all(folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Pa
 
 
 def _run_beside(todo: Sequence[Job], processes: int, where: dict) -> None:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
+    context, width = multiprocessing.get_context("spawn"), min(processes, len(todo))
+    with ProcessPoolExecutor(
+        width, mp_context=context, initializer=_end_with, initargs=(os.getpid(),), max_tasks_per_child=1
+    ) as pool:
         for job, result in [(job, pool.submit(_run_one, job, **where)) for job in todo]:
             try:
                 result.result()
             except Exception as error:
                 raise DermError(f"fine-tuning {job.variant}: {type(error).__name__}: {error}") from error
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed ends too, or it would go on writing beside the resumed run."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_one(job: Job, *, scratch: Path, **where) -> None:

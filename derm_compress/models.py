@@ -60,13 +60,15 @@ def fingerprint(model: LlavaForConditionalGeneration) -> str:
 def load_base(name: str, device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU; every weight accounted for."""
     dtype = torch.float32 if device == "cpu" else torch.float16
-    source = str(TINY) if name in ("tiny", "pico") else name
+    if device == "cpu":
+        torch.set_num_threads(1)  # on a shared machine threads wait for each other; one also gives the same bytes
+    source = str(TINY) if name in ("tiny", "pico") else _folder(name)
     if name == "pico":
         return _pico().to(device).eval(), AutoProcessor.from_pretrained(source)
     _check_architecture(name, source)
     try:
         model, told = LlavaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
@@ -77,7 +79,24 @@ def load_base(name: str, device: str = "cpu") -> tuple[LlavaForConditionalGenera
             f"model {name}: {len(missing)} weights are missing or of another shape, first {missing[0]}; "
             "they would be random: get a complete checkpoint"
         )
+    if unused := sorted(told["unexpected_keys"]):
+        raise DermError(
+            f"model {name}: {len(unused)} weights have no place in its config, first {unused[0]}; mend the config"
+        )
     return model.to(device).eval(), processor
+
+
+def _folder(name: str) -> str:
+    """A model folder, read from the project root as data_root is; anything else is a hub id."""
+    inside = Path(__file__).parent.parent / name
+    return str(inside) if inside.is_dir() else name
+
+
+def check_picture_size(processor: LlavaProcessor, images) -> None:
+    """Refuse pictures [n, S, S, 3] that the processor would resize: stage 01 prepares them once and for all."""
+    wanted, found = processor.image_processor.crop_size["height"], images.shape[1]
+    if wanted != found:
+        raise DermError(f"pictures of {found} px, but the model reads {wanted} px: set image_size: {wanted}")
 
 
 def _check_architecture(name: str, source: str) -> None:
@@ -111,9 +130,13 @@ def materialize(
         raise DermError(f"model {recipe.base}: fingerprint {found}, but the recipe was made for {recipe.fingerprint}")
     kept = tuple(range(len(blocks(model))))
     for step in recipe.steps:
+        if rounded := quantize.quantized_linears(model)["decoder"]:
+            raise DermError(f"recipe: {step['step']} after a quantize step ({rounded} linears); quantize comes last")
         if step["step"] == "adapter":
-            finetune.merge_adapter(model, store.resolve(step["ref"]), kept=kept, trained_on=tuple(step["kept"]))
+            finetune.merge_adapter(model, store.resolve(step["ref"]), step, kept=kept)
         elif step["step"] == "prune":
+            if gone := sorted(set(step["kept"]) - set(kept)):
+                raise DermError(f"recipe: blocks {gone} are to be kept but were pruned before")
             prune.apply(model, [kept.index(k) for k in step["kept"]])
             kept = tuple(step["kept"])
         elif step["step"] == "quantize":

@@ -106,7 +106,7 @@ def depths(of_32: Sequence[int], plan: Plan) -> list[int]:
 
 def paper_depth(of_32: int, blocks: int) -> int:
     """The same fraction of another model's blocks, at least one."""
-    return max(1, round(of_32 / 32 * blocks))
+    return max(1, int(of_32 / 32 * blocks + 0.5))
 
 
 def choose(scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 25.0, share: float = 1 / 3) -> dict:
@@ -131,4 +131,4 @@ def choose(scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 2
             return paper | {"why": "no depth loses about a third of the score above the floor: the paper's fractions"}
         depth = int((lost - share).abs().idxmin())
         why = f"removing {depth} blocks loses {lost[depth]:.0%} of the development score above the floor"
-    return {"operating": depth, "deeper": min(max(round(1.5 * depth), depth + 1), most), "why": why}
+    return {"operating": depth, "deeper": min(int(1.5 * depth + 0.5), most), "why": why}

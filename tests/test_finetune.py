@@ -1,9 +1,15 @@
+import subprocess
+import sys
+import time
+
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from derm_compress import data, dialogue, finetune, models, prune, quantize
+from derm_compress import data, dialogue, finetune, models, quantize
 from derm_compress.errors import DermError
+from derm_compress.recipes import adapter_digest
 
 TRAINING = finetune.Training(rank=4, alpha=8, learning_rate=1e-2, steps=4, batch_size=4, seed=0, checkpoint_every=2)
 
@@ -96,7 +102,8 @@ def test_merged_equals_unmerged_on_the_unquantized_base(dataset, tmp_path, pico)
 
     trained(dataset, tmp_path, name="a")
     model, processor = pico
-    finetune.merge_adapter(model, tmp_path / "a", kept=tuple(range(8)), trained_on=tuple(range(8)))
+    step = {"kept": list(range(8)), "sha256": adapter_digest(tmp_path / "a")}
+    finetune.merge_adapter(model, tmp_path / "a", step, kept=tuple(range(8)))
     other = PeftModel.from_pretrained(models.load_base("pico")[0], tmp_path / "a")
     batch = finetune.training_batch(model, processor, dataset.of("train")[:3], dataset.images, np.random.default_rng(0))
     with torch.inference_mode():
@@ -107,10 +114,43 @@ def test_merged_equals_unmerged_on_the_unquantized_base(dataset, tmp_path, pico)
     assert quantize.quantized_linears(model)["decoder"] == 0
 
 
-def test_an_adapter_of_other_blocks_is_refused(pico):
-    prune.apply(pico[0], range(7))
+def test_an_adapter_of_other_blocks_or_other_bytes_is_refused(dataset, tmp_path, pico):
+    trained(dataset, tmp_path, name="a")
+    whole = tuple(range(8))
+    step = {"kept": whole, "sha256": adapter_digest(tmp_path / "a")}
     with pytest.raises(DermError, match="merge it before pruning"):
-        finetune.merge_adapter(pico[0], "unused", kept=tuple(range(7)), trained_on=tuple(range(8)))
+        finetune.merge_adapter(pico[0], tmp_path / "a", step, kept=whole[:7])
+    with pytest.raises(DermError, match="not those that the recipe names"):
+        finetune.merge_adapter(pico[0], tmp_path / "a", step | {"sha256": "0" * 64}, kept=whole)
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
+    """Else it would write into the folder of the resumed run."""
+    code = (
+        "import multiprocessing as m, time, os\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from derm_compress.finetune import _end_with\n"
+        "def work(path):\n"
+        "    open(path, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1, m.get_context('spawn'), _end_with, (os.getpid(),)) as pool:\n"
+        f"        pool.submit(work, {str(tmp_path / 'pid')!r}).result()\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"])
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 90)
+    parent.kill()
+    parent.wait()
+    child = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie", 10)
+
+
+def wait_for(true, seconds):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
 
 
 def test_jobs_run_side_by_side_and_are_kept(dataset, recipe, store, tmp_path):

@@ -114,3 +114,39 @@ def test_a_cut_weights_file_is_refused(pico, tmp_path):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(DermError, match="cannot be loaded"):
         models.load_base(str(tmp_path))
+
+
+def test_more_weights_than_the_config_has_room_for_are_refused(pico, tmp_path):
+    model, processor = pico
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DermError, match="no place"):
+        models.load_base(str(tmp_path))
+
+
+def test_pickled_weights_are_never_read(pico, tmp_path):
+    model, processor = pico
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(DermError, match="cannot be loaded"):
+        models.load_base(str(tmp_path))
+
+
+def test_recipes_out_of_order_are_refused(recipe, store):
+    quantized = recipe.then("quantize", method="rtn", bits=4, group_size=64)
+    with pytest.raises(DermError, match="quantize comes last"):
+        models.materialize(quantized.then("prune", kept=[0, 1]), store)
+    twice = recipe.then("prune", kept=[0, 1, 2]).then("prune", kept=[0, 5])
+    with pytest.raises(DermError, match="pruned before"):
+        models.materialize(twice, store)
+
+
+def test_pictures_of_another_size_are_refused(pico, dataset):
+    models.check_picture_size(pico[1], dataset.images)
+    with pytest.raises(DermError, match="image_size: 72"):
+        models.check_picture_size(pico[1], dataset.images[:, :36, :36])
