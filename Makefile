@@ -18,7 +18,7 @@ test: install
 	@OMP_NUM_THREADS=1 $(VENV) -m pytest
 
 bench: install
-	@for script in benchmarks/*.py; do echo "$$script"; $(VENV) "$$script" || exit 1; done
+	@for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(VENV) "$$script" || exit 1; done
 
 lab: install
 	@$(VENV) -m jupyterlab notebooks

@@ -120,7 +120,7 @@ def score_vs_blocks(table1: pd.DataFrame, table2: pd.DataFrame) -> Drawing:
     _points(axes, table1, before, "score", fmt="-o", color=PRUNED, label="pruned")
     _points(axes, table2, after, "score_after", fmt="s", color=SFT, label="after SFT (0 blocks: the control)")
     axes.set_xlabel(f"blocks removed, of {paper.BLOCKS}")
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside lower center", ncols=3)
     return Drawing(figure, table1, finding)
 
 
@@ -145,15 +145,8 @@ def pareto(table4: pd.DataFrame) -> Drawing:
         marker = "P" if healed else kind
         colour = QUANTIZED if row.bits < 16 else SFT if healed else PRUNED if row.blocks_removed else DENSE
         axes.plot(row.paper_vram, row.paper_score, marker, color=PAPER, mfc="white", alpha=0.7)
-        _points(
-            axes,
-            scored.loc[scored.index == i],
-            scored.vram_gib_7b,
-            "score",
-            fmt=marker,
-            color=colour,
-            label=row.setting,
-        )
+        one, look = scored.loc[scored.index == i], {"fmt": marker, "color": colour, "label": row.setting}
+        _points(axes, one, scored.vram_gib_7b, "score", **look)
     axes.plot([], [], "o", color=PAPER, mfc="white", label="hollow: the paper's, GB as printed")
     axes.set(xlim=(0, 15), xlabel="planned weights of a 7B model, GiB")
     figure.legend(loc="outside lower center", ncols=2)
@@ -161,8 +154,8 @@ def pareto(table4: pd.DataFrame) -> Drawing:
 
 
 @styled
-def fig1_pipeline(graph: dict[str, list[str]], notes: dict[str, str] | None = None) -> Drawing:
-    """The stages and what feeds what; `graph` {stage: its inputs}, `notes` {stage: what came out of it}."""
+def fig1_pipeline(graph: dict[str, list[str]]) -> Drawing:
+    """The stages and what feeds what; `graph` {stage: its inputs}."""
     level = {}
     for stage in sorted(graph):
         level[stage] = 1 + max((level[source] for source in graph[stage] if source in level), default=-1)
@@ -173,12 +166,10 @@ def fig1_pipeline(graph: dict[str, list[str]], notes: dict[str, str] | None = No
     axes.set(xlim=(0, 2), ylim=(len(rows) - 0.5, -0.5))
     centre = {stage: ((2 * i + 1) / len(row), y) for y, row in enumerate(rows) for i, stage in enumerate(row)}
     for stage, (x, y) in centre.items():
-        colour, width, note = STAGE_COLOURS.get(stage[:2], DENSE), 1.8 / len(rows[y]), (notes or {}).get(stage, "")
+        colour, width = STAGE_COLOURS.get(stage[:2], DENSE), 1.8 / len(rows[y])
         shape = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.4, "edgecolor": colour}
         axes.add_patch(FancyBboxPatch((x - width / 2, y - 0.3), width, 0.6, facecolor=colour + "28", **shape))
-        middle = {"ha": "center", "va": "center"}
-        axes.text(x, y - 0.11 * bool(note), stage.replace("_", " "), fontweight="bold", **middle)
-        axes.text(x, y + 0.14, note, fontsize=8.5, **middle)
+        axes.text(x, y, stage.replace("_", " "), fontweight="bold", ha="center", va="center")
         for source in graph[stage]:
             if level.get(source) == y - 1:
                 start = (centre[source][0] if len(rows[y]) < len(rows[y - 1]) else x, y - 0.7)
@@ -247,14 +238,15 @@ def fig3_layer_importance(scores: pd.DataFrame, removed: int) -> Drawing:
 
 @styled
 def fig4_activations(surface: pd.DataFrame, factor: float = 6.0) -> Drawing:
-    """|value| over tokens and channels of one projection's output; outliers: a peak over `factor` x the median one."""
+    """|value| over tokens and channels of the first variant's output; outliers: a peak over `factor` x the median."""
     surface = surface[surface.variant == surface.variant.iloc[0]]
     size = surface.assign(value=surface.value.abs())
     grid = size.pivot_table(index="token", columns="channel", values="value", aggfunc="max")
     peak = grid.max()
     far = (peak > factor * peak.median()).to_numpy()
     finding = (
-        f"Block {surface.block.iloc[0]}, {surface.projection.iloc[0]}: {far.sum()} of {len(peak)} channels stand out; "
+        f"{surface.variant.iloc[0]}, block {surface.block.iloc[0]}, {surface.projection.iloc[0]}: "
+        f"{far.sum()} of {len(peak)} channels stand out; "
         f"the largest value is {peak.max():.1f}, the median channel's peak {peak.median():.1f}"
     )
     figure, (map_, top) = _canvas(finding, 4.2, rows=2, sharex=True, height_ratios=(1.6, 1))
@@ -265,9 +257,8 @@ def fig4_activations(surface: pd.DataFrame, factor: float = 6.0) -> Drawing:
     map_.set_ylabel("token")
     map_.grid(False)
     top.plot(peak.index, peak, color=DENSE, linewidth=1)
-    top.plot(
-        peak.index[far], peak[far], "D", color=QUANTIZED, ms=5, label=f"over {factor:g} x the median channel's peak"
-    )
+    label = f"over {factor:g} x the median channel's peak"
+    top.plot(peak.index[far], peak[far], "D", color=QUANTIZED, ms=5, label=label)
     top.set(xlabel="output channel", ylabel="peak |value|", ylim=(0, 1.35 * peak.max()))
     top.legend(loc="upper right")
     return Drawing(figure, surface, finding)

@@ -54,10 +54,23 @@ def headline(results: Results) -> str:
     return "; ".join([f"{how[0].upper()}{how[1:]}, {scores}", plan, " and ".join(said)]).removesuffix("; ") + "."
 
 
-def findings_data(report: dict) -> list[str]:
-    """What stage 01 kept, left out and found alike, from its report."""
+def photographs(report: dict, model: str = "tiny") -> list[str]:
+    """What a run on photographs can and cannot show; nothing for drawn pictures."""
+    if report["source"] == "synthetic":
+        return []
     counts = {split: sum(by.values()) for split, by in report["counts"].items()}
-    said = [f"{sum(counts.values())} pictures: {', '.join(f'{n} {split}' for split, n in counts.items())}."]
+    said = f"{sum(counts.values())} photographs, {counts.get('test', 0)} of them test images, without noted picture "
+    said += "facts: answers are judged by name, treatment and general features only"
+    tiny = "; a tiny model trained on drawn pictures shows on so few photographs that the pipeline takes them, "
+    tiny += "not how well a compressed model reads skin"
+    return [said + (tiny if model in ("tiny", "pico") else "") + "."]
+
+
+def findings_data(report: dict, model: str = "tiny") -> list[str]:
+    """What stage 01 kept, left out and found alike, from its report; `model`: what will answer."""
+    counts = {split: sum(by.values()) for split, by in report["counts"].items()}
+    said = photographs(report, model)
+    said += [f"{sum(counts.values())} pictures: {', '.join(f'{n} {split}' for split, n in counts.items())}."]
     groups, largest = report["groups"], report["largest_group"]
     said.append(f"They form {groups} groups of at most {largest}; no group lies in two splits.")
     alike = [len(report.get(kind, [])) for kind in ("exact_duplicates", "perceptual_duplicates")]
@@ -96,28 +109,39 @@ def findings_importance(results: Results) -> list[str]:
 
 
 def findings_pruning(results: Results) -> list[str]:
-    """Table 1 in words: the loss, where it shows, the operating point, runaway answers, the rival criteria."""
+    """Table 1 in words and, at the operating point, the rival criteria."""
+    return findings_depths(results) + findings_criteria(results)
+
+
+def findings_depths(results: Results) -> list[str]:
+    """The loss, the first depth at which it shows in pairs, the operating point, runaway answers."""
     table = tables.table1(results).dropna(subset=["score"])
     if table.empty:
         return ["Scores need weights."]
     whole, last = table.iloc[0], table.iloc[-1]
-    clear = table[table.score_hi < whole.score_lo].blocks_removed
-    first = f"The first depth whose interval lies below the unpruned model's is {clear.min()} blocks."
+    pairs = zip(table.blocks_removed, table.variant, strict=True)
+    clear = (n for n, name in pairs if n and compare(results.answers, name, variant_id(0)).hi < 0)
+    first = next(clear, None)
+    lies = "interval of paired differences to the unpruned model lies below 0"
     said = [
         f"The score goes from {percent(whole)} at 0 blocks to {percent(last)} at {last.blocks_removed}.",
-        first if len(clear) else "No depth's interval lies below the unpruned model's.",
+        f"The first depth whose {lies}: {first} blocks removed." if first else f"No depth's {lies}.",
         f"Operating point: {results.operating} blocks, the deeper one {results.deeper}.",
     ]
     wild = results.answers.assign(runaway=~results.answers.stopped.astype(bool)).groupby("variant").runaway.mean()
     share = table.variant.map(wild)
     worst = table.loc[share.idxmax()]
     most = f"at most {100 * share.max():.0f} % of a depth's answers do not end, at {worst.blocks_removed} blocks"
-    said.append(f"Runaway answers: {most}." if share.max() else "Every answer ends, at every depth.")
-    ours = variant_id(results.operating)
-    for name in sorted(set(results.variants.criterion) - {""}):
-        change = compare(results.answers, ours, variant_id(results.operating, criterion=name))
-        text = verdict(change, "the paper's criterion", words(name))
-        said += [f"At {results.operating} blocks {text}."] if change.n else []
+    return said + [f"Runaway answers: {most}." if share.max() else "Every answer ends, at every depth."]
+
+
+def findings_criteria(results: Results) -> list[str]:
+    """The study's own criterion against each rival at the operating point, in pairs."""
+    n, ours, said = results.operating, words(results.criterion), []
+    ours = "the paper's criterion" if results.criterion == "output_similarity" else ours
+    for name in sorted(set(results.variants.criterion) - {"", results.criterion}):
+        change = compare(results.answers, variant_id(n), variant_id(n, criterion=name))
+        said += [f"At {n} blocks {verdict(change, ours, words(name))}."] if change.n else []
     return said
 
 
@@ -128,26 +152,38 @@ def findings_sft(results: Results) -> list[str]:
         model = f"the model with {n} blocks removed" if n else "the unpruned control"
         points = f"{row.gain:+.1f} points ({row.gain_lo:.1f} to {row.gain_hi:.1f})"
         said.append(f"SFT changes {model} from {row.score_before:.1f} to {row.score_after:.1f} %: {points}.")
-    if 0 in table.index and results.operating in table.index:
-        row, control = table.loc[results.operating], table.loc[0]
-        loss, net = control.score_before - row.score_before, row.gain - control.gain
-        share = f"{100 * net / max(loss, 1e-9):.0f} % of the {loss:.1f} points that pruning took"
-        share = share if loss > 0 else "pruning left no loss to heal"
-        said.append(f"Net of the control's gain, {net:.1f} points come back: {share}.")
+    n = results.operating
+    if 0 in table.index and n in table.index:
+        four = variant_id(0), variant_id(n), variant_id(n, healed=True), variant_id(0, healed=True)
+        back = metrics.recovery(*(answers_of(results.answers, name) for name in four))
+        sure = "no interval, so small is the loss" if pd.isna(back.lo) else f"{back.lo:.0f} to {back.hi:.0f}"
+        share = f"{back.share:.0f} % ({sure}) of the {back.loss:.1f} points that pruning took"
+        share = share if back.loss > 0 else "pruning left no loss to heal"
+        said.append(f"Net of the control's gain, {back.net:.1f} points come back: {share}.")
     return said or ["Scores need weights."]
 
 
 def findings_activations(results: Results) -> list[str]:
-    """Where the outliers sit, from stage 06's statistics."""
+    """Where each variant's outliers sit, from stage 06's statistics, and whether they are the first variant's."""
     if results.statistics is None:
         return []
-    table = results.statistics[results.statistics.variant == results.statistics.variant.iloc[0]]
-    peak = table.loc[table["max"].idxmax()]
-    return [
-        f"The largest output is {peak['max']:.1f}, of {peak.projection} in block {peak.block}, "
-        f"{peak['max'] / peak.mean_abs:.0f} times that projection's mean.",
-        f"{(table.outlier_channels > 0).sum()} of {len(table)} projections have outlier channels.",
-    ]
+    said, told, moved = [], [], 0
+    first, *others = [table for _, table in results.statistics.groupby("variant", sort=False)]
+    for table in (first, *others):
+        peak, loud = table.loc[table["max"].idxmax()], (table.outlier_channels > 0).sum()
+        said.append(
+            f"{peak.variant}: the largest output is {peak['max']:.1f}, of {peak.projection} in block {peak.block}; "
+            f"{loud} of {len(table)} projections ({100 * loud / len(table):.0f} %) have outlier channels."
+        )
+    for name, other in ((table.variant.iloc[0], table) for table in others):
+        both = first.merge(other, on=["block", "projection"])
+        differ = ((both.outlier_channels_x > 0) != (both.outlier_channels_y > 0)).sum()
+        higher = f"their median peak is {(both.max_y / both.max_x).median():.2f} times as high"
+        told.append(f"{name} differs from {first.variant.iloc[0]} in {differ} of {len(both)}, {higher}")
+        moved += differ
+    whether = "change" if moved else "do not change"
+    closing = f"So pruning and healing {whether} which of the shared projections have outlier channels: "
+    return said + ([closing + "; ".join(told) + "."] if told else [])
 
 
 def findings_quantization(results: Results) -> list[str]:

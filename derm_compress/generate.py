@@ -78,10 +78,11 @@ def answer(
     """One row per item and question (COLUMNS); answers already in the journal are not generated again."""
     done = dict(journal.done) if journal else {}
     asked = [(item, kind) for kind in questions for item in items]
-    todo = [(i, k) for i, k in asked if f"{variant} {i.id} {k}" not in done]
-    starts = range(0, len(todo), batch_size)
-    for start in track(starts, what or f"answers of {variant}", total=len(starts)):
-        part = todo[start : start + batch_size]
+    batches = []  # of one kind of question each: a batch goes on until its longest answer ends
+    for kind in questions:
+        todo = [(i, kind) for i in items if f"{variant} {i.id} {kind}" not in done]
+        batches += [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+    for part in track(batches, what or f"answers of {variant}"):
         texts = [prompt(processor, kind) for _, kind in part]
         inputs = prepare(processor, texts, images[[item.row for item, _ in part]], model.device)
         replies = zip(*generate(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True)

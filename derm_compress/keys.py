@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
-VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "sentence-transformers", "numpy")
+VERSIONS = (
+    "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "sentence-transformers", "numpy", "pandas",
+    "pillow", "scipy",
+)  # fmt: skip
 # neither moves a number: what runs the stages, what shows their results
 MACHINERY = frozenset({"study", "plan", "runner", "execution", "artifacts", "keys", "params", "progress", "errors"})
 PRESENTATION = frozenset({"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper"})

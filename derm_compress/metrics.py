@@ -35,6 +35,17 @@ class Difference(NamedTuple):
     images: int
 
 
+class Recovery(NamedTuple):
+    """Points that SFT gives back net of the control's gain, points that pruning took, and their ratio in percent."""
+
+    net: float
+    loss: float
+    share: float
+    lo: float
+    hi: float
+    n: int
+
+
 def percent(mean_score: float) -> float:
     """A mean mark of 1 to 4 as the paper's percentage, mean / 4 * 100: the floor is 25, not 0."""
     return mean_score / SCALE[1] * 100
@@ -92,6 +103,27 @@ def paired_difference(
     return Difference(percent(difference), percent(lo), percent(hi), p, len(pairs), len(sums))
 
 
+def recovery(original, pruned, healed, control, *, n_boot: int = 2000, seed: int = 0) -> Recovery:
+    """((healed - pruned) - (control - original)) / (original - pruned), all four drawn together, image by image.
+
+    Each argument: one variant's answers; only questions scored in all four count. Without a loss there is no share
+    (nan), and no interval where more draws than one tail holds have no loss.
+    """
+    marks = [_scored(answers).set_index(["item", "question"]).score for answers in (original, pruned, healed, control)]
+    shared = pd.concat(marks, axis=1, join="inner")
+    if shared.empty:
+        return Recovery(*[np.nan] * 5, 0)
+    items, (whole, cut, back, extra) = shared.index.get_level_values("item"), shared.to_numpy().T
+    (net, counts), (loss, _) = (_by_image(items, pd.Series(x)) for x in (back - cut - extra + whole, whole - cut))
+    points = [percent(sums.sum() / counts.sum()) for sums in (net, loss)]
+    drawn = _draws(len(net), n_boot=n_boot, seed=seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = 100 * np.where(drawn @ loss > 0, drawn @ net / (drawn @ loss), np.nan)
+    share = 100 * net.sum() / loss.sum() if loss.sum() > 0 else np.nan
+    known = np.isfinite(share) and np.isnan(ratios).mean() <= (1 - LEVEL) / 2
+    return Recovery(*points, share, *(_tails(ratios[~np.isnan(ratios)]) if known else (np.nan, np.nan)), len(items))
+
+
 def sign_flip_p(sums: np.ndarray, *, n_permutations: int = 10_000, seed: int = 0) -> float:
     """Two-sided p of "a and b are exchangeable within each image"; sums: [images] summed differences.
 
@@ -124,8 +156,15 @@ def _by_image(items: pd.Series, values: pd.Series) -> tuple[np.ndarray, np.ndarr
 
 def _bootstrap(sums: np.ndarray, counts: np.ndarray, *, n_boot: int, seed: int) -> tuple[float, float]:
     """Percentile interval of total sum / total count when images are drawn with replacement."""
-    images = len(sums)
-    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=n_boot)
-    means = (drawn @ sums) / (drawn @ counts)  # [n_boot]
-    lo, hi = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    drawn = _draws(len(sums), n_boot=n_boot, seed=seed)
+    return _tails((drawn @ sums) / (drawn @ counts))
+
+
+def _draws(images: int, *, n_boot: int, seed: int) -> np.ndarray:
+    """How often each image is drawn, [n_boot, images]."""
+    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=n_boot)
+
+
+def _tails(values: np.ndarray) -> tuple[float, float]:
+    lo, hi = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(lo), float(hi)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
+from derm_compress.artifacts import atomic
 from derm_compress.errors import DermError
 from derm_compress.recipes import Recipe
 
@@ -153,14 +153,10 @@ def export_model(recipe_json: str, store, path: Path) -> Path:
         raise DermError(f"export: {path} exists and is not empty; name a new folder")
     recipe = Recipe.from_json(recipe_json)
     model, processor = materialize(recipe, store)
-    draft = path.with_name(path.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    model.save_pretrained(draft)
-    processor.save_pretrained(draft)
-    (draft / "README.md").write_text(model_card(recipe, len(blocks(model))), encoding="utf-8")
-    if path.exists():
-        path.rmdir()
-    draft.rename(path)
+    with atomic(path) as draft:
+        model.save_pretrained(draft)
+        processor.save_pretrained(draft)
+        (draft / "README.md").write_text(model_card(recipe, len(blocks(model))), encoding="utf-8")
     return path
 
 

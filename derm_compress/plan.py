@@ -14,7 +14,7 @@ from derm_compress.artifacts import Store, read_frame, read_json, write_json
 from derm_compress.errors import DermError
 from derm_compress.params import Notebook, graph, known_parameters, read_notebooks, read_params, select
 
-PLACES = ("run", "artifact_root")  # say where results go, not what they are
+PLACES = ("run", "artifact_root", "processes")  # say where and how results are made, not what they are
 FULL = {"05_sft": "+sft", "07_quantization": "+sft|awq4"}  # the operating point's name there
 FOLDERS = ("data_root", "model")  # a folder named here counts by its files
 

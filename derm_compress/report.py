@@ -14,14 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from markupsafe import Markup
 
 from derm_compress import figures, findings, judge, quotes, tables
+from derm_compress.artifacts import atomic, disk_guard
 from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
 
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
 CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
+CAPTIONS = {  # of the tables that need another one
+    "table4_efficiency": f"{CAPTION}; times are medians with their quartiles",
+    "extra_criteria": "score before SFT with its 95 % interval, n answers",
+    "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
+    "extra_baselines": "score on the test questions with its 95 % interval, n answers",
+}
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
 LONG = "<td class=long>{}</td>"
 PARTS = {  # in the paper's order: label, question, and what the numbers say to it
@@ -29,17 +37,14 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "fig2_block_removal": ("Figure 2", "Which blocks are tried, and which go?", None),
     "fig3_layer_importance": ("Figure 3", "How much does each block matter?", findings.findings_importance),
     "fig4_activations": ("Figure 4", "Where do activations stand out?", findings.findings_activations),
-    "table1_pruning": ("Table 1", "What does pruning alone cost, at each depth?", findings.findings_pruning),
-    "extra_criteria": ("Beside Table 1", "Is the paper's criterion better than its rivals?", None),
+    "table1_pruning": ("Table 1", "What does pruning alone cost, at each depth?", findings.findings_depths),
+    "extra_criteria": ("Beside Table 1", "Does the criterion beat its rivals?", findings.findings_criteria),
     "table2_sft": ("Table 2", "What does SFT heal, beyond what it gives the unpruned model?", findings.findings_sft),
     "table3_quantization": ("Table 3", "What do fewer bits cost, by method?", findings.findings_quantization),
     "table4_efficiency": ("Table 4", "What does the whole pipeline gain in memory and time?", None),
+    "extra_measured": ("Beside Table 4", "What does a running model take?", None),
     "pareto": ("Beside Table 4", "What is the best score for the memory?", None),
-    "table5_ablation": (
-        "Table 5",
-        "Which part of the pipeline matters?",
-        lambda r: findings.findings_evaluation(r)[1:],
-    ),
+    "table5_ablation": ("Table 5", "Which part matters?", lambda results: findings.findings_evaluation(results)[1:]),
     "extra_baselines": ("Beside Table 5", "Does the score come from fine-tuning and from seeing?", None),
     "fig5_case_studies": ("Figure 5", "What do the models say?", None),
     "fig6_judge_prompt": ("Figure 6", "How are answers judged?", None),
@@ -76,6 +81,10 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     made = read_run(run, artifacts=Path(artifacts or root / "artifacts"), clean=clean)
     results = tables.load_results(made.artifacts)
     results = replace(results, data_report=clean(results.data_report))
+    frozen = {"rubric_sha256": judge.frozen_hash()}
+    if results.items is not None:
+        frozen["test_items_sha256"] = tables.items_hash(results.items)[:16]
+    made = replace(made, info=made.info | frozen)
     built = tables.build(results)
     drawn = draw(results, built, {stage: list(note["upstream"]) for stage, note in made.stages.items()})
     files = {"run.json": json.dumps(record(made), indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
@@ -86,14 +95,15 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
         body = Markup(notebook_body(path, clean))
         files[f"notebooks/{path.stem}.html"] = page(title=path.stem.replace("_", " "), body=body, back=True)
     view = contents(made, results, built, drawn, [name for name in files if name.startswith("notebooks/")])
-    files |= {"index.html": page(**view), "README.md": readme(view, built)}
+    files |= {"index.html": page(**view), "README.md": readme(view)}
     return replace_folder(root / "reports" / run, files, drawn) / "index.html"
 
 
 def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, figures.Drawing]) -> Path:
     """Fill a temporary folder beside the target and swap them: a report is whole or the one before."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+    beside = {"prefix": f".{target.name}-", "dir": target.parent}
+    with disk_guard(target), tempfile.TemporaryDirectory(**beside) as temporary:
         new = Path(temporary, "new")
         (new / "figures").mkdir(parents=True)
         for stem, drawing in drawn.items():
@@ -113,7 +123,7 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> d
     depths = {int(n): tables.variant_id(int(n)) for n in built["table1_pruning"].blocks_removed} if built else {}
     cases = {"Original": tables.variant_id(0), "Pruned + quantized": tables.variant_id(n, method="awq")}
     cases["Pruned + SFT + quantized"] = tables.variant_id(n, healed=True, method="awq")
-    drawn = {"fig1_pipeline": figures.fig1_pipeline(graph, outcomes(results, built))}
+    drawn = {"fig1_pipeline": figures.fig1_pipeline(graph)}
     drawn["fig6_judge_prompt"] = quotes.fig6_judge_prompt(judge.explanation())
     if plan := (results.plans or {}).get(results.criterion):
         drawn["fig2_block_removal"] = figures.fig2_block_removal(plan, n)
@@ -132,47 +142,41 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> d
     return drawn
 
 
-def outcomes(results: tables.Results, built: dict) -> dict[str, str]:
-    """What came out of a stage, in a few words for Figure 1."""
-    said, names = {}, {"02_finetune": {}, "04_pruning": {}, "05_sft": {"healed": True}}
-    names["07_quantization"] = {"healed": True, "method": "awq"}
-    if results.items is not None:
-        said["01_data"] = ", ".join(f"{count} {split}" for split, count in results.items.split.value_counts().items())
-    for row in built["table4_efficiency"].dropna(subset=["score"]).itertuples() if built else ():
-        for stage, how in names.items():
-            if row.variant == tables.variant_id(results.operating if stage > "03" else 0, **how):
-                said[stage] = f"{row.variant}: {row.score:.1f} %"
-    return said
-
-
 def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str]) -> dict:
     """All that index.html and README.md say, as data."""
-    parts, shown = [], {stem: tables.readable(frame) for stem, frame in built.items()}
+    parts, brief = [], built.get("table4_efficiency")
     for stem, (label, question, find) in PARTS.items():
         if stem in built or stem in drawn:
+            frame = tables.readable(built[stem]) if stem in built else None
             part = {"stem": stem, "label": label, "question": question, "said": find(results) if find else []}
-            part |= {"image": picture(drawn.get(stem)), "table": table(shown.get(stem), f"{label}: {CAPTION}")}
-            parts.append(part)
-    brief = built.get("table4_efficiency")
+            part |= {"frame": frame, "caption": f"{label}: {CAPTIONS.get(stem, CAPTION)}"}
+            parts.append(part | {"image": picture(drawn.get(stem)), "table": table(frame, part["caption"])})
+    brief = None if brief is None else tables.readable(brief[BRIEF])
     facts = [(name, note["key"][:12], note.get("seconds"), note.get("cached")) for name, note in made.stages.items()]
-    last = list(made.stages.values())[-1]
+    last, told, data = list(made.stages.values())[-1], parameters(made), results.data_report
     return {
         "title": f"derm_compress, run {made.name}",
         "again": f"make report RUN={made.name}",
         "question": QUESTION,
         "headline": findings.headline(results),
+        "limits": findings.photographs(data, told.get("model")) if data else [],
         "first": picture(drawn.get("score_vs_blocks")),
-        "brief": None
-        if brief is None
-        else table(tables.readable(brief[BRIEF]), "The six ways of Table 4, with 95 % intervals"),
+        "brief": table(brief, "The six ways of Table 4, with 95 % intervals"),
         "parts": parts,
         "notebooks": notebooks,
-        "noted": findings.findings_data(results.data_report) if results.data_report else [],
-        "data": table(flat(results.data_report or {}), "What stage 01 notes of the data"),
-        "stages": table(strings(facts, ["stage", "key", "seconds", "from the store"]), "Stages: seconds to compute"),
-        "parameters": table(flat(parameters(made)), "Parameters of all stages"),
-        "provenance": table(flat(made.info | {k: last.get(k) for k in ("git", "environment")}), "Where it comes from"),
+        "noted": findings.findings_data(data, told.get("model")) if data else [],
+        "data": as_yaml(data or {}),
+        "stages": table(pd.DataFrame(facts, columns=["stage", "key", "seconds", "from the store"]), "Stages"),
+        "parameters": as_yaml(told),
+        "provenance": as_yaml(made.info | {k: last.get(k) for k in ("git", "environment")}),
     }
+
+
+def as_yaml(value) -> str:
+    """Nested notes as people read them; long lists are cut."""
+    if isinstance(value, dict):
+        value = {k: v[:50] + ["…"] if isinstance(v, list) and len(v) > 50 else v for k, v in value.items()}
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
 def parameters(made: Run) -> dict:
@@ -185,31 +189,13 @@ def record(made: Run) -> dict:
     return {"run_info": made.info, "stages": stages, "environment": list(made.stages.values())[-1].get("environment")}
 
 
-def strings(rows, columns) -> pd.DataFrame:
-    return pd.DataFrame([["" if cell is None else str(cell) for cell in row] for row in rows], columns=columns)
-
-
-def flat(value, path: str = "") -> pd.DataFrame:
-    """Nested JSON as a table of two columns; long lists are cut."""
-    rows = []
-    for name, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            rows += flat(inner, f"{path}{name}: ").to_numpy().tolist()
-        elif isinstance(inner, list):
-            told = [": ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in inner[:50]]
-            rows.append((f"{path}{name}", ", ".join([*told, *["…"] * (len(inner) > 50)]) or "none"))
-        else:
-            rows.append((f"{path}{name}", inner))
-    return strings(rows, ["what", "value"])
-
-
 def table(frame: pd.DataFrame | None, caption: str) -> Markup | None:
     """An HTML table in its own scroll box; every cell is escaped."""
     if frame is None or frame.empty:
         return None
     head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in frame.columns)
     rows = [
-        Markup("").join(Markup(LONG if len(cell) > 40 else "<td>{}</td>").format(cell) for cell in row)
+        Markup("").join(Markup(LONG if len(str(cell)) > 40 else "<td>{}</td>").format(cell) for cell in row)
         for row in frame.to_numpy()
     ]
     body = Markup("").join(Markup("<tr>{}</tr>\n").format(row) for row in rows)
@@ -232,25 +218,18 @@ def page(**view) -> str:
     return Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("report.html").render(**view)
 
 
-def readme(view: dict, built: dict) -> str:
+def readme(view: dict) -> str:
     """The report for a repository browser."""
-    lines = [f"# {inert(view['title'])}", view["question"], f"**{inert(view['headline'])}**"]
-    if view["first"]:
-        lines.append("![Score against blocks removed](figures/score_vs_blocks.png)")
+    lines = [f"# {inert(view['title'])}", view["question"], f"**{inert(view['headline'])}**", *view["limits"]]
+    lines += ["![Score against blocks removed](figures/score_vs_blocks.png)"] if view["first"] else []
     for part in view["parts"]:
         lines += [f"## {part['label']}. {part['question']}", *(f"- {inert(text)}" for text in part["said"])]
         lines += [f"![{part['label']}](figures/{part['stem']}.png)"] if part["image"] else []
-        if part["stem"] in built:
-            lines += [to_markdown(tables.readable(built[part["stem"]])), f"[csv](tables/{part['stem']}.csv)"]
-    lines += [
-        f"All of it again: `{view['again']}`",
-        "## Notebooks",
-        *(f"- [{name}]({name})" for name in view["notebooks"]),
-    ]
-    return (
-        "\n\n".join(lines + ["Provenance: [run.json](run.json), and the last section of [index.html](index.html)."])
-        + "\n"
-    )
+        if part["frame"] is not None:
+            lines += [part["caption"], to_markdown(part["frame"]), f"[csv](tables/{part['stem']}.csv)"]
+    lines += [f"All of it again: `{view['again']}`", "## Notebooks", *(f"- [{n}]({n})" for n in view["notebooks"])]
+    lines += ["Provenance: [run.json](run.json), and the last section of [index.html](index.html).", ""]
+    return "\n\n".join(lines)[:-1]
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
@@ -273,14 +252,13 @@ def render_index(root: Path) -> Path:
         seconds = json.loads(path.read_text("utf-8"))["run_info"].get("seconds")
         frame = pd.read_csv(file) if file.exists() else pd.DataFrame([{}])
         link = Markup('<a href="{0}/index.html">{0}</a>').format(path.parent.name)
-        frame = tables.readable(frame.reindex(columns=[*BRIEF, "decode_ms_per_token"]))
+        frame = tables.readable(frame.reindex(columns=[*BRIEF, *tables.TIMES[:3]]))
         frame.insert(0, "run", pd.Series([link] * len(frame), dtype=object))
-        rows.append(frame.assign(**{"wall time, s": str(seconds)}))
+        rows.append(frame.assign(**{"run, s": str(seconds)}))
     runs = pd.concat(rows).fillna("") if rows else None
     shown = table(runs, "Table 4 of every run")
     target = Path(root, "reports", "index.html")
-    part = target.with_suffix(".part")
     body = shown or "No run has a report yet."
-    part.write_text(page(title="derm_compress: all runs", question=QUESTION, body=body), "utf-8")
-    os.replace(part, target)
+    with atomic(target) as part:
+        part.write_text(page(title="derm_compress: all runs", question=QUESTION, body=body), "utf-8")
     return target

@@ -72,13 +72,26 @@ def run_one(plan: Plan, stages, force: bool, note: dict) -> bool:
         if done and stale:
             for stage in set(stages) - set(todo):
                 plan.point(stage, cached=True)
-            note |= {"git": git_state(plan.root), "seconds": round(time.monotonic() - begun, 1)}
+            note |= {"git": git_state(plan.root)} | study_seconds(plan, todo, time.monotonic() - begun)
             write_json(plan.folder / "run_info.json", note)
         if done:
             render_report(plan, changed=bool(stale))
         return done
     finally:
         release(lock)
+
+
+def study_seconds(plan: Plan, executed: list[str], wall: float) -> dict:
+    """`seconds` of the whole study, and what they are: this call's wall time only if it computed every stage."""
+    path, same = plan.folder / "run_info.json", {"keys": keys.digest(plan.keys)}
+    before = read_json(path) if path.exists() else {}
+    pointers = {stage: plan.pointer(stage) for stage in plan.notebooks}
+    if set(pointers) == {stage for stage in executed if not pointers[stage].get("cached")}:
+        return same | {"seconds": round(wall, 1), "seconds_are": "wall time, no stage cached"}
+    if before.get("keys") == same["keys"]:
+        return same | {name: before[name] for name in ("seconds", "seconds_are")}
+    told = sum(pointer.get("seconds") or 0 for pointer in pointers.values())
+    return same | {"seconds": round(told, 1), "seconds_are": "sum of the stages' own, some computed before"}
 
 
 def outdated(plan: Plan, stages, force: bool) -> list[str]:

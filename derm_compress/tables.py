@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -38,13 +39,20 @@ COLUMNS = {  # what the paper gives stands beside what is ours
         "difference", "difference_lo", "difference_hi", "p", *SIZE, "paper_notes",
     ],
     "extra_criteria": ["criterion", "blocks_removed", *SCORE],
+    "extra_measured": [
+        "variant", "vram_gib", "measured_weights_gib", "rss_gib", "rss_peak_gib",
+        "allocated_peak_gib", "reserved_peak_gib", "device_used_gib", "prompt_tokens", "new_tokens", "repeats",
+    ],
     "extra_baselines": ["variant", *SCORE],
 }  # fmt: skip
 BASELINES = ("base", "original", "blank", "shuffled")
 UNITS = {
     "score": "score, %", "params_b": "parameters, B", "vram_gib": "weights, GiB", "peak_gib": "peak, GiB",
-    "seconds": "time, s", "train_peak_gib": "training peak, GiB", "prefill_ms": "prefill, ms", "vram": "VRAM, GB",
-    "decode_ms_per_token": "decode, ms/token", "total_ms_per_token": "total, ms/token", "ms_per_token": "ms/token",
+    "seconds": "time, s", "train_peak_gib": "training peak, GiB", "vram": "VRAM, GB", "ms_per_token": "ms/token",
+    "prefill_ms": "prefill, ms (quartiles)", "decode_ms_per_token": "decode, ms/token (quartiles)",
+    "total_ms_per_token": "total, ms/token (quartiles)", "measured_weights_gib": "measured weights, GiB",
+    "rss_gib": "process, GiB", "rss_peak_gib": "process peak, GiB", "device_used_gib": "GPU in use, GiB",
+    "allocated_peak_gib": "GPU allocated, peak GiB", "reserved_peak_gib": "GPU reserved, peak GiB",
 }  # fmt: skip
 
 
@@ -133,11 +141,18 @@ def answers_of(frame: pd.DataFrame | None, variant: str) -> pd.DataFrame:
     return frame[frame.variant == variant].drop_duplicates(["item", "question"], keep="last")
 
 
+def items_hash(items: pd.DataFrame) -> str:
+    """sha256 of which items (id, disease, facts) the test and held-out sets hold, in any order."""
+    held = items[items.split.isin(["test", "heldout"])]
+    rows = sorted(map(list, held[["id", "disease", "facts"]].to_numpy()))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 def build(results: Results) -> dict[str, pd.DataFrame]:
     """{stem: table} of everything that the results suffice for."""
     if results.variants is None:
         return {}
-    makers = (table1, table2, table3, table4, table5, criteria, baselines)
+    makers = (table1, table2, table3, table4, table5, criteria, running, baselines)
     made = {stem: make(results) for stem, make in zip(COLUMNS, makers, strict=True)}
     return {stem: tidy(frame, stem) for stem, frame in made.items() if len(frame)}
 
@@ -210,6 +225,14 @@ def criteria(results: Results) -> pd.DataFrame:
     table = results.variants
     table = table[(table.blocks_removed > 0) & ~table.healed.astype(bool) & (table.bits == 16)]
     return _measured(table.sort_values(["blocks_removed", "criterion"]), results, results.answers)
+
+
+def running(results: Results) -> pd.DataFrame:
+    """What each packed model took when stage 08 ran it, beside its planned weights."""
+    if results.latency is None:
+        return pd.DataFrame()
+    taken = results.latency.rename(columns={"weights_gib": "measured_weights_gib"})
+    return _join(taken, results.memory, ["vram_gib"])
 
 
 def baselines(results: Results) -> pd.DataFrame:

@@ -23,7 +23,7 @@ UPSTREAM = {
 }
 UPSTREAM["08_evaluation"] = tuple(UPSTREAM)
 EVIL = "<script>alert('planted')</script><img src=x onerror=alert(1)> $\\frac{1}{2$ </s>"
-NOTED = {"counts": {"train": {"rosacea": 1737}}, "groups": 9, "largest_group": 2, "notes": []}
+NOTED = {"source": "synthetic", "counts": {"train": {"rosacea": 1737}}, "groups": 9, "largest_group": 2, "notes": []}
 NOTED |= {"excluded": {"NEV": 3}, "unreadable": [{"image": EVIL, "reason": "truncated"}]}
 FACTS = {"count": "few", "size": "small", "colour": "red", "border": "sharp", "surface": "scaly", "site": "face"}
 
@@ -115,7 +115,7 @@ def latency(table):
     spread = {f"{name}_{end}": ms * f for name in ("decode_ms_per_token",) for end, f in (("lo", 0.9), ("hi", 1.1))}
     return pd.DataFrame(
         {"variant": table.variant, "prefill_ms": 4 * ms, "decode_ms_per_token": ms, "total_ms_per_token": ms * 1.2,
-         "weights_gib": 0.003, "rss_gib": 0.9, **spread}
+         "weights_gib": 0.003, "rss_gib": 0.9, "rss_peak_gib": 1.1, **spread}
     )  # fmt: skip
 
 
@@ -138,9 +138,10 @@ def activation_frames(rng):
         variant="original", block=30, projection="q_proj"
     )
     rows = [
-        {"variant": "original", "block": b, "projection": p, "mean_abs": 1.0, "p99": 3.0, "max": 4.0 + b,
+        {"variant": name, "block": b, "projection": p, "mean_abs": 1.0, "p99": 3.0, "max": 4.0 + b,
          "kurtosis": 5.0, "outlier_channels": b // 8}
-        for b in range(BLOCKS) for p in ("q_proj", "v_proj")
+        for name, kept in (("original", BLOCKS), ("pruned-6", 26), ("pruned-6+sft", 26))
+        for b in range(kept) for p in ("q_proj", "v_proj")
     ]  # fmt: skip
     return pd.DataFrame(rows), surface
 
@@ -169,10 +170,7 @@ def stage_files(*, grade=level, words=None, heldout=20):
     for name, chosen in kinds.items():
         files[name]["answers"] = answers(table[chosen], test, grade=grade, words=words)
         files[name]["variants"] = table[chosen]
-    files["01_data"] |= {
-        "items": pictures,
-        "report.json": NOTED,
-    }
+    files["01_data"] |= {"items": pictures, "report.json": NOTED}
     files["02_finetune"]["curve"] = curve
     files["03_layer_importance"] |= {"scores": scores, "plans.json": plans}
     files["04_pruning"]["choice.json"] = {"operating": OPERATING, "deeper": DEEPER, "why": "a third is gone"}

@@ -75,6 +75,7 @@ def test_titles_follow_the_data(results, drawn):
     assert "Every answer ends" in pairs["fig7_iterative_pruning"].finding
     assert "10 blocks" in drawn["fig7_iterative_pruning"].finding
     assert "99.0" in pairs["fig4_activations"].finding
+    assert drawn["fig4_activations"].finding.startswith("original, block 30")
     assert "No variant" in pairs["pareto"].finding
 
 

@@ -1,6 +1,7 @@
 """The project's own files: formatting, pins, what may not be committed."""
 
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -59,6 +60,24 @@ def test_nothing_is_committed_that_may_not_be():
         assert not re.search(r"(?<![\w.])/(root|work|home)/\w", text), name
 
 
+def traces(text: str) -> list[str]:
+    """Absolute paths of a machine, and this one's name; pictures and addresses aside."""
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+    found = re.findall(r"(?<![\w.~:<…/-])/(?:root|work|home|tmp|Users|usr|opt|var|mnt|kaggle)/[\w.]+", text)
+    host = socket.gethostname()
+    return found + (re.findall(rf"\b{re.escape(host)}\b", text) if len(host) > 4 and host != "localhost" else [])
+
+
+def test_committed_reports_have_no_trace_of_a_machine():
+    for name in ("tiny", "tiny-full", "gpu-rehearsal"):
+        for path in (ROOT / "reports" / name).rglob("*"):
+            if path.suffix in {".html", ".md", ".json", ".csv", ".svg"}:
+                assert not traces(path.read_text("utf-8")), path
+    for planted in ("/tmp/x", "at /Users/me", "'/opt/conda'"):
+        assert traces(planted), planted
+    assert not traces("https://a.org/tmp/x data:image/png;base64,a+/tmp/x= ./tmp/x")
+
+
 def test_the_committed_report_is_small():
     size = sum(p.stat().st_size for p in (ROOT / "reports/tiny").rglob("*") if p.is_file())
     assert 0 < size < 6e6
@@ -69,3 +88,9 @@ def test_the_embedded_weights_are_small_and_documented():
     assert sum(p.stat().st_size for p in folder.iterdir()) < 12e6
     told = yaml.safe_load((folder / "recipe.json").read_text())
     assert told["command"] == "python -m derm_compress.tiny" and told["tower_accuracy"] and told["minutes"]
+
+
+def test_the_readmes_headline_is_the_reports():
+    report = (ROOT / "reports/tiny/README.md").read_text("utf-8")
+    (headline,) = re.findall(r"^\*\*(.+)\*\*$", report, re.M)[:1]
+    assert headline in (ROOT / "README.md").read_text("utf-8")

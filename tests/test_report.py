@@ -9,11 +9,12 @@ import subprocess
 import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import fabricate
 import pytest
 
-from derm_compress import notebook_html, report
+from derm_compress import judge, notebook_html, report, runner, tables
 from derm_compress.errors import DermError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -53,7 +54,7 @@ def pages(home):
 
 def test_everything_is_there_and_small(home):
     stems = {"table1_pruning", "table2_sft", "table3_quantization", "table4_efficiency", "table5_ablation",
-             "extra_criteria", "extra_baselines"}  # fmt: skip
+             "extra_criteria", "extra_measured", "extra_baselines"}  # fmt: skip
     assert {path.name for path in (home / "tables").iterdir()} == {f"{s}.{end}" for s in stems for end in ("csv", "md")}
     figures = {path.name for path in (home / "figures").iterdir()}
     assert {f"{stem}.{end}" for stem in report.PARTS if stem[:3] == "fig" for end in ("png", "svg")} <= figures
@@ -61,6 +62,9 @@ def test_everything_is_there_and_small(home):
     assert sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) < 6e6
     record = json.loads((home / "run.json").read_text())
     assert record["run_info"]["seconds"] == 321.5 and record["environment"]["python"]
+    assert record["run_info"]["rubric_sha256"] == judge.frozen_hash()
+    assert record["run_info"]["test_items_sha256"] == tables.items_hash(fabricate.items())[:16]
+    assert record["run_info"]["test_items_sha256"] in (home / "index.html").read_text()
     assert record["stages"]["01_data"]["cached"] is True and set(record["stages"]) == set(fabricate.UPSTREAM)
 
 
@@ -154,7 +158,7 @@ def test_a_failed_rendering_leaves_the_report_before(root, home, monkeypatch):
     monkeypatch.setattr(report, "picture", lambda _: None)
     monkeypatch.setattr(report, "notebook_body", lambda *_: "")
     monkeypatch.setattr(report.figures.Drawing, "save", fail)
-    with pytest.raises(OSError):
+    with pytest.raises(DermError, match="disk is full while writing .*tiny"):
         report.render("tiny", root=root)
     assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
     assert {path.name for path in home.parent.iterdir()} == {"tiny", "index.html"}
@@ -164,6 +168,33 @@ def test_rendering_again_gives_the_same_bytes(root, home):
     before = {path.relative_to(home): path.read_bytes() for path in home.rglob("*") if path.is_file()}
     report.render("tiny", root=root)
     assert {path.relative_to(home): path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
+
+
+def test_photographs_are_said_to_be_photographs_below_the_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "picture", lambda _: None)
+    monkeypatch.setattr(report.figures.Drawing, "save", lambda *_: None)
+    for source in ("synthetic", "pad-ufes-20"):
+        files = fabricate.stage_files() | {"01_data": {"items": fabricate.items(), "report.json": {}}}
+        files["01_data"]["report.json"] = fabricate.NOTED | {"source": source}
+        fabricate.write_run(tmp_path, source, files=files, stages=["01_data"], notebooks=False)
+        page = report.render(source, root=tmp_path)
+        text, said = page.read_text(), "1737 photographs, 0 of them test images"
+        assert (said in text.split("<section")[0]) == (source != "synthetic")
+        assert (said in (page.parent / "README.md").read_text()) == (source != "synthetic")
+
+
+def test_a_runs_seconds_are_those_of_the_whole_study(tmp_path):
+    cached = {"a": False, "b": False}
+    plan = SimpleNamespace(folder=tmp_path, notebooks=cached, keys={"a": "1", "b": "2"})
+    plan.pointer = lambda stage: {"cached": cached[stage], "seconds": 100}
+    assert runner.study_seconds(plan, ["a"], 20)["seconds"] == 200  # b was computed by an earlier call
+    whole = runner.study_seconds(plan, ["a", "b"], 150)
+    assert whole["seconds"] == 150 and "wall time" in whole["seconds_are"]
+    (tmp_path / "run_info.json").write_text(json.dumps(whole))
+    cached["a"] = True  # its notebook was shown anew, its result came from the store
+    assert runner.study_seconds(plan, ["a", "b"], 20) == whole
+    plan.keys["b"] = "3"
+    assert "sum" in runner.study_seconds(plan, ["b"], 20)["seconds_are"]
 
 
 @pytest.mark.parametrize("last", [1, 3, 4, 6])

@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import fabricate
+import numpy as np
 import pandas as pd
 import pytest
 
-from derm_compress import findings, paper, report, tables
+from derm_compress import findings, metrics, paper, report, tables
 
 SHOWN = "tables, findings, figures, quotes, notebook_html, report"
 
@@ -140,10 +141,102 @@ def test_every_finding_follows_the_data(results):
     assert "below quantization alone" in findings.headline(results)
     assert "above quantization alone" in findings.headline(other)
     assert "above pruning alone" in findings.headline(results)
-    assert any("lies below the unpruned" in text for text in findings.findings_pruning(results))
+    assert any("first depth whose interval of paired" in text for text in findings.findings_pruning(results))
     assert any("No depth's" in text for text in findings.findings_pruning(other))
     assert "no loss to heal" in findings.findings_sft(other)[-1]
-    assert "no loss to heal" not in findings.findings_sft(results)[-1]
+    back = metrics.recovery(*(tables.answers_of(results.answers, name) for name in
+                              ("original", "pruned-6", "pruned-6+sft", "original+sft")))  # fmt: skip
+    told = f"{back.share:.0f} % ({back.lo:.0f} to {back.hi:.0f}) of the {back.loss:.1f} points"
+    assert told in findings.findings_sft(results)[-1]
+
+
+def marked(marks):
+    """A frame of answers from [images, questions] marks."""
+    rows = [(f"i{i}", f"q{q}", mark) for i, row in enumerate(marks) for q, mark in enumerate(row)]
+    return pd.DataFrame(rows, columns=["item", "question", "score"])
+
+
+def test_recovery_is_net_of_the_control_and_its_interval_holds_the_truth():
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(60):
+        whole = rng.normal(3.2, 0.2, (39, 3))
+        cut, back, extra = (whole + shift + rng.normal(0, 0.1, (39, 3)) for shift in (-1, -0.4, 0.1))
+        told = metrics.recovery(*(marked(np.clip(marks, 1, 4)) for marks in (whole, cut, back, extra)), n_boot=400)
+        covered += told.lo <= 50 <= told.hi
+    assert 51 <= covered <= 60 and told.n == 117
+
+
+def test_recovery_in_closed_form_and_without_a_loss():
+    sets = [marked(marks) for marks in ([[4], [4]], [[2], [2]], [[3], [4]], [[4], [4]])]
+    assert metrics.recovery(*sets, n_boot=20_000) == (37.5, 50, 75, 50, 100, 2)
+    none = metrics.recovery(sets[0], sets[0], sets[2], sets[3])
+    assert none.loss == 0 and np.isnan([none.share, none.lo, none.hi]).all()
+    seldom = metrics.recovery(*(marked(marks) for marks in ([[4], [4]], [[2], [4]], [[3], [4]], [[4], [4]])))
+    assert seldom.share == 50 and np.isnan(seldom.lo)  # a quarter of the draws have no loss
+    empty = metrics.recovery(*sets[:3], sets[3].assign(score=np.nan))
+    assert empty.n == 0 and np.isnan(empty.share)
+
+
+def test_a_loss_is_told_in_pairs_where_two_intervals_overlap(results):
+    """Every image loses one grade in one answer of three: clear in pairs, lost between the images' differences."""
+    answers = results.answers[results.answers.variant == "original"]
+    better = answers.assign(score=answers.groupby("item").ngroup() % 3 + 2)
+    worse = better.assign(score=better.score - (better.question == "name"), variant="pruned-2")
+    kept = results.variants[results.variants.variant.isin(["original", "pruned-2"])]
+    pair = dataclasses.replace(results, variants=kept, answers=pd.concat([better, worse]))
+    before, after = tables.build(pair)["table1_pruning"].itertuples()
+    assert after.score_hi > before.score_lo
+    assert findings.findings_pruning(pair)[1].endswith("below 0: 2 blocks removed.")
+
+
+def test_a_criterion_that_loses_is_said_to_lose(results):
+    text = "".join(findings.findings_criteria(results))
+    assert text.startswith("At 6 blocks the paper's criterion") and "magnitude" in text
+    answers = results.answers.assign(score=results.answers.score.where(results.answers.variant != "pruned-6", 1))
+    assert "below magnitude" in findings.findings_criteria(dataclasses.replace(results, answers=answers))[0]
+
+
+def test_times_are_labelled_with_their_quartiles_and_measured_memory_is_shown(built):
+    shown = tables.readable(built["table4_efficiency"])
+    cell = shown.loc[0, "decode, ms/token (quartiles)"]
+    assert cell == "10 (9 to 11)" and "score, % (quartiles)" not in shown
+    taken = tables.readable(built["extra_measured"])
+    assert {"weights, GiB", "measured weights, GiB", "process, GiB", "process peak, GiB"} <= set(taken.columns)
+    assert len(taken) == built["extra_measured"].variant.nunique() and "GPU in use, GiB" not in taken
+
+
+def test_the_test_splits_hash_tells_items_and_facts_not_their_order(results):
+    items = results.items
+    known = tables.items_hash(items)
+    train = items.head(3).assign(split="train", id=["x", "y", "z"])
+    assert tables.items_hash(pd.concat([train, items[::-1]])) == known
+    for column, value in (("disease", "melanoma"), ("facts", "{}"), ("id", "other"), ("split", "train")):
+        changed = items.copy()
+        changed.loc[0, column] = value if items.loc[0, column] != value else "rosacea"
+        assert tables.items_hash(changed) != known, column
+
+
+def test_findings_on_fine_tuning_follow_the_data(results):
+    base = results.answers[results.answers.variant == "original"].assign(variant="base")
+    for score, ended, words in ((1, True, "points"), (4, False, "below its base")):
+        answers = results.answers.assign(stopped=ended)
+        answers = pd.concat([answers, base.assign(score=score)])
+        compared, how = findings.findings_finetune(dataclasses.replace(results, answers=answers))
+        assert words in compared and ("above its base" in compared) == (score == 1)
+        assert how.startswith("100 %" if ended else "0 %")
+    assert findings.findings_finetune(results) == ["Scores need weights."]
+
+
+def test_findings_on_data_say_what_photographs_cannot_show():
+    drawn = fabricate.NOTED | {"unreadable": []}
+    assert "Every file could be read." in findings.findings_data(drawn)
+    assert any(fabricate.EVIL in text for text in findings.findings_data(fabricate.NOTED))
+    taken = drawn | {"source": "pad-ufes-20", "counts": {"train": {"melanoma": 30}, "test": {"melanoma": 7}}}
+    first, second, *_ = findings.findings_data(taken)
+    assert first.startswith("37 photographs, 7 of them test images") and "not how well" in first
+    assert second == "37 pictures: 30 train, 7 test."
+    assert not any("photographs" in text for text in findings.findings_data(drawn))
+    assert "name, treatment and general features only." in findings.findings_data(taken, "llava-1.5-7b")[0]
 
 
 def test_findings_on_importance_and_activations_follow_the_data(results):
@@ -152,7 +245,16 @@ def test_findings_on_importance_and_activations_follow_the_data(results):
     other = dataclasses.replace(results, plans=swapped, statistics=moved)
     assert findings.findings_importance(other) != findings.findings_importance(results)
     assert findings.findings_activations(other) != findings.findings_activations(results)
-    assert "block 31" in findings.findings_activations(results)[0]
+    original, pruned, healed, closing = findings.findings_activations(results)
+    assert original.startswith("original: the largest output is 35.0") and "block 31; 48 of 64 projections" in original
+    assert pruned.startswith("pruned-6: ") and healed.startswith("pruned-6+sft: ") and "36 of 52" in healed
+    assert "do not change" in closing and "pruned-6 differs from original in 0 of 52" in closing
+    quiet = results.statistics.outlier_channels.where(results.statistics.variant != "pruned-6+sft", 0)
+    table = results.statistics.assign(outlier_channels=quiet)
+    changed = findings.findings_activations(dataclasses.replace(results, statistics=table))[-1]
+    assert "healing change which" in changed and "pruned-6+sft differs from original in 36 of 52" in changed
+    alone = dataclasses.replace(results, statistics=table[table.variant == "original"])
+    assert len(findings.findings_activations(alone)) == 1
 
 
 def test_the_studys_own_criterion_is_told_by_its_variants_not_by_the_order_of_the_plans(results):
