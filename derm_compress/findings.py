@@ -5,10 +5,20 @@ Each `findings_*` takes Results and returns the sentences that its frames suffic
 
 from __future__ import annotations
 
+import json
+from pathlib import PurePath
+
 import pandas as pd
 
-from derm_compress import metrics, tables
+from derm_compress import metrics, paper, tables
 from derm_compress.tables import Results, answers_of, variant_id
+
+GLOSSARY = (
+    "SFT: supervised fine-tuning after pruning, by QLoRA (low-rank adapters trained over a 4-bit base). AWQ: "
+    "activation-aware rounding; rtn: plain rounding to nearest; bitsandbytes: its NF4 format. magnitude and random-0: "
+    "blocks go by the sum of their weights, or in one random order. base: before fine-tuning; blank and shuffled: the "
+    "original model shown no picture, or one of another disease."
+)
 
 
 def percent(score) -> str:
@@ -39,7 +49,8 @@ def headline(results: Results) -> str:
     full, packed, pruned = variant_id(n, healed=True, method="awq"), variant_id(0, method="awq"), variant_id(n)
     size = table.vram_gib_7b.map(lambda gib: "memory not planned" if pd.isna(gib) else f"{gib:.1f} GiB")
     saved = 100 * (1 - table.vram_gib_7b[full] / table.vram_gib_7b["original"])
-    plan = f"at 7B its weights take {size[full]} instead of {size['original']} ({saved:.0f} % less)"
+    plan = f"LLaVA at 7B, cut the same way, would take {size[full]} of weights instead of {size['original']} "
+    plan += f"({saved:.0f} % less, planned)"
     plan = "its memory is not planned" if pd.isna(saved) else plan
     how = f"with {n} of {results.blocks} blocks removed, SFT and 4-bit AWQ"
     if table.score[[full, "original"]].isna().any():
@@ -50,8 +61,42 @@ def headline(results: Results) -> str:
         for change, name, alone in zip(both, ("quantization", "pruning"), (packed, pruned), strict=True)
         if change.n
     ]
-    scores = f"the model scores {percent(table.loc[full])} against {percent(table.loc['original'])} uncompressed"
+    scores = (
+        f"{subject(results)} scores {percent(table.loc[full])} against {percent(table.loc['original'])} uncompressed"
+    )
     return "; ".join([f"{how[0].upper()}{how[1:]}, {scores}", plan, " and ".join(said)]).removesuffix("; ") + "."
+
+
+def subject(results: Results) -> str:
+    """The model that was compressed, with its size: the tiny model (2.7 M parameters)."""
+    name = PurePath(json.loads(results.variants.recipe.iloc[0])["base"]).name
+    size = None if results.memory is None else results.memory.params_b.max()
+    return f"the {name} model" + (f" ({size * 1000:.3g} M parameters)" if size is not None and size < 1 else "")
+
+
+def about(results: Results) -> list[str]:
+    """What a reader must know before any number: model, pictures, depths, answers counted, words."""
+    if results.variants is None:
+        return []
+    said = [f"Compressed is {subject(results)}, {results.blocks} decoder blocks"]
+    if results.data_report:
+        drawn = results.data_report["source"] == "synthetic"
+        said[0] += ", asked about " + ("drawn pictures, not photographs" if drawn else "photographs")
+    said[0] += ". Every 7B figure is a plan from exact shapes; no 7B model was run for it."
+    theirs = ", ".join(f"{name} {n} of {paper.BLOCKS}" for name, n in (("operating", 6), ("deeper", 9)))
+    said.append(
+        "Depths are chosen on development pictures, as the paper's is, where about a third of the score above the "
+        f"floor is gone: {results.operating} blocks and {results.deeper} here ({theirs} in the paper). Scores before "
+        "SFT so resemble the paper's by design, and in Tables 2 to 5 its values stand beside other depths."
+    )
+    known = [f for f in (results.answers, results.evaluation) if f is not None]
+    counts = [f["item"].nunique() for f in known]
+    if len(counts) == 2:
+        said.append(
+            f"n counts answers, three a picture: Tables 1 to 3 rest on {counts[0]} test pictures, Tables 4 and 5 on "
+            f"{counts[1]}, the held-out ones among them."
+        )
+    return said + [GLOSSARY]
 
 
 def photographs(report: dict, model: str = "tiny") -> list[str]:
@@ -141,8 +186,16 @@ def findings_criteria(results: Results) -> list[str]:
     ours = "the paper's criterion" if results.criterion == "output_similarity" else ours
     for name in sorted(set(results.variants.criterion) - {"", results.criterion}):
         change = compare(results.answers, variant_id(n), variant_id(n, criterion=name))
-        said += [f"At {n} blocks {verdict(change, ours, words(name))}."] if change.n else []
+        if change.n:
+            said.append(f"At {n} blocks {verdict(change, ours, words(name))}; {ahead(results, name)}.")
     return said
+
+
+def ahead(results: Results, rival: str) -> str:
+    """At how many depths the study's criterion scores more than a rival, by point estimate."""
+    table = tables.criteria(results).pivot_table(index="blocks_removed", columns="criterion", values="score")
+    both = table[[results.criterion, rival]].dropna()
+    return f"it is ahead at {(both[results.criterion] > both[rival]).sum()} of {len(both)} depths by point estimate"
 
 
 def findings_sft(results: Results) -> list[str]:
@@ -197,8 +250,10 @@ def findings_quantization(results: Results) -> list[str]:
             name = f"{words(row.method)} at {row.bits} bits"
             said.append(f"{plain}: {verdict(change, name, 'AWQ' if row.method != 'awq' else '16 bits')}.")
     if results.errors is not None:
-        errors = results.errors.groupby("variant").relative_error.mean().sort_values()
-        said.append(f"The smallest mean block error is {errors.iloc[0]:.3f}, of {errors.index[0]}.")
+        healed = variant_id(results.operating, healed=True) + "|"
+        errors = results.errors[results.errors.variant.str.startswith(healed)].groupby("variant").relative_error.mean()
+        each = ", ".join(f"{name.removeprefix(healed)} {e:.3f}" for name, e in errors.sort_values().items())
+        said += [f"Relative error of a block's output, mean over the blocks of {healed[:-1]}: {each}."] if each else []
     return said or ["Scores need weights."]
 
 
@@ -209,11 +264,31 @@ def findings_evaluation(results: Results) -> list[str]:
         change = compare(results.evaluation, full, row.variant)
         if change.n:
             said.append(f"{verdict(change, 'The full pipeline', row.setting.lower())}.")
+    said += findings_speed(results)
     for blind in ("blank", "shuffled"):
         change = compare(results.evaluation, "original", blind)
         if change.n:
             said.append(f"{verdict(change, 'The original model', f'itself with {blind} images')}.")
     return said
+
+
+def findings_speed(results: Results) -> list[str]:
+    """Whether the smaller model is also the faster one, and what equal shapes say of the noise."""
+    if results.latency is None:
+        return []
+    decode, n = results.latency.set_index("variant").decode_ms_per_token, results.operating
+    full, plain = variant_id(n, healed=True, method="awq"), variant_id(0)
+    equal = [variant_id(n), variant_id(n, healed=True)]
+    if not {full, plain, *equal} <= set(decode.index):
+        return []
+    faster = "faster" if decode[full] < decode[plain] else "slower"
+    ratio = max(decode[full] / decode[plain], decode[plain] / decode[full])
+    noise = abs(decode[equal[0]] / decode[equal[1]] - 1)
+    return [
+        f"A token takes {decode[full]:.1f} ms with the full pipeline and {decode[plain]:.1f} ms uncompressed: "
+        f"{ratio:.2f} times {faster} on this machine, where packed weights are unpacked at every step; the two "
+        f"unquantized models of equal shape differ by {noise:.0%}, which is noise."
+    ]
 
 
 def words(name: str) -> str:

@@ -28,10 +28,11 @@ CAPTIONS = {  # of the tables that need another one
     "table4_efficiency": f"{CAPTION}; times are medians with their quartiles",
     "extra_criteria": "score before SFT with its 95 % interval, n answers",
     "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
-    "extra_baselines": "score on the test questions with its 95 % interval, n answers",
+    "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
 LONG = "<td class=long>{}</td>"
+RUBRIC_LIMITS = "The rubric counts stated facts; it judges neither safety nor negation nor grammar."
 PARTS = {  # in the paper's order: label, question, and what the numbers say to it
     "fig1_pipeline": ("Figure 1", "The pipeline", None),
     "fig2_block_removal": ("Figure 2", "Which blocks are tried, and which go?", None),
@@ -47,7 +48,7 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "table5_ablation": ("Table 5", "Which part matters?", lambda results: findings.findings_evaluation(results)[1:]),
     "extra_baselines": ("Beside Table 5", "Does the score come from fine-tuning and from seeing?", None),
     "fig5_case_studies": ("Figure 5", "What do the models say?", None),
-    "fig6_judge_prompt": ("Figure 6", "How are answers judged?", None),
+    "fig6_judge_prompt": ("Figure 6", "How are answers judged?", lambda results: [RUBRIC_LIMITS]),
     "fig7_iterative_pruning": ("Figure 7", "How do answers change while blocks go?", None),
 }
 
@@ -159,6 +160,7 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
         "again": f"make report RUN={made.name}",
         "question": QUESTION,
         "headline": findings.headline(results),
+        "about": findings.about(results),
         "limits": findings.photographs(data, told.get("model")) if data else [],
         "first": picture(drawn.get("score_vs_blocks")),
         "brief": table(brief, "The six ways of Table 4, with 95 % intervals"),
@@ -222,6 +224,7 @@ def readme(view: dict) -> str:
     """The report for a repository browser."""
     lines = [f"# {inert(view['title'])}", view["question"], f"**{inert(view['headline'])}**", *view["limits"]]
     lines += ["![Score against blocks removed](figures/score_vs_blocks.png)"] if view["first"] else []
+    lines += [inert(text) for text in view["about"]]
     for part in view["parts"]:
         lines += [f"## {part['label']}. {part['question']}", *(f"- {inert(text)}" for text in part["said"])]
         lines += [f"![{part['label']}](figures/{part['stem']}.png)"] if part["image"] else []

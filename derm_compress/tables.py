@@ -237,7 +237,7 @@ def running(results: Results) -> pd.DataFrame:
 
 def baselines(results: Results) -> pd.DataFrame:
     """What the score owes to fine-tuning and to seeing: before it, and with blank or exchanged pictures."""
-    frames = [f[f.split == "test"] for f in (results.answers, results.evaluation) if f is not None]
+    frames = [f for f in (results.evaluation, results.answers) if f is not None]
     if not frames:
         return pd.DataFrame()
     answers = pd.concat(frames)

@@ -31,7 +31,7 @@ FACTS = {"count": "few", "size": "small", "colour": "red", "border": "sharp", "s
 def variant(name, blocks=0, *, criterion="", healed=False, method="fp16", bits=16):
     return {
         "variant": name, "blocks_removed": blocks, "criterion": criterion, "healed": healed, "method": method,
-        "bits": bits, "group_size": 64, "recipe": "{}",
+        "bits": bits, "group_size": 64, "recipe": '{"base": "tiny"}',
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import fabricate
 import numpy as np
@@ -274,3 +275,27 @@ def test_equal_models_cannot_be_told_apart(results):
 def test_nothing_that_shows_results_needs_torch():
     code = f"import sys; from derm_compress import {SHOWN}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_is_compressed_and_how_fast_it_is_follows_the_data(results):
+    (told,) = findings.findings_speed(results)
+    full = tables.variant_id(results.operating, healed=True, method="awq")
+    other = results.latency.assign(
+        decode_ms_per_token=results.latency.decode_ms_per_token.where(results.latency.variant != full, 1e-3)
+    )
+    (faster,) = findings.findings_speed(replace(results, latency=other))
+    assert told != faster and "times faster" in faster
+    slow = other.assign(decode_ms_per_token=other.decode_ms_per_token.where(other.variant != full, 1e3))
+    assert "times slower" in findings.findings_speed(replace(results, latency=slow))[0]
+    said = findings.about(results)
+    assert "tiny" in said[0] and f"{results.operating} blocks and {results.deeper} here" in said[1]
+    assert findings.about(replace(results, choice={"operating": 4, "deeper": 6}))[1] != said[1]
+
+
+def test_ahead_counts_depths(results):
+    table = tables.criteria(results).pivot_table(index="blocks_removed", columns="criterion", values="score")
+    both = table[["output_similarity", "magnitude"]].dropna()
+    n = (both.output_similarity > both.magnitude).sum()
+    assert findings.ahead(results, "magnitude").startswith(f"it is ahead at {n} of {len(both)}")
+    worse = results_of(grade=better)
+    assert findings.ahead(worse, "magnitude") != findings.ahead(results, "magnitude")
