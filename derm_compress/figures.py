@@ -195,7 +195,7 @@ def fig2_block_removal(plan: dict, removed: int) -> Drawing:
             edge = PRUNED if b in out else "white"
             axes.add_patch(Rectangle((b + 0.06, y - 0.36), 0.88, 0.72, edgecolor=edge, **look))
     for turn, b in enumerate(gone, 1):
-        axes.text(b + 0.5, len(rows) - 1, turn, ha="center", va="center", fontsize=7.5, color=PRUNED, weight="bold")
+        axes.text(b + 0.5, len(rows) - 1, turn, ha="center", va="center", fontsize=5.5 if turn > 9 else 7, color=PRUNED)
     axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_xticks([b + 0.5 for b in range(0, blocks, 4)], range(0, blocks, 4))
@@ -226,11 +226,17 @@ def fig3_layer_importance(scores: pd.DataFrame, removed: int) -> Drawing:
     for ax, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
         value = 1 - group.score if name == "output_similarity" else group.score
         out, fixed = group.block.isin(gone[name]), group["rank"].isna()
-        ax.vlines(group.block, value.min() - 0.06 * (value.max() - value.min()), value, color="#bbbbbb", linewidth=1)
+        room = 0.1 * (value[~fixed].max() - value[~fixed].min() or 1)
+        low, high = value[~fixed].min() - room, value[~fixed].max() + room  # protected blocks would flatten the rest
+        value = value.clip(low, high)
+        ax.vlines(group.block, low, value, color="#bbbbbb", linewidth=1)
+        ax.set_ylim(low, high)
         ax.plot(group.block[out], value[out], "o", color=PRUNED, label=f"{removed} least important")
         ax.plot(group.block[~out & ~fixed], value[~out & ~fixed], "o", color=DENSE, mfc="white", label="stays")
-        ax.plot(group.block[fixed], value[fixed], "x", color=DENSE, label="protected")
-        ax.set_ylabel("mean cosine (Eq. 5)" if name == "output_similarity" else name.replace("_", " "))
+        ax.plot(
+            group.block[fixed], value[fixed], "x", color=DENSE, label="protected (at the edge: beyond)", clip_on=False
+        )
+        ax.set_ylabel({"output_similarity": "mean cosine (Eq. 5)", "magnitude": "sum of |w|"}.get(name, name))
     axes[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     axes[-1, 0].set_xlabel("decoder block")
     return Drawing(figure, scores, finding)
