@@ -17,9 +17,9 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def prompt(processor, kind: str) -> str:
-    """The prompt of one question with the image before it, by the processor's own chat template."""
-    content = [{"type": "image"}, {"type": "text", "text": dialogue.question(kind)}]
+def prompt(processor, kind: str, *, text_only: bool = False) -> str:
+    """The prompt of one question, the image before it unless `text_only`, by the processor's own chat template."""
+    content = [{"type": "image"}] * (not text_only) + [{"type": "text", "text": dialogue.question(kind)}]
     turns = [{"role": "user", "content": content}]
     return processor.apply_chat_template(turns, add_generation_prompt=True)
 

@@ -15,6 +15,16 @@ from derm_compress import models
 from derm_compress.errors import DermError
 
 PAPER_DEPTHS = {"operating": 6, "deeper": 9}  # of 32 blocks
+SUBLAYERS = ("attention", "mlp")  # of a block, in the order of their use
+
+Unit = int | str  # what can be removed: block 12, "12.attention" or "12.mlp"
+
+
+def span(unit: Unit) -> tuple[int, int]:
+    """First sublayer of a unit and the one after its last, counted over all blocks, two a block."""
+    block, _, part = str(unit).partition(".")
+    first = 2 * int(block) + (SUBLAYERS.index(part) if part else 0)
+    return first, first + (1 if part else 2)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,228 @@
+"""What a model says without one of its parts: by reading, not by writing.
+
+Greedy decoding makes the full model's answer a draft. One reading of prompt and draft without the part tells where it
+first disagrees: nowhere, and the answer is the same; else it is written from there on, rows of all parts in one batch
+with a gate for each row and sublayer. In fp32 the answers are those of removing the part and generating anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from derm_compress import models, prune
+from derm_compress.data import Item
+from derm_compress.reading import Memory, Prompts, Reading, logits, run
+
+
+class Slots(Memory):
+    """Keys and values of rows of different lengths, [lines, heads, width, head size] a layer, each in its place."""
+
+    def __init__(self, lines: int, width: int):
+        super().__init__()
+        self.lines, self.width = lines, width
+
+    def fill(self, lines: list[int], held: dict, rows: list[int]) -> None:
+        """Copies rows of `held` to these lines."""
+        rows = torch.tensor(rows)
+        for layer, pair in held.items():
+            if layer not in self.held:
+                self.held[layer] = tuple(
+                    part.new_zeros(self.lines, part.shape[1], self.width, part.shape[3]) for part in pair
+                )
+            for place, part in zip(self.held[layer], pair, strict=True):
+                place[lines, :, : part.shape[2]] = part.index_select(0, rows.to(part.device))
+
+    def aim(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where the next tokens go [rows, tokens]; returns the mask of what they may see [rows, 1, tokens, width]."""
+        self.positions, self.seen = positions, int(positions.max()) + 1
+        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
+        return (torch.arange(self.seen, device=positions.device) <= positions[..., None])[:, None]
+
+    def update(self, keys, values, layer, *_):
+        pair = tuple(part[: len(self.positions)] for part in self.held[layer])
+        for place, new in zip(pair, (keys, values), strict=True):
+            place[self.rows, :, self.positions] = new.transpose(1, 2)
+        return tuple(part[:, :, : self.seen] for part in pair)
+
+    def gather(self, lines: list[int]) -> None:
+        """Moves these rising lines to the front."""
+        for pair in self.held.values():
+            for part in pair:
+                part[: len(lines)] = part[lines]
+
+
+@dataclass
+class Row:
+    """An answer under way; `position` is where its last token goes, which has not been read yet."""
+
+    key: tuple
+    gates: torch.Tensor
+    tokens: list[int]
+    accepted: int
+    near_ties: int
+    position: int
+
+
+class Guesses:
+    """What may come next: what followed the same run of tokens, in this picture's answers or else in any."""
+
+    def __init__(self, longest: int = 4):
+        self.longest, self.known = longest, {}
+
+    def learn(self, key: tuple, tokens: list[int]) -> None:
+        for end in range(1, len(tokens)):
+            for start in range(max(0, end - self.longest), end):
+                run = tuple(tokens[start:end])
+                self.known[key[1:], run] = self.known[key[2:], run] = tokens, end
+
+    def after(self, key: tuple, tokens: list[int], count: int) -> list[int]:
+        for start in range(max(0, len(tokens) - self.longest), len(tokens)):
+            for scope in (key[1:], key[2:]):
+                if found := self.known.get((scope, tuple(tokens[start:]))):
+                    return found[0][found[1] : found[1] + count]
+        return []
+
+
+def choose(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens of logits [..., vocabulary], and whether the best two lie within rounding of each other."""
+    best = scores.float().topk(2)
+    near = best.values[..., 0] - best.values[..., 1] <= 4 * torch.finfo(scores.dtype).eps * best.values[..., 0].abs()
+    return best.indices[..., 0], near
+
+
+class Writer:
+    """Decodes up to `lines` rows at once, whatever part each of them lacks; a freed line takes the next row.
+
+    Each row is read with AHEAD guesses behind its last token, of which those stand that greedy decoding agrees with.
+    """
+
+    AHEAD = 3
+
+    def __init__(self, model, *, lines: int, width: int, max_new_tokens: int, eos: int):
+        self.model, self.most, self.eos = model, max_new_tokens, eos
+        self.slots, self.rows = Slots(lines, width + self.AHEAD), []
+        self.guesses, self.lines = Guesses(), lines
+
+    def ended(self, row: Row) -> bool:
+        return len(row.tokens) >= self.most or row.tokens[-1] == self.eos
+
+    def add(self, rows: list[tuple[int, Row]], held: dict) -> Iterator[Row]:
+        """Takes (line of `held`, row) of answers to go on with; gives back rows that were finished meanwhile."""
+        while rows:
+            free = [line for line, row in enumerate(self.rows) if row is None]
+            free = (free + list(range(len(self.rows), self.lines)))[: len(rows)]
+            if free:
+                self.rows += [None] * (free[-1] + 1 - len(self.rows))
+                self.slots.fill(free, held, [r for r, _ in rows[: len(free)]])
+                for line, (_, row) in zip(free, rows, strict=False):
+                    self.rows[line] = row
+                rows = rows[len(free) :]
+            else:
+                yield from self.step()
+
+    def flush(self) -> Iterator[Row]:
+        """Finishes whatever is under way."""
+        while any(self.rows):
+            yield from self.step()
+
+    def step(self) -> Iterator[Row]:
+        """One more reading of every row under way."""
+        busy = [line for line, row in enumerate(self.rows) if row]
+        if len(busy) <= len(self.rows) / 2:  # copying costs more than a few idle lines
+            self.slots.gather(busy)
+            self.rows = [self.rows[line] for line in busy]
+        device, count = self.model.device, self.AHEAD + 1
+        guessed = [self.guesses.after(row.key, row.tokens, self.AHEAD) if row else [] for row in self.rows]
+        last = [row.tokens[-1] if row else 0 for row in self.rows]
+        ids = [[token, *more, *[0] * (self.AHEAD - len(more))] for token, more in zip(last, guessed, strict=True)]
+        places = torch.tensor([row.position if row else 0 for row in self.rows], device=device)
+        positions = places[:, None] + torch.arange(count, device=device)
+        gates = self._gates(device)
+        x = self.model.get_input_embeddings()(torch.tensor(ids, device=device))
+        x = run(self.model, x, self.slots, self.slots.aim(positions), positions, gates=gates)
+        tokens, near = (part.tolist() for part in choose(logits(self.model, x)))
+        for line, row in enumerate(self.rows):
+            if row:
+                self._take(row, tokens[line], near[line], guessed[line])
+                if self.ended(row):
+                    self.rows[line] = None
+                    self.guesses.learn(row.key, row.tokens)
+                    yield row
+
+    def _gates(self, device):
+        some = next(row for row in self.rows if row).gates
+        return torch.stack([row.gates if row else some for row in self.rows]).to(device)
+
+    def _take(self, row: Row, tokens, near, guessed) -> None:
+        for i, token in enumerate(tokens):
+            row.tokens.append(token)
+            row.near_ties += near[i]
+            row.position += 1
+            if self.ended(row) or i >= len(guessed) or guessed[i] != token:
+                return
+
+
+def verify(reading: Reading, unit, keys, writer: Writer) -> Iterator[Row]:
+    """Rows that are finished after one pass without the unit; the others go to the writer."""
+    x, memory = reading.without(unit)
+    gates = torch.ones(2 * len(models.blocks(reading.model)), dtype=torch.bool)
+    if unit is not None:
+        gates[slice(*prune.span(unit))] = False
+    going = []
+    for r, scores in enumerate(reading.predictions(x)):
+        draft = reading.told[r]
+        chosen, near = (part.tolist() for part in choose(scores))
+        agree = next((i for i, (one, other) in enumerate(zip(draft, chosen, strict=False)) if one != other), len(draft))
+        ended = agree == len(draft) and draft and (len(draft) >= writer.most or draft[-1] == writer.eos)
+        tokens = list(draft) if ended else [*draft[:agree], chosen[agree]]
+        place = reading.begin + reading.asked[r] + agree
+        row = Row(keys[r], gates, tokens, agree, sum(near[: len(tokens)]), place)
+        if writer.ended(row):
+            writer.guesses.learn(row.key, row.tokens)
+            yield row
+        else:
+            going.append((r, row))
+    yield from writer.add(going, reading.held(memory))
+
+
+@torch.inference_mode()
+def written(
+    model,
+    processor,
+    items: Sequence[Item],
+    images: np.ndarray,
+    units: Sequence[prune.Unit],
+    questions: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    text_only: bool = False,
+    eos: int | None = None,
+) -> Iterator[Row]:
+    """Greedy answers of the full model (unit None) and of the model without each unit, as they are finished.
+
+    Row.key is (unit, item id, question); `accepted` counts the draft's tokens that stand.
+    """
+    eos = processor.tokenizer.eos_token_id if eos is None else eos
+    prompts = Prompts.of(processor, images[0], questions, model.device, text_only=text_only)
+    width = len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens
+    writer = Writer(model, lines=batch_size, width=width, max_new_tokens=max_new_tokens, eos=eos)
+    some = max(1, batch_size // len(questions))
+    for start in range(0, len(items), some):
+        part = items[start : start + some]
+        asked = [(i, kind) for i in range(len(part)) for kind in questions]
+        about = images[[item.row for item in part]], [i for i, _ in asked], [kind for _, kind in asked]
+        drafts, keys = {}, [(part[i].id, kind) for i, kind in asked]
+        nothing = Reading(model, prompts, *about, [[]] * len(asked))
+        for row in chain(verify(nothing, None, [(None, *key) for key in keys], writer), writer.flush()):
+            drafts[row.key[1:]] = row.tokens
+            yield row
+        reading = Reading(model, prompts, *about, [drafts[key] for key in keys], units)
+        for unit in units:
+            yield from verify(reading, unit, [(unit, *key) for key in keys], writer)
+        yield from writer.flush()

@@ -1,0 +1,135 @@
+"""Prompts and continuations read by a model, and read again without one of its parts at the cost of what lies above it.
+
+Picture features, the prompts' common beginning and all that lies below the part are computed once and shared. A unit is
+what can be removed (prune.Unit); every block has two sublayers, attention and MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from derm_compress import generate, models, prune
+
+
+class Memory:
+    """Keys and values by layer, as attention modules fill a cache; before them those of each row's picture, if any."""
+
+    def __init__(self, prefix: Memory | None = None, picture: torch.Tensor | None = None):
+        self.held, self.prefix, self.picture = {}, prefix, picture
+
+    def update(self, keys, values, layer, *_):
+        if self.prefix:
+            before = (part[self.picture] for part in self.prefix.held[layer])
+            keys, values = (torch.cat(pair, 2) for pair in zip(before, (keys, values), strict=True))
+        self.held[layer] = keys, values
+        return keys, values
+
+
+def run(model, x, memory, mask, positions, *, start: int = 0, gates=None, seen: dict | None = None) -> torch.Tensor:
+    """Hidden states [rows, tokens, width] after all sublayers from `start` on (two a block: attention, MLP).
+
+    gates [rows, sublayers]: False lets a row pass a sublayer unchanged. `seen` keeps what its keys' sublayers read.
+    """
+    rope = models.decoder(model).rotary_emb(x, position_ids=positions)
+    for s in range(start, 2 * len(models.blocks(model))):
+        if seen and s in seen:
+            seen[s] = x
+        block = models.blocks(model)[s // 2]
+        if s % 2:
+            y = x + block.mlp(block.post_attention_layernorm(x))
+        else:
+            how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": memory}
+            y = x + block.self_attn(block.input_layernorm(x), **how)[0]
+        x = y if gates is None else torch.where(gates[:, s, None, None], y, x)
+    return x
+
+
+def logits(model, x) -> torch.Tensor:
+    """Of hidden states [..., width] after the last block: [..., vocabulary]."""
+    return model.lm_head(models.decoder(model).norm(x))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of the questions' common beginning, picture included, and of what follows in each."""
+
+    prefix: torch.Tensor
+    rest: dict[str, list[int]]
+    processor: object
+    device: torch.device
+
+    @staticmethod
+    def of(processor, image: np.ndarray, questions: Sequence[str], device, *, text_only: bool = False) -> Prompts:
+        """All pictures take as many tokens, so one `image` [S, S, 3] tells the ids of every prompt."""
+        ids = []
+        for kind in questions:
+            text = generate.prompt(processor, kind, text_only=text_only)
+            ids.append(processor(text=text, images=None if text_only else [image])["input_ids"][0])
+        alike = min(len(row) for row in ids) - 1
+        alike = next((i for i in range(alike) if len({row[i] for row in ids}) > 1), alike)
+        rest = {kind: list(row[alike:]) for kind, row in zip(questions, ids, strict=True)}
+        return Prompts(torch.tensor(ids[0][:alike], device=device), rest, processor, device)
+
+    def embedded(self, model, pictures: np.ndarray) -> torch.Tensor:
+        """The prefix with each picture's features in it: [pictures, prefix, width]."""
+        x = model.get_input_embeddings()(self.prefix).repeat(len(pictures), 1, 1)
+        spots = self.prefix == model.config.image_token_id
+        if spots.any():
+            pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+            told = model.model.get_image_features(
+                pixel_values=pixels.to(self.device, model.dtype),
+                vision_feature_layer=model.config.vision_feature_layer,
+                vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            )
+            x[:, spots] = torch.stack(list(told.pooler_output)).to(x.dtype)
+        return x
+
+
+class Reading:
+    """Prompts and continuations read once by the full model; `without` reads them again from a unit on.
+
+    Row r continues question `kinds[r]` about `pictures[picture[r]]` by the tokens `told[r]`; `units` may be left out.
+    """
+
+    def __init__(self, model, prompts: Prompts, pictures, picture: Sequence[int], kinds, told, units=()):
+        self.model, self.told, device = model, told, prompts.device
+        self.begin = len(prompts.prefix)
+        self.asked = [len(prompts.rest[kind]) for kind in kinds]
+        rows = [torch.tensor(prompts.rest[kind] + list(more)) for kind, more in zip(kinds, told, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        self.picture = torch.tensor(picture, device=device)
+        seen = torch.arange(self.begin + ids.shape[1], device=device)
+        self.places = seen[None, : self.begin], seen[None, self.begin :]
+        self.mask = (seen <= self.places[1].T)[None, None]
+        wanted = dict.fromkeys(prune.span(unit)[0] for unit in units)
+        self.states = dict(wanted), dict(wanted)  # what sublayers read, of the prefix and of the rest
+        x = prompts.embedded(model, pictures), model.get_input_embeddings()(ids)
+        self.last, self.memory = self._read(x, self.states, 0)
+
+    def _read(self, x, seen, start):
+        prefix = Memory()
+        run(self.model, x[0], prefix, None, self.places[0], start=start, seen=seen[0])
+        memory = Memory(prefix, self.picture)
+        return run(self.model, x[1], memory, self.mask, self.places[1], start=start, seen=seen[1]), memory
+
+    def without(self, unit: prune.Unit | None) -> tuple[torch.Tensor, Memory]:
+        """Last hidden states [rows, tokens, width] without a unit, and the keys and values behind it."""
+        if unit is None:
+            return self.last, self.memory
+        first, after = prune.span(unit)
+        return self._read((self.states[0][first], self.states[1][first]), ({}, {}), after)
+
+    def predictions(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [told + 1, vocabulary] of every row: for each token told and for the one after the last."""
+        counts = [len(tokens) + 1 for tokens in self.told]
+        rows = [torch.full((n,), r) for r, n in enumerate(counts)]
+        columns = [torch.arange(n) + asked - 1 for n, asked in zip(counts, self.asked, strict=True)]
+        return list(logits(self.model, x[torch.cat(rows), torch.cat(columns)]).split(counts))
+
+    def held(self, memory: Memory) -> dict:
+        """Keys and values by layer; a part's memory knows what lies above it, the rest is shared."""
+        return {layer: memory.held.get(layer, pair) for layer, pair in self.memory.held.items()}
