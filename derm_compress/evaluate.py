@@ -33,9 +33,8 @@ def each_model(variants: pd.DataFrame, store, device: str, what: str) -> Iterato
         model, processor = held[1]
         if last["step"] == "quantize":
             model = _quantized(model, last, recipe, store, device)
-        left = set(recipe.kept())
-        positions = [i for i, block in enumerate(prefix.kept()) if block not in left]
-        with prune.without(model, positions):
+        removed = prune.step_units(last, prefix.kept()) if last["step"] == "prune" else []
+        with prune.without(model, removed):
             yield row.variant, model, processor
 
 

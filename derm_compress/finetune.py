@@ -160,15 +160,17 @@ def _resume(path: Path, weights: dict, optimizer) -> tuple[int, list, float]:
     return len(curve), curve, float(told["seconds"])
 
 
-def merge_adapter(model, folder: Path, step: dict, *, kept: tuple[int, ...]) -> None:
+def merge_adapter(model, folder: Path, step: dict, *, kept: tuple[int, ...], absent: tuple[str, ...] = ()) -> None:
     """W + alpha / r * B A for every adapted linear, in place, on unquantized weights.
 
     Refused where the adapter's bytes or blocks are not those of the recipe's step: peft loads an adapter of N blocks
     into a model of fewer without a word, on the wrong blocks.
     """
-    if tuple(step["kept"]) != tuple(kept):
+    trained, found = [*step["kept"], *step.get("absent", ())], [*kept, *absent]
+    if trained != found:
         raise DermError(
-            f"adapter {Path(folder).name}: trained on blocks {list(step['kept'])}, the model has {list(kept)}; "
+            f"adapter {Path(folder).name}: trained on blocks {list(step['kept'])}, the model has {list(kept)}"
+            f"{' and other sublayers' * (list(step['kept']) == list(kept))}; "
             "merge it before pruning or train one for these blocks"
         )
     if adapter_digest(folder) != step["sha256"]:

@@ -15,6 +15,7 @@ from derm_compress.errors import DermError
 
 GIB = 2**30
 FP16, FP32 = 2, 4  # bytes
+REMOVED = ("blocks_removed", "attentions_removed", "mlps_removed")  # the latter two from blocks that stay
 
 # Bytes stored per weight beside its own bits. Integers: an fp16 scale a group and a zero point packed like the weights
 # (GEMM layout). NF4: an fp32 absmax a block; doubly quantized, a byte a block and an fp32 constant for 256 of them.
@@ -53,9 +54,19 @@ class Architecture:
             raise DermError(f"memory plan: {blocks_removed} of {self.blocks} blocks cannot be removed")
         return self.blocks - blocks_removed
 
-    def parameters(self, blocks_removed: int = 0) -> int:
-        block = self.block_linears + self.block_norms
-        return sum(self.outside.values()) + self.kept(blocks_removed) * block
+    def decoder_linears(self, blocks_removed: int = 0, attentions_removed: int = 0, mlps_removed: int = 0) -> int:
+        """Weights of all blocks' linears; attentions and MLPs may be removed from blocks that stay."""
+        missing = {"self_attn": attentions_removed, "mlp": mlps_removed}
+        each = {name: out * into for name, (out, into) in self.linears.items()}
+        absent = sum(each[name] * missing[name.partition(".")[0]] for name in each)
+        return self.kept(blocks_removed) * self.block_linears - absent
+
+    def decoder_norms(self, blocks_removed: int = 0, attentions_removed: int = 0, mlps_removed: int = 0) -> int:
+        """Weights of all blocks' norms, one for each attention and each MLP."""
+        return (2 * self.kept(blocks_removed) - attentions_removed - mlps_removed) * self.block_norms // 2
+
+    def parameters(self, *removed: int) -> int:
+        return sum(self.outside.values()) + self.decoder_linears(*removed) + self.decoder_norms(*removed)
 
 
 def architecture(config) -> Architecture:
@@ -97,9 +108,9 @@ def llava_7b() -> Architecture:
 
 
 def plan_weights(
-    arch: Architecture, *, blocks_removed: int = 0, method: str = "fp16", bits: int = 16, group_size: int = 64
+    arch: Architecture, *, method: str = "fp16", bits: int = 16, group_size: int = 64, **removed: int
 ) -> dict[str, float]:
-    """GiB of the weights by component; only the decoder blocks' linears are quantized, all else is fp16.
+    """GiB of the weights by component, without what is `removed` (blocks_removed, attentions_removed, mlps_removed); only the decoder blocks' linears are quantized, all else is fp16.
 
     A quantized weight takes bits/8 bytes and its format's overhead: (2 + bits/8)/group for awq and rtn, 2/group for
     rtn_symmetric, 4/group for bitsandbytes, (1 + 4/256)/group for bitsandbytes_double. Left out: NF4's codebook of
@@ -107,11 +118,10 @@ def plan_weights(
     """
     if method not in OVERHEAD or (method == "fp16") != (bits == 16):
         raise DermError(f"memory plan: no format {method!r} of {bits} bits; known: {', '.join(OVERHEAD)}")
-    blocks = arch.kept(blocks_removed)
-    weights = blocks * arch.block_linears
+    weights = arch.decoder_linears(**removed)
     scales = weights * OVERHEAD[method](bits, group_size)
     rest = {part: FP16 * count for part, count in arch.outside.items()}
-    rest["block_norms"] = FP16 * blocks * arch.block_norms
+    rest["block_norms"] = FP16 * arch.decoder_norms(**removed)
     return _gib(decoder_linears=weights * bits / 8, quantization_scales=scales, **rest)
 
 
@@ -126,11 +136,11 @@ def plan_peak(
     residual's width (embeddings, block input, residual, normed), three of the MLP's, and the picture's features; or
     the tower's peak if larger.
     """
-    planned = plan_weights(arch, **weights)
-    blocks, tokens = arch.kept(weights.get("blocks_removed", 0)), prompt_tokens + arch.image_tokens
+    planned, tokens = plan_weights(arch, **weights), prompt_tokens + arch.image_tokens
+    attentions = arch.kept(weights.get("blocks_removed", 0)) - weights.get("attentions_removed", 0)
     decoder = tokens * (4 * arch.hidden + 3 * arch.intermediate) + arch.image_tokens * arch.hidden
     return planned | _gib(
-        kv_cache=FP16 * 2 * arch.cache_width * blocks * batch * (tokens + new_tokens),
+        kv_cache=FP16 * 2 * arch.cache_width * attentions * batch * (tokens + new_tokens),
         activations=FP16 * batch * max(decoder, arch.tower_values + tokens * arch.hidden),
         workspace=FP16 * arch.hidden * arch.intermediate * (weights.get("method", "fp16") != "fp16"),
     )
@@ -166,19 +176,19 @@ def plan_training(
 def plan_variants(variants: pd.DataFrame, arch: Architecture, arch_7b: Architecture, **asked) -> pd.DataFrame:
     """One row a variant: params_b, vram_gib (weights), peak_gib, and with `_7b` those of arch_7b.
 
-    variants: blocks_removed (of arch), method, bits, group_size; `blocks_removed_7b` is the same fraction of arch_7b's
-    blocks, rounded. asked: batch, prompt_tokens, new_tokens as in plan_peak.
+    variants: blocks_removed, attentions_removed, mlps_removed (of arch), method, bits, group_size;
+    `blocks_removed_7b` is the same fraction of arch_7b's blocks, rounded. asked: batch, prompt_tokens, new_tokens as in plan_peak.
     """
     rows = []
     for row in variants.to_dict("records"):
-        planned, removed = {"variant": row["variant"]}, int(row["blocks_removed"])
-        removed_7b = int(removed * arch_7b.blocks / arch.blocks + 0.5)
+        planned, removed = {"variant": row["variant"]}, {key: int(row.get(key, 0)) for key in REMOVED}
+        removed_7b = {key: int(n * arch_7b.blocks / arch.blocks + 0.5) for key, n in removed.items()}
         for end, of, gone in (("", arch, removed), ("_7b", arch_7b, removed_7b)):
-            form = {"blocks_removed": gone} | {key: row[key] for key in ("method", "bits", "group_size")}
-            planned[f"params_b{end}"] = of.parameters(gone) / 1e9
+            form = gone | {key: row[key] for key in ("method", "bits", "group_size")}
+            planned[f"params_b{end}"] = of.parameters(*gone.values()) / 1e9
             planned[f"vram_gib{end}"] = sum(plan_weights(of, **form).values())
             planned[f"peak_gib{end}"] = sum(plan_peak(of, **form, **asked).values())
-        rows.append(planned | {"blocks_removed_7b": removed_7b})
+        rows.append(planned | {"blocks_removed_7b": removed_7b["blocks_removed"]})
     return pd.DataFrame(rows)
 
 

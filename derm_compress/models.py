@@ -35,9 +35,10 @@ def blocks(model: LlavaForConditionalGeneration) -> nn.ModuleList:
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The seven linear layers of a block by name, in the order of their use."""
+    """The linear layers of a block by name, in the order of their use: seven, fewer where a sublayer was removed."""
     names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
-    return {name: block.get_submodule(name) for name in names}
+    there = dict(block.named_modules())
+    return {name: there[name] for name in names if name in there}
 
 
 def parts(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
@@ -128,17 +129,14 @@ def materialize(
     model, processor = load_base(recipe.base, device)
     if (found := fingerprint(model)) != recipe.fingerprint:
         raise DermError(f"model {recipe.base}: fingerprint {found}, but the recipe was made for {recipe.fingerprint}")
-    kept = tuple(range(len(blocks(model))))
+    kept, absent = tuple(range(len(blocks(model)))), ()
     for step in recipe.steps:
         if rounded := quantize.quantized_linears(model)["decoder"]:
             raise DermError(f"recipe: {step['step']} after a quantize step ({rounded} linears); quantize comes last")
         if step["step"] == "adapter":
-            finetune.merge_adapter(model, store.resolve(step["ref"]), step, kept=kept)
+            finetune.merge_adapter(model, store.resolve(step["ref"]), step, kept=kept, absent=absent)
         elif step["step"] == "prune":
-            if gone := sorted(set(step["kept"]) - set(kept)):
-                raise DermError(f"recipe: blocks {gone} are to be kept but were pruned before")
-            prune.apply(model, [kept.index(k) for k in step["kept"]])
-            kept = tuple(step["kept"])
+            kept, absent = prune.apply_step(model, step, kept), tuple(step.get("absent", ()))
         elif step["step"] == "quantize":
             quantize.apply_step(model, step, store, packed=packed)
         else:

@@ -10,9 +10,6 @@ import pandas as pd
 
 from derm_compress.errors import DermError
 
-# Decoder blocks by 0-based index, least important first; the public code removes prefixes of this list.
-REMOVAL_ORDER = (23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5)
-PROTECTED = (0, 1, 31)  # the paper's blocks 1, 2 and 32
 BLOCKS = 32
 
 QUESTIONS = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import torch
 from torch import nn
 
 from derm_compress import models
@@ -16,6 +17,7 @@ from derm_compress.errors import DermError
 
 PAPER_DEPTHS = {"operating": 6, "deeper": 9}  # of 32 blocks
 SUBLAYERS = ("attention", "mlp")  # of a block, in the order of their use
+PARTS = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
 
 Unit = int | str  # what can be removed: block 12, "12.attention" or "12.mlp"
 
@@ -27,35 +29,63 @@ def span(unit: Unit) -> tuple[int, int]:
     return first, first + (1 if part else 2)
 
 
+def name_of(sublayer: int) -> str:
+    """The unit of one sublayer."""
+    return f"{sublayer // 2}.{SUBLAYERS[sublayer % 2]}"
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Removal order, least important block first, for one model; protected blocks are never in it."""
+    """Which units of one model go, least important first; protected blocks are never among them.
+
+    `order` nests: n units are its first n. A plan of whole runs has `starts` instead: n blocks go from starts[n - 1] on.
+    `scores` belong to the order's units when each was chosen; no fingerprint: for any model of as many blocks.
+    """
 
     criterion: str
-    order: tuple[int, ...]
+    order: tuple[Unit, ...]
     protected: tuple[int, ...]
     blocks: int
-    fingerprint: str
+    fingerprint: str = ""
+    starts: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    settings: dict = field(default_factory=dict)
 
-    def removed(self, n: int) -> tuple[int, ...]:
-        if not 0 <= n <= len(self.order):
+    @property
+    def most(self) -> int:
+        """How many units can go."""
+        return len(self.starts or self.order)
+
+    @property
+    def whole(self) -> bool:
+        """Whether its units are blocks."""
+        return not any(isinstance(unit, str) for unit in self.order)
+
+    def removed(self, n: int) -> tuple[Unit, ...]:
+        if not 0 <= n <= self.most:
             raise DermError(
-                f"pruning plan {self.criterion}: {n} blocks cannot be removed; {self.blocks} blocks less "
-                f"{len(self.protected)} protected leave 0 to {len(self.order)}"
+                f"pruning plan {self.criterion}: {n} units cannot be removed; {self.blocks} blocks less "
+                f"{len(self.protected)} protected leave 0 to {self.most}"
             )
-        return tuple(sorted(self.order[:n]))
+        if self.starts:
+            return tuple(range(self.starts[n - 1], self.starts[n - 1] + n)) if n else ()
+        return tuple(sorted(self.order[:n], key=span))
 
     def kept(self, n: int) -> tuple[int, ...]:
-        """Original indices of the blocks that stay when the n least important go."""
-        gone = set(self.removed(n))
-        return tuple(b for b in range(self.blocks) if b not in gone)
+        """Original indices of the blocks of which something stays when n units go."""
+        return left(self.blocks, self.removed(n))[0]
+
+    def absent(self, n: int) -> tuple[str, ...]:
+        """Sublayers that the kept blocks lack."""
+        return left(self.blocks, self.removed(n))[1]
 
     def check(self, *, blocks: int, fingerprint: str) -> None:
         """Refuse a model that the plan was not made for."""
-        if (blocks, fingerprint) != (self.blocks, self.fingerprint):
+        if blocks != self.blocks or (self.fingerprint and fingerprint != self.fingerprint):
             raise DermError(
                 f"pruning plan {self.criterion}: made for a model of {self.blocks} blocks and fingerprint "
-                f"{self.fingerprint}, not for this one ({blocks} blocks, {fingerprint}); rank its blocks first"
+                f"{self.fingerprint or 'of any kind'}, not for this one ({blocks} blocks, {fingerprint}); "
+                "rank its blocks first"
             )
 
     def to_dict(self) -> dict:
@@ -66,36 +96,87 @@ class Plan:
         return Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
 
-def apply(model, kept: Sequence[int]) -> None:
-    """Keep the blocks at these current positions, in place; config, `layer_idx` and weights agree afterwards.
+def published() -> Plan:
+    """The removal order of the paper's published code for its fine-tuned LLaVA-1.5-7B; it names 14 blocks."""
+    return Plan.from_dict(json.loads((Path(__file__).parent / "published_plan.json").read_text("utf-8")))
 
-    Without the renumbering cached generation fails, without the config a reload gets random blocks.
+
+def left(blocks: int, removed: Iterable[Unit]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Blocks of which something is left without these units, and the sublayers that those lack."""
+    gone = {s for unit in removed for s in range(*span(unit))}
+    kept = tuple(b for b in range(blocks) if not {2 * b, 2 * b + 1} <= gone)
+    return kept, tuple(name_of(s) for s in sorted(gone) if s // 2 in kept)
+
+
+class Absent(nn.Module):
+    """Stands for a removed attention or MLP, which adds nothing to the residual stream; holds no weights."""
+
+    def forward(self, hidden_states, **_):
+        return torch.zeros_like(hidden_states)
+
+
+class AbsentAttention(Absent):
+    def forward(self, hidden_states, **_):
+        return super().forward(hidden_states), None
+
+
+def apply(model, kept: Sequence[int], absent: Sequence[str] = ()) -> None:
+    """Keep the blocks at these positions, without the `absent` sublayers (by position too), in place.
+
+    Config, `layer_idx` and weights agree afterwards: without the renumbering cached generation fails, without the
+    config a reload gets random blocks.
     """
     layers = models.blocks(model)
     if sorted(set(kept)) != list(kept) or not kept or kept[-1] >= len(layers):
         raise DermError(f"pruning: kept blocks {list(kept)} are not rising positions among {len(layers)} blocks")
+    for unit in absent:
+        block = layers[span(unit)[0] // 2]
+        module, norm = PARTS[unit.partition(".")[2]]
+        block.set_submodule(module, AbsentAttention() if module == "self_attn" else Absent())
+        block.set_submodule(norm, nn.Identity())
     _set_blocks(model, [layers[i] for i in kept])
 
 
 def _set_blocks(model, layers: Sequence[nn.Module]) -> None:
+    attentions = [layer.self_attn for layer in layers if not isinstance(layer.self_attn, Absent)]
+    if not attentions:
+        raise DermError("pruning: a model without any attention cannot generate; keep one")
+    for i, attention in enumerate(attentions):  # a cache counts attentions, and asks the first for its length
+        attention.layer_idx = i
     models.decoder(model).layers = nn.ModuleList(layers)
-    for i, layer in enumerate(layers):
-        layer.self_attn.layer_idx = i
     for config in {id(c): c for c in (model.config.text_config, models.decoder(model).config)}.values():
         config.num_hidden_layers = len(layers)
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: len(layers)]
 
 
+def apply_step(model, step: dict, kept: Sequence[int]) -> tuple[int, ...]:
+    """Apply a recipe's step to a model of these original blocks; returns those that are left."""
+    if gone := sorted(set(step["kept"]) - set(kept)):
+        raise DermError(f"recipe: blocks {gone} are to be kept but were pruned before")
+    apply(model, *left(len(kept), step_units(step, kept)))
+    return tuple(step["kept"])
+
+
+def step_units(step: dict, kept: Sequence[int]) -> list[Unit]:
+    """What a recipe's step removes from a model of these original blocks, by position."""
+    absent = [name_of(2 * kept.index(first // 2) + first % 2) for first, _ in map(span, step.get("absent", ()))]
+    return [i for i, block in enumerate(kept) if block not in set(step["kept"])] + absent
+
+
 @contextmanager
-def without(model, removed: Sequence[int]) -> Iterator[None]:
-    """The model with these blocks taken out, put back at the end."""
+def without(model, removed: Sequence[Unit]) -> Iterator[None]:
+    """The model with these units taken out, put back at the end."""
     layers = list(models.blocks(model))
+    modules = [dict(layer.named_children()) for layer in layers]
     types = getattr(models.decoder(model).config, "layer_types", None)
     try:
-        apply(model, [i for i in range(len(layers)) if i not in set(removed)])
+        apply(model, *left(len(layers), removed))
         yield
     finally:
+        for layer, held in zip(layers, modules, strict=True):
+            for name, module in held.items():
+                layer.set_submodule(name, module)
         _set_blocks(model, layers)
         if types:
             model.config.text_config.layer_types = models.decoder(model).config.layer_types = types
@@ -111,7 +192,7 @@ def read_plans(folder: Path, criteria: Sequence[str]) -> list[Plan]:
 
 def depths(of_32: Sequence[int], plan: Plan) -> list[int]:
     """Depths of the paper's 32 blocks as the same fractions of this model's, as far as the plan reaches."""
-    return sorted({d for n in of_32 if (d := paper_depth(n, plan.blocks)) <= len(plan.order)})
+    return sorted({d for n in of_32 if (d := paper_depth(n, plan.blocks)) <= plan.most})
 
 
 def paper_depth(of_32: int, blocks: int) -> int:
@@ -126,7 +207,7 @@ def choose(scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 2
     floor of 25 at 6 of 32. `fixed` (of 32) overrules; where no depth loses between half and one and a half times that
     share, the paper's fractions are taken.
     """
-    most = len(plan.order)
+    most = plan.most
     paper = {name: min(paper_depth(n, plan.blocks), most) for name, n in PAPER_DEPTHS.items()}
     paper["deeper"] = min(max(paper["deeper"], paper["operating"] + 1), most)
     known = scores.dropna(subset="score").set_index("blocks_removed").score

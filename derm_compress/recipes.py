@@ -1,7 +1,8 @@
 """Recipes and the frame of variants: what every stage says of a model instead of storing one. No torch.
 
 A recipe is a base and the ordered steps that turn it into a variant:
-`adapter` (ref, sha256, kept), `prune` (kept), `quantize` (method, bits, group_size, ref).
+`adapter` (ref, sha256, kept), `prune` (kept), `quantize` (method, bits, group_size, ref). Where blocks are kept without
+their attention or MLP, `prune` and later `adapter` steps list these as `absent`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,18 @@ class Recipe:
         pruned = [step["kept"] for step in self.steps if step["step"] == "prune"]
         return tuple(pruned[-1]) if pruned else tuple(range(self.blocks))
 
+    def absent(self) -> tuple[str, ...]:
+        """Sublayers that the kept blocks lack, by the block's original index."""
+        pruned = [step.get("absent", ()) for step in self.steps if step["step"] == "prune"]
+        return tuple(pruned[-1]) if pruned else ()
+
+    def pruned(self, kept: Iterable[int], absent: Iterable[str] = ()) -> Recipe:
+        return self.then("prune", kept=list(kept), **({"absent": list(absent)} if absent else {}))
+
     def with_adapter(self, ref: str, folder: Path) -> Recipe:
-        """The recipe with a trained adapter merged; it belongs to the blocks that are left now."""
-        return self.then("adapter", ref=ref, sha256=adapter_digest(folder), kept=list(self.kept()))
+        """The recipe with a trained adapter merged; it belongs to what is left now."""
+        lacking = {"absent": list(self.absent())} if self.absent() else {}
+        return self.then("adapter", ref=ref, sha256=adapter_digest(folder), kept=list(self.kept()), **lacking)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -64,15 +74,16 @@ def read_recipe(folder: Path) -> Recipe:
 def variant(name: str, recipe: Recipe, **known) -> dict:
     """One row of the variants frame; unquantized weights count as 16 bits, whatever the CPU computes in."""
     row = {"variant": name, "blocks_removed": recipe.blocks - len(recipe.kept()), "criterion": "", "healed": False}
+    row |= {f"{part}s_removed": sum(u.endswith(part) for u in recipe.absent()) for part in ("attention", "mlp")}
     return row | {"method": "fp16", "bits": 16, "group_size": 0} | known | {"recipe": recipe.to_json()}
 
 
 def pruned(original: Recipe, plans: Sequence, depths: Iterable[int]) -> pd.DataFrame:
-    """The original and every depth of every plan; the first plan is the paper's and names its variants plainly."""
+    """The original and every depth of every plan that goes so far; the first plan names its variants plainly."""
     rows = [variant(ORIGINAL, original)]
     for i, plan in enumerate(plans):
-        for n in depths:
-            recipe = original.then("prune", kept=list(plan.kept(n)))
+        for n in (n for n in depths if n <= plan.most):
+            recipe = original.pruned(plan.kept(n), plan.absent(n))
             name = f"pruned-{n}" if i == 0 else f"pruned-{n}-{plan.criterion}"
             rows.append(variant(name, recipe, criterion=plan.criterion))
     return pd.DataFrame(rows)

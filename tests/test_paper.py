@@ -59,13 +59,6 @@ def test_frames_are_fresh():
     assert paper.table(1)["paper_score"].min() > 25
 
 
-def test_the_removal_order_spares_the_protected_blocks():
-    assert len(set(paper.REMOVAL_ORDER)) == len(paper.REMOVAL_ORDER) == 14
-    assert not set(paper.REMOVAL_ORDER) & set(paper.PROTECTED)
-    assert set(paper.REMOVAL_ORDER) | set(paper.PROTECTED) <= set(range(paper.BLOCKS))
-    assert paper.table(1)["blocks_removed"].max() <= len(paper.REMOVAL_ORDER)
-
-
 def test_the_questions_are_those_the_study_asks():
     assert {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS} == paper.QUESTIONS
 
