@@ -110,11 +110,12 @@ def llava_7b() -> Architecture:
 def plan_weights(
     arch: Architecture, *, method: str = "fp16", bits: int = 16, group_size: int = 64, **removed: int
 ) -> dict[str, float]:
-    """GiB of the weights by component, without what is `removed` (blocks_removed, attentions_removed, mlps_removed); only the decoder blocks' linears are quantized, all else is fp16.
+    """GiB of the weights by component; only the decoder blocks' linears are quantized, all else is fp16.
 
-    A quantized weight takes bits/8 bytes and its format's overhead: (2 + bits/8)/group for awq and rtn, 2/group for
-    rtn_symmetric, 4/group for bitsandbytes, (1 + 4/256)/group for bitsandbytes_double. Left out: NF4's codebook of
-    64 bytes a linear, padding of odd shapes.
+    `removed` are counts by name: blocks_removed, attentions_removed, mlps_removed. A quantized weight takes bits/8
+    bytes and its format's overhead: (2 + bits/8)/group for awq and rtn, 2/group for rtn_symmetric, 4/group for
+    bitsandbytes, (1 + 4/256)/group for bitsandbytes_double. Left out: NF4's codebook of 64 bytes a linear, padding of
+    odd shapes.
     """
     if method not in OVERHEAD or (method == "fp16") != (bits == 16):
         raise DermError(f"memory plan: no format {method!r} of {bits} bits; known: {', '.join(OVERHEAD)}")
@@ -177,7 +178,8 @@ def plan_variants(variants: pd.DataFrame, arch: Architecture, arch_7b: Architect
     """One row a variant: params_b, vram_gib (weights), peak_gib, and with `_7b` those of arch_7b.
 
     variants: blocks_removed, attentions_removed, mlps_removed (of arch), method, bits, group_size;
-    `blocks_removed_7b` is the same fraction of arch_7b's blocks, rounded. asked: batch, prompt_tokens, new_tokens as in plan_peak.
+    `blocks_removed_7b` is the same fraction of arch_7b's blocks, rounded.
+    asked: batch, prompt_tokens, new_tokens as in plan_peak.
     """
     rows = []
     for row in variants.to_dict("records"):

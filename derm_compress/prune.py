@@ -38,7 +38,7 @@ def name_of(sublayer: int) -> str:
 class Plan:
     """Which units of one model go, least important first; protected blocks are never among them.
 
-    `order` nests: n units are its first n. A plan of whole runs has `starts` instead: n blocks go from starts[n - 1] on.
+    `order` nests: n units are its first n. A plan of runs has `starts` instead: n blocks go from starts[n - 1] on.
     `scores` belong to the order's units when each was chosen; no fingerprint: for any model of as many blocks.
     """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,22 +30,23 @@ class Memory:
         return keys, values
 
 
-def run(model, x, memory, mask, positions, *, start: int = 0, gates=None, seen: dict | None = None) -> torch.Tensor:
+def run(model, x, memory, mask, positions, *, start: int = 0, gates=None, watch=None) -> torch.Tensor:
     """Hidden states [rows, tokens, width] after all sublayers from `start` on (two a block: attention, MLP).
 
-    gates [rows, sublayers]: False lets a row pass a sublayer unchanged. `seen` keeps what its keys' sublayers read.
+    gates [rows, sublayers]: False lets a row pass a sublayer unchanged. watch(sublayer, x, y) sees all.
     """
     rope = models.decoder(model).rotary_emb(x, position_ids=positions)
     for s in range(start, 2 * len(models.blocks(model))):
-        if seen and s in seen:
-            seen[s] = x
         block = models.blocks(model)[s // 2]
         if s % 2:
             y = x + block.mlp(block.post_attention_layernorm(x))
         else:
             how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": memory}
             y = x + block.self_attn(block.input_layernorm(x), **how)[0]
-        x = y if gates is None else torch.where(gates[:, s, None, None], y, x)
+        y = y if gates is None else torch.where(gates[:, s, None, None], y, x)
+        if watch:
+            watch(s, x, y)
+        x = y
     return x
 
 
@@ -74,6 +76,13 @@ class Prompts:
         rest = {kind: list(row[alike:]) for kind, row in zip(questions, ids, strict=True)}
         return Prompts(torch.tensor(ids[0][:alike], device=device), rest, processor, device)
 
+    def told(self, kind: str, answer: str, *, text_only: bool = False) -> list[int]:
+        """Token ids of an answer and its end, as they follow the prompt."""
+        tokenizer, asked = self.processor.tokenizer, generate.prompt(self.processor, kind, text_only=text_only)
+        before, whole = (tokenizer(text)["input_ids"] for text in (asked, f"{asked} {answer}{tokenizer.eos_token}"))
+        assert whole[: len(before)] == before, "the tokenizer joins the prompt's end with the answer's beginning"
+        return whole[len(before) :]
+
     def embedded(self, model, pictures: np.ndarray) -> torch.Tensor:
         """The prefix with each picture's features in it: [pictures, prefix, width]."""
         x = model.get_input_embeddings()(self.prefix).repeat(len(pictures), 1, 1)
@@ -93,9 +102,10 @@ class Reading:
     """Prompts and continuations read once by the full model; `without` reads them again from a unit on.
 
     Row r continues question `kinds[r]` about `pictures[picture[r]]` by the tokens `told[r]`; `units` may be left out.
+    watch(part, sublayer, x, y) sees each sublayer at work, part 0 being the prompts' common beginning, 1 the rest.
     """
 
-    def __init__(self, model, prompts: Prompts, pictures, picture: Sequence[int], kinds, told, units=()):
+    def __init__(self, model, prompts: Prompts, pictures, picture: Sequence[int], kinds, told, units=(), watch=None):
         self.model, self.told, device = model, told, prompts.device
         self.begin = len(prompts.prefix)
         self.asked = [len(prompts.rest[kind]) for kind in kinds]
@@ -108,20 +118,27 @@ class Reading:
         wanted = dict.fromkeys(prune.span(unit)[0] for unit in units)
         self.states = dict(wanted), dict(wanted)  # what sublayers read, of the prefix and of the rest
         x = prompts.embedded(model, pictures), model.get_input_embeddings()(ids)
-        self.last, self.memory = self._read(x, self.states, 0)
+        self.last, self.memory = self._read(x, 0, partial(self._see, watch))
 
-    def _read(self, x, seen, start):
+    def _read(self, x, start, watch=None):
+        watches = [partial(watch, part) if watch else None for part in (0, 1)]
         prefix = Memory()
-        run(self.model, x[0], prefix, None, self.places[0], start=start, seen=seen[0])
+        run(self.model, x[0], prefix, None, self.places[0], start=start, watch=watches[0])
         memory = Memory(prefix, self.picture)
-        return run(self.model, x[1], memory, self.mask, self.places[1], start=start, seen=seen[1]), memory
+        return run(self.model, x[1], memory, self.mask, self.places[1], start=start, watch=watches[1]), memory
+
+    def _see(self, watch, part, sublayer, x, y) -> None:
+        if sublayer in self.states[part]:
+            self.states[part][sublayer] = x
+        if watch:
+            watch(part, sublayer, x, y)
 
     def without(self, unit: prune.Unit | None) -> tuple[torch.Tensor, Memory]:
         """Last hidden states [rows, tokens, width] without a unit, and the keys and values behind it."""
         if unit is None:
             return self.last, self.memory
         first, after = prune.span(unit)
-        return self._read((self.states[0][first], self.states[1][first]), ({}, {}), after)
+        return self._read((self.states[0][first], self.states[1][first]), after)
 
     def predictions(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Logits [told + 1, vocabulary] of every row: for each token told and for the one after the last."""

