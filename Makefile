@@ -1,6 +1,7 @@
 # make report [RUN=tiny] [SET="key=value other=value"]   the study and its report, in reports/$(RUN)/
 # make test | bench | lab                                all tests | all benchmarks | the notebooks in JupyterLab
-# Each installs what is missing into .venv; PYTHON=... names another Python (3.11 to 3.13).
+# make rehearsal-gpu                      the 7B shapes on an NVIDIA GPU, installing nothing, in reports/gpu-rehearsal/
+# The others install what is missing into .venv; PYTHON=... names another Python (3.11 to 3.13).
 RUN := tiny
 SET :=
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do "$$name" -c \
@@ -8,7 +9,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 VENV := .venv/bin/python
 export SET
 
-.PHONY: report test bench lab install
+.PHONY: report test bench lab rehearsal-gpu install
 .DEFAULT_GOAL := report
 
 report: install
@@ -31,3 +32,6 @@ install: .venv/installed
 	$(VENV) -m pip install --disable-pip-version-check -r requirements.txt
 	$(VENV) -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+rehearsal-gpu:
+	@"$(PYTHON)" -m derm_compress.rehearsal reports/gpu-rehearsal

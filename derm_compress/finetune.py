@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from derm_compress import dialogue, memory, models, quantize
-from derm_compress.data import Item, load_dataset
 from derm_compress.errors import DermError
 from derm_compress.progress import track
 from derm_compress.recipes import HEALED, Recipe, adapter_digest
+
+if TYPE_CHECKING:  # data needs scipy, which a machine that only trains may lack
+    from derm_compress.data import Item
 
 IGNORED = -100  # the label that the loss leaves out
 TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # plain name lists would also hit CLIP
@@ -197,6 +200,8 @@ class Job:
 
 def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
     """Materialize, train and write the peft adapter, curve.parquet and told.json; checkpoints live in `scratch`."""
+    from derm_compress.data import load_dataset
+
     torch.set_num_threads(1)
     dataset = load_dataset(data)
     model, processor = models.materialize(Recipe.from_json(job.recipe), store, job.device)

@@ -96,15 +96,20 @@ def architecture(config) -> Architecture:
     )  # fmt: skip
 
 
-def llava_7b() -> Architecture:
-    """llava-hf/llava-1.5-7b-hf from its published settings: CLIP ViT-L/14 at 336 px and Vicuna-7B."""
+def llava_7b_config():
+    """LlavaConfig of llava-hf/llava-1.5-7b-hf from its published settings: CLIP ViT-L/14 at 336 px and Vicuna-7B."""
     from transformers import LlavaConfig
 
     text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32064}
     tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "projection_dim": 768}
     text |= {"model_type": "llama", "num_attention_heads": 32, "tie_word_embeddings": False}
     tower |= {"model_type": "clip_vision_model", "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
-    return architecture(LlavaConfig(vision_config=tower, text_config=text))
+    return LlavaConfig(vision_config=tower, text_config=text)
+
+
+def llava_7b() -> Architecture:
+    """The architecture of llava-hf/llava-1.5-7b-hf."""
+    return architecture(llava_7b_config())
 
 
 def plan_weights(
@@ -151,7 +156,7 @@ def plan_training(
     arch: Architecture, *, blocks_removed: int = 0, rank: int = 16, batch: int = 1, text_tokens: int = 128,
     checkpointing: bool = False, method: str = "bitsandbytes", element: int = FP16, rest: int = FP16,
 ) -> dict[str, float]:  # fmt: skip
-    """GiB of QLoRA: NF4 base in blocks of 64, fp32 adapters on all decoder linears, Adam, a picture a row.
+    """GiB of QLoRA: base in NF4 blocks of 64 (or fp16), fp32 adapters on all decoder linears, Adam, a picture a row.
 
     Adapters are rank x (in + out) a linear, gradients as much, Adam twice that. `element`: bytes of the compute type;
     `rest`: of what is not 4-bit (4 after peft's k-bit preparation). A block keeps for backward, in fp32, both norms'
@@ -160,7 +165,7 @@ def plan_training(
     its input, and one block is alive anew. All tokens' logits take 12 bytes each at the loss. No dropout masks.
     """
     hidden, mlp, linears = arch.hidden, arch.intermediate, arch.linears.values()
-    base = plan_weights(arch, blocks_removed=blocks_removed, method=method, bits=4)
+    base = plan_weights(arch, blocks_removed=blocks_removed, method=method, bits=16 if method == "fp16" else 4)
     base |= {part: base[part] * rest / FP16 for part in (*arch.outside, "block_norms")}
     blocks, tokens = arch.kept(blocks_removed), batch * (text_tokens + arch.image_tokens)
     adapters = FP32 * rank * blocks * sum(out + into for out, into in linears)
@@ -168,7 +173,8 @@ def plan_training(
     block = FP32 * (2 * hidden + inputs + rank * len(linears)) + element * (2 * hidden + 2 * arch.cache_width + 3 * mlp)
     logits = 12 * arch.vocabulary  # log-softmax and gradient in fp32; logits and gradient in fp16, or fp32 logits
     return base | _gib(
-        adapters=adapters, gradients=adapters, optimiser=2 * adapters, workspace=element * hidden * mlp,
+        adapters=adapters, gradients=adapters, optimiser=2 * adapters,
+        workspace=element * hidden * mlp * (method != "fp16"),
         activations=blocks * tokens * (element * hidden if checkpointing else block),
         loss_or_block=tokens * (max(logits, block) if checkpointing else logits),
     )  # fmt: skip

@@ -232,6 +232,12 @@ def test_adapters_gradients_and_adam_are_counted(llava):
     assert small["adapters"] * memory.GIB == 4 * trained
 
 
+def test_lora_on_fp16_has_an_fp16_base_and_nothing_to_decode(llava):
+    on_nf4, on_fp16 = (memory.plan_training(llava, method=method) for method in ("bitsandbytes", "fp16"))
+    assert {part: on_fp16[part] for part in memory.plan_weights(llava)} == memory.plan_weights(llava)
+    assert on_fp16["workspace"] == 0 < on_nf4["workspace"] and on_fp16["activations"] == on_nf4["activations"]
+
+
 def test_checkpointing_trades_activations(llava):
     kept, redone = (memory.plan_training(llava, checkpointing=c, batch=4) for c in (False, True))
     assert redone["activations"] < 0.1 * kept["activations"]

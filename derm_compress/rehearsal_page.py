@@ -1,0 +1,265 @@
+"""The page of a rehearsal: what was measured beside its plan, what follows from it, what was skipped. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from derm_compress.artifacts import atomic, read_json, write_json
+
+COLUMNS = ["step", "variant", "quantity", "unit", "measured", "planned", "ratio"]
+T4_GIB = 14  # it shows 14.6, of which the CUDA context takes some
+SEARCH = "search of a block"
+FP32_SEARCH = (
+    "AWQ's calibration casts inputs to fp32 and its search rounds the weights at every exponent; its floors count the "
+    "products alone."
+)
+TOPICS = {
+    "limits": (
+        "What the device can do",
+        "Large tensors: a copy counts bytes read and written. The floors of times rest on these.",
+    ),
+    "weights": ("Weights", "Planned: `memory.plan_weights`."),
+    "generate": (
+        "Answering",
+        "Questions of {prompt_tokens} tokens, each about a picture of {image_tokens}; {new_tokens} new tokens. Peak "
+        "beside `memory.plan_peak`, its parts added as if they peaked at once. Prefill beside the FLOPs of all weights "
+        "over the fp16 product's rate, decoding beside the bytes of decoder, head and KV cache over the copy's rate: "
+        "floors, so a ratio says how far the time is above them.",
+    ),
+    "training": (
+        "Training",
+        "Conversations of {text_tokens} tokens, each about a picture of {image_tokens}. LoRA of rank 16 on the "
+        "decoder's linears, fp32 adapters, AdamW. Peak beside `memory.plan_training`; step and speed beside the FLOPs "
+        "of forward and backward (with checkpointing, of a second forward too), a floor.",
+    ),
+    "awq": (
+        "Activation-aware quantization",
+        "Two blocks, so that any device holds their Gram matrices; a block's share of one pass over {conversations} "
+        "such conversations, the picture's tower included, and of the search. Beside the FLOPs in fp32, a floor.",
+    ),
+    "importance": (
+        "Verifying drafts",
+        "One pass over question and draft answer of {draft_tokens} tokens, beside answering: prefill and decoding.",
+    ),
+}
+
+
+def write(folder: Path, where: dict, steps: dict[str, dict]) -> None:
+    """README.md, rehearsal.json and rehearsal.csv in the folder, from what the steps left."""
+    steps = {step: steps[step] for step in TOPICS if step in steps}
+    rows = frame(steps)
+    write_json(folder / "rehearsal.json", {"where": where, "steps": steps})
+    for name, text in (("rehearsal.csv", rows.to_csv(index=False)), ("README.md", page(where, steps, rows))):
+        with atomic(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def again(folder: Path) -> None:
+    """The page once more from its rehearsal.json."""
+    told = read_json(folder / "rehearsal.json")
+    write(folder, told["where"], told["steps"])
+
+
+def frame(steps: dict[str, dict]) -> pd.DataFrame:
+    """All rows in one tidy frame; ratio = measured / planned."""
+    rows = pd.DataFrame([row for told in steps.values() for row in told["rows"]], columns=COLUMNS[:-1])
+    measured, planned = (pd.to_numeric(rows[name]) for name in ("measured", "planned"))
+    return rows.assign(ratio=measured / planned)
+
+
+def page(where: dict, steps: dict[str, dict], rows: pd.DataFrame) -> str:
+    """The page in Markdown."""
+    parts = [f"# Rehearsal of {'LLaVA-1.5-7B' if where['shapes'] == '7b' else 'a small LLaVA'} on {where['device']}"]
+    parts += ["**What do the 7B shapes cost on a real GPU, and do the plans of `derm_compress.memory` hold?**"]
+    parts += ["## Findings", bullets(findings(rows.dropna(subset="measured")))]
+    for step, told in steps.items():
+        title, about = TOPICS[step]
+        parts += [f"## {title}", f"{about.format(**where)} ({told['seconds']:.0f} s.)", table(rows[rows.step == step])]
+    parts += ["## Where plans and measurements part", bullets(gaps(rows.dropna(subset="measured")))]
+    parts += ["## Skipped", bullets(skipped(steps)), "## Limits", bullets(limits(where))]
+    parts += ["## Provenance", provenance(where, steps)]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rows: pd.DataFrame) -> str:
+    """A line a variant; a cell is "measured of planned (ratio)" where there is a plan."""
+    heads = dict.fromkeys(f"{row.quantity}, {row.unit}".strip(", ") for row in rows.itertuples())
+    lines = [f"| variant | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
+    for variant, group in rows.groupby("variant", sort=False):
+        cells = " | ".join(cell(row) for row in group.itertuples())
+        lines.append(f"| {variant} | {cells} |")
+    return "\n".join(lines)
+
+
+def cell(row) -> str:
+    if pd.isna(row.planned):
+        return number(row.measured)
+    ratio = "" if pd.isna(row.ratio) else f" ({row.ratio:.2f})"
+    return f"{number(row.measured)} of {number(row.planned)}{ratio}"
+
+
+def number(value: float) -> str:
+    """About three digits; whole above a thousand, a dash where it is unknown."""
+    if pd.isna(value):
+        return "–"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3g}"
+
+
+def bullets(sentences: list[str]) -> str:
+    """A list of the sentences that have something to say."""
+    return "\n".join(f"- {sentence}" for sentence in sentences if sentence) or "Nothing."
+
+
+def findings(rows: pd.DataFrame) -> list[str]:
+    """What the measured rows say; what was not measured is not spoken of."""
+    forms = [quantized(rows, form) for form in ("NF4", "packed W4")]
+    return [weights(rows), peaks(rows), fitting(rows), decoding(rows), *forms, training(rows), awq(rows), drafts(rows)]
+
+
+def gaps(rows: pd.DataFrame) -> list[str]:
+    """Why a ratio is not 1: times above their floors, peaks beside their plans."""
+    return [launching(rows), unpacking(rows), workspace(rows), FP32_SEARCH * bool(len(pick(rows, "awq", SEARCH)))]
+
+
+def pick(rows: pd.DataFrame, step: str, quantity: str, *words: str) -> pd.DataFrame:
+    """Rows of one quantity whose variant has all the words, by variant: unpruned before pruned."""
+    found = rows[(rows.step == step) & (rows.quantity == quantity)].set_index("variant")
+    return found.loc[[variant for variant in found.index if set(words) <= set(variant.split(", "))]]
+
+
+def weights(rows: pd.DataFrame) -> str:
+    off = (pick(rows, "weights", "weights").ratio - 1).abs()
+    return (
+        f"The fp16 weights take what is planned, within {max(off.max(), 1e-4):.2%} at {len(off)} depths."
+        if len(off)
+        else ""
+    )
+
+
+def peaks(rows: pd.DataFrame) -> str:
+    spans = []
+    for step, what in (("generate", "answering"), ("training", "training")):
+        ratio = pick(rows, step, "peak").ratio
+        spans += [f"{ratio.min():.2f} to {ratio.max():.2f} times its plan when {what}"] if len(ratio) else []
+    return f"Peak memory is {' and '.join(spans)}." if spans else ""
+
+
+def fitting(rows: pd.DataFrame) -> str:
+    """Which peaks a T4 has no room for."""
+    peak = pd.concat([pick(rows, "generate", "peak"), pick(rows, "training", "peak").add_prefix("training ", axis=0)])
+    large = "; ".join(peak.index[peak.measured > T4_GIB])
+    return f"A T4, with room for {T4_GIB} GiB, would hold all but: {large}." if large else ""
+
+
+def decoding(rows: pd.DataFrame) -> str:
+    one, eight = (pick(rows, "generate", "decode", "fp16", f"batch {batch}") for batch in (1, 8))
+    if len(one) < 2 or len(eight) < 2:
+        return ""
+    whole, pruned = one.measured.iloc[[0, -1]]
+    saved = f"with six blocks fewer {pruned:.1f} ms ({1 - pruned / whole:.0%} less)"
+    return (
+        f"A step of decoding in fp16 takes {whole:.1f} ms at batch 1, {one.ratio.iloc[0]:.1f} times its floor, and "
+        f"{eight.measured.iloc[0]:.1f} ms at batch 8; {saved}."
+    )
+
+
+def quantized(rows: pd.DataFrame, form: str) -> str:
+    pairs = [[pick(rows, "generate", q, f, "batch 1").measured for f in ("fp16", form)] for q in ("peak", "decode")]
+    if not all(len(found) for pair in pairs for found in pair):
+        return ""
+    (wide, narrow), (fast, slow) = [[found.iloc[0] for found in pair] for pair in pairs]
+    name, taken = form[0].upper() + form[1:], f"a token taking {slow / fast:.1f} times as long"
+    return f"{name} answers in {narrow:.1f} GiB instead of {wide:.1f}, {taken}."
+
+
+def training(rows: pd.DataFrame) -> str:
+    peak, step = (pick(rows, "training", quantity, "batch 4").measured for quantity in ("peak", "step"))
+    plain = next((v for v in peak.index if f"{v}, checkpointing" in peak.index), None)
+    if plain is None:
+        return ""
+    again = f"{plain}, checkpointing"
+    return (
+        f"Training ({plain}) peaks at {peak[plain]:.1f} GiB; checkpointing takes it to {peak[again]:.1f} GiB for "
+        f"{step[again] / step[plain] - 1:.0%} more time a step."
+    )
+
+
+def awq(rows: pd.DataFrame) -> str:
+    each = [pick(rows, "awq", f"{what} of a block").measured for what in ("calibration", "search", "Gram matrices")]
+    whole = pick(rows, "weights", "weights").index
+    if not (len(whole) and len(each[0])):
+        return ""
+    blocks = int(whole[0].split()[1])
+    calibration, search = (number(blocks * found.iloc[0]) for found in each[:2])
+    held = f"; held together, their Gram matrices take {blocks * each[2].iloc[0]:.1f} GiB" if len(each[2]) else ""
+    return f"At that pace AWQ calibrates {blocks} blocks in {calibration} s and searches them in {search} s{held}."
+
+
+def drafts(rows: pd.DataFrame) -> str:
+    found = pick(rows, "importance", "answering over verifying").measured
+    return f"Verifying a draft answer is {found.iloc[0]:.1f} times as fast as answering anew." if len(found) else ""
+
+
+def launching(rows: pd.DataFrame) -> str:
+    """How little times grow with the batch."""
+    decode = [growth(rows, "generate", "decode", form, 8) for form in ("fp16", "NF4", "packed W4")]
+    grown = ", ".join(filter(None, [*decode, growth(rows, "training", "step", "NF4", 4)]))
+    if not grown:
+        return ""
+    return (
+        f"Compared with one row, {grown}. What does not grow with the rows goes into launching kernels one by one from "
+        "Python, into unpacking weights and fp32 adapters, and none of it is in the floors."
+    )
+
+
+def growth(rows: pd.DataFrame, step: str, quantity: str, form: str, many: int) -> str:
+    one, more = (pick(rows, step, quantity, form, f"batch {batch}").measured for batch in (1, many))
+    what = f"{many} take {more.iloc[0] / one.iloc[0]:.2f} times as long" if len(one) and len(more) else ""
+    return what and f"{what} ({quantity}, {form})"
+
+
+def unpacking(rows: pd.DataFrame) -> str:
+    """What packed weights add to a pass, whatever it computes."""
+    extra = []
+    for quantity, what in (("decode", "a step of decoding"), ("prefill", "the prefill")):
+        fp16, packed = (pick(rows, "generate", quantity, form, "batch 1").measured for form in ("fp16", "packed W4"))
+        extra += [f"{packed.iloc[0] - fp16.iloc[0]:.0f} ms to {what}"] if len(fp16) and len(packed) else []
+    why = "at batch 1: every pass decodes all weights through fp32, without a kernel of its own."
+    return f"Packed W4 adds {' and '.join(extra)} {why}" if extra else ""
+
+
+def workspace(rows: pd.DataFrame) -> str:
+    """Peaks of packed weights more than 5 % beside their plan."""
+    both = pick(rows, "generate", "peak", "packed W4")
+    off = both[(both.ratio - 1).abs() > 0.05]
+    listed = "; ".join(f"{row.Index}: {row.measured - row.planned:+.2f} GiB" for row in off.itertuples())
+    why = "A packed linear decodes through fp32, 9 bytes a weight of the widest, where the plan counts the 2 of fp16."
+    return f"Peaks beside their plans: {listed}. {why}" if listed else ""
+
+
+def skipped(steps: dict[str, dict]) -> list[str]:
+    """A line for each reason in each step, with the variants that it cost."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case in (case for told in steps.values() for case in told["skipped"]):
+        reasons.setdefault((case["step"], case["reason"]), []).append(case["variant"])
+    return [f"{step} ({'; '.join(variants)}): {reason}" for (step, reason), variants in reasons.items()]
+
+
+def limits(where: dict) -> list[str]:
+    """What the numbers do not say."""
+    other = f"The device is {where['device']}, not a T4: memory carries over where attention is fused, times do not."
+    return [
+        "The weights are random: no answer, loss or scale here means anything, only what it costs.",
+        other if "T4" not in where["device"] else "",
+        "Peaks are counted once the model stands: making NF4 or packed weights here passes through all of fp16.",
+        "Allocated memory is counted; a CUDA context and what the allocator holds in reserve come on top.",
+        "Times are medians of one to five runs after one that does not count, in one process on one device.",
+    ]
+
+
+def provenance(where: dict, steps: dict[str, dict]) -> str:
+    seconds = sum(told["seconds"] for told in steps.values())
+    facts = ", ".join(f"{name} {value}" for name, value in sorted(where.items()) if value is not None)
+    return f"`make rehearsal-gpu`, {seconds:.0f} s in all; {facts}. All rows: `rehearsal.csv`."
