@@ -25,7 +25,8 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Parameter:
     """One line of a parameters cell: `name: kind = default  # help [low..high]`, or `[a|b|c]` for choices.
 
-    A list's limits hold for each of its elements. Equal but for their help: two notebooks may share it.
+    A choice `-x` may follow another, as in a-x; `-#` stands for any number. A list's limits hold for each of its
+    elements. Equal but for their help: two notebooks may share it.
     """
 
     name: str
@@ -57,10 +58,16 @@ class Parameter:
     def _one(self, value, where):
         kind = self.element or type(value).__name__
         value = float(value) if kind == "float" and type(value) is int else value
-        fits = type(value) is SCALARS.get(kind) and (not self.choices or value in self.choices)
+        fits = type(value) is SCALARS.get(kind) and (not self.choices or self._chosen(value))
         if not fits or (kind in ("int", "float") and not (math.isfinite(value) and self.low <= value <= self.high)):
             raise self._error(value, where)
         return value
+
+    def _chosen(self, value) -> bool:
+        if value in self.choices or not isinstance(value, str):
+            return value in self.choices
+        first, *more = value.split("-")
+        return first in self.choices and all(("-#" if word.isdigit() else f"-{word}") in self.choices for word in more)
 
     def _error(self, value, where):
         trap = self.element in ("int", "float") and isinstance(value, str) and not isinstance(as_number(value), str)

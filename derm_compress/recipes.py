@@ -78,11 +78,14 @@ def variant(name: str, recipe: Recipe, **known) -> dict:
     return row | {"method": "fp16", "bits": 16, "group_size": 0} | known | {"recipe": recipe.to_json()}
 
 
-def pruned(original: Recipe, plans: Sequence, depths: Iterable[int]) -> pd.DataFrame:
-    """The original and every depth of every plan that goes so far; the first plan names its variants plainly."""
+def pruned(original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequence[int]) -> pd.DataFrame:
+    """The original and, as far as each goes, the first plan at all `depths` and others at those of `rival`.
+
+    The first plan is the study's own and names its variants plainly. Depths count a plan's units.
+    """
     rows = [variant(ORIGINAL, original)]
     for i, plan in enumerate(plans):
-        for n in (n for n in depths if n <= plan.most):
+        for n in (n for n in (rival if i else depths) if n <= plan.most):
             recipe = original.pruned(plan.kept(n), plan.absent(n))
             name = f"pruned-{n}" if i == 0 else f"pruned-{n}-{plan.criterion}"
             rows.append(variant(name, recipe, criterion=plan.criterion))
