@@ -78,7 +78,7 @@ def variant(name: str, recipe: Recipe, **known) -> dict:
     return row | {"method": "fp16", "bits": 16, "group_size": 0} | known | {"recipe": recipe.to_json()}
 
 
-def pruned(original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequence[int]) -> pd.DataFrame:
+def pruned(original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequence[int] = ()) -> pd.DataFrame:
     """The original and, as far as each goes, the first plan at all `depths` and others at those of `rival`.
 
     The first plan is the study's own and names its variants plainly. Depths count a plan's units.

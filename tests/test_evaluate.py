@@ -11,7 +11,7 @@ HOW = {"device": "cpu", "batch_size": 12, "max_new_tokens": 3}
 
 
 def variants(recipe):
-    return recipes.pruned(recipe, [PLAN, PLAN], [1, 3])
+    return recipes.pruned(recipe, [PLAN, PLAN], [1, 3], [1, 3])
 
 
 def test_variants_name_depth_criterion_and_recipe(recipe):
