@@ -80,6 +80,8 @@ def export_command(a) -> int:
 
     models.export_model(recipe, store, a.path)
     print(f"{a.model} -> {a.path}")
+    if (a.path / models.PARTIAL).exists():
+        print(models.NOT_PLAIN)
     return 0
 
 

@@ -196,10 +196,11 @@ def taylor(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
         sums[owners[weight]] = sums.get(owners[weight], 0.0) + (weight * weight.grad).abs().float().sum().item() / scale
         weight.grad = None
 
-    hooks = [weight.register_post_accumulate_grad_hook(use) for weight in owners]
+    hooks = []
     try:
         for weight in wanted:
             weight.requires_grad_(weight in owners)
+        hooks += [weight.register_post_accumulate_grad_hook(use) for weight in owners]
         for item in c.items:
             sums.clear()
             (scale * answer_loss(c, item)).backward()

@@ -45,8 +45,8 @@ class Ranking:
     def of(name: str) -> Ranking:
         """From its name; DermError says what is known."""
         criterion, *options = name.split("-")
-        draw = [int(word) for word in options if word.isdigit()]
-        words = frozenset(word for word in options if not word.isdigit())
+        draw = [int(word) for word in options if word.isdecimal()]
+        words = frozenset(word for word in options if not word.isdecimal())
         if criterion not in CRITERIA or words - OPTIONS.keys() or len(draw) > (criterion == "random"):
             near = get_close_matches(criterion, CRITERIA, 1)
             hint = f"; did you mean {near[0]}?" if near and near[0] != criterion else ""
@@ -115,8 +115,8 @@ def rows(ranking: Ranking, c: Calibration, units: Sequence[prune.Unit], *, journ
 
 def positions(units: Sequence[prune.Unit], removed: Sequence[prune.Unit]) -> list[prune.Unit]:
     """What units are called in a model that lacks whole blocks: blocks count anew, sublayers follow their block."""
-    gone = [unit for unit in removed if isinstance(unit, int)]
-    shift = {unit: sum(b < prune.span(unit)[0] // 2 for b in gone) for unit in units}
+    gone = {s for unit in removed for s in range(*prune.span(unit))}
+    shift = {u: sum({2 * b, 2 * b + 1} <= gone for b in range(prune.span(u)[0] // 2)) for u in units}
     return [
         unit - n if isinstance(unit, int) else prune.name_of(prune.span(unit)[0] - 2 * n) for unit, n in shift.items()
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_model
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
@@ -18,6 +19,11 @@ from derm_compress.recipes import Recipe
 
 TINY = Path(__file__).parent / "tiny_llava"
 PICO_BLOCKS = 8
+PARTIAL = "derm_compress.safetensors"  # weights of a model that lacks sublayers: a name that no other loader takes
+NOT_PLAIN = (
+    "plain Transformers cannot open this folder, as blocks lack their attention or MLP: "
+    "use derm_compress.models.load_base(folder)"
+)
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names an optional CPU kernel at every import
 transformers_logging.set_verbosity_error()  # the loading report is asserted on below, not printed
@@ -66,25 +72,40 @@ def load_base(name: str, device: str = "cpu") -> tuple[LlavaForConditionalGenera
     source = str(TINY) if name in ("tiny", "pico") else _folder(name)
     if name == "pico":
         return _pico().to(device).eval(), AutoProcessor.from_pretrained(source)
-    _check_architecture(name, source)
+    config = _config(name, source)
+    absent = getattr(config, "absent_sublayers", ())
     try:
+        held = load_file(Path(source) / PARTIAL) if absent else None
         model, told = LlavaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
-        )
+            None if absent else source, config=config, state_dict=held,
+            dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise DermError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     missing = sorted(told["missing_keys"]) + [str(k) for k in told["mismatched_keys"]]
+    unused = sorted(told["unexpected_keys"])
+    if absent:
+        missing, unused = _remove(model, absent, missing, held)
     if missing:
         raise DermError(
             f"model {name}: {len(missing)} weights are missing or of another shape, first {missing[0]}; "
             "they would be random: get a complete checkpoint"
         )
-    if unused := sorted(told["unexpected_keys"]):
+    if unused:
         raise DermError(
             f"model {name}: {len(unused)} weights have no place in its config, first {unused[0]}; mend the config"
         )
     return model.to(device).eval(), processor
+
+
+def _remove(model, absent, missing: list[str], held: dict) -> tuple[list[str], list[str]]:
+    """Removes sublayers; which missing weights the model still needs, and which held ones it has no place for."""
+    from derm_compress import prune
+
+    prune.apply(model, range(len(blocks(model))), absent)
+    needed = model.state_dict().keys()
+    return [name for name in missing if name in needed], [name for name in held if name not in needed]
 
 
 def _folder(name: str) -> str:
@@ -100,7 +121,8 @@ def check_picture_size(processor: LlavaProcessor, images) -> None:
         raise DermError(f"pictures of {found} px, but the model reads {wanted} px: set image_size: {wanted}")
 
 
-def _check_architecture(name: str, source: str) -> None:
+def _config(name: str, source: str):
+    """The config of a LLaVA model; DermError for any other."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -109,6 +131,7 @@ def _check_architecture(name: str, source: str) -> None:
         raise DermError(
             f"model {name}: is a {config.model_type} model; this study needs a LLaVA model (model_type llava)"
         )
+    return config
 
 
 def _pico() -> LlavaForConditionalGeneration:
@@ -145,17 +168,32 @@ def materialize(
 
 
 def export_model(recipe_json: str, store, path: Path) -> Path:
-    """Write an ordinary folder that plain `from_pretrained` opens; a quantized variant with its dequantized weights."""
+    """Write an ordinary folder that plain `from_pretrained` opens; a quantized variant with its dequantized weights.
+
+    Where sublayers are absent, only load_base opens it: Transformers would fill them with random weights.
+    """
     path = Path(path)
     if path.exists() and any(path.iterdir()):
         raise DermError(f"export: {path} exists and is not empty; name a new folder")
     recipe = Recipe.from_json(recipe_json)
     model, processor = materialize(recipe, store)
     with atomic(path) as draft:
-        model.save_pretrained(draft)
+        _save(model, draft)
         processor.save_pretrained(draft)
         (draft / "README.md").write_text(model_card(recipe, len(blocks(model))), encoding="utf-8")
     return path
+
+
+def _save(model, draft: Path) -> None:
+    from derm_compress import prune
+
+    if absent := prune.lacking(model):
+        model.config.absent_sublayers = list(absent)
+        model.config.save_pretrained(draft)
+        model.generation_config.save_pretrained(draft)
+        save_model(model, str(draft / PARTIAL))
+    else:
+        model.save_pretrained(draft)
 
 
 def model_card(recipe: Recipe, left: int) -> str:
@@ -163,7 +201,8 @@ def model_card(recipe: Recipe, left: int) -> str:
     said = []
     for step in recipe.steps:
         if step["step"] == "prune":
-            said.append(f"- pruned to the decoder blocks {list(step['kept'])} of the base")
+            without = f", without {', '.join(step['absent'])}" if step.get("absent") else ""
+            said.append(f"- pruned to the decoder blocks {list(step['kept'])} of the base{without}")
         elif step["step"] == "adapter":
             said.append("- fine-tuned with QLoRA, the adapter merged into the unquantized weights")
         else:
@@ -171,13 +210,18 @@ def model_card(recipe: Recipe, left: int) -> str:
                 f"- {step['method']}, {step['bits']} bits in groups of {step['group_size']}; this folder holds the "
                 "dequantized weights: the same answers, no smaller in memory"
             )
+    if recipe.absent():
+        loading = f"{NOT_PLAIN[0].upper()}{NOT_PLAIN[1:]}\n\n```python\nfrom derm_compress import models\n"
+        loading += 'model, processor = models.load_base("this-folder")\n```\n'
+    else:
+        loading = "```python\nfrom transformers import AutoProcessor, LlavaForConditionalGeneration\n"
+        loading += 'model = LlavaForConditionalGeneration.from_pretrained("this-folder")\n```\n'
     return "\n".join(
         [
             "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---",
             f"# A variant of {recipe.base} with {left} decoder blocks\n",
             *(said or ["- unchanged base"]),
             "\nNot a medical device: made for a study of model compression, not for diagnosis or treatment.\n",
-            "```python\nfrom transformers import AutoProcessor, LlavaForConditionalGeneration",
-            'model = LlavaForConditionalGeneration.from_pretrained("this-folder")\n```\n',
+            loading,
         ]
     )

@@ -64,10 +64,11 @@ class Parameter:
         return value
 
     def _chosen(self, value) -> bool:
-        if value in self.choices or not isinstance(value, str):
+        if not isinstance(value, str) or (value in self.choices and not value.startswith("-")):
             return value in self.choices
         first, *more = value.split("-")
-        return first in self.choices and all(("-#" if word.isdigit() else f"-{word}") in self.choices for word in more)
+        more = ["-#" if word.isdecimal() else f"-{word}" for word in more]
+        return "-#" not in value and first in self.choices and all(word in self.choices for word in more)
 
     def _error(self, value, where):
         trap = self.element in ("int", "float") and isinstance(value, str) and not isinstance(as_number(value), str)

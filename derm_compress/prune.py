@@ -150,10 +150,20 @@ def _set_blocks(model, layers: Sequence[nn.Module]) -> None:
             config.layer_types = config.layer_types[: len(layers)]
 
 
+def lacking(model) -> tuple[str, ...]:
+    """Sublayers that a model's blocks lack, by position."""
+    parts = [block.get_submodule(PARTS[name][0]) for block in models.blocks(model) for name in SUBLAYERS]
+    return tuple(name_of(s) for s, part in enumerate(parts) if isinstance(part, Absent))
+
+
 def apply_step(model, step: dict, kept: Sequence[int]) -> tuple[int, ...]:
     """Apply a recipe's step to a model of these original blocks; returns those that are left."""
     if gone := sorted(set(step["kept"]) - set(kept)):
         raise DermError(f"recipe: blocks {gone} are to be kept but were pruned before")
+    before = [name_of(2 * kept[first // 2] + first % 2) for first, _ in map(span, lacking(model))]
+    told = set(step.get("absent", ()))
+    if gone := [unit for unit in before if unit not in told and span(unit)[0] // 2 in step["kept"]]:
+        raise DermError(f"recipe: {gone} were removed before; a later prune step lists them as absent too")
     apply(model, *left(len(kept), step_units(step, kept)))
     return tuple(step["kept"])
 

@@ -1,72 +1,156 @@
+"""Rankings: their names, plans, order of removal, journal and frames."""
+
+import dataclasses
+import itertools
+import json
+import zlib
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn.functional import cross_entropy, one_hot
 
-from derm_compress import generate, importance, models
+from derm_compress import criteria, generate, importance, models, prune
+from derm_compress.artifacts import Journal
 from derm_compress.errors import DermError
 
-
-@pytest.fixture(scope="module")
-def embed():
-    return importance.Embedder()
+DATA_DRIVEN = ("output_similarity", "perplexity", "block_influence", "angular", "taylor")
 
 
-def test_the_embedder_is_the_published_model(embed):
-    same, near, far = embed(["a red rash on the face", "a red spot on the face", "stock prices fell on Monday"])
-    assert np.isclose(same @ same, 1, atol=1e-5) and same @ near > 0.6 > 0.2 > same @ far
-    assert np.array_equal(embed(["a red rash on the face"])[0], same)
+def different(text):
+    """Stands for the sentence transformer where only equal or not matters."""
+    vector = np.zeros(1009)
+    vector[zlib.crc32(text.encode()) % 1009] = 1.0
+    return vector
 
 
-def test_similarity_is_the_loop_of_the_paper(pico, dataset, embed):
-    """Eqs. 2-5 by hand: take the block out, generate, put it back, embed, cosine."""
-    model, processor = pico
-    items = dataset.of("train")[:2]
-    how = {"batch_size": 6, "max_new_tokens": 5}
-    frame = importance.output_similarity(model, processor, items, dataset.images, embed, **how)
-    assert len(frame) == 8 * 6
-    layers = list(models.blocks(model))
-    before = generate.answer(model, processor, items, dataset.images, variant="x", **how).answer
-    model.model.language_model.layers = torch.nn.ModuleList(layers[:3] + layers[4:])
-    for i, layer in enumerate(models.blocks(model)):
-        layer.self_attn.layer_idx = i
-    model.config.text_config.num_hidden_layers = 7
-    after = generate.answer(model, processor, items, dataset.images, variant="y", **how).answer
-    told = frame[frame.block == 3]
-    assert told.answer.tolist() == after.tolist()
-    vectors = embed.model.encode(before.tolist()), embed.model.encode(after.tolist())
-    lengths = [np.linalg.norm(v, axis=1) for v in vectors]
-    cosine = (vectors[0] * vectors[1]).sum(1) / (lengths[0] * lengths[1])
-    assert np.allclose(told.similarity, cosine, atol=1e-5)
+@pytest.fixture
+def calibration(pico, dataset):
+    return criteria.Calibration(*pico, dataset.of("train")[:2], dataset.images, different, 3, 6)
 
 
-def test_a_block_that_adds_nothing_scores_one_and_goes_first(pico, dataset, embed):
-    model, processor = pico
+def ranked(names, c, *, journal=None, protected=(0, 1, 7), most=5):
+    """(plans by name, measured rows)."""
+    journal = journal or Journal()
+    measured = importance.measure(names, c, journal)
+    told = importance.plans(names, measured, c, protected=protected, most=most, fingerprint="f", journal=journal)
+    return {name: prune.Plan.from_dict(plan) for name, plan in told.items()}, measured
+
+
+def scripted(monkeypatch, table, name="block_influence"):
+    """A criterion whose values are table(removed, unit); the blocks that the model still has tell what was removed."""
+    marks, calls = {}, []
+
+    def rows(c, units):
+        layers = list(models.blocks(c.model))
+        original = [marks.setdefault(id(layer), len(marks)) for layer in layers]
+        for unit in units:
+            place = original[prune.span(unit)[0] // 2]
+            name = place if isinstance(unit, int) else f"{place}.{unit.partition('.')[2]}"
+            gone = tuple(sorted({*range(8)} - {*original}))
+            calls.append((gone, name))
+            for item in c.items:
+                yield {"unit": unit, "item": item.id, "value": float(table(gone, name))}
+
+    monkeypatch.setitem(criteria.CRITERIA, name, dataclasses.replace(criteria.CRITERIA[name], rows=rows))
+    return calls
+
+
+def perplexity_of(c):
+    """Mean negative log-likelihood of the references, by the model as it is."""
+    with torch.inference_mode():
+        return np.mean(
+            [
+                cross_entropy(scores[:-1], torch.tensor(told)).item()
+                for _, reading in c.readings()
+                for scores, told in zip(reading.predictions(reading.last), reading.told, strict=True)
+            ]
+        )
+
+
+def fit_head(c):
+    """A head that tells the references as well as a linear map can: taking part of the model away makes it worse."""
+    read, targets = [], []
+    with torch.inference_mode():
+        for _, reading in c.readings():
+            width = [torch.arange(len(t) + 1) + a - 1 for a, t in zip(reading.asked, reading.told, strict=True)]
+            read += [models.decoder(c.model).norm(reading.last[r, at[:-1]]) for r, at in enumerate(width)]
+            targets += [token for told in reading.told for token in told]
+    x = torch.cat(read).double()
+    wanted = one_hot(torch.tensor(targets), c.model.lm_head.out_features).double()
+    c.model.lm_head.weight.data = (20 * torch.linalg.lstsq(x, wanted, driver="gelsd").solution.T).float()
+
+
+@pytest.mark.parametrize("name", [f"{name}{end}" for name in DATA_DRIVEN for end in ("", "-iterative")])
+def test_blocks_that_add_nothing_go_first(calibration, name):
+    c = dataclasses.replace(calibration, items=calibration.items[:1])
+    fit_head(c)
     with torch.no_grad():
-        models.blocks(model)[4].self_attn.o_proj.weight.zero_()
-        models.blocks(model)[4].mlp.down_proj.weight.zero_()
-    frame = importance.output_similarity(
-        model, processor, dataset.of("train")[:2], dataset.images, embed, batch_size=6, max_new_tokens=8
-    )
-    mean = frame.groupby("block").similarity.mean()
-    assert mean[4] == pytest.approx(1, abs=1e-6)
-    scores = importance.score_frame("output_similarity", 1 - mean.to_numpy(), [0, 1, 7])
-    assert importance.plan(scores, fingerprint="f").order[0] == 4
+        for index in (4, 6):
+            models.blocks(c.model)[index].self_attn.o_proj.weight.zero_()
+            models.blocks(c.model)[index].mlp.down_proj.weight.zero_()
+    plans, measured = ranked([name], c, most=3)
+    order, scores = plans[name].order[:3], plans[name].scores
+    assert set(order[:2]) == {4, 6} and scores[2] > scores[0] + 1e-4
+    alone = perplexity_of(c) if "perplexity" in name else 0.0
+    exact = "influence" not in name and "angular" not in name
+    assert scores[:2] == pytest.approx([alone] * 2, abs=1e-12 if exact else 1e-6)
 
 
-def test_magnitude_is_the_sum_of_absolute_weights(pico):
-    model, _ = pico
-    with torch.no_grad():
-        for i, block in enumerate(models.blocks(model)):
-            for p in block.parameters():
-                p.zero_()
-            block.mlp.up_proj.weight[0, :3] = torch.tensor([1.0, -2.0, 3.0]) * (i + 1)
-    assert importance.magnitude(model).tolist() == [6.0 * (i + 1) for i in range(8)]
+# Names
 
 
-def test_random_is_the_seeds(pico):
-    one, two, other = (importance.random(pico[0], seed) for seed in (1, 1, 2))
-    assert (one == two).all() and (one != other).any()
+@pytest.mark.parametrize(
+    ("name", "criterion", "options", "draw", "base"),
+    [
+        ("taylor", "taylor", set(), 0, "taylor"),
+        ("random-3", "random", set(), 3, "random-3"),
+        ("random-unprotected-12", "random", {"unprotected"}, 12, "random-12"),
+        ("angular-contiguous", "angular", {"contiguous"}, 0, "angular"),
+        ("perplexity-text-iterative", "perplexity", {"text", "iterative"}, 0, "perplexity-text"),
+        ("output_similarity-mlp", "output_similarity", {"mlp"}, 0, "output_similarity-mlp"),
+    ],
+)
+def test_names_say_criterion_and_options(name, criterion, options, draw, base):
+    ranking = importance.Ranking.of(name)
+    assert (ranking.criterion, ranking.options, ranking.draw) == (criterion, options, draw)
+    assert ranking.base() == base
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("perplexty", "did you mean perplexity"),
+        ("zzz", "a criterion .output_similarity, perplexity, .* and options .iterative, contiguous, "),
+        ("perplexity-text-often", "and options"),
+        ("taylor-2", "a number after random"),
+        ("random-1-2", "a number after random"),
+        ("random-²", "a number after random"),
+        ("angular-contiguous-iterative", "ranked once; leave contiguous out"),
+        ("angular-mlp-contiguous", "runs are of blocks"),
+        ("magnitude-iterative", "magnitude does not change when others go; leave iterative out"),
+        ("last-iterative", "leave iterative out"),
+        ("", "a criterion"),
+    ],
+)
+def test_wrong_names_are_refused_in_one_line(name, words):
+    with pytest.raises(DermError, match=words) as caught:
+        importance.Ranking.of(name)
+    assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rankings_come_once_and_without_the_published_plan():
+    found = importance.rankings(["taylor", "published", "random-1", "taylor"])
+    assert [ranking.name for ranking in found] == ["taylor", "random-1"]
+
+
+def test_units_are_blocks_or_their_parts():
+    units = {end: importance.Ranking.of(f"last{end}").units(2) for end in ("", "-attention", "-mlp", "-sublayers")}
+    assert units == {
+        "": [0, 1], "-attention": ["0.attention", "1.attention"], "-mlp": ["0.mlp", "1.mlp"],
+        "-sublayers": ["0.attention", "0.mlp", "1.attention", "1.mlp"],
+    }  # fmt: skip
 
 
 def test_protected_blocks_count_from_both_ends(pico):
@@ -75,8 +159,186 @@ def test_protected_blocks_count_from_both_ends(pico):
         importance.protected_blocks(pico[0], [8])
 
 
-def test_plans_of_several_criteria():
-    scores = importance.score_frames({"a": np.array([3.0, 1, 2]), "b": np.array([1.0, 2, 3])}, [0])
-    plans = importance.plans(scores, fingerprint="f")
-    assert plans["a"]["order"] == (1, 2) and plans["b"]["order"] == (1, 2)
-    assert pd.isna(scores[scores.block == 0]["rank"]).all()
+# Orders
+
+
+def test_iterative_scores_what_is_left_anew_and_the_first_step_once(calibration, monkeypatch):
+    """Of the twins 3 and 4 either can go, but not both."""
+    calls = scripted(monkeypatch, lambda gone, b: 9 if {*gone, b} >= {3, 4} else 1 if b in (3, 4) else b)
+    names = ["block_influence", "block_influence-iterative"]
+    plans, _ = ranked(names, calibration, most=4)
+    once, anew = (plans[name] for name in names)
+    assert once.order == (3, 4, 2, 5, 6) and once.scores == (1, 1, 2, 5, 6)
+    assert anew.order == (3, 2, 5, 6) and anew.scores == (1, 2, 5, 6)
+    assert [sum(gone == g for g, _ in calls) for gone in ((), (3,), (2, 3), (2, 3, 5), (2, 3, 5, 6))] == [8, 4, 3, 2, 0]
+
+
+def test_iterative_scores_are_those_of_the_model_without_the_earlier_ones(calibration):
+    plans, _ = ranked(["perplexity-iterative"], calibration, most=3)
+    plan, lost = plans["perplexity-iterative"], []
+    for n in (1, 2, 3):
+        with prune.without(calibration.model, plan.removed(n)):
+            lost.append(perplexity_of(calibration))
+    assert np.allclose(plan.scores, lost, rtol=1e-5)
+
+
+def test_iterative_sublayers_keep_their_names_when_a_whole_block_is_gone(calibration):
+    first = [f"3.{part}" for part in ("mlp", "attention")]
+    rest = ["2.mlp", "4.attention", "6.mlp"]
+    assert importance.positions(rest, first) == ["2.mlp", "3.attention", "5.mlp"]
+    assert importance.positions(rest, first[:1]) == rest
+    assert importance.positions([0, 4, 6], [5, 2]) == [0, 3, 4]
+    ranking, journal = importance.Ranking.of("perplexity-sublayers"), Journal()
+    with prune.without(calibration.model, first):
+        found = importance.rows(ranking, calibration, rest, journal=journal, removed=first)
+    for unit, values in found.groupby("unit").value:
+        with prune.without(calibration.model, [*first, unit]):
+            lost = perplexity_of(calibration)
+        assert values.mean() == pytest.approx(lost, rel=1e-5)
+
+
+@pytest.mark.parametrize("protected", [(0, 1, 7), (4,), ()])
+def test_windows_are_the_least_of_all_that_spare_protected_blocks(calibration, protected):
+    names = ["angular-contiguous", "perplexity-contiguous", "random-contiguous-unprotected"]
+    plans, measured = ranked(names, calibration, protected=protected)
+    for name, plan in plans.items():
+        spared = () if "unprotected" in name else protected
+        told = measured[measured.ranking == importance.Ranking.of(name).base()]
+        mean = told.groupby("block").value.mean()
+        windows = [range(a, b) for a, b in itertools.combinations(range(9), 2) if not {*range(a, b)} & {*spared}]
+        score = {w: mean[list(w)].sum() for w in windows}
+        if name.startswith("angular"):
+            score = {w: np.mean([r[len(w) - 1] for r in told[told.block == w.start].runs]) for w in windows}
+        assert plan.most == max(map(len, windows)) and plan.order == () and plan.whole
+        for n in range(1, plan.most + 1):
+            best = min((w for w in windows if len(w) == n), key=score.get)
+            assert plan.removed(n) == tuple(best) and plan.scores[n - 1] == pytest.approx(score[best])
+
+
+def test_unprotected_spares_no_block_and_draws_differ(calibration):
+    names = ["last", "last-unprotected", "random-0", "random-1", "last-sublayers"]
+    plans, measured = ranked(names, calibration)
+    assert plans["last"].order == (6, 5, 4, 3, 2) and plans["last"].protected == (0, 1, 7)
+    assert plans["last-unprotected"].order == (7, 6, 5, 4, 3, 2, 1, 0) and plans["last-unprotected"].protected == ()
+    assert plans["last-sublayers"].order[:3] == ("6.mlp", "6.attention", "5.mlp")
+    assert plans["random-0"].order != plans["random-1"].order
+    assert (measured.ranking == "last").sum() == 8, "what happens after scoring is not scored again"
+
+
+def test_plans_say_how_they_were_made_and_survive_json(calibration):
+    plans, _ = ranked(["block_influence-text", "random-2", "angular-contiguous", "last-sublayers"], calibration)
+    for plan in plans.values():
+        assert prune.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+        plan.check(blocks=8, fingerprint="f")
+        for wrong in ({"blocks": 9, "fingerprint": "f"}, {"blocks": 8, "fingerprint": "g"}):
+            with pytest.raises(DermError, match="made for a model of 8 blocks and fingerprint f, not for"):
+                plan.check(**wrong)
+    settings = plans["block_influence-text"].settings
+    assert settings["items"] == 2 and settings["options"] == ["text"] and "Men et al." in settings["source"]
+    assert plans["random-2"].settings["items"] == 0 and plans["random-2"].settings["seed"] == 2
+
+
+def test_the_published_plan_is_for_32_blocks(calibration):
+    plan = prune.published()
+    plan.check(blocks=32, fingerprint="any")
+    assert plan.removed(3) == (4, 18, 23) and len(plan.kept(14)) == 18 and not {*plan.order} & {0, 1, 31}
+    with pytest.raises(DermError, match="made for a model of 32 blocks"):
+        plan.check(blocks=8, fingerprint="any")
+    assert "published" not in ranked(["last", "published"], calibration)[0]
+
+
+# Journal
+
+
+@pytest.mark.parametrize("name", ["perplexity", "output_similarity", "taylor-mlp"])
+def test_a_stopped_ranking_goes_on_and_computes_only_what_is_missing(calibration, monkeypatch, tmp_path, name):
+    ranking, computed = importance.Ranking.of(name), []
+    units = [unit for unit in ranking.units(8) if prune.span(unit)[0] // 2 in (2, 3, 4)]
+    inner = ranking.how.rows
+
+    def counted(c, units):
+        for row in inner(c, units):
+            computed.append((row["unit"], row["item"]))
+            yield row
+
+    replaced = dataclasses.replace(ranking.how, rows=counted)
+    monkeypatch.setitem(criteria.CRITERIA, ranking.criterion, replaced)
+    whole = importance.rows(ranking, calibration, units, journal=Journal())
+    per_item = len(whole) // 2
+    assert len(computed) == len(whole) == 2 * 3 * len(ranking.how.questions)
+
+    class Cut(Journal):
+        def add(self, key, row):
+            if len(self.done) == per_item + 1:
+                raise KeyboardInterrupt
+            super().add(key, row)
+
+    with pytest.raises(KeyboardInterrupt):
+        importance.rows(ranking, calibration, units, journal=Cut(tmp_path / "log.jsonl"))
+    computed.clear()
+    again = importance.rows(ranking, calibration, units, journal=Journal(tmp_path / "log.jsonl"))
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+    assert {item for _, item in computed} == {calibration.items[1].id}
+    assert len(computed) == per_item - (not ranking.how.asks)  # whole units
+    computed.clear()
+    importance.rows(ranking, calibration, units, journal=Journal(tmp_path / "log.jsonl"))
+    assert computed == []
+
+
+def test_iterative_output_similarity_compares_with_the_whole_model(calibration):
+    plans, _ = ranked(["output_similarity-iterative"], calibration, most=2)
+    plan, c = plans["output_similarity-iterative"], calibration
+    how = {"variant": "x", "batch_size": 6, "max_new_tokens": 6}
+    before = generate.answer(c.model, c.processor, c.items, c.images, **how).answer
+    with prune.without(c.model, plan.removed(2)):
+        after = generate.answer(c.model, c.processor, c.items, c.images, **how).answer
+    pairs = zip(before, after, strict=True)
+    assert plan.scores[1] == pytest.approx(np.mean([1 - different(a) @ different(b) for a, b in pairs]))
+
+
+# Frames
+
+
+def told(values, ranking="x"):
+    rows = [
+        {"ranking": ranking, "unit": str(b), "block": b, "part": "block", "item": item, "question": q, "value": v + d}
+        for b, v in enumerate(values)
+        for item, q, d in (("a", "name", 0.0), ("a", "features", 1.0), ("b", "name", 2.0))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_values_are_means_over_questions_and_scores_over_pictures():
+    values = importance.values(told([1.0, 2.0]))
+    assert values.value.tolist() == [1.5, 3.0, 2.5, 4.0] and values.item.tolist() == ["a", "b", "a", "b"]
+    assert importance.scores(values, []).score.tolist() == [2.25, 3.25]
+
+
+def test_ranks_protect_and_break_ties_by_position():
+    frame = pd.concat([told([5.0, 1.0, 2.0, 2.0, 0.5]), told([0.0, 3.0, 2.0, 1.0, 0.0], "y")])
+    scores = importance.scores(importance.values(frame), [0, 4])
+    ranks = {name: rows["rank"].tolist() for name, rows in scores.groupby("criterion")}
+    assert ranks["x"][1:4] == [0, 1, 2] and ranks["y"][1:4] == [2, 1, 0]
+    assert all(np.isnan(rank[b]) for rank in ranks.values() for b in (0, 4))
+
+
+def test_measured_units_know_their_block_and_part_and_orders_agree(calibration):
+    names = ["perplexity", "magnitude-sublayers"]
+    plans, measured = ranked(names, calibration)
+    parts = measured[measured.ranking == "magnitude-sublayers"]
+    assert parts.unit.tolist()[:3] == ["0.attention", "0.mlp", "1.attention"]
+    assert parts.block.tolist()[:3] == [0, 0, 1] and parts.part.tolist()[:3] == ["attention", "mlp", "attention"]
+    scores = importance.scores(importance.values(measured), (0, 1, 7)).dropna().sort_values("rank")
+    assert tuple(scores[scores.criterion == "perplexity"].block) == plans["perplexity"].order
+    named = scores[scores.criterion == "magnitude-sublayers"]
+    assert tuple(named.block.astype(str) + "." + named.part) == plans["magnitude-sublayers"].order
+
+
+def test_similarity_keeps_the_answers_behind_the_values(calibration):
+    _, measured = ranked(["output_similarity", "last"], calibration)
+    similarity = importance.similarity(measured)
+    assert len(similarity) == 8 * 2 * 3 and (similarity.accepted <= similarity.tokens).all()
+    own = criteria.original_answers(calibration)
+    same = [own[row.item, row.question] == row.answer for row in similarity.itertuples()]
+    assert (similarity.similarity[same] == 1).all() and 0 < sum(same) < len(same)
+    assert importance.similarity(measured[measured.ranking == "last"]).empty

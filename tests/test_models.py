@@ -1,10 +1,13 @@
+import dataclasses
 import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, LlavaForConditionalGeneration
 
 from derm_compress import generate, models, prune, recipes
+from derm_compress.__main__ import main
 from derm_compress.errors import DermError
 
 
@@ -66,6 +69,73 @@ def test_exported_and_reloaded_pruned_model_is_the_same_model(recipe, store, dat
     cached = again.generate(**batch, max_new_tokens=8, do_sample=False)
     assert torch.equal(cached, uncached)
     assert "Not a medical device" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_without_some_sublayers_reloads_through_this_package_alone(recipe, store, dataset, tmp_path):
+    """Transformers would fill the folder's gaps with random weights, so it shall not open it at all."""
+    pruned = recipe.pruned([0, 1, 3, 4, 7], ["0.attention", "3.mlp"])
+    model, processor = models.materialize(pruned, store)
+    out = models.export_model(pruned.to_json(), store, tmp_path / "out")
+    again, _ = models.load_base(str(out))
+    batch = inputs_of(processor, dataset)
+    assert torch.equal(logits(model, batch), logits(again, batch)) and prune.lacking(again) == ("0.attention", "2.mlp")
+    texts = [generate.generate(m, processor, batch, max_new_tokens=8) for m in (model, again)]
+    assert texts[0] == texts[1]
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        LlavaForConditionalGeneration.from_pretrained(out)
+    card = (out / "README.md").read_text()
+    assert "lain Transformers cannot open this folder" in card and "without 0.attention, 3.mlp" in card
+    assert "LlavaForConditionalGeneration" not in card and "Not a medical device" in card
+
+
+@pytest.mark.parametrize(
+    ("absent", "words"), [(["0.attention"], "weights are missing"), (["0.attention", "2.mlp", "1.mlp"], "no place")]
+)
+def test_a_folder_whose_weights_and_sublayers_disagree_is_refused(recipe, store, tmp_path, absent, words):
+    pruned = recipe.pruned([0, 1, 3, 4, 7], ["0.attention", "3.mlp"])
+    out = models.export_model(pruned.to_json(), store, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"absent_sublayers": absent}))
+    with pytest.raises(DermError, match=words):
+        models.load_base(str(out))
+
+
+def test_the_export_command_says_what_plain_transformers_cannot_open(recipe, store, tmp_path, monkeypatch, capsys):
+    for name, absent in (("whole", []), ("parts", ["2.mlp"])):
+        found = recipe.pruned([0, 1, 2, 7], absent).to_json(), store
+        monkeypatch.setattr("derm_compress.plan.find_recipe", lambda _, found=found: found)
+        assert main(["export", f"pico/{name}", str(tmp_path / name)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"pico/{n} -> {tmp_path / n}" for n in ("whole", "parts")] + [models.NOT_PLAIN]
+
+
+def adapter(folder, model, names):
+    """A rank-1 adapter of ones on these linears, as peft writes it."""
+    folder.mkdir()
+    weights = {}
+    for name in names:
+        out, into = model.get_submodule(name).weight.shape
+        weights[f"base_model.model.{name}.lora_A.weight"] = torch.full((1, into), 0.01)
+        weights[f"base_model.model.{name}.lora_B.weight"] = torch.full((out, 1), 0.01)
+    save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 1, "lora_alpha": 1}))
+    return folder
+
+
+def test_adapters_belong_to_the_sublayers_they_were_trained_on(recipe, store, tmp_path):
+    halved = recipe.pruned([0, 1, 2, 7], ["2.mlp"])
+    model, _ = models.materialize(halved, store)
+    name = "model.language_model.layers.2.self_attn.o_proj"
+    folder = adapter(tmp_path / "a", model, [name])
+    merged, _ = models.materialize(halved.with_adapter("a", folder), store)
+    change = merged.get_submodule(name).weight - model.get_submodule(name).weight
+    assert torch.allclose(change, torch.full_like(change, 1e-4), atol=1e-6)
+    whole, blocks_alone = recipe.with_adapter("a", folder), recipe.pruned([0, 1, 2, 7]).with_adapter("a", folder)
+    for trained, words in ((whole, r"7\], the model has \[0, 1, 2, 7\];"), (blocks_alone, "other sublayers")):
+        with pytest.raises(DermError, match=words):
+            models.materialize(dataclasses.replace(halved, steps=(*halved.steps, trained.steps[-1])), store)
+    with pytest.raises(DermError, match="other sublayers"):
+        models.materialize(recipe.pruned([0, 1, 2, 7]).then(**halved.with_adapter("a", folder).steps[-1]), store)
 
 
 def test_export_does_not_overwrite(recipe, store, tmp_path):

@@ -95,6 +95,21 @@ def test_right_values_take_their_type(tmp_path, schema):
     assert values == {"rate": 1.0, "free": ["a", 1, 2.5], "depths": []} and type(values["rate"]) is float
 
 
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [("a", True), ("b-x", True), ("a-3", True), ("a-x-12", True), ("a-y", False), ("c", False), ("c-x", False),
+     ("-x", False), ("-#", False), ("-3", False), ("a-#", False), ("a-", False), ("a-x3", False), ("", False),
+     (3, False)],
+)  # fmt: skip
+def test_a_choice_may_follow_another(value, fits):
+    parameter = params.read_schema('rank: list = ["a"]  # how [a|b|-x|-#]', "cell")["rank"]
+    if fits:
+        assert parameter.check([value], "here") == [value]
+    else:
+        with pytest.raises(DermError, match="here: rank is .* out of a, b, -x, -#"):
+            parameter.check([value], "here")
+
+
 def test_a_missing_file_lists_its_neighbours(tmp_path, schema):
     (tmp_path / "tiny.yaml").write_text("run: tiny")
     with pytest.raises(DermError, match=r"no parameter file .*tyni.yaml; its folder has tiny.yaml"):

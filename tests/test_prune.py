@@ -1,12 +1,61 @@
+import json
+
 import pandas as pd
 import pytest
 import torch
 from test_models import inputs_of, logits
+from transformers import LlavaForConditionalGeneration
 
-from derm_compress import generate, importance, models, prune
+from derm_compress import generate, memory, models, prune, reading, recipes
 from derm_compress.errors import DermError
 
 PLAN = prune.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+RUNS = prune.Plan("angular-contiguous", (), (0, 1, 7), 8, "f" * 16, starts=(4, 2, 3, 3, 2))
+PARTS = prune.Plan("x-sublayers", ("2.mlp", "0.attention", "5.attention", "5.mlp", "1.attention", "6.mlp"), (7,), 8)
+
+
+def prompt_of(processor, dataset):
+    """One question about one picture: no padding."""
+    image = dataset.images[dataset.of("test")[0].row]
+    return generate.prepare(processor, [generate.prompt(processor, "treatment")], image[None], "cpu")
+
+
+def greedy(model, batch, *, cached=True):
+    return model.generate(**batch, max_new_tokens=6, do_sample=False, use_cache=cached, eos_token_id=-1)
+
+
+@torch.inference_mode()
+def gated(model, batch, units, more=6):
+    """Logits, and prompt and greedy answer without a cache, of the whole model with gates around the units."""
+    ids, x = batch["input_ids"], model.get_input_embeddings()(batch["input_ids"])
+    features = model.model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
+    x[ids == model.config.image_token_id] = torch.cat(list(features))
+    gates, scores = torch.ones(1, 2 * len(models.blocks(model)), dtype=torch.bool), []
+    for unit in units:
+        gates[:, slice(*prune.span(unit))] = False
+    for _ in range(more):
+        last = reading.run(model, x, reading.Memory(), None, torch.arange(x.shape[1])[None], gates=gates)
+        scores.append(reading.logits(model, last))
+        ids = torch.cat([ids, scores[-1][:, -1:].argmax(-1)], 1)
+        x = torch.cat([x, model.get_input_embeddings()(ids[:, -1:])], 1)
+    return scores[0], ids
+
+
+@pytest.mark.parametrize(("plan", "n"), [(PLAN, n) for n in range(6)] + [(RUNS, n) for n in range(2, 6)])
+def test_pruned_by_plan_is_gated_is_exported_and_reloaded(recipe, store, dataset, tmp_path, plan, n):
+    """Bit for bit in logits, and in greedy answers with a cache and without."""
+    model, processor = models.materialize(recipe, store)
+    batch = prompt_of(processor, dataset)
+    scores, ids = gated(model, batch, plan.removed(n))
+    models.export_model(recipe.pruned(plan.kept(n), plan.absent(n)).to_json(), store, tmp_path / "out")
+    reloaded, told = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and len(models.blocks(reloaded)) == 8 - n
+    assert torch.equal(logits(reloaded, batch), scores)
+    with prune.without(model, plan.removed(n)):
+        assert torch.equal(logits(model, batch), scores)
+        for one in (model, reloaded):
+            for cached in (True, False):
+                assert torch.equal(greedy(one, batch, cached=cached), ids)
 
 
 def test_removing_nothing_changes_nothing(pico, dataset):
@@ -17,23 +66,81 @@ def test_removing_nothing_changes_nothing(pico, dataset):
         assert torch.equal(logits(model, batch), before)
 
 
-@pytest.mark.parametrize("n", range(6))
-def test_removal_is_the_residual_stream_without_the_blocks(pico, dataset, n):
-    """Taking blocks out equals making them add nothing, in logits, bit for bit; and it is undone afterwards."""
+def silence(model, units):
+    """Makes units add nothing to the residual stream."""
+    for sublayer in (s for unit in units for s in range(*prune.span(unit))):
+        block = models.blocks(model)[sublayer // 2]
+        (block.mlp.down_proj if sublayer % 2 else block.self_attn.o_proj).weight.data.zero_()
+
+
+@pytest.mark.parametrize(("plan", "n"), [(PLAN, n) for n in range(6)] + [(PARTS, n) for n in range(1, 7)])
+def test_removal_is_the_residual_stream_without_the_units(pico, dataset, plan, n):
+    """Taking units out equals making them add nothing, in logits, bit for bit, and in cached answers."""
     model, processor = pico
     batch = inputs_of(processor, dataset)
-    before = logits(model, batch)
-    with prune.without(model, PLAN.removed(n)):
-        assert len(models.blocks(model)) == model.config.text_config.num_hidden_layers == 8 - n
-        assert [b.self_attn.layer_idx for b in models.blocks(model)] == list(range(8 - n))
-        removed = logits(model, batch)
-        assert generate.generate(model, processor, batch, max_new_tokens=4)[1] == [4, 4]
-    assert torch.equal(logits(model, batch), before)
-    with torch.no_grad():
-        for index in PLAN.removed(n):
-            models.blocks(model)[index].self_attn.o_proj.weight.zero_()
-            models.blocks(model)[index].mlp.down_proj.weight.zero_()
+    with prune.without(model, plan.removed(n)):
+        assert len(models.blocks(model)) == model.config.text_config.num_hidden_layers == len(plan.kept(n))
+        attentions = [b.self_attn for b in models.blocks(model) if not isinstance(b.self_attn, prune.Absent)]
+        assert [a.layer_idx for a in attentions] == list(range(len(attentions)))
+        removed, said = logits(model, batch), [greedy(model, batch, cached=cached) for cached in (True, False)]
+    silence(model, plan.removed(n))
     assert torch.equal(logits(model, batch), removed)
+    assert all(torch.equal(greedy(model, batch), ids) for ids in said)
+
+
+@pytest.mark.parametrize("units", [[3, 5], ["0.attention", "2.mlp"], [0, "4.attention", "4.mlp", "7.mlp"]])
+def test_what_was_taken_out_is_put_back(pico, dataset, units):
+    model, processor = pico
+    batch, state = inputs_of(processor, dataset), dict(model.state_dict())
+    before, config = logits(model, batch), model.config.to_dict()
+    with pytest.raises(KeyboardInterrupt), prune.without(model, units):
+        assert not torch.equal(logits(model, batch), before) and len(model.state_dict()) < len(state)
+        raise KeyboardInterrupt
+    assert list(model.state_dict()) == list(state) and model.config.to_dict() == config
+    assert all(weight.data_ptr() == state[name].data_ptr() for name, weight in model.state_dict().items())
+    assert [b.self_attn.layer_idx for b in models.blocks(model)] == list(range(8))
+    assert torch.equal(logits(model, batch), before)
+
+
+def test_a_model_without_any_attention_is_refused_and_whole_again(pico):
+    with (
+        pytest.raises(DermError, match="without any attention"),
+        prune.without(pico[0], [f"{b}.attention" for b in range(8)]),
+    ):
+        pass
+    assert prune.lacking(pico[0]) == () and len(models.blocks(pico[0])) == 8
+
+
+@pytest.mark.parametrize("n", range(7))
+def test_parameters_of_what_is_left_are_counted(pico, n):
+    model, arch = pico[0], memory.architecture(pico[0].config)
+    row = recipes.variant("x", recipes.Recipe("pico", "f", 8).pruned(PARTS.kept(n), PARTS.absent(n)))
+    removed = {key: row[key] for key in memory.REMOVED}
+    with prune.without(model, PARTS.removed(n)):
+        count = sum(p.numel() for p in model.parameters())
+    assert arch.parameters(*removed.values()) == count
+    assert sum(memory.plan_weights(arch, **removed).values()) * memory.GIB == pytest.approx(2 * count)
+
+
+@pytest.mark.parametrize("n", [2, 4, 6])
+def test_recipes_with_absent_sublayers_make_the_model_of_the_plan(recipe, store, dataset, n):
+    pruned = recipes.Recipe.from_json(recipe.pruned(PARTS.kept(n), PARTS.absent(n)).to_json())
+    (model, processor), whole = models.materialize(pruned, store), models.load_base("pico")[0]
+    twice = models.materialize(pruned.pruned(PARTS.kept(n), PARTS.absent(n)), store)[0]
+    batch = inputs_of(processor, dataset)
+    with prune.without(whole, PARTS.removed(n)):
+        for made in (model, twice):
+            assert made.state_dict().keys() == whole.state_dict().keys()
+            assert torch.equal(logits(made, batch), logits(whole, batch))
+            assert torch.equal(greedy(made, batch), greedy(whole, batch))
+
+
+def test_a_later_step_cannot_bring_sublayers_back(recipe, store):
+    halved = recipe.pruned([0, 1, 2, 5, 7], ["2.mlp", "5.attention"])
+    deeper = models.materialize(halved.pruned([0, 1, 5], ["1.mlp", "5.attention"]), store)[0]
+    assert prune.lacking(deeper) == ("1.mlp", "2.attention")
+    with pytest.raises(DermError, match=r"\['5.attention'\] were removed before"):
+        models.materialize(halved.pruned([0, 1, 5]), store)
 
 
 def test_plans_refuse_what_they_were_not_made_for():
@@ -54,12 +161,6 @@ def test_impossible_positions_are_refused(pico, kept):
         prune.apply(pico[0], kept)
 
 
-def test_ranks_protect_and_break_ties_by_position():
-    frame = importance.score_frame("x", [5.0, 1.0, 2.0, 2.0, 0.5], [0, 4])
-    plan = importance.plan(frame, fingerprint="abc")
-    assert plan.order == (1, 2, 3) and plan.protected == (0, 4)
-
-
 def scores(**by_depth):
     return pd.DataFrame([{"blocks_removed": int(k[1:]), "score": v} for k, v in by_depth.items()])
 
@@ -77,3 +178,11 @@ def test_the_operating_point_is_where_a_third_is_gone():
 
 def test_depths_keep_the_papers_fractions():
     assert prune.depths([2, 4, 16, 20], PLAN) == [1, 4, 5]
+
+
+def test_stored_plans_are_read_by_name(tmp_path):
+    (tmp_path / "plans.json").write_text(json.dumps({plan.criterion: plan.to_dict() for plan in (PLAN, RUNS, PARTS)}))
+    assert prune.read_plans(tmp_path, ["x-sublayers", "angular-contiguous"]) == [PARTS, RUNS]
+    assert PLAN.whole and RUNS.whole and not PARTS.whole
+    with pytest.raises(DermError, match="stage 03 has plans for angular-contiguous, output_similarity, x-sublayers"):
+        prune.read_plans(tmp_path, ["taylor"])
