@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from derm_compress import models, prune
+from derm_compress import dialogue, models, prune
 from derm_compress.data import Item
 from derm_compress.reading import Memory, Prompts, Reading, logits, run
 
@@ -197,7 +197,7 @@ def written(
     items: Sequence[Item],
     images: np.ndarray,
     units: Sequence[prune.Unit],
-    questions: Sequence[str],
+    questions: Sequence[str] | dict[str, str],
     *,
     batch_size: int,
     max_new_tokens: int,
@@ -206,8 +206,11 @@ def written(
 ) -> Iterator[Row]:
     """Greedy answers of the full model (unit None) and of the model without each unit, as they are finished.
 
-    Row.key is (unit, item id, question); `accepted` counts the draft's tokens that stand.
+    `questions` are the study's kinds, or any by name. Row.key is (unit, item id, question); `accepted` counts the
+    draft's tokens that stand.
     """
+    if not isinstance(questions, dict):
+        questions = {kind: dialogue.question(kind) for kind in questions}
     eos = processor.tokenizer.eos_token_id if eos is None else eos
     prompts = Prompts.of(processor, images[0], questions, model.device, text_only=text_only)
     width = len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens
