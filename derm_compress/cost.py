@@ -86,6 +86,7 @@ def importance_seconds(
     accepted: float,
     questions: int = 1,
     batch: int = 1,
+    lines: int | None = None,
     advance: float = 1,
     image_tokens: int | None = None,
     **weights,
@@ -94,23 +95,25 @@ def importance_seconds(
 
     `items` pictures have `questions` each, whose common beginning is the picture; both ways write the full model's
     answers. Drafts: what lies above the block is read anew (`reading`), and the share of the draft that was not
-    `accepted` is written (`writing`, part of `drafts`) by all blocks, `advance` tokens a step.
+    `accepted` is written (`writing`, part of `drafts`) by all blocks, `advance` tokens a step, in `lines` rows at once
+    where the loop has `batch`.
     """
-    image, rate = arch.image_tokens if image_tokens is None else image_tokens, device.flops * device.prefill
-    answers, how = items * questions, {"batch": batch, "before": image + prompt_tokens} | weights
+    image = arch.image_tokens if image_tokens is None else image_tokens
+    answers, gone, rate = items * questions, weights.get("blocks_removed", 0), device.flops * device.prefill
+    lines, how = lines or batch, {"before": image + prompt_tokens} | weights
 
-    def generated(removed: int) -> float:
-        gone = {"blocks_removed": removed + weights.get("blocks_removed", 0)}
-        steps = decode_seconds(arch, device, tokens=answer_tokens, **how | gone)
-        return answers * (prefill_seconds(arch, device, tokens=image + prompt_tokens, **gone) + steps / batch)
+    def generated(removed: int, rows: int) -> float:
+        less = {"blocks_removed": gone + removed}
+        steps = decode_seconds(arch, device, tokens=answer_tokens, batch=rows, **how | less)
+        return answers * (prefill_seconds(arch, device, tokens=image + prompt_tokens, **less) + steps / rows)
 
-    block = reading_flops(arch, image, blocks=1) + questions * reading_flops(
-        arch, prompt_tokens + answer_tokens, before=image, blocks=1
-    )
-    passes = [arch.kept(weights.get("blocks_removed", 0)), *(arch.blocks - 1 - block for block in blocks)]
-    reading = items * (sum(passes) * block + picture_flops(arch)) / rate
+    rest = reading_flops(arch, prompt_tokens + answer_tokens, before=image, blocks=1)
+    one_block = reading_flops(arch, image, blocks=1) + questions * rest
+    passes = [arch.kept(gone), *(arch.kept(gone) - 1 - block for block in blocks)]
+    reading = items * (sum(passes) * one_block + picture_flops(arch)) / rate
     reading += len(passes) * answers * head_flops(arch, answer_tokens + 1) / rate
     lost = (1 - accepted) * answer_tokens / advance
-    writing = len(blocks) * answers / batch * decode_seconds(arch, device, tokens=lost, width=advance, **how)
-    loop, drafts = generated(0) + len(blocks) * generated(1), generated(0) + reading + writing
+    writing = decode_seconds(arch, device, tokens=lost, batch=lines, width=advance, **how)
+    writing *= len(blocks) * answers / lines
+    loop, drafts = generated(0, batch) + len(blocks) * generated(1, batch), generated(0, lines) + reading + writing
     return {"loop": loop, "drafts": drafts, "reading": reading, "writing": writing, "ratio": loop / drafts}

@@ -73,6 +73,8 @@ def test_more_accepted_more_a_step_and_shared_pictures_save_time():
     base = cost.importance_seconds(arch, cost.T4, **STUDY)
     assert 0 < base["writing"] < base["drafts"] < base["loop"]
     assert cost.importance_seconds(arch, cost.T4, **STUDY | {"accepted": 0.95})["drafts"] < base["drafts"]
+    narrow = cost.importance_seconds(arch, cost.T4, **STUDY, lines=1)
+    assert narrow["writing"] > 2 * base["writing"] and narrow["loop"] == base["loop"]
     assert cost.importance_seconds(arch, cost.T4, **STUDY, advance=4)["writing"] < base["writing"] / 2
     thrice = cost.importance_seconds(arch, cost.T4, **STUDY, questions=3)
     assert thrice["loop"] == pytest.approx(3 * base["loop"]) and thrice["reading"] < 2 * base["reading"]
