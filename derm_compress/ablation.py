@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from derm_compress import models, prune
+from derm_compress import dialogue, models, prune
 from derm_compress.data import Item
 from derm_compress.reading import Memory, Prompts, Reading, logits, run
 
@@ -49,11 +49,11 @@ class Slots(Memory):
             place[self.rows, :, self.positions] = new.transpose(1, 2)
         return tuple(part[:, :, : self.seen] for part in pair)
 
-    def gather(self, lines: list[int]) -> None:
-        """Moves these rising lines to the front."""
+    def move(self, lines: list[int], to: list[int]) -> None:
+        """Copies lines over others."""
         for pair in self.held.values():
             for part in pair:
-                part[: len(lines)] = part[lines]
+                part[to] = part[lines]
 
 
 @dataclass
@@ -72,9 +72,12 @@ class Guesses:
     """What may come next: what followed the same run of tokens, in this picture's answers or else in any."""
 
     def __init__(self, longest: int = 4):
-        self.longest, self.known = longest, {}
+        self.longest, self.known, self.learnt = longest, {}, set()
 
     def learn(self, key: tuple, tokens: list[int]) -> None:
+        if (key[1:], *tokens) in self.learnt:
+            return
+        self.learnt.add((key[1:], *tokens))
         for end in range(1, len(tokens)):
             for start in range(max(0, end - self.longest), end):
                 run = tuple(tokens[start:end])
@@ -101,7 +104,7 @@ class Writer:
     Each row is read with AHEAD guesses behind its last token, of which those stand that greedy decoding agrees with.
     """
 
-    AHEAD = 3
+    AHEAD = 7
 
     def __init__(self, model, *, lines: int, width: int, max_new_tokens: int, eos: int):
         self.model, self.most, self.eos = model, max_new_tokens, eos
@@ -132,31 +135,34 @@ class Writer:
 
     def step(self) -> Iterator[Row]:
         """One more reading of every row under way."""
-        busy = [line for line, row in enumerate(self.rows) if row]
-        if len(busy) <= len(self.rows) / 2:  # copying costs more than a few idle lines
-            self.slots.gather(busy)
-            self.rows = [self.rows[line] for line in busy]
-        device, count = self.model.device, self.AHEAD + 1
-        guessed = [self.guesses.after(row.key, row.tokens, self.AHEAD) if row else [] for row in self.rows]
-        last = [row.tokens[-1] if row else 0 for row in self.rows]
-        ids = [[token, *more, *[0] * (self.AHEAD - len(more))] for token, more in zip(last, guessed, strict=True)]
-        places = torch.tensor([row.position if row else 0 for row in self.rows], device=device)
-        positions = places[:, None] + torch.arange(count, device=device)
-        gates = self._gates(device)
+        self._close_ranks()
+        device = self.model.device
+        guessed = [self.guesses.after(row.key, row.tokens, self.AHEAD) for row in self.rows]
+        most = max(map(len, guessed))
+        ids = [[row.tokens[-1], *more, *[0] * (most - len(more))] for row, more in zip(self.rows, guessed, strict=True)]
+        places = torch.tensor([row.position for row in self.rows], device=device)
+        positions = places[:, None] + torch.arange(most + 1, device=device)
+        gates = torch.stack([row.gates for row in self.rows]).to(device)
         x = self.model.get_input_embeddings()(torch.tensor(ids, device=device))
         x = run(self.model, x, self.slots, self.slots.aim(positions), positions, gates=gates)
         tokens, near = (part.tolist() for part in choose(logits(self.model, x)))
         for line, row in enumerate(self.rows):
-            if row:
-                self._take(row, tokens[line], near[line], guessed[line])
-                if self.ended(row):
-                    self.rows[line] = None
-                    self.guesses.learn(row.key, row.tokens)
-                    yield row
+            self._take(row, tokens[line], near[line], guessed[line])
+            if self.ended(row):
+                self.rows[line] = None
+                self.guesses.learn(row.key, row.tokens)
+                yield row
 
-    def _gates(self, device):
-        some = next(row for row in self.rows if row).gates
-        return torch.stack([row.gates if row else some for row in self.rows]).to(device)
+    def _close_ranks(self) -> None:
+        """Fills the gaps with the last rows."""
+        count = sum(row is not None for row in self.rows)
+        gaps = [line for line, row in enumerate(self.rows[:count]) if row is None]
+        last = [line for line, row in enumerate(self.rows) if row and line >= count]
+        if gaps:
+            self.slots.move(last, gaps)
+            for gap, line in zip(gaps, last, strict=True):
+                self.rows[gap] = self.rows[line]
+        del self.rows[count:]
 
     def _take(self, row: Row, tokens, near, guessed) -> None:
         for i, token in enumerate(tokens):
@@ -197,7 +203,7 @@ def written(
     items: Sequence[Item],
     images: np.ndarray,
     units: Sequence[prune.Unit],
-    questions: Sequence[str],
+    questions: Sequence[str] | dict[str, str],
     *,
     batch_size: int,
     max_new_tokens: int,
@@ -206,8 +212,11 @@ def written(
 ) -> Iterator[Row]:
     """Greedy answers of the full model (unit None) and of the model without each unit, as they are finished.
 
-    Row.key is (unit, item id, question); `accepted` counts the draft's tokens that stand.
+    `questions` are the study's kinds, or any by name. Row.key is (unit, item id, question); `accepted` counts the
+    draft's tokens that stand.
     """
+    if not isinstance(questions, dict):
+        questions = {kind: dialogue.question(kind) for kind in questions}
     eos = processor.tokenizer.eos_token_id if eos is None else eos
     prompts = Prompts.of(processor, images[0], questions, model.device, text_only=text_only)
     width = len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens

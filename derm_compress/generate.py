@@ -19,7 +19,12 @@ COLUMNS = [
 
 def prompt(processor, kind: str, *, text_only: bool = False) -> str:
     """The prompt of one question, the image before it unless `text_only`, by the processor's own chat template."""
-    content = [{"type": "image"}] * (not text_only) + [{"type": "text", "text": dialogue.question(kind)}]
+    return ask(processor, dialogue.question(kind), text_only=text_only)
+
+
+def ask(processor, question: str, *, text_only: bool = False) -> str:
+    """The prompt of any question, as `prompt`."""
+    content = [{"type": "image"}] * (not text_only) + [{"type": "text", "text": question}]
     turns = [{"role": "user", "content": content}]
     return processor.apply_chat_template(turns, add_generation_prompt=True)
 

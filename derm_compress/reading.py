@@ -65,11 +65,11 @@ class Prompts:
     device: torch.device
 
     @staticmethod
-    def of(processor, image: np.ndarray, questions: Sequence[str], device, *, text_only: bool = False) -> Prompts:
-        """All pictures take as many tokens, so one `image` [S, S, 3] tells the ids of every prompt."""
+    def of(processor, image: np.ndarray, questions: dict[str, str], device, *, text_only: bool = False) -> Prompts:
+        """Of questions by name; all pictures take as many tokens, so one `image` [S, S, 3] tells all prompts' ids."""
         ids = []
-        for kind in questions:
-            text = generate.prompt(processor, kind, text_only=text_only)
+        for question in questions.values():
+            text = generate.ask(processor, question, text_only=text_only)
             ids.append(processor(text=text, images=None if text_only else [image])["input_ids"][0])
         alike = min(len(row) for row in ids) - 1
         alike = next((i for i in range(alike) if len({row[i] for row in ids}) > 1), alike)
