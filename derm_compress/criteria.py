@@ -94,8 +94,8 @@ class Calibration:
         return self.processor.tokenizer.decode(row.tokens, skip_special_tokens=True).strip()
 
     def prompts(self) -> Prompts:
-        questions, device = dialogue.QUESTIONS, self.model.device
-        return Prompts.of(self.processor, self.images[0], questions, device, text_only=self.text_only)
+        questions = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
+        return Prompts.of(self.processor, self.images[0], questions, self.model.device, text_only=self.text_only)
 
     def batches(self) -> list[Sequence[Item]]:
         some = max(1, self.batch_size // len(dialogue.QUESTIONS))

@@ -97,7 +97,13 @@ def read_schema(source: str, where: str) -> dict[str, Parameter]:
     """The parameters that a parameters cell declares, by name."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    found = [read_line(node, comments.get(node.end_lineno, ""), where) for node in ast.parse(source).body]
+    nodes = ast.parse(source).body
+    ends = [node.lineno for node in nodes[1:]] + [math.inf]  # a long comment goes on in the lines below
+    told = [
+        " ".join(text for line, text in comments.items() if node.end_lineno <= line < end)
+        for node, end in zip(nodes, ends, strict=True)
+    ]
+    found = [read_line(node, comment, where) for node, comment in zip(nodes, told, strict=True)]
     return {parameter.name: parameter for parameter in found}
 
 
