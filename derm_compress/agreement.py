@@ -27,9 +27,9 @@ def agreement(values: pd.DataFrame, protected: Iterable[int], *, draws: int = 20
     """
     known = by_block(values, protected)
     items = sorted({item for table in known.values() for item in table} - {""})
-    share = [1 / len(items)] * len(items) or [1.0]  # at least one, drawn in vain
-    drawn = np.random.default_rng(seed).multinomial(len(items), share, size=draws)[:, : len(items)]
-    weights = pd.DataFrame(np.vstack([np.ones(len(items)), drawn]), columns=items)  # first every item once
+    drawn = np.random.default_rng(seed).integers(0, max(len(items), 1), (draws, len(items)))
+    counts = (drawn[:, :, None] == np.arange(len(items))).sum(1)  # [draws, items]
+    weights = pd.DataFrame(np.vstack([np.ones(len(items)), counts]), columns=items)  # first every item once
     ranks = {name: standardised(weighted_means(table, weights)) for name, table in known.items()}
     rows = []
     for one, other in combinations(known, 2):

@@ -26,41 +26,43 @@ def table_of(**criteria):
     return pd.DataFrame(answers, columns=["variant", "item", "question", "score"]), variants
 
 
-def tested(pair, operating=4):
+def compared(pair, operating=4):
     return rivals.criteria_tests(*pair, "own", operating=operating).set_index("criterion")
 
 
 def test_differences_are_own_minus_rival_at_the_depth_and_over_shared_depths():
     pair = table_of(own={2: 3.0, 4: 2.5, 6: 2.0}, better={2: 3.2, 4: 2.7}, worse={4: 1.5, 6: 2.2, 8: 1.2})
-    table, answers = tested(pair), pair[0]
+    table, answers = compared(pair), pair[0]
     score = 25 * answers.groupby("variant").score.mean()
     assert table.difference["better"] == pytest.approx(score["pruned-4"] - score["pruned-4-better"])
     over = score[["pruned-2", "pruned-4"]].mean() - score[["pruned-2-better", "pruned-4-better"]].mean()
     assert table.difference_all["better"] == pytest.approx(over) and table.difference["better"] < 0
     assert table.depths.to_dict() == {"better": 2, "worse": 2} and table.ahead.to_dict() == {"better": 0, "worse": 1}
     direct = metrics.paired_difference(*(answers[answers.variant == v] for v in ("pruned-4", "pruned-4-worse")))
-    assert table.loc["worse", ["difference", "difference_lo", "difference_hi", "p"]].tolist() == pytest.approx(list(direct[:4]))
+    assert table.loc["worse", ["difference", "difference_lo", "difference_hi", "p"]].tolist() == pytest.approx(
+        list(direct[:4])
+    )
     assert table.n.tolist() == [ITEMS * 3] * 2
 
 
 def test_p_values_are_corrected_over_the_rivals():
     pair = table_of(own={4: 2.5}, a={4: 2.4}, b={4: 2.49}, c={4: 2.5})
-    table = tested(pair)
+    table = compared(pair)
     assert table.p_holm.tolist() == metrics.holm(table.p).tolist()
     assert table.p_holm["a"] == pytest.approx(3 * table.p["a"]) and table.p_holm["a"] < 0.05 < table.p_holm["c"]
 
 
 def test_random_orders_are_one_rival_over_the_depths_that_all_have():
     pair = table_of(own={2: 3.0, 4: 2.5}, random_0={2: 2.0, 4: 2.9}, random_1={4: 1.9})
-    table, score = tested(pair), 25 * pair[0].groupby("variant").score.mean()
+    table, score = compared(pair), 25 * pair[0].groupby("variant").score.mean()
     assert list(table.index) == ["random (mean of 2)"] and table.depths.tolist() == [1]
     mean = score[["pruned-4-random-0", "pruned-4-random-1"]].mean()
     assert table.difference.iloc[0] == pytest.approx(score["pruned-4"] - mean)
-    assert list(tested(table_of(own={4: 2.5}, random_0={4: 2.0})).index) == ["random-0"]
+    assert list(compared(table_of(own={4: 2.5}, random_0={4: 2.0})).index) == ["random-0"]
 
 
 def test_a_rival_without_the_operating_depth_has_no_difference_there_and_does_not_count():
-    table = tested(table_of(own={2: 3.0, 4: 2.5}, short={2: 2.0}, other={2: 2.9, 4: 1.5}))
+    table = compared(table_of(own={2: 3.0, 4: 2.5}, short={2: 2.0}, other={2: 2.9, 4: 1.5}))
     assert np.isnan(table.p["short"]) and np.isnan(table.p_holm["short"]) and table.p_all["short"] < 0.01
     assert table.p_holm["other"] == table.p["other"]
     assert rivals.criteria_tests(*table_of(own={2: 3.0}), "own", operating=2).empty
@@ -68,14 +70,14 @@ def test_a_rival_without_the_operating_depth_has_no_difference_there_and_does_no
 
 def test_unscored_answers_and_other_models_are_left_out():
     answers, variants = table_of(own={4: 2.5}, other={4: 2.4})
-    known = tested((answers, variants))
+    known = compared((answers, variants))
     packed = variants.assign(variant=variants.variant + "|awq4", bits=4)
     healed = variants.assign(variant=variants.variant + "+sft", healed=True)
     more = pd.concat([answers, *(answers.assign(variant=answers.variant + end, score=1) for end in ("|awq4", "+sft"))])
-    both = tested((more, pd.concat([variants, packed, healed])))
+    both = compared((more, pd.concat([variants, packed, healed])))
     pd.testing.assert_frame_equal(both, known)
     gap = answers.assign(score=answers.score.mask((answers.variant == "pruned-4") & (answers["item"] == "i3")))
-    assert tested((gap, variants)).n.tolist() == [57]
+    assert compared((gap, variants)).n.tolist() == [57]
 
 
 def test_the_cliff_is_where_a_block_costs_most():
