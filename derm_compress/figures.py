@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from derm_compress import metrics, paper
+from derm_compress.results import first_to_go
+from derm_compress.wording import words
 
 DENSE, PRUNED, SFT, QUANTIZED, PAPER = "#6b6b6b", "#1f6fb4", "#d96f00", "#2a8c4a", "#111111"
 STAGE_COLOURS = {"03": PRUNED, "04": PRUNED, "05": SFT, "06": QUANTIZED, "07": QUANTIZED}
 TARGET = 4.0  # GiB: the memory the paper aims at
 STYLE = {
-    "savefig.dpi": 140, "font.family": "DejaVu Sans", "font.size": 9.5, "figure.constrained_layout.use": True,
+    "figure.dpi": 140, "savefig.dpi": 140,  # equal, so that the layout is made for what is saved
+    "font.family": "DejaVu Sans", "font.size": 9.5, "figure.constrained_layout.use": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e2e2e2",
     "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5, "text.parse_math": False,
     "svg.hashsalt": "derm_compress",
@@ -76,11 +80,13 @@ def styled(draw):
     return inner
 
 
-def _canvas(finding: str, height: float, rows: int = 1, **options):
+def canvas(finding: str, height: float, rows: int = 1, **options):
     """A figure 5.8 inches wide whose title is its finding; returns figure and axes."""
     figure = Figure(figsize=(5.8, height))
     FigureCanvasAgg(figure)
-    figure.suptitle(textwrap.fill(finding, 66), x=0.01, ha="left", fontweight="bold", fontsize=10)
+    figure.suptitle(
+        textwrap.fill(finding[:1].upper() + finding[1:], 66), x=0.01, ha="left", fontweight="bold", fontsize=10
+    )
     return figure, figure.subplots(rows, 1, **options)
 
 
@@ -92,7 +98,7 @@ def _points(axes, rows, x, name, **options):
         axes.errorbar(x[rows.index], rows[name], yerr=spread, capsize=3, markersize=6, **options)
 
 
-def _score_axis(axes):
+def score_axis(axes):
     axes.axhline(metrics.FLOOR, color="#999999", linewidth=1)
     axes.set(ylabel="score, % (95 % interval)", ylim=(metrics.FLOOR - 9, 100))
 
@@ -110,10 +116,10 @@ def score_vs_blocks(table1: pd.DataFrame, table2: pd.DataFrame) -> Drawing:
             finding = f"Removing {blocks} blocks takes the score from {first.score:.1f} to {worst.score:.1f} %"
         for row in table2[table2.blocks_removed > 0].dropna(subset=["gain"]).head(1).itertuples():
             finding += f"; with {row.blocks_removed} removed, SFT changes it by {row.gain:+.1f} points"
-    figure, axes = _canvas(finding, 3.7)
+    figure, axes = canvas(finding, 3.7)
     # The axis counts blocks of 32, so that a smaller model's fractions stand below the paper's.
     before, after = table1.fraction_removed * paper.BLOCKS, table2.fraction_removed * paper.BLOCKS
-    _score_axis(axes)
+    score_axis(axes)
     axes.text(0, metrics.FLOOR - 1, "floor: every answer gets the lowest grade", va="top", fontsize=8, color="#555555")
     theirs = paper.table(1)
     axes.plot(theirs.blocks_removed, theirs.paper_score, ":^", color=PAPER, mfc="white", label="paper, LLaVA-1.5-7B")
@@ -136,8 +142,8 @@ def pareto(table4: pd.DataFrame) -> Drawing:
     if len(small):
         best = small.loc[small.score.idxmax()]
         finding = f"Of what stays below {TARGET:.0f} GiB at 7B, {best.setting} scores best: {best.score:.1f} %"
-    figure, axes = _canvas(finding, 4.4)
-    _score_axis(axes)
+    figure, axes = canvas(finding, 4.4)
+    score_axis(axes)
     axes.axvline(TARGET, color="#999999", linewidth=1)
     axes.text(TARGET, 96, f" {TARGET:.0f} GiB", color="#555555")
     for i, row in table4.iterrows():  # the marker tells the model, the colour what was done to it last
@@ -161,7 +167,7 @@ def fig1_pipeline(graph: dict[str, list[str]]) -> Drawing:
         level[stage] = 1 + max((level[source] for source in graph[stage] if source in level), default=-1)
     rows = [sorted(s for s in level if level[s] == y) for y in sorted(set(level.values()))]
     finding = f"The study's {len(graph)} stages: what one leaves, the next ones read"
-    figure, axes = _canvas(finding, 0.4 + 0.7 * len(rows))
+    figure, axes = canvas(finding, 0.4 + 0.7 * len(rows))
     axes.axis("off")
     axes.set(xlim=(0, 2), ylim=(len(rows) - 0.5, -0.5))
     centre = {stage: ((2 * i + 1) / len(row), y) for y, row in enumerate(rows) for i, stage in enumerate(row)}
@@ -181,31 +187,53 @@ def fig1_pipeline(graph: dict[str, list[str]]) -> Drawing:
 
 @styled
 def fig2_block_removal(plan: dict, removed: int) -> Drawing:
-    """One block left out at a time, and the plan that follows: `plan` as stage 03 stores it, `removed` blocks go."""
-    blocks, protected, order = plan["blocks"], set(plan["protected"]), plan["order"]
-    gone, tried = order[:removed], sorted(order)
-    finding = f"Each of {len(order)} blocks is left out once; the {removed} that matter least go, in this order"
-    rows = [("full model", []), *((f"without {b}", [b]) for b in tried[:2]), ("...", None)]
-    rows += [*((f"without {b}", [b]) for b in tried[-1:]), (f"{removed} removed", gone)]
-    figure, axes = _canvas(finding, 2.6)
+    """What is left out, one try at a time, and the plan that follows: as stage 03 stores it, `removed` blocks go."""
+    blocks, protected, gone = plan["blocks"], set(plan["protected"]), first_to_go(plan, removed)
+    tries, tried, finding = tried_out(plan, gone)
+    rows = [("full model", []), *((f"without {name}", out) for name, out in tries[:2]), ("...", None)]
+    rows += [*((f"without {name}", out) for name, out in tries[-1:]), (f"{len(gone)} removed", gone)]
+    figure, axes = canvas(finding, 2.6)
     for y, (_, out) in enumerate(rows):
         for b in range(blocks) if out is not None else []:
             look = {"facecolor": DENSE, "hatch": "////"} if b in protected else {"facecolor": "#c9c9c9"}
             look = {"facecolor": "white", "linestyle": ":"} if b in out else look
             edge = PRUNED if b in out else "white"
             axes.add_patch(Rectangle((b + 0.06, y - 0.36), 0.88, 0.72, edgecolor=edge, **look))
-    for turn, b in enumerate(gone, 1):
+    turns = {} if plan.get("starts") else {b: i for i, b in enumerate(plan["order"], 1)}
+    for turn, b in enumerate(gone if turns else [], 1):
         axes.text(b + 0.5, len(rows) - 1, turn, ha="center", va="center", fontsize=5.5 if turn > 9 else 7, color=PRUNED)
     axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_xticks([b + 0.5 for b in range(0, blocks, 4)], range(0, blocks, 4))
-    axes.set_xlabel("decoder block (hatched: protected; dotted: left out; number: its turn)")
+    axes.set_xlabel("decoder block (hatched: protected; dotted: left out" + ("; number: its turn)" if turns else ")"))
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    turns = pd.Series({b: i for i, b in enumerate(order, 1)})
-    data = pd.DataFrame({"block": range(blocks), "turn": turns.reindex(range(blocks)).astype("Int64")})
+    data = pd.DataFrame({"block": range(blocks), "turn": pd.Series(turns, dtype=float).reindex(range(blocks))})
+    data = data.astype({"turn": "Int64"})
     return Drawing(figure, data.assign(protected=data.block.isin(protected), removed=data.block.isin(gone)), finding)
+
+
+def tried_out(plan: dict, gone: list) -> tuple[list, list, str]:
+    """(name, blocks) of each try, the blocks that may go, and what Figure 2 says of a plan."""
+    free = sorted(set(range(plan["blocks"])) - set(plan["protected"]))
+    if not plan.get("starts"):
+        tried = sorted(plan["order"])
+        said = f"Each of {len(tried)} blocks is left out once; the {len(gone)} that matter least go, in this order"
+        return [(b, [b]) for b in tried], tried, said
+    runs = [list(range(b, b + len(gone))) for b in free if set(range(b, b + len(gone))) <= set(free)]
+    said = f"Each of {len(runs)} runs of {len(gone)} neighbouring blocks may go; the one that matters least does"
+    return [(f"{run[0]} to {run[-1]}", run) for run in runs], free, said
+
+
+def drawn_in_figure_3(scores: pd.DataFrame, most: int = 6) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Scores of whole blocks by criteria that look at them, with images; and the names of all that are left out."""
+    names = list(dict.fromkeys(scores.criterion))
+    whole = scores if "part" not in scores else scores[scores.part == "block"]
+    groups = dict(list(whole.groupby("criterion", sort=False)))
+    left = re.compile(r"random-\d+|last|.*-text")
+    shown = [name for name in names if name in groups and not left.fullmatch(name)][:most]
+    return {name: groups[name] for name in shown}, [name for name in names if name not in shown]
 
 
 @styled
@@ -213,33 +241,43 @@ def fig3_layer_importance(scores: pd.DataFrame, removed: int) -> Drawing:
     """Each criterion's value of every block; the `removed` least important filled, protected blocks as crosses.
 
     Output similarity is drawn as the paper's Figure 3 has it, the mean cosine (high: unimportant), its score being
-    1 minus that.
+    1 minus that. Up to six criteria are drawn; the axis names those that are not.
     """
-    shown = scores[~scores.criterion.str.startswith("random")]
-    groups = dict(list(shown.groupby("criterion", sort=False)))
+    groups, left = drawn_in_figure_3(scores)
     gone = {name: set(group.nsmallest(removed, "rank").block) for name, group in groups.items()}
     (name, group), *others = groups.items()
-    finding = f"Block {group.block[group['rank'].idxmin()]} matters least by {name.replace('_', ' ')}"
+    finding = f"Block {group.block[group['rank'].idxmin()]} matters least by {words(name)}"
     for other, _ in others[:1]:
-        finding += f"; by {other}, {len(gone[name] & gone[other])} of the {removed} blocks to go are the same"
-    figure, axes = _canvas(finding, 0.9 + 1.7 * len(groups), rows=len(groups), sharex=True, squeeze=False)
+        finding += f"; by {words(other)}, {len(gone[name] & gone[other])} of the {removed} blocks to go are the same"
+    tall = 1.7 if len(groups) < 4 else 1.25
+    figure, axes = canvas(finding, 1.1 + tall * len(groups), rows=len(groups), sharex=True, squeeze=False)
     for ax, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
-        value = 1 - group.score if name == "output_similarity" else group.score
-        out, fixed = group.block.isin(gone[name]), group["rank"].isna()
-        room = 0.1 * (value[~fixed].max() - value[~fixed].min() or 1)
-        low, high = value[~fixed].min() - room, value[~fixed].max() + room  # protected blocks would flatten the rest
-        value = value.clip(low, high)
-        ax.vlines(group.block, low, value, color="#bbbbbb", linewidth=1)
-        ax.set_ylim(low, high)
-        ax.plot(group.block[out], value[out], "o", color=PRUNED, label=f"{removed} least important")
-        ax.plot(group.block[~out & ~fixed], value[~out & ~fixed], "o", color=DENSE, mfc="white", label="stays")
-        ax.plot(
-            group.block[fixed], value[fixed], "x", color=DENSE, label="protected (at the edge: beyond)", clip_on=False
-        )
-        ax.set_ylabel({"output_similarity": "mean cosine (Eq. 5)", "magnitude": "sum of |w|"}.get(name, name))
-    axes[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+        _importance(ax, name, group, gone[name])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[0, 0].legend(
+        handles, [f"{removed} least important", *labels[1:]], loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3
+    )
+    said = textwrap.fill("not drawn: " + ", ".join(map(words, left)), 84) if left else ""
     axes[-1, 0].set_xlabel("decoder block")
+    figure.supxlabel(said, fontsize=7.5, color="#555555", x=0.01, ha="left")
     return Drawing(figure, scores, finding)
+
+
+def _importance(ax, name, group, gone):
+    """One criterion's panel of Figure 3; protected blocks stand at the edge, since they would flatten the rest."""
+    value = 1 - group.score if name == "output_similarity" else group.score
+    out, fixed = group.block.isin(gone), group["rank"].isna()
+    free = value[~fixed]
+    room = 0.1 * (free.max() - free.min() or 1)
+    low, high = free.min() - room, free.max() + room
+    value = value.clip(low, high)
+    ax.vlines(group.block, low, value, color="#bbbbbb", linewidth=1)
+    ax.set_ylim(low, high)
+    ax.plot(group.block[out], value[out], "o", color=PRUNED, label="least important")
+    ax.plot(group.block[~out & ~fixed], value[~out & ~fixed], "o", color=DENSE, mfc="white", label="stays")
+    label = "protected (at the edge: beyond)"
+    ax.plot(group.block[fixed], value[fixed], "x", color=DENSE, label=label, clip_on=False)
+    ax.set_ylabel({"output_similarity": "mean cosine\n(Eq. 5)", "magnitude": "sum of |w|"}.get(name, words(name)))
 
 
 @styled
@@ -255,7 +293,7 @@ def fig4_activations(surface: pd.DataFrame, factor: float = 6.0) -> Drawing:
         f"{far.sum()} of {len(peak)} channels stand out; "
         f"the largest value is {peak.max():.1f}, the median channel's peak {peak.median():.1f}"
     )
-    figure, (map_, top) = _canvas(finding, 4.2, rows=2, sharex=True, height_ratios=(1.6, 1))
+    figure, (map_, top) = canvas(finding, 4.2, rows=2, sharex=True, height_ratios=(1.6, 1))
     left, right = peak.index.min() - 0.5, peak.index.max() + 0.5
     extent = (left, right, grid.index.max() + 0.5, grid.index.min() - 0.5)
     image = map_.imshow(grid, aspect="auto", cmap="magma_r", extent=extent, interpolation="nearest")

@@ -11,7 +11,10 @@ from pathlib import PurePath
 import pandas as pd
 
 from derm_compress import metrics, paper, tables
-from derm_compress.tables import Results, answers_of, variant_id
+from derm_compress.ranking_findings import findings_criteria
+from derm_compress.ranking_findings import findings_importance as findings_importance
+from derm_compress.results import Results, answers_of, variant_id
+from derm_compress.wording import compare, percent, verdict, words
 
 GLOSSARY = (
     "SFT: supervised fine-tuning after pruning, by QLoRA (low-rank adapters trained over a 4-bit base). AWQ: "
@@ -19,26 +22,6 @@ GLOSSARY = (
     "blocks go by the sum of their weights, or in one random order. base: before fine-tuning; blank and shuffled: the "
     "original model shown no picture, or one of another disease."
 )
-
-
-def percent(score) -> str:
-    """62.5 % (58.1 to 66.9), from a metrics.Score or a table's row."""
-    lo, hi = (score.score_lo, score.score_hi) if hasattr(score, "score_lo") else (score.lo, score.hi)
-    return f"{score.score:.1f} % ({lo:.1f} to {hi:.1f})"
-
-
-def verdict(change: metrics.Difference, first: str, second: str) -> str:
-    """Which of two scored better, or that the interval of their difference holds 0."""
-    if change.lo <= 0 <= change.hi:
-        interval = f"{change.difference:.1f} points, {change.lo:.1f} to {change.hi:.1f}"
-        return f"{first} cannot be told apart from {second} ({interval})"
-    lo, hi = sorted((abs(change.lo), abs(change.hi)))
-    side = "above" if change.lo > 0 else "below"
-    return f"{first} scores {abs(change.difference):.1f} points ({lo:.1f} to {hi:.1f}) {side} {second}"
-
-
-def compare(answers: pd.DataFrame | None, one: str, other: str) -> metrics.Difference:
-    return metrics.paired_difference(answers_of(answers, one), answers_of(answers, other))
 
 
 def headline(results: Results) -> str:
@@ -141,18 +124,6 @@ def findings_finetune(results: Results) -> list[str]:
     ]
 
 
-def findings_importance(results: Results) -> list[str]:
-    """What the criteria agree on, from stage 03's scores and plans."""
-    plans, said = sorted((results.plans or {}).items(), key=lambda plan: plan[0] != results.criterion), []
-    for name, plan in plans:
-        gone = plan["order"][: results.operating]
-        said.append(f"By {words(name)} blocks {listed(gone)} go first; {listed(plan['protected'])} are protected.")
-        if name != plans[0][0]:
-            both = len(set(gone) & set(plans[0][1]["order"][: len(gone)]))
-            said[-1] = said[-1][:-1] + f"; {both} of these {len(gone)} would go by {words(plans[0][0])} too."
-    return said
-
-
 def findings_pruning(results: Results) -> list[str]:
     """Table 1 in words and, at the operating point, the rival criteria."""
     return findings_depths(results) + findings_criteria(results)
@@ -178,24 +149,6 @@ def findings_depths(results: Results) -> list[str]:
     worst = table.loc[share.idxmax()]
     most = f"at most {100 * share.max():.0f} % of a depth's answers do not end, at {worst.blocks_removed} blocks"
     return said + [f"Runaway answers: {most}." if share.max() else "Every answer ends, at every depth."]
-
-
-def findings_criteria(results: Results) -> list[str]:
-    """The study's own criterion against each rival at the operating point, in pairs."""
-    n, ours, said = results.operating, words(results.criterion), []
-    ours = "the paper's criterion" if results.criterion == "output_similarity" else ours
-    for name in sorted(set(results.variants.criterion) - {"", results.criterion}):
-        change = compare(results.answers, variant_id(n), variant_id(n, criterion=name))
-        if change.n:
-            said.append(f"At {n} blocks {verdict(change, ours, words(name))}; {ahead(results, name)}.")
-    return said
-
-
-def ahead(results: Results, rival: str) -> str:
-    """At how many depths the study's criterion scores more than a rival, by point estimate."""
-    table = tables.criteria(results).pivot_table(index="blocks_removed", columns="criterion", values="score")
-    both = table[[results.criterion, rival]].dropna()
-    return f"it is ahead at {(both[results.criterion] > both[rival]).sum()} of {len(both)} depths by point estimate"
 
 
 def findings_sft(results: Results) -> list[str]:
@@ -289,12 +242,3 @@ def findings_speed(results: Results) -> list[str]:
         f"{ratio:.2f} times {faster} on this machine, where packed weights are unpacked at every step; the two "
         f"unquantized models of equal shape differ by {noise:.0%}, which is noise."
     ]
-
-
-def words(name: str) -> str:
-    known = {"rtn": "round-to-nearest", "rtn_symmetric": "symmetric round-to-nearest", "awq": "AWQ"}
-    return known.get(name, name.replace("_", " "))
-
-
-def listed(numbers) -> str:
-    return ", ".join(map(str, numbers)) or "none"

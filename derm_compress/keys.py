@@ -16,7 +16,10 @@ VERSIONS = (
 )  # fmt: skip
 # neither moves a number: what runs the stages, what shows their results
 MACHINERY = frozenset({"study", "plan", "runner", "execution", "artifacts", "keys", "params", "progress", "errors"})
-PRESENTATION = frozenset({"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper"})
+PRESENTATION = frozenset(
+    {"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper", "results", "wording"}
+    | {"agreement", "rivals", "ranking_figures", "ranking_findings"}
+)
 
 
 class Module(NamedTuple):

@@ -4,6 +4,7 @@ An `answers` frame has one row per answer of one variant: `item` (the image), `q
 the judge's reply could not be read). Answers without a score are counted by `unscored` and left out of every mean.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -141,6 +142,30 @@ def sign_flip_p(sums: np.ndarray, *, n_permutations: int = 10_000, seed: int = 0
     return extreme / len(bits) if exact else (extreme + 1) / (len(bits) + 1)
 
 
+def holm(p) -> np.ndarray:
+    """p-values corrected for their number (Holm 1979), in the same order; unknown ones stay nan and do not count."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]  # nan sorts last
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    return corrected
+
+
+def mean_intervals(marks: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Percent with a 95 % bootstrap over images for each column, the same images drawn for all.
+
+    marks: [answers, columns], marks or their differences, indexed by item (the image) and question; NaN is left out.
+    Returns one row a column: mean, lo, hi (NaN where nothing is scored).
+    """
+    by_image = marks.groupby(level=0, sort=True)
+    sums, counts = by_image.sum().to_numpy(float), by_image.count().to_numpy()
+    drawn = _draws(len(sums), n_boot=n_boot, seed=seed)
+    with np.errstate(invalid="ignore"):
+        means = percent(sums.sum(0) / counts.sum(0))
+        lo, hi = percent(np.nanquantile((drawn @ sums) / (drawn @ counts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0))
+    return pd.DataFrame({"mean": means, "lo": lo, "hi": hi}, index=marks.columns)
+
+
 def _scored(answers: pd.DataFrame) -> pd.DataFrame:
     scored = answers.loc[answers["score"].notna(), ["item", "question", "score"]].astype({"score": float})
     if not scored["score"].between(*SCALE).all():
@@ -160,9 +185,12 @@ def _bootstrap(sums: np.ndarray, counts: np.ndarray, *, n_boot: int, seed: int) 
     return _tails((drawn @ sums) / (drawn @ counts))
 
 
+@functools.lru_cache(maxsize=4)
 def _draws(images: int, *, n_boot: int, seed: int) -> np.ndarray:
-    """How often each image is drawn, [n_boot, images]."""
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=n_boot)
+    """How often each image is drawn, [n_boot, images], read-only."""
+    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=n_boot)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _tails(values: np.ndarray) -> tuple[float, float]:

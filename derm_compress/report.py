@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 from markupsafe import Markup
 
-from derm_compress import figures, findings, judge, quotes, tables
+from derm_compress import figures, findings, judge, quotes, ranking_figures, ranking_findings, tables
 from derm_compress.artifacts import atomic, disk_guard
 from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
@@ -26,20 +26,38 @@ QUESTION = "How far can a multimodal medical model be compressed, and what does 
 CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
 CAPTIONS = {  # of the tables that need another one
     "table4_efficiency": f"{CAPTION}; times are medians with their quartiles",
+    "extra_agreement": "Spearman's rank correlation over unprotected blocks; 95 % interval over draws of the items",
+    "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",
     "extra_criteria": "score before SFT with its 95 % interval, n answers",
+    "extra_criteria_tests": "the study's criterion minus its rival in points, paired, 95 % interval, p by sign flips",
+    "extra_cliffs": "the steepest fall between neighbouring depths, per block; level until: the deepest model whose "
+    "paired interval to the unpruned one reaches 0",
+    "extra_sublayers": "without single attentions or MLPs; difference: to the nearest whole-block model, paired",
     "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
 LONG = "<td class=long>{}</td>"
+LONG_TABLE = 24  # rows from which a table beside the paper's is folded
 RUBRIC_LIMITS = "The rubric counts stated facts; it judges neither safety nor negation nor grammar."
 PARTS = {  # in the paper's order: label, question, and what the numbers say to it
     "fig1_pipeline": ("Figure 1", "The pipeline", None),
     "fig2_block_removal": ("Figure 2", "Which blocks are tried, and which go?", None),
-    "fig3_layer_importance": ("Figure 3", "How much does each block matter?", findings.findings_importance),
+    "fig3_layer_importance": ("Figure 3", "How much does each block matter?", ranking_findings.findings_order),
+    "extra_agreement": ("Beside Figure 3", "Do the criteria agree?", ranking_findings.findings_agreement),
+    "extra_calibration_size": (
+        "Beside Figure 3", "How many pictures are enough, and do they change the ranking?",
+        lambda results: ranking_findings.findings_calibration(results) + ranking_findings.findings_images(results),
+    ),
     "fig4_activations": ("Figure 4", "Where do activations stand out?", findings.findings_activations),
     "table1_pruning": ("Table 1", "What does pruning alone cost, at each depth?", findings.findings_depths),
-    "extra_criteria": ("Beside Table 1", "Does the criterion beat its rivals?", findings.findings_criteria),
+    "extra_criteria": ("Beside Table 1", "Does the criterion beat its rivals?", ranking_findings.findings_rivals),
+    "extra_criteria_tests": ("Beside Table 1", "How sure is each comparison?", None),
+    "extra_cliffs": ("Beside Table 1", "Where does the score fall?", ranking_findings.findings_cliffs),
+    "extra_sublayers": (
+        "Beside Table 1", "Do single attentions or MLPs give more than whole blocks?",
+        ranking_findings.findings_sublayers,
+    ),
     "table2_sft": ("Table 2", "What does SFT heal, beyond what it gives the unpruned model?", findings.findings_sft),
     "table3_quantization": ("Table 3", "What do fewer bits cost, by method?", findings.findings_quantization),
     "table4_efficiency": ("Table 4", "What does the whole pipeline gain in memory and time?", None),
@@ -50,7 +68,7 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "fig5_case_studies": ("Figure 5", "What do the models say?", None),
     "fig6_judge_prompt": ("Figure 6", "How are answers judged?", lambda results: [RUBRIC_LIMITS]),
     "fig7_iterative_pruning": ("Figure 7", "How do answers change while blocks go?", None),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,7 +139,8 @@ def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, figures
 def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> dict[str, figures.Drawing]:
     """{stem: drawing} of every figure that the results suffice for."""
     n, said = results.operating, set() if results.answers is None else set(results.answers.variant)
-    depths = {int(n): tables.variant_id(int(n)) for n in built["table1_pruning"].blocks_removed} if built else {}
+    removed = built["table1_pruning"].blocks_removed if "table1_pruning" in built else ()
+    depths = {int(n): tables.variant_id(int(n)) for n in removed}
     cases = {"Original": tables.variant_id(0), "Pruned + quantized": tables.variant_id(n, method="awq")}
     cases["Pruned + SFT + quantized"] = tables.variant_id(n, healed=True, method="awq")
     drawn = {"fig1_pipeline": figures.fig1_pipeline(graph)}
@@ -130,6 +149,7 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> d
         drawn["fig2_block_removal"] = figures.fig2_block_removal(plan, n)
     if results.scores is not None:
         drawn["fig3_layer_importance"] = figures.fig3_layer_importance(results.scores, n)
+    drawn |= draw_rankings(results, built)
     if results.figure4 is not None:
         drawn["fig4_activations"] = figures.fig4_activations(results.figure4)
     if said.issuperset(cases.values()):
@@ -143,6 +163,19 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> d
     return drawn
 
 
+def draw_rankings(results: tables.Results, built: dict) -> dict[str, figures.Drawing]:
+    """{stem: drawing} of how criteria compare."""
+    drawn, own = {}, results.criterion
+    if "extra_agreement" in built:
+        drawn["extra_agreement"] = ranking_figures.fig_agreement(built["extra_agreement"], own)
+    if "extra_calibration_size" in built:
+        drawn["extra_calibration_size"] = ranking_figures.fig_calibration_size(built["extra_calibration_size"], own)
+    if {"extra_criteria", "table1_pruning"} <= set(built) and built["extra_criteria"].score.notna().any():
+        frames = built["extra_criteria"], built["table1_pruning"], built.get("extra_criteria_tests")
+        drawn["extra_criteria"] = ranking_figures.fig_criteria(*frames, own)
+    return drawn
+
+
 def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str]) -> dict:
     """All that index.html and README.md say, as data."""
     parts, brief = [], built.get("table4_efficiency")
@@ -151,6 +184,7 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
             frame = tables.readable(built[stem]) if stem in built else None
             part = {"stem": stem, "label": label, "question": question, "said": find(results) if find else []}
             part |= {"frame": frame, "caption": f"{label}: {CAPTIONS.get(stem, CAPTION)}"}
+            part["fold"] = len(frame) if frame is not None and is_long(stem, frame) else 0
             parts.append(part | {"image": picture(drawn.get(stem)), "table": table(frame, part["caption"])})
     brief = None if brief is None else tables.readable(brief[BRIEF])
     facts = [(name, note["key"][:12], note.get("seconds"), note.get("cached")) for name, note in made.stages.items()]
@@ -172,6 +206,10 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
         "parameters": as_yaml(told),
         "provenance": as_yaml(made.info | {k: last.get(k) for k in ("git", "environment")}),
     }
+
+
+def is_long(stem: str, frame: pd.DataFrame) -> bool:
+    return stem.startswith("extra") and len(frame) > LONG_TABLE
 
 
 def as_yaml(value) -> str:
@@ -229,7 +267,10 @@ def readme(view: dict) -> str:
         lines += [f"## {part['label']}. {part['question']}", *(f"- {inert(text)}" for text in part["said"])]
         lines += [f"![{part['label']}](figures/{part['stem']}.png)"] if part["image"] else []
         if part["frame"] is not None:
-            lines += [part["caption"], to_markdown(part["frame"]), f"[csv](tables/{part['stem']}.csv)"]
+            shown = [part["caption"], to_markdown(part["frame"])]
+            summary = f"<details><summary>All {part['fold']} rows</summary>"
+            lines += [summary, *shown, "</details>"] if part["fold"] else shown
+            lines += [f"[csv](tables/{part['stem']}.csv)"]
     lines += [f"All of it again: `{view['again']}`", "## Notebooks", *(f"- [{n}]({n})" for n in view["notebooks"])]
     lines += ["Provenance: [run.json](run.json), and the last section of [index.html](index.html).", ""]
     return "\n\n".join(lines)[:-1]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from derm_compress import metrics, paper
+from derm_compress import agreement, metrics, paper, rivals
+from derm_compress.results import ANSWERING as ANSWERING
+from derm_compress.results import Results, answers_of, variant_id
+from derm_compress.results import load_results as load_results
 
-ANSWERING = ("02_finetune", "04_pruning", "05_sft", "07_quantization", "08_evaluation")  # the last one's word counts
 SCORE = ["score", "score_lo", "score_hi", "n"]
 SIZE = ["params_b", "vram_gib", "peak_gib", "blocks_removed_7b", "params_b_7b", "vram_gib_7b", "peak_gib_7b"]
 MEASURED = ("decode_ms_per_token", "prefill_ms", "total_ms_per_token")
@@ -38,13 +38,25 @@ COLUMNS = {  # what the paper gives stands beside what is ours
         "setting", *MODEL, "score", "paper_score", *SCORE[1:],
         "difference", "difference_lo", "difference_hi", "p", *SIZE, "paper_notes",
     ],
+    "extra_agreement": ["one", "other", "rho", "rho_lo", "rho_hi"],
+    "extra_calibration_size": agreement.CURVE,
     "extra_criteria": ["criterion", "blocks_removed", *SCORE],
+    "extra_criteria_tests": [*rivals.TESTS[:6], "p_holm", *rivals.TESTS[6:12], "p_all_holm", "n"],
+    "extra_cliffs": rivals.CLIFF,
+    "extra_sublayers": [
+        "criterion", "attentions_removed", "mlps_removed", "score", *SCORE[1:], *SIZE[:3], *SIZE[4:6],
+        "nearest", "nearest_params_b", "nearest_score", "nearest_score_lo", "nearest_score_hi", "apart", *rivals.CHANGE,
+    ],
     "extra_measured": [
         "variant", "vram_gib", "measured_weights_gib", "rss_gib", "rss_peak_gib",
         "allocated_peak_gib", "reserved_peak_gib", "device_used_gib", "prompt_tokens", "new_tokens", "repeats",
     ],
     "extra_baselines": ["variant", *SCORE],
 }  # fmt: skip
+COUNTS = (
+    "n", "bits", "blocks_removed", "blocks_removed_7b", "attentions_removed", "mlps_removed", "items", "depths",
+    "ahead", "fall_from", "fall_to", "level_until",
+)  # fmt: skip
 BASELINES = ("base", "original", "blank", "shuffled")
 UNITS = {
     "score": "score, %", "params_b": "parameters, B", "vram_gib": "weights, GiB", "peak_gib": "peak, GiB",
@@ -53,92 +65,12 @@ UNITS = {
     "total_ms_per_token": "total, ms/token (quartiles)", "measured_weights_gib": "measured weights, GiB",
     "rss_gib": "process, GiB", "rss_peak_gib": "process peak, GiB", "device_used_gib": "GPU in use, GiB",
     "allocated_peak_gib": "GPU allocated, peak GiB", "reserved_peak_gib": "GPU reserved, peak GiB",
+    "rho": "rank correlation", "items": "pictures", "overlap": "share in common", "chance": "by chance",
+    "difference_all": "difference, all depths", "p_all": "p, all depths", "p_holm": "p (Holm)",
+    "p_all_holm": "p, all depths (Holm)", "ahead": "ahead at", "fall_from": "steepest from", "fall_to": "to",
+    "fall": "fall, points", "fall_per_block": "points a block", "nearest": "nearest whole-block model",
+    "nearest_params_b": "its parameters, B", "nearest_score": "its score, %", "apart": "apart, blocks",
 }  # fmt: skip
-
-
-def _of(file: str):
-    return field(default=None, metadata={"file": file})
-
-
-@dataclass(frozen=True)
-class Results:
-    """A run's frames and JSON values by name; None is what no stage has left.
-
-    `variants`: of all stages; `answers`: their 39 x 3 test items; `evaluation`: stage 08's test and held-out items.
-    """
-
-    items: pd.DataFrame | None = _of("01_data/items.parquet")
-    data_report: dict | None = _of("01_data/report.json")
-    curve: pd.DataFrame | None = _of("02_finetune/curve.parquet")
-    scores: pd.DataFrame | None = _of("03_layer_importance/scores.parquet")
-    plans: dict | None = _of("03_layer_importance/plans.json")
-    choice: dict | None = _of("04_pruning/choice.json")
-    training: pd.DataFrame | None = _of("05_sft/measured/training.parquet")
-    statistics: pd.DataFrame | None = _of("06_activation_analysis/statistics.parquet")
-    figure4: pd.DataFrame | None = _of("06_activation_analysis/figure4.parquet")
-    errors: pd.DataFrame | None = _of("07_quantization/errors.parquet")
-    evaluation: pd.DataFrame | None = _of("08_evaluation/answers.parquet")
-    memory: pd.DataFrame | None = _of("08_evaluation/memory.parquet")
-    latency: pd.DataFrame | None = _of("08_evaluation/measured/latency.parquet")
-    variants: pd.DataFrame | None = None
-    answers: pd.DataFrame | None = None
-
-    @property
-    def criterion(self) -> str:
-        """The criterion of the study's own variants, which bear no criterion in their names: the paper's, mostly."""
-        rows = [] if self.variants is None else self.variants[["variant", "blocks_removed", "criterion"]].to_numpy()
-        plain = [criterion for name, n, criterion in rows if n and name == variant_id(n)]
-        return plain[0] if plain else "output_similarity"
-
-    @property
-    def blocks(self) -> int:
-        return next((plan["blocks"] for plan in (self.plans or {}).values()), paper.BLOCKS)
-
-    @property
-    def operating(self) -> int:
-        return (self.choice or {}).get("operating", round(6 * self.blocks / paper.BLOCKS))
-
-    @property
-    def deeper(self) -> int:
-        return (self.choice or {}).get("deeper", round(9 * self.blocks / paper.BLOCKS))
-
-
-def load_results(folders: dict[str, Path], **given) -> Results:
-    """Results from {stage: its artifact folder}; a stage still running hands over its own frames by name."""
-    known = {f.name: _read(folders, f.metadata["file"]) for f in fields(Results) if f.metadata}
-    known |= {name: _together(folders, name) for name in ("variants", "answers")} | given
-    for name, keys in (("variants", ["variant"]), ("answers", ["variant", "item", "question"])):
-        if known[name] is not None:
-            known[name] = known[name].drop_duplicates(keys, keep="last")
-    return Results(**known)
-
-
-def _read(folders, file):
-    stage, _, name = file.partition("/")
-    path = Path(folders[stage], name) if stage in folders else None
-    if path is None or not path.is_file():
-        return None
-    return pd.read_parquet(path) if path.suffix == ".parquet" else json.loads(path.read_text("utf-8"))
-
-
-def _together(folders, name):
-    """One frame of all stages' variants or test answers; of equal rows the later stage's counts."""
-    frames = [f for stage in ANSWERING if (f := _read(folders, f"{stage}/{name}.parquet")) is not None]
-    frame = pd.concat(frames, ignore_index=True) if frames else None
-    return frame[frame.split == "test"] if frames and name == "answers" else frame
-
-
-def variant_id(blocks: int, *, criterion: str = "", healed: bool = False, method: str = "", bits: int = 4) -> str:
-    """The id that the stages give a model: pruned-6+sft|awq4."""
-    name = (f"pruned-{blocks}" if blocks else "original") + (f"-{criterion}" if criterion else "")
-    return name + ("+sft" if healed else "") + (f"|{method}{bits}" if method else "")
-
-
-def answers_of(frame: pd.DataFrame | None, variant: str) -> pd.DataFrame:
-    """One variant's answers, each once; empty where there are none."""
-    if frame is None:
-        return pd.DataFrame({"item": [], "question": [], "score": []})
-    return frame[frame.variant == variant].drop_duplicates(["item", "question"], keep="last")
 
 
 def items_hash(items: pd.DataFrame) -> str:
@@ -150,18 +82,22 @@ def items_hash(items: pd.DataFrame) -> str:
 
 def build(results: Results) -> dict[str, pd.DataFrame]:
     """{stem: table} of everything that the results suffice for."""
-    if results.variants is None:
-        return {}
-    makers = (table1, table2, table3, table4, table5, criteria, running, baselines)
-    made = {stem: make(results) for stem, make in zip(COLUMNS, makers, strict=True)}
+    makers = (table1, table2, table3, table4, table5, agreements, calibration_sizes)
+    makers += (criteria, criteria_tests, cliffs, sublayers, running, baselines)
+    ready = {stem: make for stem, make in zip(COLUMNS, makers, strict=True) if needed(make, results) is not None}
+    made = {stem: make(results) for stem, make in ready.items()}
     return {stem: tidy(frame, stem) for stem, frame in made.items() if len(frame)}
+
+
+def needed(make, results: Results) -> pd.DataFrame | None:
+    """The frame without which a table cannot be made."""
+    return results.values if make in (agreements, calibration_sizes) else results.variants
 
 
 def tidy(frame: pd.DataFrame, stem: str) -> pd.DataFrame:
     """The table's columns in order, absent ones empty; counts stay whole numbers beside empty cells."""
     frame = frame.reindex(columns=COLUMNS[stem]).reset_index(drop=True)
-    counts = [name for name in ("n", "bits", "blocks_removed", "blocks_removed_7b") if name in frame]
-    return frame.astype(dict.fromkeys(counts, "Int64"))
+    return frame.astype(dict.fromkeys((name for name in COUNTS if name in frame), "Int64"))
 
 
 def table1(results: Results) -> pd.DataFrame:
@@ -220,11 +156,43 @@ def table5(results: Results) -> pd.DataFrame:
     return table
 
 
+def agreements(results: Results) -> pd.DataFrame:
+    """Rank correlation of every two rankings of whole blocks."""
+    table = agreement.agreement(results.values, results.protected)
+    return table.rename(columns={"lo": "rho_lo", "hi": "rho_hi"})
+
+
+def calibration_sizes(results: Results) -> pd.DataFrame:
+    """How well two disjoint draws of calibration pictures agree, by their size."""
+    return agreement.calibration_curve(results.values, results.protected, removed=results.operating)
+
+
 def criteria(results: Results) -> pd.DataFrame:
-    """Every criterion at every depth, before SFT."""
-    table = results.variants
-    table = table[(table.blocks_removed > 0) & ~table.healed.astype(bool) & (table.bits == 16)]
+    """Every criterion at every depth, before SFT; whole blocks only."""
+    table = rivals.pruned_only(results.variants)
+    table = table[(table.blocks_removed > 0) & (table.sublayers_removed == 0)]
     return _measured(table.sort_values(["blocks_removed", "criterion"]), results, results.answers)
+
+
+def criteria_tests(results: Results) -> pd.DataFrame:
+    """The study's own criterion against each rival, paired."""
+    if results.answers is None:
+        return pd.DataFrame()
+    return rivals.criteria_tests(results.answers, results.variants, results.criterion, operating=results.operating)
+
+
+def cliffs(results: Results) -> pd.DataFrame:
+    """Where each criterion's score falls steepest."""
+    return pd.DataFrame() if results.answers is None else rivals.cliffs(results.answers, results.variants)
+
+
+def sublayers(results: Results) -> pd.DataFrame:
+    """Models without single attentions or MLPs, beside whole blocks of nearly as many parameters."""
+    sizes = pd.DataFrame({"variant": [], "params_b": []}) if results.memory is None else results.memory
+    table = rivals.sublayers(results.answers, results.variants, sizes, results.criterion)
+    beside = _measured(table[["nearest"]].rename(columns={"nearest": "variant"}), results, results.answers)
+    beside = beside.set_axis(table.index)[["params_b", *SCORE[:3]]].add_prefix("nearest_")
+    return _measured(table.join(beside), results, results.answers)
 
 
 def running(results: Results) -> pd.DataFrame:
@@ -272,8 +240,9 @@ def digits(column: str) -> str:
     """How many digits a column's numbers have: fixed, so that equal results give equal bytes."""
     if column.startswith("paper"):
         return "%g"
-    endings = {"params_b": 9, "params_b_7b": 6, "fraction_removed": 6, "seconds": 1, "p": 4}
-    return f"%.{endings.get(column, 6 if 'gib' in column else 3 if 'ms' in column.split('_') else 2)}f"
+    endings = {"params_b": 9, "nearest_params_b": 9, "params_b_7b": 6, "fraction_removed": 6, "seconds": 1}
+    four = {"p", "rho", "overlap", "chance"} & set(column.split("_"))
+    return f"%.{endings.get(column, 6 if 'gib' in column else 3 if 'ms' in column.split('_') else 4 if four else 2)}f"
 
 
 def to_csv(frame: pd.DataFrame) -> str:
@@ -312,7 +281,7 @@ def _cell(name, value, lo, hi):
         return "needs weights" if name.startswith("score") else ""
     if isinstance(value, str | bool | np.bool_):
         return {"True": "yes", "False": "no"}.get(str(value), str(value))
-    points = name.startswith(("score", "gain", "diff"))
-    style = digits(name) if name.startswith("paper") else "%.1f" if points else "%.4g"
+    points, share = name.startswith(("score", "gain", "diff", "fall", "nearest_s")), name.startswith(("rho", "over"))
+    style = digits(name) if name.startswith("paper") else "%.1f" if points else "%.2f" if share else "%.4g"
     text = style % value
     return text if pd.isna(lo) else f"{text} ({style % lo} to {style % hi})"

@@ -12,6 +12,18 @@ import pandas as pd
 from derm_compress import dialogue
 
 BLOCKS, DEPTHS, OPERATING, DEEPER = 32, (0, 2, 4, 6, 7, 8, 9, 10, 12), 6, 9
+SUBLAYERS = {"output_similarity-attention": "attention", "output_similarity-mlp": "mlp"}
+PLANS = {  # rivals of a full study, and how much worse than the study's own criterion they are made
+    "output_similarity-iterative": -0.1, "output_similarity-text": 0.05, "perplexity": -0.3, "perplexity-text": -0.1,
+    "block_influence": 0.1, "block_influence-contiguous": 0.2, "angular": 0.1, "angular-contiguous": 0.25,
+    "taylor": 0.3, "taylor-unprotected": 0.9, "magnitude": 0.2, "last": 0.7, "published": 0.6,
+}  # fmt: skip
+FULL = {  # rankings beside the three small ones: the noise between them and the planted order; None: no data
+    "output_similarity-text": 0.15, "perplexity": 0.05, "perplexity-text": 0.3, "block_influence": 0.2,
+    "block_influence-text": 0.1, "angular": 0.2, "angular-text": 0.2, "taylor": 0.5, "taylor-text": 0.6,
+    "random-1": None, "random-2": None, "random-3": None, "random-4": None, "last": None,
+    **dict.fromkeys(SUBLAYERS, 0.1),
+}  # fmt: skip
 UPSTREAM = {
     "01_data": (),
     "02_finetune": ("01_data",),
@@ -31,7 +43,7 @@ FACTS = {"count": "few", "size": "small", "colour": "red", "border": "sharp", "s
 def variant(name, blocks=0, *, criterion="", healed=False, method="fp16", bits=16):
     return {
         "variant": name, "blocks_removed": blocks, "criterion": criterion, "healed": healed, "method": method,
-        "bits": bits, "group_size": 64, "recipe": '{"base": "tiny"}',
+        "bits": bits, "group_size": 64, "recipe": '{"base": "tiny"}', "attentions_removed": 0, "mlps_removed": 0,
     }  # fmt: skip
 
 
@@ -59,10 +71,23 @@ def variants():
     return pd.DataFrame(pruned + magnitude + healed + packed)
 
 
+def rival_variants():
+    """Every other plan of a full study at seven depths, before SFT."""
+    rows = []
+    for name in [*PLANS, "random-0", "random-1", "random-2", *SUBLAYERS]:
+        for n in (2, 4, 6, 8, 9, 10, 12):
+            part = SUBLAYERS.get(name)
+            row = variant(f"pruned-{n}-{name}", 0 if part else n, criterion=name)
+            if (name, n) != ("magnitude", OPERATING) and (name, n) != ("magnitude", DEEPER):
+                rows.append(row | ({f"{part}s_removed": n} if part else {}))
+    return pd.DataFrame(rows)
+
+
 def level(row):
     """The mean grade a variant's answers get: a plateau, a cliff, healing, and a price for four bits."""
-    grade = 3.4 - 0.13 * row.blocks_removed - (0.2 if row.criterion == "magnitude" else 0.0)
+    grade = 3.4 - 0.13 * row.blocks_removed - PLANS.get(row.criterion, 0.3 if "random" in row.criterion else 0.0)
     grade += 0.1 * row.blocks_removed if row.healed else 0.0
+    grade -= 0.05 * row.attentions_removed + 0.1 * row.mlps_removed
     return max(1.0, grade - {"fp16": 0, "awq": 0.15, "bitsandbytes": 0.3}.get(row.method, 1.0))
 
 
@@ -99,13 +124,13 @@ def answers(table, pictures, *, grade=level, words=None):
 
 def memory(table, blocks=BLOCKS):
     """Planned sizes: the fine arithmetic is memory.py's; here only something monotone."""
-    share = 1 - table.blocks_removed / blocks
-    seven = (table.blocks_removed * 32 / blocks).round().astype(int)
+    gone = table.blocks_removed + table.attentions_removed / 3 + table.mlps_removed * 2 / 3
+    share, seven = 1 - gone / blocks, gone * 32 / blocks
     bytes_7b = 13.16 - 0.377 * seven
     return pd.DataFrame(
         {"variant": table.variant, "params_b": 0.0001 + 0.0016 * share,
          "vram_gib": 0.0034 * share * table.bits / 16, "peak_gib": 0.005 * share * table.bits / 16,
-         "blocks_removed_7b": seven, "params_b_7b": 7.063427072 - 0.20238336 * seven,
+         "blocks_removed_7b": table.blocks_removed * 32 // blocks, "params_b_7b": 7.063427072 - 0.20238336 * seven,
          "vram_gib_7b": np.where(table.bits == 4, bytes_7b * 0.33, bytes_7b), "peak_gib_7b": bytes_7b * 1.08}
     )  # fmt: skip
 
@@ -119,15 +144,39 @@ def latency(table):
     )  # fmt: skip
 
 
-def block_scores(rng, protected=(0, 1, 31)):
-    rows, plans = [], {}
-    for criterion in ("output_similarity", "magnitude", "random-0"):
-        values = rng.uniform(0.0, 0.6, BLOCKS)
-        order = [int(b) for b in np.argsort(values) if b not in protected]
-        ranks = {b: i for i, b in enumerate(order)}
-        rows += [{"criterion": criterion, "block": b, "score": values[b], "rank": ranks.get(b)} for b in range(BLOCKS)]
-        plans[criterion] = {"order": order, "protected": list(protected), "blocks": BLOCKS, "fingerprint": "f" * 64}
-    return pd.DataFrame(rows), plans
+def rankings(rng, *, full, protected=(0, 1, 31), pictures=14):
+    """Stage 03's values, scores and plans: a planted order of blocks, seen with noise that averages out."""
+    truth, frames, plans = rng.uniform(0, 0.6, BLOCKS), [], {}
+    kinds = {"output_similarity": 0.1, "magnitude": None, "random-0": None}
+    kinds |= {name: noise for name, noise in FULL.items() if full}
+    for name, noise in kinds.items():
+        part = SUBLAYERS.get(name, "block")
+        known = rng.uniform(0, 0.6, BLOCKS) if noise is None else truth + rng.normal(0, noise, BLOCKS)
+        seen = {"": known} if noise is None else {
+            f"train-{i}": known + rng.normal(0, 0.2, BLOCKS) for i in range(pictures)
+        }  # fmt: skip
+        unit = [str(b) if part == "block" else f"{b}.{part}" for b in range(BLOCKS)]
+        frames += [
+            pd.DataFrame({"ranking": name, "unit": unit, "block": range(BLOCKS), "part": part, "item": item,
+                          "value": value})
+            for item, value in seen.items()
+        ]  # fmt: skip
+        means = np.mean(list(seen.values()), 0)
+        order = [b for b in np.argsort(means).tolist() if b not in protected]
+        plans[name] = {"order": [unit[b] if part != "block" else b for b in order], "protected": list(protected)}
+    values = pd.concat(frames, ignore_index=True)
+    groups = values.rename(columns={"ranking": "criterion"}).groupby(["criterion", "block", "part"], sort=False)
+    scores = groups.value.mean().rename("score").reset_index()
+    free = scores[~scores.block.isin(protected)]
+    scores["rank"] = free.groupby("criterion").score.rank(method="first") - 1
+    if full:
+        order = plans["output_similarity"]["order"]
+        plans["output_similarity-iterative"] = {"order": order[:3] + order[:2:-1], "protected": list(protected)}
+        plans["taylor-unprotected"] = {"order": [1, *plans["taylor"]["order"], 0, 31], "protected": []}
+        plans["published"] = {"order": [23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5], "protected": [0, 1, 31]}
+        runs = {"order": [], "protected": list(protected), "starts": [12, 12, 11, 11, 11, 10, 9, 9, 9, 8, 7, 7]}
+        plans |= dict.fromkeys(("block_influence-contiguous", "angular-contiguous"), runs)
+    return values, scores, {name: plan | {"blocks": BLOCKS, "fingerprint": "f" * 64} for name, plan in plans.items()}
 
 
 def activation_frames(rng):
@@ -146,9 +195,10 @@ def activation_frames(rng):
     return pd.DataFrame(rows), surface
 
 
-def stage_files(*, grade=level, words=None, heldout=20):
-    """{stage: {file: frame or JSON value}} of the whole study."""
+def stage_files(*, grade=level, words=None, heldout=20, full=False):
+    """{stage: {file: frame or JSON value}} of the whole study; `full`: with all rival rankings and plans."""
     rng, table, pictures = np.random.default_rng(0), variants(), items(heldout=heldout)
+    table = pd.concat([table, rival_variants()], ignore_index=True) if full else table
     test = pictures[pictures.split == "test"]
     kinds = {
         "02_finetune": table.variant == "original",
@@ -158,7 +208,7 @@ def stage_files(*, grade=level, words=None, heldout=20):
     }
     shown = table[table.variant.str.contains("original|pruned-6") & (table.criterion != "random-0")]
     curve = pd.DataFrame({"step": range(40), "loss": 3 / (1 + np.arange(40))})
-    scores, plans = block_scores(rng)
+    values, scores, plans = rankings(rng, full=full)
     statistics, surface = activation_frames(rng)
     trained = pd.DataFrame(
         {"variant": ["original+sft", "pruned-6+sft", "pruned-9+sft"], "seconds": [61.0, 50.5, 44.25],
@@ -172,7 +222,7 @@ def stage_files(*, grade=level, words=None, heldout=20):
         files[name]["variants"] = table[chosen]
     files["01_data"] |= {"items": pictures, "report.json": NOTED}
     files["02_finetune"]["curve"] = curve
-    files["03_layer_importance"] |= {"scores": scores, "plans.json": plans}
+    files["03_layer_importance"] |= {"values": values, "scores": scores, "plans.json": plans}
     files["04_pruning"]["choice.json"] = {"operating": OPERATING, "deeper": DEEPER, "why": "a third is gone"}
     files["05_sft"] |= {"curves": curve.assign(variant="pruned-6+sft"), "measured/training": trained}
     files["06_activation_analysis"] |= {"statistics": statistics, "figure4": surface}

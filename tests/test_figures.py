@@ -10,15 +10,27 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from derm_compress import figures, judge, quotes, report, tables
+from derm_compress import figures, judge, quotes, ranking_figures, report, tables
 
 STEMS = {"fig1_pipeline", "fig2_block_removal", "fig3_layer_importance", "fig4_activations", "fig5_case_studies",
-         "fig6_judge_prompt", "fig7_iterative_pruning", "score_vs_blocks", "pareto"}  # fmt: skip
+         "fig6_judge_prompt", "fig7_iterative_pruning", "score_vs_blocks", "pareto",
+         "extra_agreement", "extra_calibration_size", "extra_criteria"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     return tables.load_results(fabricate.write_store(tmp_path_factory.mktemp("store"), fabricate.stage_files()))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    files = fabricate.stage_files(full=True)
+    return tables.load_results(fabricate.write_store(tmp_path_factory.mktemp("full"), files))
+
+
+@pytest.fixture(scope="module")
+def built(full):
+    return tables.build(full)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +48,7 @@ def test_every_figure_is_drawn_with_its_finding_and_data(drawn):
         assert drawing.finding and drawing.png().startswith(b"\x89PNG"), stem
         assert drawing.data is None or len(drawing.data), stem
         title = " ".join(" ".join(texts(drawing)).split())
-        assert drawing.finding.split()[0] in title, stem
+        assert drawing.finding.split()[0].lower() in title.lower(), stem
 
 
 def test_equal_results_give_equal_files(results, drawn, tmp_path):
@@ -91,6 +103,107 @@ def test_figure_2_is_the_plan(results):
     data = figures.fig2_block_removal(plan, 6).data
     assert data[data.removed].sort_values("turn").block.tolist() == plan["order"][:6]
     assert data[data.protected].block.tolist() == plan["protected"] and data[data.protected].turn.isna().all()
+
+
+def test_figure_2_draws_a_plan_of_one_run(full):
+    drawing = figures.fig2_block_removal(full.plans["angular-contiguous"], 6)
+    start = full.plans["angular-contiguous"]["starts"][5]
+    assert drawing.data[drawing.data.removed].block.tolist() == list(range(start, start + 6))
+    assert drawing.data.turn.isna().all() and "runs of 6 neighbouring" in drawing.finding
+    assert "without 2 to 7" in texts(drawing) and "without 25 to 30" in texts(drawing)
+
+
+def test_figure_3_draws_six_criteria_and_names_the_rest(full, results):
+    groups, left = figures.drawn_in_figure_3(full.scores)
+    assert list(groups) == ["output_similarity", "magnitude", "perplexity", "block_influence", "angular", "taylor"]
+    assert all(len(group) == fabricate.BLOCKS for group in groups.values())
+    assert {"output_similarity-text", "output_similarity-mlp", "last", "random-4"} <= set(left)
+    drawing = figures.fig3_layer_importance(full.scores, 6)
+    said = " ".join(" ".join(texts(drawing)).split())
+    assert "not drawn: random-0" in said and "output similarity (MLPs)" in said
+    assert len(drawing.figure.axes) == 6 and len(figures.fig3_layer_importance(results.scores, 6).figure.axes) == 2
+    many = pd.concat([full.scores[full.scores.criterion == "magnitude"].assign(criterion=f"c{i}") for i in range(8)])
+    assert figures.drawn_in_figure_3(many)[1] == ["c6", "c7"]
+
+
+def overlapping(drawing):
+    """Pairs of visible labels of one axis that lie over each other."""
+    figure, found = drawing.figure, []
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [label for label in axis.get_ticklabels() if label.get_text()]
+            boxes = [label.get_window_extent(figure.canvas.get_renderer()) for label in labels]
+            found += [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    return found
+
+
+def outside(drawing):
+    """Texts that the figure's edge cuts."""
+    figure = drawing.figure
+    edge = figure.bbox.padded(2)
+    unseen = [
+        tick.label1
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    ]
+    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text not in unseen]
+    boxes = {text.get_text(): text.get_window_extent(figure.canvas.get_renderer()) for text in texts}
+    inside = {t: edge.x0 <= b.x0 and b.x1 <= edge.x1 and edge.y0 <= b.y0 for t, b in boxes.items() if edge.overlaps(b)}
+    return [text for text, whole in inside.items() if not whole]
+
+
+def test_no_label_of_twenty_rankings_lies_over_another_or_outside(full):
+    names = [*dict.fromkeys(full.values.ranking), "a_long_name-iterative", "another_long_name-text", "x"]
+    whole = full.values[full.values.part == "block"]
+    one = whole[whole.ranking == "magnitude"]
+    more = pd.concat([whole, *(one.assign(ranking=name, value=one.value**k) for k, name in enumerate(names[-3:], 2))])
+    built = tables.build(dataclasses.replace(full, values=more))
+    drawings = report.draw_rankings(full, built)
+    assert built["extra_agreement"].other.nunique() + 1 == 20 and len(drawings) == 3
+    for stem, drawing in drawings.items():
+        assert not overlapping(drawing) and not outside(drawing), stem
+
+
+def test_a_heat_map_shows_every_pair_once_most_agreeing_first(built):
+    table = built["extra_agreement"]
+    names = ranking_figures.ordered(table, "output_similarity")
+    grid = ranking_figures.square(table, names)
+    assert names[0] == "output_similarity" and (grid == grid.T).all() and (grid.diagonal() == 1).all()
+    assert list(grid[0, 1:]) == sorted(grid[0, 1:], reverse=True)
+    printed = [t for t in texts(ranking_figures.fig_agreement(table, names[0])) if re.fullmatch(r"-?\.\d\d", t)]
+    assert len(printed) == len(table) == len(names) * (len(names) - 1) / 2
+
+
+def test_the_titles_of_rankings_follow_the_data(built):
+    turned = built["extra_agreement"].assign(rho=-built["extra_agreement"].rho)
+    both = [ranking_figures.fig_agreement(t, "output_similarity").finding for t in (built["extra_agreement"], turned)]
+    assert "most like perplexity" in both[0] and "least like perplexity" in both[1]
+    tests = built["extra_criteria_tests"]
+    for sign, said in ((1, "beats 9 of 14 rivals and loses to 1"), (-1, "beats 1 of 14 rivals and loses to 9")):
+        assert said in ranking_figures.rivals_in_words(tests.assign(difference_all=sign * tests.difference_all), "own")
+    assert ranking_figures.rivals_in_words(tests.assign(p_all_holm=1.0), "own").startswith(
+        "Over all depths own beats 0"
+    )
+    one = tests[tests.criterion == "last"]
+    assert ranking_figures.rivals_in_words(one, "own") == "Over all depths own beats last blocks first"
+    assert "no scored rival" in ranking_figures.rivals_in_words(None, "own")
+
+
+def test_at_most_a_dozen_lines_are_told_apart(built):
+    frames = built["extra_criteria"], built["table1_pruning"], built["extra_criteria_tests"]
+    drawing = ranking_figures.fig_criteria(*frames, "output_similarity")
+    labels = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+    assert len(labels) <= 13 and "random (mean and range of 3)" in labels and "4 others (table)" in labels
+    assert "paper, LLaVA-1.5-7B" in labels and len(drawing.data.criterion.unique()) == 17
+    lines = {line.get_label(): line for line in drawing.figure.axes[0].lines}
+    assert lines["output similarity"].get_linewidth() == max(
+        line.get_linewidth() for name, line in lines.items() if "random" not in name
+    )
+    assert lines["perplexity"].get_ydata()[0] == lines["output similarity"].get_ydata()[0]  # all start unpruned
+    shades = [(look["color"], look.get("marker")) for look in ranking_figures.looks(list("abcdefghij"), "a").values()]
+    assert len(set(shades)) == 10
 
 
 def test_what_a_model_says_is_never_parsed(results):

@@ -138,6 +138,30 @@ def test_the_exact_permutation_p_counts_sign_patterns():
     assert metrics.sign_flip_p(np.array([3.0, 1.0, 1.0, -1.0])) == 8 / 16  # |sum| 4 or 6
 
 
+def test_holm_multiplies_the_smallest_p_most_and_never_turns_the_order():
+    assert metrics.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])  # Holm 1979, by hand
+    assert metrics.holm([0.5, 0.6]).tolist() == [1, 1] and metrics.holm([0.02]).tolist() == [0.02]
+    assert metrics.holm([]).tolist() == []
+
+
+def test_holm_does_not_count_what_is_unknown():
+    corrected = metrics.holm([np.nan, 0.02, np.nan, 0.01])
+    assert np.isnan(corrected[[0, 2]]).all() and corrected[[1, 3]].tolist() == [0.02, 0.02]
+
+
+def test_mean_intervals_are_those_of_single_columns():
+    rng = np.random.default_rng(11)
+    frames = [answers(correlated(rng)) for _ in range(2)]
+    wide = pd.concat([frame.set_index(["item", "question"]).score for frame in frames], axis=1, keys=["a", "b"])
+    wide.iloc[4, 1] = np.nan
+    frames[1] = frames[1].drop(index=frames[1].index[4])
+    table = metrics.mean_intervals(wide)
+    for name, frame in zip("ab", frames, strict=True):
+        assert table.loc[name].tolist() == pytest.approx(list(metrics.score_interval(frame)[:3]))
+    change = metrics.mean_intervals(wide[["a"]].sub(wide.b, axis=0)).iloc[0]
+    assert change.tolist() == pytest.approx(list(metrics.paired_difference(*frames)[:3]))
+
+
 def test_random_permutations_agree_with_exact_ones_and_never_give_zero():
     sums = np.random.default_rng(8).integers(-3, 5, 10).astype(float)
     exact = metrics.sign_flip_p(sums, n_permutations=2**10)

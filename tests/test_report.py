@@ -54,7 +54,8 @@ def pages(home):
 
 def test_everything_is_there_and_small(home):
     stems = {"table1_pruning", "table2_sft", "table3_quantization", "table4_efficiency", "table5_ablation",
-             "extra_criteria", "extra_measured", "extra_baselines"}  # fmt: skip
+             "extra_criteria", "extra_criteria_tests", "extra_cliffs", "extra_agreement", "extra_calibration_size",
+             "extra_measured", "extra_baselines"}  # fmt: skip
     assert {path.name for path in (home / "tables").iterdir()} == {f"{s}.{end}" for s in stems for end in ("csv", "md")}
     figures = {path.name for path in (home / "figures").iterdir()}
     assert {f"{stem}.{end}" for stem in report.PARTS if stem[:3] == "fig" for end in ("png", "svg")} <= figures
@@ -70,10 +71,28 @@ def test_everything_is_there_and_small(home):
 
 def test_the_page_follows_the_papers_order_below_the_answer(home):
     text = (home / "index.html").read_text()
-    places = [text.index(f'<section id="{stem}">') for stem in report.PARTS]
-    assert places == sorted(places)
+    places = [text.index(f'<section id="{stem}">') for stem in report.PARTS if stem != "extra_sublayers"]
+    assert places == sorted(places) and '<section id="extra_sublayers">' not in text
     assert text.index(report.QUESTION) < text.index("quantization alone") < text.index("<img") < text.index("<table>")
     assert text.index("<table>") < places[0] and text.index("0123456789abcdef") > places[-1]
+
+
+def test_a_full_study_shows_every_part_and_folds_long_tables(tmp_path, home):
+    fabricate.write_run(tmp_path, "full", files=fabricate.stage_files(full=True), notebooks=False)
+    page = report.render("full", root=tmp_path)
+    text, readme = page.read_text(), (page.parent / "README.md").read_text()
+    places = [text.index(f'<section id="{stem}">') for stem in report.PARTS]
+    assert places == sorted(places)
+    for stem in ("extra_agreement", "extra_criteria"):
+        rows = len((page.parent / "tables" / f"{stem}.csv").read_text().splitlines()) - 1
+        section = text.split(f'<section id="{stem}">')[1].split("</section>")[0]
+        assert rows > report.LONG_TABLE and f"<details><summary>All {rows} rows</summary><div" in section, stem
+        assert f"<details><summary>All {rows} rows</summary>\n\n" in readme and "<img" in section
+    assert "<details>" not in text.split('<section id="table1_pruning">')[1].split("</section>")[0]
+    small = (home / "index.html").read_text()
+    first, known = (len(t.split("<section")[0]) - len(t.split("base64,")[1].split('"')[0]) for t in (text, small))
+    assert abs(first - known) < 200  # the first screen does not grow with the rankings
+    assert readme.count("<details>") == readme.count("</details>") == text.count("<details><summary>All") - 1
 
 
 def test_no_page_has_scripts_or_reaches_out(home):

@@ -13,14 +13,15 @@ import pytest
 
 from derm_compress import findings, metrics, paper, report, tables
 
-SHOWN = "tables, findings, figures, quotes, notebook_html, report"
+SHOWN = "tables, findings, figures, quotes, notebook_html, report, ranking_figures, ranking_findings"
 
 
 def results_of(**changes):
     files = fabricate.stage_files(**changes)
     frames = {name: value for part in files.values() for name, value in part.items()}
     return tables.Results(
-        items=frames["items"], plans=frames["plans.json"], choice=frames["choice.json"],
+        items=frames["items"], plans=frames["plans.json"], values=frames["values"], scores=frames["scores"],
+        choice=frames["choice.json"],
         training=frames["measured/training"], statistics=frames["statistics"], errors=frames["errors"],
         variants=frames["variants"], evaluation=frames["answers"], memory=frames["memory"],
         latency=frames["measured/latency"],
@@ -292,10 +293,35 @@ def test_what_is_compressed_and_how_fast_it_is_follows_the_data(results):
     assert findings.about(replace(results, choice={"operating": 4, "deeper": 6}))[1] != said[1]
 
 
-def test_ahead_counts_depths(results):
-    table = tables.criteria(results).pivot_table(index="blocks_removed", columns="criterion", values="score")
-    both = table[["output_similarity", "magnitude"]].dropna()
-    n = (both.output_similarity > both.magnitude).sum()
-    assert findings.ahead(results, "magnitude").startswith(f"it is ahead at {n} of {len(both)}")
-    worse = results_of(grade=better)
-    assert findings.ahead(worse, "magnitude") != findings.ahead(results, "magnitude")
+def test_tables_of_rankings_need_only_what_stage_03_leaves(results):
+    early = tables.load_results({}, values=results.values, plans=results.plans, scores=results.scores)
+    built = tables.build(early)
+    assert set(built) == {"extra_agreement", "extra_calibration_size"}
+    pairs = built["extra_agreement"].set_index(["one", "other"])
+    assert pairs.rho_lo.notna().tolist() == [True, True, False] and len(pairs) == 3  # magnitude, random-0: no data
+    assert built["extra_calibration_size"]["items"].tolist() == [1, 2, 5, 7]
+    assert set(tables.build(replace(results, values=None))) == set(tables.build(results)) - set(built)
+
+
+def test_tables_of_criteria_stand_on_answers(results, built):
+    tests = built["extra_criteria_tests"].iloc[0]
+    ours, theirs = (results.answers[results.answers.variant == v] for v in ("pruned-6", "pruned-6-magnitude"))
+    assert tests.difference == pytest.approx(25 * (ours.score.mean() - theirs.score.mean()))
+    assert tests.blocks_removed == 6 and tests.depths == 2 and "extra_sublayers" not in built
+    bare = tables.build(replace(results, answers=None, evaluation=None))
+    assert not {"extra_criteria_tests", "extra_cliffs"} & set(bare)
+    shown = tables.readable(built["extra_criteria_tests"])
+    assert re.fullmatch(r"-?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)", shown["difference, all depths"][0])
+    assert re.search(r",0\.\d{4},", tables.to_csv(built["extra_criteria_tests"]))
+
+
+def test_a_full_study_has_every_table():
+    results = results_of(full=True)
+    built = tables.build(results)
+    assert list(built) == list(tables.COLUMNS)
+    assert {"random (mean of 3)", "published", "angular-contiguous"} <= set(built["extra_criteria_tests"].criterion)
+    cut = built["extra_sublayers"]
+    assert not set(cut.criterion) & set(built["extra_criteria"].criterion) and len(cut) == 14
+    assert (cut.attentions_removed + cut.mlps_removed > 0).all() and (cut.nearest_score > 0).all()
+    assert built["table1_pruning"].blocks_removed.tolist() == list(fabricate.DEPTHS)
+    assert list(built["table2_sft"].blocks_removed) == [0, 6, 9]

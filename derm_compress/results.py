@@ -1,0 +1,112 @@
+"""What a run has left, as frames: every stage's stored results by name, whichever of them there are. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pandas as pd
+
+from derm_compress import paper
+
+ANSWERING = ("02_finetune", "04_pruning", "05_sft", "07_quantization", "08_evaluation")  # the last one's word counts
+
+
+def _of(file: str):
+    return field(default=None, metadata={"file": file})
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run's frames and JSON values by name; None is what no stage has left.
+
+    `variants`: of all stages; `answers`: their 39 x 3 test items; `evaluation`: stage 08's test and held-out items.
+    """
+
+    items: pd.DataFrame | None = _of("01_data/items.parquet")
+    data_report: dict | None = _of("01_data/report.json")
+    curve: pd.DataFrame | None = _of("02_finetune/curve.parquet")
+    scores: pd.DataFrame | None = _of("03_layer_importance/scores.parquet")
+    values: pd.DataFrame | None = _of("03_layer_importance/values.parquet")
+    plans: dict | None = _of("03_layer_importance/plans.json")
+    choice: dict | None = _of("04_pruning/choice.json")
+    training: pd.DataFrame | None = _of("05_sft/measured/training.parquet")
+    statistics: pd.DataFrame | None = _of("06_activation_analysis/statistics.parquet")
+    figure4: pd.DataFrame | None = _of("06_activation_analysis/figure4.parquet")
+    errors: pd.DataFrame | None = _of("07_quantization/errors.parquet")
+    evaluation: pd.DataFrame | None = _of("08_evaluation/answers.parquet")
+    memory: pd.DataFrame | None = _of("08_evaluation/memory.parquet")
+    latency: pd.DataFrame | None = _of("08_evaluation/measured/latency.parquet")
+    variants: pd.DataFrame | None = None
+    answers: pd.DataFrame | None = None
+
+    @property
+    def criterion(self) -> str:
+        """The criterion of the study's own variants, which bear no criterion in their names: the paper's, mostly."""
+        rows = [] if self.variants is None else self.variants[["variant", "blocks_removed", "criterion"]].to_numpy()
+        plain = [criterion for name, n, criterion in rows if n and name == variant_id(n)]
+        return plain[0] if plain else "output_similarity"
+
+    @property
+    def blocks(self) -> int:
+        return next((plan["blocks"] for plan in (self.plans or {}).values()), paper.BLOCKS)
+
+    @property
+    def protected(self) -> tuple[int, ...]:
+        """Blocks that the study's own plan never removes."""
+        return tuple((self.plans or {}).get(self.criterion, {}).get("protected", ()))
+
+    @property
+    def operating(self) -> int:
+        return (self.choice or {}).get("operating", round(6 * self.blocks / paper.BLOCKS))
+
+    @property
+    def deeper(self) -> int:
+        return (self.choice or {}).get("deeper", round(9 * self.blocks / paper.BLOCKS))
+
+
+def load_results(folders: dict[str, Path], **given) -> Results:
+    """Results from {stage: its artifact folder}; a stage still running hands over its own frames by name."""
+    known = {f.name: _read(folders, f.metadata["file"]) for f in fields(Results) if f.metadata}
+    known |= {name: _together(folders, name) for name in ("variants", "answers")} | given
+    for name, keys in (("variants", ["variant"]), ("answers", ["variant", "item", "question"])):
+        if known[name] is not None:
+            known[name] = known[name].drop_duplicates(keys, keep="last")
+    return Results(**known)
+
+
+def _read(folders, file):
+    stage, _, name = file.partition("/")
+    path = Path(folders[stage], name) if stage in folders else None
+    if path is None or not path.is_file():
+        return None
+    return pd.read_parquet(path) if path.suffix == ".parquet" else json.loads(path.read_text("utf-8"))
+
+
+def _together(folders, name):
+    """One frame of all stages' variants or test answers; of equal rows the later stage's counts."""
+    frames = [f for stage in ANSWERING if (f := _read(folders, f"{stage}/{name}.parquet")) is not None]
+    frame = pd.concat(frames, ignore_index=True) if frames else None
+    return frame[frame.split == "test"] if frames and name == "answers" else frame
+
+
+def variant_id(blocks: int, *, criterion: str = "", healed: bool = False, method: str = "", bits: int = 4) -> str:
+    """The id that the stages give a model: pruned-6+sft|awq4."""
+    name = (f"pruned-{blocks}" if blocks else "original") + (f"-{criterion}" if criterion else "")
+    return name + ("+sft" if healed else "") + (f"|{method}{bits}" if method else "")
+
+
+def answers_of(frame: pd.DataFrame | None, variant: str) -> pd.DataFrame:
+    """One variant's answers, each once; empty where there are none."""
+    if frame is None:
+        return pd.DataFrame({"item": [], "question": [], "score": []})
+    return frame[frame.variant == variant].drop_duplicates(["item", "question"], keep="last")
+
+
+def first_to_go(plan: dict, count: int) -> list:
+    """The first `count` units that a stored plan removes; of a plan of whole runs, the run of that many blocks."""
+    if plan.get("starts"):
+        start = plan["starts"][count - 1] if 0 < count <= len(plan["starts"]) else 0
+        return list(range(start, start + min(count, len(plan["starts"]))))
+    return list(plan["order"][:count])

@@ -1,0 +1,172 @@
+"""Sentences on rankings and rivals: they follow the data, and read well with two criteria and with many."""
+
+from dataclasses import replace
+
+import fabricate
+import numpy as np
+import pandas as pd
+import pytest
+
+from derm_compress import findings, ranking_findings, tables
+from derm_compress.results import first_to_go
+from derm_compress.wording import joined, p_value, words
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return tables.load_results(fabricate.write_store(tmp_path_factory.mktemp("few"), fabricate.stage_files()))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    files = fabricate.stage_files(full=True)
+    return tables.load_results(fabricate.write_store(tmp_path_factory.mktemp("full"), files))
+
+
+def turned(results, *names):
+    """The same run with the values of these rankings reversed."""
+    turn = results.values.ranking.isin(names)
+    return replace(
+        results, values=results.values.assign(value=results.values.value.where(~turn, -results.values.value))
+    )
+
+
+def marked(results, grade, criterion):
+    """The same run with every answer of one criterion's models given one grade."""
+    gone = results.variants.variant[results.variants.criterion == criterion]
+    scores = results.answers.score.where(~results.answers.variant.isin(gone), grade)
+    return replace(results, answers=results.answers.assign(score=scores))
+
+
+def test_the_order_names_blocks_and_few_others_one_by_one(few):
+    own, other = ranking_findings.findings_order(few)
+    order = few.plans["output_similarity"]["order"][:6]
+    assert f"blocks {', '.join(map(str, order))} go first; 0, 1, 31 are protected" in own
+    shared = len(set(order) & set(few.plans["magnitude"]["order"][:6]))
+    assert other.startswith("By magnitude") and f"{shared} of these 6" in other and "random" not in other
+
+
+def test_many_plans_are_summed_up_with_their_extremes(full):
+    own, others = ranking_findings.findings_order(full)
+    plans = {n: p for n, p in full.plans.items() if ranking_findings.compared(n, p) and n != "output_similarity"}
+    gone = set(full.plans["output_similarity"]["order"][:6])
+    shared = [len(gone & set(first_to_go(plan, 6))) for plan in plans.values()]
+    assert f"the other {len(plans)} plans remove between {min(shared)} (" in others and f"and {max(shared)} (" in others
+    assert "output_similarity-mlp" not in plans and "1.2 on average" in others  # 6 * 6 / 29
+    same = full.plans | dict.fromkeys(plans, full.plans["output_similarity"])
+    assert "remove between 6 (" in ranking_findings.findings_order(replace(full, plans=same))[1]
+
+
+def test_a_plan_of_runs_goes_by_its_start():
+    plan = {"order": [], "starts": [9, 8, 4]}
+    assert first_to_go(plan, 3) == [4, 5, 6] and first_to_go(plan, 0) == [] and first_to_go(plan, 7) == [0, 1, 2]
+    assert first_to_go({"order": [3, 1, 2], "starts": []}, 2) == [3, 1]
+
+
+def test_agreement_names_the_strongest_and_the_weakest(full, few):
+    said = ranking_findings.findings_agreement(full)[0]
+    assert "Over the 29 unprotected blocks" in said and "with perplexity at 0.82" in said and "strongest of 9" in said
+    row = ranking_findings.with_own(tables.agreements(full), "output_similarity").set_index("other").loc["perplexity"]
+    assert f"{row.rho:.2f} ({row.rho_lo:.2f} to {row.rho_hi:.2f})" in said and "random" not in said
+    assert "with perplexity at -0.82" in ranking_findings.findings_agreement(turned(full, "perplexity"))[0]
+    (alone,) = ranking_findings.findings_agreement(few)
+    assert "magnitude at" in alone and "strongest" not in alone and "text only:" not in alone
+    assert "text only: ranked" in ranking_findings.findings_agreement(full)[1]
+
+
+def test_how_many_pictures_are_enough_follows_their_noise(few):
+    (said,) = ranking_findings.findings_calibration(few)
+    curve = tables.calibration_sizes(few)
+    assert f"correlation of {curve.rho.iloc[-1]:.2f}" in said and "first reached with 5 pictures" in said
+    rng = np.random.default_rng(1)
+    loud = few.values.value + rng.normal(0, 3, len(few.values)) * (few.values["item"] != "")
+    (noisy,) = ranking_findings.findings_calibration(replace(few, values=few.values.assign(value=loud)))
+    assert noisy != said and "is not reached with fewer pictures" in noisy
+
+
+def test_images_change_a_ranking_only_beyond_what_other_pictures_do(full, few):
+    own, others = ranking_findings.findings_images(full)
+    assert "leaving images out changes the ranking more than other pictures do" in own
+    assert others.startswith("Of 4 other rankings") and "changes 4 (" in others
+    pictures = full.values[full.values.ranking == "output_similarity"]
+    same = pictures.assign(ranking="output_similarity-text")
+    equal = replace(full, values=pd.concat([full.values[full.values.ranking != "output_similarity-text"], same]))
+    assert "does not change the ranking more" in ranking_findings.findings_images(equal)[0]
+    assert ranking_findings.findings_images(few) == []
+
+
+def test_old_runs_without_values_say_what_they_can(few):
+    old = replace(few, values=None)
+    assert findings.findings_importance(old) == ranking_findings.findings_order(few)
+    assert findings.findings_importance(replace(old, plans=None)) == []
+
+
+def test_few_rivals_each_get_a_sentence_and_one_answer(few):
+    duel, answer = ranking_findings.findings_rivals(few)
+    row = tables.criteria_tests(few).iloc[0]
+    assert duel.startswith("At 6 blocks the paper's criterion cannot be told apart from magnitude")
+    assert f"{row.difference:.1f} points" in duel and f"ahead at {row.ahead} of {row.depths}" in duel
+    assert answer.startswith("Does the paper's criterion beat magnitude here? Over all depths it wins significantly")
+    assert "against 0 of 1 and loses to 0 of 1" in answer
+
+
+@pytest.mark.parametrize(
+    "grade, side, counts",
+    [
+        (1, "above", "against 1 of 1 (magnitude) and loses to 0"),
+        (4, "below", "against 0 of 1 and loses to 1 of 1 (magnitude)"),
+    ],
+)
+def test_wins_and_losses_follow_the_answers(few, grade, side, counts):
+    duel, answer = ranking_findings.findings_rivals(marked(few, grade, "magnitude"))
+    assert f"{side} magnitude, p < 0.001" in duel and answer.count(counts) == 2
+
+
+def test_many_rivals_leave_the_details_to_the_table(full):
+    said = ranking_findings.findings_rivals(full)
+    assert len(said) == 7 and "best over all depths is perplexity" in said[3]
+    assert "worst over all depths is taylor (unprotected)" in said[4]
+    assert said[5].startswith("Does the paper's criterion beat block influence, magnitude and random (mean of 3) here?")
+    assert "against 9 of 14 and loses to 1 of 14 (perplexity)" in said[6]
+    fallen = ranking_findings.findings_rivals(marked(full, 1, "perplexity"))
+    assert "worst over all depths is perplexity." in " ".join(fallen)
+
+
+def test_a_rival_that_stops_short_is_said_to_be_missing(full):
+    answers = full.answers[full.answers.variant != "pruned-6-block_influence"]
+    duel = next(s for s in ranking_findings.findings_rivals(replace(full, answers=answers)) if "block influence" in s)
+    assert duel.startswith("At 6 blocks there is no block influence to compare the paper's criterion with; over all 6")
+
+
+def test_the_cliff_is_told_by_place_and_size(full, few):
+    own, others = ranking_findings.findings_cliffs(full)
+    row = tables.cliffs(full).set_index("criterion").loc["output_similarity"]
+    assert f"from {row.fall_from:.0f} to {row.fall_to:.0f} blocks, by {row.fall:.1f} points" in own
+    assert f"up to {row.level_until:.0f} blocks" in own and "by perplexity, the longest, up to 4." in others
+    flat = ranking_findings.findings_cliffs(marked(full, 4, "output_similarity"))[0]
+    assert "up to 12 blocks" in flat
+    assert "at every depth" in ranking_findings.findings_cliffs(marked(few, 1, "output_similarity"))[0]
+
+
+def test_sublayers_are_judged_at_equal_parameters(full, few):
+    attentions, mlps = ranking_findings.findings_sublayers(full)
+    assert attentions.startswith("output similarity (attentions)") and "at 2 sizes" in attentions
+    assert "below at 1" in mlps and "below at 0" in attentions
+    worse = ranking_findings.findings_sublayers(marked(full, 1, "output_similarity-attention"))[0]
+    assert "above at 0 and below at 2" in worse
+    assert ranking_findings.findings_sublayers(few) == []
+    assert ranking_findings.findings_sublayers(replace(full, memory=None)) == []
+
+
+def test_the_parts_together_are_the_notebooks_findings(full, few):
+    criteria = findings.findings_criteria(few)
+    assert findings.findings_pruning(few) == findings.findings_depths(few) + criteria and len(criteria) == 4
+    whole = findings.findings_importance(full)
+    assert whole == [s for part in ("order", "agreement", "calibration", "images")
+                     for s in getattr(ranking_findings, f"findings_{part}")(full)]  # fmt: skip
+
+
+def test_names_for_people():
+    assert words("output_similarity-text") == "output similarity (text only)" and words("random-0") == "random-0"
+    assert joined(["a"]) == "a" and joined(["a", "b", "c"]) == "a, b and c"
+    assert [p_value(p) for p in (1e-4, 0.0123, 0.4)] == ["p < 0.001", "p = 0.012", "p = 0.40"]
