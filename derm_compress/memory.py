@@ -17,14 +17,20 @@ GIB = 2**30
 FP16, FP32 = 2, 4  # bytes
 
 # Bytes stored per weight beside its own bits. Integers: an fp16 scale a group and a zero point packed like the weights
-# (GEMM layout). NF4: an fp32 absmax a block; doubly quantized, a byte a block and an fp32 constant for 256 of them.
+# (GEMM layout; hqq's is fp16). NF4: an fp32 absmax a block; doubly quantized, a byte a block and an fp32 constant for
+# 256 of them.
 OVERHEAD = {
     "fp16": lambda bits, group: 0,
     "awq": lambda bits, group: (FP16 + bits / 8) / group,
     "rtn": lambda bits, group: (FP16 + bits / 8) / group,
     "rtn_symmetric": lambda bits, group: FP16 / group,
+    "autoawq": lambda bits, group: (FP16 + bits / 8) / group,
+    "hqq": lambda bits, group: 2 * FP16 / group,
     "bitsandbytes": lambda bits, group: FP32 / group,
     "bitsandbytes_double": lambda bits, group: (1 + FP32 / 256) / group,
+    "awq_nf4": lambda bits, group: FP32 / group,
+    "awq_nf4_double": lambda bits, group: (1 + FP32 / 256) / group,
+    "llm_int8": lambda bits, group: 0,  # an fp32 scale a row, which plan_weights adds
 }
 
 
@@ -102,14 +108,17 @@ def plan_weights(
     """GiB of the weights by component; only the decoder blocks' linears are quantized, all else is fp16.
 
     A quantized weight takes bits/8 bytes and its format's overhead: (2 + bits/8)/group for awq and rtn, 2/group for
-    rtn_symmetric, 4/group for bitsandbytes, (1 + 4/256)/group for bitsandbytes_double. Left out: NF4's codebook of
-    64 bytes a linear, padding of odd shapes.
+    rtn_symmetric, 4/group for hqq, bitsandbytes and awq_nf4, (1 + 4/256)/group for the _double forms of these two.
+    bits may be a mean over blocks. Left out: NF4's codebook of 64 bytes a linear, padding of odd shapes, and the
+    4/group that torch's int4 kernel adds where it is used.
     """
     if method not in OVERHEAD or (method == "fp16") != (bits == 16):
         raise DermError(f"memory plan: no format {method!r} of {bits} bits; known: {', '.join(OVERHEAD)}")
     blocks = arch.kept(blocks_removed)
     weights = blocks * arch.block_linears
     scales = weights * OVERHEAD[method](bits, group_size)
+    if method == "llm_int8":
+        scales = FP32 * blocks * sum(out for out, _ in arch.linears.values())
     rest = {part: FP16 * count for part, count in arch.outside.items()}
     rest["block_norms"] = FP16 * blocks * arch.block_norms
     return _gib(decoder_linears=weights * bits / 8, quantization_scales=scales, **rest)
