@@ -11,7 +11,7 @@ from derm_compress.errors import DermError
 
 ALPHAS = tuple(i / 20 for i in range(20))  # Eq. 8's exponents
 FLOOR = 1e-4  # a channel counts as no quieter than this share of the loudest: bounds s and the folded weights
-SAMPLE = 256  # rows that choose FINALISTS of larger weights; all rows decide among these
+SAMPLE = 128  # rows that choose FINALISTS of larger weights; all rows decide among these
 FINALISTS = 2
 ENDS = (1.0, 0.9, 0.8, 0.7, 0.6)  # clipping: shares of a group's lowest and of its highest weight, each
 CLIPS = [(low, high) for low in ENDS for high in ENDS]  # 0 leaves a group as it is
@@ -117,22 +117,14 @@ def _outer(rows):
 
 
 def _clip_rows(part, s, blocks, inputs, grid):
-    ends = torch.tensor(CLIPS, device=part.device)[:, None, None]
-    groups = grid.rounded(clipped(part, ends, grid.group_size)).sub_(part).unflatten(-1, (-1, grid.group_size))
+    ends = torch.tensor(CLIPS, device=part.device)[:, None, None]  # [clips, 1, 1, 2]
+    groups = grid.rounded(part[None], ends).sub_(part).unflatten(-1, (-1, grid.group_size))
     by_group = groups.permute(2, 0, 1, 3).flatten(1, 2)  # [groups, clips x out, g]
     errors = (by_group @ blocks).mul_(by_group).sum(2).view(len(blocks), len(CLIPS), -1)
     chosen = errors.argmin(1).T  # [out, groups]
     best = groups.gather(0, chosen[None, ..., None].expand(1, *groups.shape[1:]))[0]
     before, after = (inputs.row_errors(delta.flatten(1) / s) for delta in (groups[0], best))
     return chosen.masked_fill((after >= before)[:, None], 0).to(torch.uint8)
-
-
-def clipped(weight, ends, group_size):
-    """Weight [out, in] within the shares `ends` [..., out, in / g, 2] of each group's lowest and highest value."""
-    groups = weight.unflatten(-1, (-1, group_size))
-    low, high = (end(groups, -1, keepdim=True) for end in (torch.amin, torch.amax))
-    low, high = low.clamp(max=0) * ends[..., :1], high.clamp(min=0) * ends[..., 1:]
-    return groups.maximum(low).minimum(high).flatten(-2)
 
 
 def clip_ends(found, device):

@@ -66,9 +66,9 @@ class InputSums:
 
     def add(self, x, weight=None):
         """Take in x [tokens, in], float32, each token weighing weight [tokens] or 1."""
-        weighed = x if weight is None else x * weight[:, None]
         self.tokens, self.mass = self.tokens + len(x), self.mass + (len(x) if weight is None else weight.sum())
-        self.total = self.total + torch.linalg.vector_norm(weighed, 1, dim=0)
+        size = x.abs()
+        self.total = self.total + (size.sum(0) if weight is None else weight @ size)
         x = x if weight is None else x * weight.sqrt()[:, None]
         if self.gram is None and self.tokens < x.shape[1]:
             self.held.append(x.clone())

@@ -186,13 +186,11 @@ def quantize(model, *, method, bits, group_size, scales=None, packed=False, **op
 
 def _replace(target, clip, packed):
     linear, grid = target.linear, target.grid
-    if clip is not None:
-        ends = awq.clip_ends(clip, linear.weight.device)
-        linear.weight.copy_(awq.clipped(linear.weight.float(), ends, grid.group_size))
+    ends = None if clip is None else awq.clip_ends(clip, linear.weight.device)
     if packed or isinstance(grid, Int8Grid):
-        setattr(target.parent, target.attribute, grid.packed(linear))
+        setattr(target.parent, target.attribute, grid.packed(linear, ends))
     else:
-        linear.weight.copy_(grid.rounded(linear.weight))
+        linear.weight.copy_(grid.rounded(linear.weight, ends))
     target.linear.grid = grid
 
 
