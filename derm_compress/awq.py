@@ -13,8 +13,6 @@ ALPHAS = tuple(i / 20 for i in range(20))  # Eq. 8's exponents
 FLOOR = 1e-4  # a channel counts as no quieter than this share of the loudest: bounds s and the folded weights
 SAMPLE = 128  # rows that choose FINALISTS of larger weights; all rows decide among these
 FINALISTS = 2
-ENDS = (1.0, 0.9, 0.8, 0.7, 0.6)  # clipping: shares of a group's lowest and of its highest weight, each
-CLIPS = [(low, high) for low in ENDS for high in ENDS]  # 0 leaves a group as it is
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their product, not they, is what attention reads
 CHUNK = 2**19  # weights rounded at a time on a CPU: what its caches hold
 
@@ -103,13 +101,13 @@ def _parts(weight, copies):
 
 
 def search_clip(weight, s, inputs, grid):
-    """Index [out, in / g] into CLIPS for each group of weight * s [out, in].
+    """Index [out, in / g] into clip_shares for each group of weight * s [out, in].
 
     The error of a group's own output, by H's diagonal block, chooses; a row whose whole error does not fall by it
     (Eq. 7) is left as it is.
     """
     blocks = inputs.diagonal_blocks(grid.group_size) / _outer(s.view(-1, grid.group_size))
-    return torch.cat([_clip_rows(part, s, blocks, inputs, grid) for part in _parts(weight * s, len(CLIPS))])
+    return torch.cat([_clip_rows(part, s, blocks, inputs, grid) for part in _parts(weight * s, 16)])
 
 
 def _outer(rows):
@@ -117,21 +115,28 @@ def _outer(rows):
 
 
 def _clip_rows(part, s, blocks, inputs, grid):
-    ends = torch.tensor(CLIPS, device=part.device)[:, None, None]  # [clips, 1, 1, 2]
+    ends = clip_shares(grid.bits, part.device)[:, None, None]  # [clips, 1, 1, 2]
     groups = grid.rounded(part[None], ends).sub_(part).unflatten(-1, (-1, grid.group_size))
     by_group = groups.permute(2, 0, 1, 3).flatten(1, 2)  # [groups, clips x out, g]
-    errors = (by_group @ blocks).mul_(by_group).sum(2).view(len(blocks), len(CLIPS), -1)
+    errors = (by_group @ blocks).mul_(by_group).sum(2).view(len(blocks), len(ends), -1)
     chosen = errors.argmin(1).T  # [out, groups]
     best = groups.gather(0, chosen[None, ..., None].expand(1, *groups.shape[1:]))[0]
     before, after = (inputs.row_errors(delta.flatten(1) / s) for delta in (groups[0], best))
     return chosen.masked_fill((after >= before)[:, None], 0).to(torch.uint8)
 
 
-def clip_ends(found, device):
-    """Shares [out, in / g, 2] that a search's clip tensor stands for: indices into CLIPS, or shares already."""
+def clip_shares(bits, device):
+    """Shares [16, 2] of a group's lowest and of its highest weight that are tried; the first leaves it as it is."""
+    step = 0.1 if bits > 3 else 0.15  # the fewer levels, the more a narrower range helps
+    shares = 1 - step * torch.arange(4, device=device)
+    return torch.cartesian_prod(shares, shares)
+
+
+def clip_ends(found, bits, device):
+    """Shares [out, in / g, 2] that a search's clip tensor stands for: indices into clip_shares, or shares already."""
     if found.is_floating_point():
         return found.to(device, torch.float32)
-    return torch.tensor(CLIPS, device=device)[found.to(device).long()]
+    return clip_shares(bits, device)[found.to(device).long()]
 
 
 @torch.no_grad()

@@ -146,21 +146,26 @@ def materialize(
     return model, processor
 
 
-def export_model(recipe_json: str, store, path: Path) -> Path:
-    """Write an ordinary folder that plain `from_pretrained` opens; a quantized variant with its dequantized weights."""
+def export_model(recipe_json: str, store, path: Path, packed: bool = True, device: str = "cpu") -> Path:
+    """Write a model folder. Plain `from_pretrained` opens it, but for integer grids, which checkpoint.load opens (and,
+    of 4 bits, readers of AWQ); packed=False writes a quantized variant with its dequantized weights instead."""
+    from derm_compress import checkpoint
+
     path = Path(path)
     if path.exists() and any(path.iterdir()):
         raise DermError(f"export: {path} exists and is not empty; name a new folder")
     recipe = Recipe.from_json(recipe_json)
-    model, processor = materialize(recipe, store)
+    packed = packed and any(step["step"] == "quantize" for step in recipe.steps)
+    model, processor = materialize(recipe, store, device, packed=packed)
     with atomic(path) as draft:
-        model.save_pretrained(draft)
+        draft.mkdir()
+        checkpoint.save(model, draft) if packed else model.save_pretrained(draft)
         processor.save_pretrained(draft)
-        (draft / "README.md").write_text(model_card(recipe, len(blocks(model))), encoding="utf-8")
+        (draft / "README.md").write_text(model_card(recipe, len(blocks(model)), packed), encoding="utf-8")
     return path
 
 
-def model_card(recipe: Recipe, left: int) -> str:
+def model_card(recipe: Recipe, left: int, packed: bool = False) -> str:
     """A model card made from the recipe."""
     said = []
     for step in recipe.steps:
@@ -169,17 +174,25 @@ def model_card(recipe: Recipe, left: int) -> str:
         elif step["step"] == "adapter":
             said.append("- fine-tuned with QLoRA, the adapter merged into the unquantized weights")
         else:
-            said.append(
-                f"- {step['method']}, {step['bits']} bits in groups of {step['group_size']}; this folder holds the "
-                "dequantized weights: the same answers, no smaller in memory"
-            )
+            holds = "dequantized weights: the same answers, no smaller in memory"
+            holds = "packed codes: see quantization_config in config.json" if packed else holds
+            form = f"{step['method']}, {step['bits']} bits in groups of {step['group_size']}"
+            said.append(f"- {form}; this folder holds the {holds}")
     return "\n".join(
         [
             "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---",
             f"# A variant of {recipe.base} with {left} decoder blocks\n",
             *(said or ["- unchanged base"]),
             "\nNot a medical device: made for a study of model compression, not for diagnosis or treatment.\n",
-            "```python\nfrom transformers import AutoProcessor, LlavaForConditionalGeneration",
-            'model = LlavaForConditionalGeneration.from_pretrained("this-folder")\n```\n',
+            _opened_by(recipe, packed),
         ]
     )
+
+
+def _opened_by(recipe: Recipe, packed: bool) -> str:
+    if packed and recipe.steps[-1]["method"] not in ("bitsandbytes", "awq_nf4"):
+        lines = "from derm_compress import checkpoint", 'model, processor = checkpoint.load("this-folder")'
+    else:
+        opened = 'model = LlavaForConditionalGeneration.from_pretrained("this-folder")'
+        lines = "from transformers import AutoProcessor, LlavaForConditionalGeneration", opened
+    return "\n".join(["```python", *lines, "```\n"])

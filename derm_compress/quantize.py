@@ -186,7 +186,7 @@ def quantize(model, *, method, bits, group_size, scales=None, packed=False, **op
 
 def _replace(target, clip, packed):
     linear, grid = target.linear, target.grid
-    ends = None if clip is None else awq.clip_ends(clip, linear.weight.device)
+    ends = None if clip is None else awq.clip_ends(clip, grid.bits, linear.weight.device)
     if packed or isinstance(grid, Int8Grid):
         setattr(target.parent, target.attribute, grid.packed(linear, ends))
     else:
