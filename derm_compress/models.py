@@ -57,14 +57,14 @@ def fingerprint(model: LlavaForConditionalGeneration) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_base(name: str, device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_base(name: str, device: str = "cpu", dtype=None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU; every weight accounted for."""
-    dtype = torch.float32 if device == "cpu" else torch.float16
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
     if device == "cpu":
         torch.set_num_threads(1)  # on a shared machine threads wait for each other; one also gives the same bytes
     source = str(TINY) if name in ("tiny", "pico") else _folder(name)
     if name == "pico":
-        return _pico().to(device).eval(), AutoProcessor.from_pretrained(source)
+        return _pico().to(device, dtype if device == "cpu" else None).eval(), AutoProcessor.from_pretrained(source)
     _check_architecture(name, source)
     try:
         model, told = LlavaForConditionalGeneration.from_pretrained(
@@ -120,12 +120,12 @@ def _pico() -> LlavaForConditionalGeneration:
 
 
 def materialize(
-    recipe: Recipe, store, device: str = "cpu", packed: bool = False
+    recipe: Recipe, store, device: str = "cpu", packed: bool = False, dtype=None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Make the variant of a recipe; `store.resolve(ref)` finds adapter and scale files. Merged, never left as LoRA."""
     from derm_compress import finetune, prune, quantize
 
-    model, processor = load_base(recipe.base, device)
+    model, processor = load_base(recipe.base, device, dtype)
     if (found := fingerprint(model)) != recipe.fingerprint:
         raise DermError(f"model {recipe.base}: fingerprint {found}, but the recipe was made for {recipe.fingerprint}")
     kept = tuple(range(len(blocks(model))))

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from derm_compress import awq, calibration, models, quantize
 from derm_compress.artifacts import atomic
 
+ROWS = ["block", "group", "alpha", "loss", "loss_rtn"]
+
 
 def search(model, batches, forms, *, device=None, scratch=None):
     """{name: (tensors, rows)} of forms {name: Form}, by this package's search; the model is left as it was.
