@@ -30,7 +30,7 @@ def tap(model, batches, modules, see, *, inputs=False):
     try:
         model.eval()
         for batch in batches:
-            feed = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+            feed = {k: v.to(model.device) for k, v in batch.items() if k not in ("labels", "token_weights")}
             real = feed.get("attention_mask", torch.ones_like(feed["input_ids"])).bool()
             model(**feed, use_cache=False, logits_to_keep=1)
     finally:

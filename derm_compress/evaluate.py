@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from safetensors.torch import save_file
 
-from derm_compress import activations, generate, judge, memory, models, prune, quantize, recipes
+from derm_compress import activations, generate, judge, memory, models, prune, quantize, recipes, search
 from derm_compress.data import Item
+from derm_compress.keys import digest
 from derm_compress.progress import track
 from derm_compress.recipes import ORIGINAL, Recipe
 
@@ -118,8 +120,8 @@ def latency(
     return pd.DataFrame(rows)
 
 
-def _batches(processor, model, items, images, batch_size: int) -> list[dict]:
-    where = {"batch_size": batch_size, "device": model.device}
+def _batches(processor, model, items, images, batch_size: int, **asked) -> list[dict]:
+    where = {"batch_size": batch_size, "device": model.device} | asked
     return list(generate.calibration_batches(processor, items, images, **where))
 
 
@@ -160,16 +162,33 @@ def activation_surface(
 
 
 def search_scales(
-    folder: Path, sources: pd.DataFrame, store, *, bits, group_size, items, images, batch_size, device
-) -> None:
-    """AWQ's scales of every source as <variant>.safetensors, and the search's rows as search.parquet."""
+    folder: Path, sources: pd.DataFrame, store, *, bits, group_size, items, images, batch_size, device,
+    methods: Sequence[str] = ("awq",), text_only: bool = False, answer_weight: float = 1.0, scratch=None,
+    offload: bool = False, label: str = "", **options,
+) -> None:  # fmt: skip
+    """What every source needs to be quantized: <form>/<variant>.safetensors, and the rows of all as search.parquet.
+
+    methods, bits, label and options as in recipes.forms; those that need no search are left out. One calibration pass
+    of a source serves all forms; text_only leaves the pictures out, answer_weight weighs the answers' tokens. scratch:
+    a folder in which a killed search goes on at its block. offload: fp16 models stay on the CPU, one block at a time
+    goes to `device`.
+    """
+    steps = recipes.forms(methods, bits, group_size, label=label, **options)
+    forms = {name: quantize.Form.of(step) for name, step in steps.items() if recipes.searched(step)}
+    asked = {"text_only": text_only, "answer_weight": answer_weight}
     frames = []
-    for name, model, processor in each_model(sources, store, device, "AWQ search"):
-        seen = quantize.collect_grams(model, _batches(processor, model, items, images, batch_size))
-        scales, rows = quantize.awq_search(model, seen, bits=bits, group_size=group_size)
-        save_file({key: value.contiguous() for key, value in scales.items()}, folder / f"{name}.safetensors")
-        frames.append(pd.DataFrame(rows).assign(variant=name))
-    pd.concat(frames, ignore_index=True).to_parquet(folder / "search.parquet", index=False)
+    home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
+    for row in track(list(sources.itertuples()), "scales searched"):
+        name, (model, processor) = row.variant, models.materialize(Recipe.from_json(row.recipe), store, **home)
+        batches = _batches(processor, model, items, images, batch_size, **asked)
+        kept = scratch and Path(scratch) / digest([row.recipe, steps, asked, batch_size, [i.id for i in items]])[:16]
+        found = search.search_forms(model, batches, forms, device=device if offload else None, scratch=kept)
+        for form, (tensors, rows) in found.items():
+            (folder / form).mkdir(exist_ok=True)
+            save_file(tensors, folder / form / f"{name}.safetensors")
+            frames.append(pd.DataFrame(rows, columns=search.ROWS).assign(variant=name, form=form))
+    told = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*search.ROWS, "variant", "form"])
+    told.to_parquet(folder / "search.parquet", index=False)
 
 
 def quantization_errors(

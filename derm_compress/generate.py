@@ -29,10 +29,11 @@ def ask(processor, question: str, *, text_only: bool = False) -> str:
     return processor.apply_chat_template(turns, add_generation_prompt=True)
 
 
-def prepare(processor, texts: Sequence[str], images: np.ndarray, device) -> dict[str, torch.Tensor]:
-    """Model inputs of a batch, padded on the left so that new tokens follow the prompt; images [n, S, S, 3]."""
+def prepare(processor, texts: Sequence[str], images: np.ndarray | None, device) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch, padded on the left so that new tokens follow the prompt; images [n, S, S, 3] or None."""
     processor.tokenizer.padding_side = "left"
-    return processor(text=list(texts), images=list(images), return_tensors="pt", padding=True).to(device)
+    pictures = None if images is None else list(images)
+    return processor(text=list(texts), images=pictures, return_tensors="pt", padding=True).to(device)
 
 
 @torch.inference_mode()
@@ -56,15 +57,32 @@ def generate(model, processor, inputs, *, max_new_tokens: int) -> tuple[list[str
 
 
 def calibration_batches(
-    processor, items: Sequence[Item], images: np.ndarray, *, batch_size: int, device, answered: bool = True
-) -> Iterator[dict]:
-    """Prompts with image, and with the reference answer after them: what statistics are collected on."""
+    processor, items: Sequence[Item], images: np.ndarray, *, batch_size: int, device, answered: bool = True,
+    text_only: bool = False, answer_weight: float = 1.0,
+) -> Iterator[dict]:  # fmt: skip
+    """Prompts with image, and with the reference answer after them: what statistics are collected on.
+
+    text_only leaves the image out. An answer_weight other than 1 adds `token_weights`: that for the answers' tokens.
+    """
     asked = [(item, kind) for item in items for kind in dialogue.QUESTIONS]
     for start in range(0, len(asked), batch_size):
         part = asked[start : start + batch_size]
         told = [f" {dialogue.reference(i.disease, i.facts, k)}" if answered else "" for i, k in part]
-        texts = [prompt(processor, k) + t for (_, k), t in zip(part, told, strict=True)]
-        yield prepare(processor, texts, images[[i.row for i, _ in part]], device)
+        texts = [prompt(processor, k, text_only=text_only) + t for (_, k), t in zip(part, told, strict=True)]
+        pictures = None if text_only else images[[i.row for i, _ in part]]
+        batch = prepare(processor, texts, pictures, device)
+        if answer_weight != 1:
+            batch["token_weights"] = _token_weights(processor, batch["input_ids"], told, answer_weight)
+        yield batch
+
+
+def _token_weights(processor, ids, told: Sequence[str], weight: float):
+    """1 for every token [rows, tokens], `weight` for those of the answers `told`, which end the rows."""
+    weights = torch.ones(ids.shape, device=ids.device)
+    for row, text in zip(weights, told, strict=True):
+        length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        row[len(row) - length :] = weight
+    return weights
 
 
 def answer(

@@ -18,14 +18,20 @@ FP16, FP32 = 2, 4  # bytes
 REMOVED = ("blocks_removed", "attentions_removed", "mlps_removed")  # the latter two from blocks that stay
 
 # Bytes stored per weight beside its own bits. Integers: an fp16 scale a group and a zero point packed like the weights
-# (GEMM layout). NF4: an fp32 absmax a block; doubly quantized, a byte a block and an fp32 constant for 256 of them.
+# (GEMM layout; hqq's is fp16). NF4: an fp32 absmax a block; doubly quantized, a byte a block and an fp32 constant for
+# 256 of them.
 OVERHEAD = {
     "fp16": lambda bits, group: 0,
     "awq": lambda bits, group: (FP16 + bits / 8) / group,
     "rtn": lambda bits, group: (FP16 + bits / 8) / group,
     "rtn_symmetric": lambda bits, group: FP16 / group,
+    "autoawq": lambda bits, group: (FP16 + bits / 8) / group,
+    "hqq": lambda bits, group: 2 * FP16 / group,
     "bitsandbytes": lambda bits, group: FP32 / group,
     "bitsandbytes_double": lambda bits, group: (1 + FP32 / 256) / group,
+    "awq_nf4": lambda bits, group: FP32 / group,
+    "awq_nf4_double": lambda bits, group: (1 + FP32 / 256) / group,
+    "llm_int8": lambda bits, group: 0,  # an fp32 scale a row, which plan_weights adds
 }
 
 
@@ -54,12 +60,15 @@ class Architecture:
             raise DermError(f"memory plan: {blocks_removed} of {self.blocks} blocks cannot be removed")
         return self.blocks - blocks_removed
 
-    def decoder_linears(self, blocks_removed: int = 0, attentions_removed: int = 0, mlps_removed: int = 0) -> int:
-        """Weights of all blocks' linears; attentions and MLPs may be removed from blocks that stay."""
-        missing = {"self_attn": attentions_removed, "mlp": mlps_removed}
-        each = {name: out * into for name, (out, into) in self.linears.items()}
-        absent = sum(each[name] * missing[name.partition(".")[0]] for name in each)
-        return self.kept(blocks_removed) * self.block_linears - absent
+    def over_linears(self, size, blocks_removed: int = 0, attentions_removed: int = 0, mlps_removed: int = 0) -> int:
+        """Sum of size(out, in) over all blocks' linears; attentions and MLPs may be gone from blocks that stay."""
+        missing, blocks = {"self_attn": attentions_removed, "mlp": mlps_removed}, self.kept(blocks_removed)
+        counts = {name: blocks - missing[name.partition(".")[0]] for name in self.linears}
+        return sum(counts[name] * size(out, into) for name, (out, into) in self.linears.items())
+
+    def decoder_linears(self, *removed: int) -> int:
+        """Weights of all blocks' linears."""
+        return self.over_linears(lambda out, into: out * into, *removed)
 
     def decoder_norms(self, blocks_removed: int = 0, attentions_removed: int = 0, mlps_removed: int = 0) -> int:
         """Weights of all blocks' norms, one for each attention and each MLP."""
@@ -118,14 +127,17 @@ def plan_weights(
     """GiB of the weights by component; only the decoder blocks' linears are quantized, all else is fp16.
 
     `removed` are counts by name: blocks_removed, attentions_removed, mlps_removed. A quantized weight takes bits/8
-    bytes and its format's overhead: (2 + bits/8)/group for awq and rtn, 2/group for rtn_symmetric, 4/group for
-    bitsandbytes, (1 + 4/256)/group for bitsandbytes_double. Left out: NF4's codebook of 64 bytes a linear, padding of
-    odd shapes.
+    bytes and its format's overhead: (2 + bits/8)/group for awq and rtn, 2/group for rtn_symmetric, 4/group for hqq,
+    bitsandbytes and awq_nf4, (1 + 4/256)/group for the _double forms of these two. bits may be a mean over blocks.
+    Left out: NF4's codebook of 64 bytes a linear, padding of odd shapes, and the 4/group that torch's int4 kernel adds
+    where it is used.
     """
     if method not in OVERHEAD or (method == "fp16") != (bits == 16):
         raise DermError(f"memory plan: no format {method!r} of {bits} bits; known: {', '.join(OVERHEAD)}")
-    weights = arch.decoder_linears(**removed)
+    weights = arch.over_linears(lambda out, into: out * into, **removed)
     scales = weights * OVERHEAD[method](bits, group_size)
+    if method == "llm_int8":
+        scales = FP32 * arch.over_linears(lambda out, into: out, **removed)
     rest = {part: FP16 * count for part, count in arch.outside.items()}
     rest["block_norms"] = FP16 * arch.decoder_norms(**removed)
     return _gib(decoder_linears=weights * bits / 8, quantization_scales=scales, **rest)

@@ -64,14 +64,14 @@ def fingerprint(model: LlavaForConditionalGeneration) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_base(name: str, device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_base(name: str, device: str = "cpu", dtype=None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU; every weight accounted for."""
-    dtype = torch.float32 if device == "cpu" else torch.float16
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
     if device == "cpu":
         torch.set_num_threads(1)  # on a shared machine threads wait for each other; one also gives the same bytes
     source = str(TINY) if name in ("tiny", "pico") else _folder(name)
     if name == "pico":
-        return _pico().to(device).eval(), AutoProcessor.from_pretrained(source)
+        return _pico().to(device, dtype if device == "cpu" else None).eval(), AutoProcessor.from_pretrained(source)
     config = _config(name, source)
     absent = getattr(config, "absent_sublayers", ())
     try:
@@ -144,12 +144,12 @@ def _pico() -> LlavaForConditionalGeneration:
 
 
 def materialize(
-    recipe: Recipe, store, device: str = "cpu", packed: bool = False
+    recipe: Recipe, store, device: str = "cpu", packed: bool = False, dtype=None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Make the variant of a recipe; `store.resolve(ref)` finds adapter and scale files. Merged, never left as LoRA."""
     from derm_compress import finetune, prune, quantize
 
-    model, processor = load_base(recipe.base, device)
+    model, processor = load_base(recipe.base, device, dtype)
     if (found := fingerprint(model)) != recipe.fingerprint:
         raise DermError(f"model {recipe.base}: fingerprint {found}, but the recipe was made for {recipe.fingerprint}")
     kept, absent = tuple(range(len(blocks(model)))), ()
@@ -167,36 +167,42 @@ def materialize(
     return model, processor
 
 
-def export_model(recipe_json: str, store, path: Path) -> Path:
-    """Write an ordinary folder that plain `from_pretrained` opens; a quantized variant with its dequantized weights.
-
-    Where sublayers are absent, only load_base opens it: Transformers would fill them with random weights.
-    """
+def export_model(recipe_json: str, store, path: Path, packed: bool = True, device: str = "cpu") -> Path:
+    """Write a model folder. Plain `from_pretrained` opens it, but for integer grids, which checkpoint.load opens (and,
+    of 4 bits, readers of AWQ), and for absent sublayers, which load_base opens (Transformers would fill them with
+    random weights); packed=False writes a quantized variant with its dequantized weights instead."""
     path = Path(path)
     if path.exists() and any(path.iterdir()):
         raise DermError(f"export: {path} exists and is not empty; name a new folder")
     recipe = Recipe.from_json(recipe_json)
-    model, processor = materialize(recipe, store)
+    packed = packed and any(step["step"] == "quantize" for step in recipe.steps)
+    model, processor = materialize(recipe, store, device, packed=packed)
     with atomic(path) as draft:
-        _save(model, draft)
+        draft.mkdir()
+        _save(model, draft, packed)
         processor.save_pretrained(draft)
-        (draft / "README.md").write_text(model_card(recipe, len(blocks(model))), encoding="utf-8")
+        (draft / "README.md").write_text(model_card(recipe, len(blocks(model)), packed), encoding="utf-8")
     return path
 
 
-def _save(model, draft: Path) -> None:
-    from derm_compress import prune
+def _save(model, draft: Path, packed: bool) -> None:
+    from derm_compress import checkpoint, prune
 
-    if absent := prune.lacking(model):
+    absent = prune.lacking(model)
+    if absent and packed:
+        raise DermError("export: a quantized model without some sublayers has no packed layout; export it unpacked")
+    if absent:
         model.config.absent_sublayers = list(absent)
         model.config.save_pretrained(draft)
         model.generation_config.save_pretrained(draft)
         save_model(model, str(draft / PARTIAL))
+    elif packed:
+        checkpoint.save(model, draft)
     else:
         model.save_pretrained(draft)
 
 
-def model_card(recipe: Recipe, left: int) -> str:
+def model_card(recipe: Recipe, left: int, packed: bool = False) -> str:
     """A model card made from the recipe."""
     said = []
     for step in recipe.steps:
@@ -206,22 +212,29 @@ def model_card(recipe: Recipe, left: int) -> str:
         elif step["step"] == "adapter":
             said.append("- fine-tuned with QLoRA, the adapter merged into the unquantized weights")
         else:
-            said.append(
-                f"- {step['method']}, {step['bits']} bits in groups of {step['group_size']}; this folder holds the "
-                "dequantized weights: the same answers, no smaller in memory"
-            )
-    if recipe.absent():
-        loading = f"{NOT_PLAIN[0].upper()}{NOT_PLAIN[1:]}\n\n```python\nfrom derm_compress import models\n"
-        loading += 'model, processor = models.load_base("this-folder")\n```\n'
-    else:
-        loading = "```python\nfrom transformers import AutoProcessor, LlavaForConditionalGeneration\n"
-        loading += 'model = LlavaForConditionalGeneration.from_pretrained("this-folder")\n```\n'
+            holds = "dequantized weights: the same answers, no smaller in memory"
+            holds = "packed codes: see quantization_config in config.json" if packed else holds
+            form = f"{step['method']}, {step['bits']} bits in groups of {step['group_size']}"
+            said.append(f"- {form}; this folder holds the {holds}")
     return "\n".join(
         [
             "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---",
             f"# A variant of {recipe.base} with {left} decoder blocks\n",
             *(said or ["- unchanged base"]),
             "\nNot a medical device: made for a study of model compression, not for diagnosis or treatment.\n",
-            loading,
+            _opened_by(recipe, packed),
         ]
     )
+
+
+def _opened_by(recipe: Recipe, packed: bool) -> str:
+    if recipe.absent():
+        told = f"{NOT_PLAIN[0].upper()}{NOT_PLAIN[1:]}\n"
+        lines = "from derm_compress import models", 'model, processor = models.load_base("this-folder")'
+        return "\n".join([told, "```python", *lines, "```\n"])
+    if packed and recipe.steps[-1]["method"] not in ("bitsandbytes", "awq_nf4"):
+        lines = "from derm_compress import checkpoint", 'model, processor = checkpoint.load("this-folder")'
+    else:
+        opened = 'model = LlavaForConditionalGeneration.from_pretrained("this-folder")'
+        lines = "from transformers import AutoProcessor, LlavaForConditionalGeneration", opened
+    return "\n".join(["```python", *lines, "```\n"])

@@ -1,167 +1,197 @@
-"""Quantization of the decoder's linears: a quantizer is a grid (grids.py) times a scaling.
+"""Quantization: a quantizer is a grid (grids.py) times a scaling times clipping (awq.py), asked for as a Form.
 
-Grids: integers (rtn, rtn_symmetric, awq), NF4 (bitsandbytes). Scaling: none, or activation-aware, Eqs. 6-8
-(awq). Vision tower, projector, embedding and head stay as they are.
+Grids: integers, hqq's integers, NF4, LLM.int8's. Scaling: none, activation-aware (Eqs. 6-8), or AutoAWQ's own choice
+(reference.py). The decoder's linears are quantized; vision tower, projector and head where a form asks for them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatch
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from derm_compress import models
+from derm_compress import awq, models
 from derm_compress.activations import tap
 from derm_compress.errors import DermError
-from derm_compress.grids import PLANES, IntegerGrid, NF4Grid
+from derm_compress.grids import PLANES, HQQGrid, Int8Grid, IntegerGrid, NF4Grid
+from derm_compress.recipes import WIDTHS
 
 NF4_BLOCKS = (32, 64, 128, 256)
-ALPHAS = tuple(i / 20 for i in range(20))  # Eq. 8's exponents
-FLOOR = 1e-4  # a channel counts as no quieter than this share of the loudest: bounds s and the folded weights
-GROUPS = {  # linears that read one input, and the module before them that can absorb 1 / s
-    "qkv": ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    "o": ("self_attn.v_proj", ("self_attn.o_proj",)),
-    "gate_up": ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    "down": ("mlp.up_proj", ("mlp.down_proj",)),
+KEPT = 16  # "bits" of a linear that stays as it is
+METHODS = {  # the kind of grid, and who chooses its scales
+    "awq": ("integer", "search"),
+    "autoawq": ("integer", "autoawq"),
+    "rtn": ("integer", None),
+    "rtn_symmetric": ("symmetric", None),
+    "bitsandbytes": ("nf4", None),
+    "awq_nf4": ("nf4", "search"),
+    "hqq": ("hqq", None),
+    "llm_int8": ("int8", None),
 }
 
 
 @dataclass(frozen=True)
-class InputStatistics:
-    """Gram matrix H = X^T X [in, in] and mean |x| [in] of a scale group's inputs X [tokens, in]."""
+class Form:
+    """What to quantize to. As a recipe's step: these fields by name, where they differ from the defaults.
 
-    gram: torch.Tensor
-    mean_abs: torch.Tensor
-    tokens: int
-
-
-Calibration = dict[str, InputStatistics]  # by "block.group"
-
-
-def scale_groups(model):
-    """{"block.group": (module before, linears)} of the decoder, where s [in] fits the module before.
-
-    Under grouped-query attention v_proj is narrower than o_proj, which then stays unscaled.
+    duo: scales also know the weights' magnitudes. clip: groups may be clipped. double: NF4's absmax in 8 bits.
+    block_bits: {block of the model at hand: bits} where they differ from `bits`, 16 to leave a block as it is. keep:
+    patterns of linears left as they are ("*.down_proj", "31.*"). parts: as in models.parts; beyond the decoder without
+    scaling or clipping.
     """
-    found = {}
-    for index, block in enumerate(models.blocks(model)):
-        for group, (before, linears) in GROUPS.items():
-            before, linears = block.get_submodule(before), [block.get_submodule(name) for name in linears]
-            if len(before.weight) == linears[0].in_features:
-                found[f"{index}.{group}"] = before, linears
+
+    method: str
+    bits: int = 4
+    group_size: int = 64
+    duo: bool = False
+    clip: bool = False
+    double: bool = False
+    block_bits: dict = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ("decoder",)
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise DermError(f"quantize: unknown method {self.method!r}; use one of {', '.join(METHODS)}")
+        blocks = {int(block): bits for block, bits in self.block_bits.items()}  # JSON's keys are strings
+        object.__setattr__(self, "block_bits", blocks)
+        for bits in {self.bits, *blocks.values()} - {KEPT}:
+            self._check(bits)
+
+    def _check(self, bits):
+        has = WIDTHS.get(self.method, tuple(PLANES))
+        sizes = NF4_BLOCKS if self.kind == "nf4" else None
+        if bits not in has or (sizes and self.group_size not in sizes):
+            told = f"{has[0]} bits" if len(has) == 1 else f"bits of {has}"
+            told += f" in blocks of {sizes}" if sizes else ""
+            raise DermError(f"quantize: {self.method} has {told}; not {bits} bits in groups of {self.group_size}")
+
+    @staticmethod
+    def of(step):
+        """The form of a recipe's step."""
+        known = {f.name for f in fields(Form)}
+        if unknown := set(step) - known - {"step", "ref"}:
+            raise DermError(f"quantize: a recipe's step has unknown fields {sorted(unknown)}; known: {sorted(known)}")
+        return Form(**{key: tuple(v) if isinstance(v, list) else v for key, v in step.items() if key in known})
+
+    @property
+    def kind(self):
+        return METHODS[self.method][0]
+
+    @property
+    def scaled(self):
+        return METHODS[self.method][1] is not None
+
+    @property
+    def searched(self):
+        """Whether it needs a search on calibration inputs."""
+        return self.scaled or self.clip
+
+    def grid(self, block=None):
+        """The grid of a block's linears; None where they stay as they are."""
+        bits = self.block_bits.get(block, self.bits)
+        if bits == KEPT:
+            return None
+        if self.kind == "nf4":
+            return NF4Grid(self.group_size, self.double)
+        if self.kind == "int8":
+            return Int8Grid()
+        if self.kind == "hqq":
+            return HQQGrid(bits, self.group_size)
+        return IntegerGrid(bits, self.group_size, self.kind == "symmetric")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear to quantize: its name ("block.name" in the decoder), where it hangs, its grid."""
+
+    part: str
+    name: str
+    parent: nn.Module
+    attribute: str
+    grid: object
+
+    @property
+    def linear(self):
+        return getattr(self.parent, self.attribute)
+
+
+def targets(model, form):
+    """The linears that a form quantizes; raises DermError where their inputs are not whole groups."""
+    if gone := set(form.parts) - set(models.parts(model)):
+        raise DermError(f"quantize: no part {sorted(gone)}; parts are {', '.join(models.parts(model))}")
+    if beyond := [b for b in form.block_bits if not 0 <= b < len(models.blocks(model))]:
+        raise DermError(f"quantize: bits are given for blocks {beyond}; the model has {len(models.blocks(model))}")
+    found = []
+    for part, block, name, parent in _linears(model, form.parts):
+        where, grid = name if block is None else f"{block}.{name}", form.grid(block)
+        if grid is None or any(fnmatch(where, pattern) for pattern in form.keep):
+            continue
+        found.append(Target(part, where, parent, name.rpartition(".")[2], grid))
+        into, size = found[-1].linear.in_features, getattr(grid, "group_size", 1)
+        if size < 1 or into % size:
+            what = name if block is None else f"block {block} {name}"
+            raise DermError(f"quantize: group size {size} does not divide the {into} inputs of {what}; use a divisor")
     return found
 
 
-def collect_grams(model, batches) -> Calibration:
-    """Statistics of every scale group's inputs: one pass, fp32 sums over the real tokens, of a fixed size."""
-    watched = {key: linears[0] for key, (_, linears) in scale_groups(model).items()}
-    sums = {key: [0.0, 0.0, 0] for key in watched}
-
-    def see(key, x):
-        for i, part in enumerate((x.T @ x, x.abs().sum(0), len(x))):
-            sums[key][i] += part
-
-    tap(model, batches, watched, see, inputs=True)
-    for key, (gram, _, _) in sums.items():
-        if not torch.isfinite(gram).all():
-            raise DermError(f"quantize: NaN or infinite inputs at block.group {key}; check the model's dtype")
-    return {key: InputStatistics(gram, total / n, n) for key, (gram, total, n) in sums.items()}
+def _linears(model, parts):
+    """(part, block, name, module it hangs in); block None and the full name outside the decoder."""
+    if "decoder" in parts:
+        for index, block in enumerate(models.blocks(model)):
+            for name in models.linears(block):
+                yield "decoder", index, name, block.get_submodule(name.rpartition(".")[0])
+    names = {module: name for name, module in model.named_modules()}
+    for part in set(parts) - {"decoder"}:
+        for inner, module in models.parts(model)[part].named_modules():
+            if isinstance(module, nn.Linear):
+                name = names[models.parts(model)[part]] + (f".{inner}" if inner else "")
+                yield part, None, name, model.get_submodule(name.rpartition(".")[0])
 
 
-def output_error(delta, gram):
-    """Square of Eq. 7 for a weight error delta [out, in]: tr(delta H delta^T) = ||X delta^T||^2."""
-    return ((delta @ gram) * delta).sum()
-
-
-def activation_scale(mean_abs, alpha):
-    """Eq. 8: s = s_X^alpha [in], over sqrt(max * min); a dead channel counts as FLOOR of the loudest."""
-    loudest = mean_abs.max()
-    s_x = (mean_abs / loudest).clamp(min=FLOOR) if loudest > 0 else torch.ones_like(mean_abs)
-    s = s_x**alpha
-    return s / (s.max() * s.min()).sqrt()
-
-
-def search_scale(weight, inputs, grid):
-    """Eq. 8's s that minimises Eq. 7 for weight [out, in]: s, alpha, loss, loss at alpha = 0 (plain rounding).
-
-    Losses are relative: the square of Eq. 7 over ||X W^T||^2.
-    """
-    scales = [activation_scale(inputs.mean_abs, alpha) for alpha in ALPHAS]
-    errors = [output_error(grid.rounded(weight * s) / s - weight, inputs.gram) for s in scales]
-    losses = torch.stack(errors) / output_error(weight, inputs.gram).clamp(min=1e-30)
-    best = int(losses.argmin())
-    return scales[best], ALPHAS[best], losses[best].item(), losses[0].item()
+def left_out(model, form):
+    """Names ("block.name") of the decoder's linears that a form leaves as they are."""
+    quantized = {target.name for target in targets(model, form)}
+    blocks = enumerate(models.blocks(model))
+    return {f"{index}.{name}" for index, block in blocks for name in models.linears(block)} - quantized
 
 
 @torch.no_grad()
-def awq_search(model, calibration, *, bits, group_size):
-    """Scales {"block.group": s [in]} and a row (block, group, alpha, loss, loss_rtn) for each.
+def quantize(model, *, method, bits, group_size, scales=None, packed=False, **options):
+    """Quantize in place and return the model; `scales` are a search's tensors (scales and clip indices), for the forms
+    that need them alone; options are Form's.
 
-    A block's groups are searched apart: folding 1 / s into the rows of the linear before does not change how
-    these are rounded, as every group of the grid lies within one row.
+    packed=False writes the rounded weights back (the same numbers, at full speed); packed=True replaces the linears by
+    modules that hold only codes. LLM.int8 is always packed.
     """
-    grid, scales, rows = fitting_grid(model, "awq", bits, group_size), {}, []
-    for key, (_, linears) in scale_groups(model).items():
-        weight = torch.cat([linear.weight for linear in linears]).float()
-        scales[key], alpha, loss, plain = search_scale(weight, calibration[key], grid)
-        block, group = key.split(".")
-        rows.append({"block": int(block), "group": group, "alpha": alpha, "loss": loss, "loss_rtn": plain})
-    return scales, rows
-
-
-@torch.no_grad()
-def fold_scales(model, scales):
-    """Multiply each group's input columns by s and divide the module before by it: the same function."""
-    groups = scale_groups(model)
-    if {k: len(s) for k, s in scales.items()} != {k: ls[0].in_features for k, (_, ls) in groups.items()}:
-        raise DermError("quantize: the scales belong to another model; run awq_search on this one")
-    for key, (before, linears) in groups.items():
-        s = scales[key].to(before.weight.device, torch.float32)
-        folded = [(p, p.float() / s.view(-1, *[1] * (p.ndim - 1))) for p in before.parameters()]
-        for parameter, value in folded + [(linear.weight, linear.weight.float() * s) for linear in linears]:
-            parameter.copy_(value)
-            if not torch.isfinite(parameter).all():
-                raise DermError(f"quantize: scales of {key} overflow {parameter.dtype}; calibrate anew")
-
-
-def fitting_grid(model, method, bits, group_size):
-    """The grid of a method of Table 3, if its groups divide the inputs of every linear of the decoder."""
-    if method not in ("awq", "bitsandbytes", "rtn", "rtn_symmetric"):
-        raise DermError(f"quantize: unknown method {method!r}; use awq, bitsandbytes, rtn or rtn_symmetric")
-    nf4 = method == "bitsandbytes"
-    if bits not in ((4,) if nf4 else PLANES) or (nf4 and group_size not in NF4_BLOCKS):
-        has = f"4 bits in blocks of {NF4_BLOCKS}" if nf4 else f"bits of {tuple(PLANES)}"
-        raise DermError(f"quantize: {method} has {has}; not {bits} bits in groups of {group_size}")
-    for index, block in enumerate(models.blocks(model)):
-        for name, linear in models.linears(block).items():
-            if group_size < 1 or linear.in_features % group_size:
-                where = f"the {linear.in_features} inputs of block {index} {name}"
-                raise DermError(f"quantize: group size {group_size} does not divide {where}; use a divisor")
-    return NF4Grid(group_size) if nf4 else IntegerGrid(bits, group_size, method == "rtn_symmetric")
-
-
-@torch.no_grad()
-def quantize(model, *, method, bits, group_size, scales=None, packed=False):
-    """Quantize the decoder's linears in place and return the model; `scales` are awq_search's, for awq alone.
-
-    packed=False writes the rounded weights back (the same numbers, at full speed); packed=True replaces the
-    linears by modules that hold only codes.
-    """
-    grid = fitting_grid(model, method, bits, group_size)
-    if (scales is None) == (method == "awq"):
-        raise DermError(f"quantize: awq needs the scales of awq_search, the others take none; got {method}")
+    form = Form(method, bits, group_size, **options)
+    found = targets(model, form)
+    if (scales is not None) != form.searched:
+        raise DermError(f"quantize: {method} " + ("needs the scales of a search" if form.searched else "takes none"))
+    clips = {}
     if scales is not None:
-        fold_scales(model, scales)
-    for block in models.blocks(model):
-        for name, linear in models.linears(block).items():
-            if packed:
-                block.set_submodule(name, grid.packed(linear))
-            else:
-                linear.weight.copy_(grid.rounded(linear.weight))
-            block.get_submodule(name).grid = grid
-    counts = quantized_linears(model)
-    expected = dict.fromkeys(counts, 0) | {"decoder": 7 * len(models.blocks(model))}
+        clips = {t.name: scales[t.name] for t in found if t.name in scales}
+        folded = {key: s for key, s in scales.items() if key not in clips}
+        if form.scaled or folded:
+            awq.fold_scales(model, folded, left_out(model, form))
+    for target in found:
+        _replace(target, clips.get(target.name), packed)
+    counts, expected = quantized_linears(model), dict.fromkeys(models.parts(model), 0)
+    for target in found:
+        expected[target.part] += 1
     assert counts == expected, f"quantized linears by part: {counts}, expected {expected}"
     return model
+
+
+def _replace(target, clip, packed):
+    linear, grid = target.linear, target.grid
+    ends = None if clip is None else awq.clip_ends(clip, grid.bits, linear.weight.device)
+    if packed or isinstance(grid, Int8Grid):
+        setattr(target.parent, target.attribute, grid.packed(linear, ends))
+    else:
+        linear.weight.copy_(grid.rounded(linear.weight, ends))
+    target.linear.grid = grid
 
 
 def quantized_linears(model):
@@ -170,10 +200,10 @@ def quantized_linears(model):
 
 
 def apply_step(model, step, store, *, packed=False):
-    """Apply a recipe's step: method, bits, group_size and, for awq, `ref`: the safetensors file of its scales."""
+    """Apply a recipe's step: a Form's fields and, where it was searched, `ref`: the safetensors file of its scales."""
     scales = load_file(store.resolve(step["ref"])) if step.get("ref") else None
-    form = {key: step[key] for key in ("method", "bits", "group_size")}
-    return quantize(model, **form, scales=scales, packed=packed)
+    form = Form.of(step)
+    return quantize(model, **{f.name: getattr(form, f.name) for f in fields(form)}, scales=scales, packed=packed)
 
 
 def block_errors(model_fp, model_q, batches):

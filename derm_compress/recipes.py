@@ -1,8 +1,8 @@
 """Recipes and the frame of variants: what every stage says of a model instead of storing one. No torch.
 
 A recipe is a base and the ordered steps that turn it into a variant:
-`adapter` (ref, sha256, kept), `prune` (kept), `quantize` (method, bits, group_size, ref). Where blocks are kept without
-their attention or MLP, `prune` and later `adapter` steps list these as `absent`.
+`adapter` (ref, sha256, kept), `prune` (kept), `quantize` (the fields of quantize.Form; ref to searched scales). Where
+blocks are kept without their attention or MLP, `prune` and later `adapter` steps list these as `absent`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ import pandas as pd
 from derm_compress.errors import DermError
 
 ORIGINAL, HEALED = "original", "+sft"
+SCALED = ("awq", "awq_nf4", "autoawq")  # methods whose scales are searched
+WIDTHS = {"bitsandbytes": (4,), "awq_nf4": (4,), "llm_int8": (8,)}  # of the methods that have one alone
+TAKES = {  # who has an option, where not all have it
+    "duo": SCALED,
+    "double": ("bitsandbytes", "awq_nf4"),
+    "clip": ("awq", "awq_nf4", "autoawq", "rtn", "rtn_symmetric"),
+}
 
 
 @dataclass(frozen=True)
@@ -102,17 +109,68 @@ def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def quantized(sources: pd.DataFrame, *, methods: Sequence[str], bits: int, group_size: int, ref: str) -> pd.DataFrame:
-    """Every source by every method; AWQ takes its scales from `ref/<variant>.safetensors`."""
+def quantized(
+    sources: pd.DataFrame, *, methods: Sequence[str], bits: int | Sequence[int], group_size: int, ref: str, **options
+) -> pd.DataFrame:
+    """Every source in every form of `forms`, whose arguments these are.
+
+    What needs a search takes its scales from `ref/<form>/<variant>.safetensors`, as evaluate.search_scales leaves them.
+    """
     rows = []
     for row in sources.to_dict("records"):
-        for method in methods:
-            step = {"method": method, "bits": bits, "group_size": group_size}
-            scales = {"ref": f"{ref}/{row['variant']}.safetensors"} if method == "awq" else {}
+        for form, step in forms(methods, bits, group_size, **options).items():
+            scales = {"ref": f"{ref}/{form}/{row['variant']}.safetensors"} if searched(step) else {}
             recipe = Recipe.from_json(row["recipe"]).then("quantize", **step, **scales)
-            known = {"criterion": row["criterion"], "healed": row["healed"], **step}
-            rows.append(variant(f"{row['variant']}|{method}{bits}", recipe, **known))
+            known = {"criterion": row["criterion"], "healed": row["healed"]} | stored_as(step, len(recipe.kept()))
+            rows.append(variant(f"{row['variant']}|{form}", recipe, **known))
     return pd.DataFrame(rows)
+
+
+def forms(
+    methods: Sequence[str], bits: int | Sequence[int], group_size: int, *, label: str = "", **options
+) -> dict[str, dict]:
+    """{name: step} of every method at every width; a method of one width alone has that one, whatever is asked.
+
+    options: quantize.Form's, of which a method takes those it has; `label` ends the names, and must where blocks or
+    linears are treated apart.
+    """
+    if not label and (options.keys() & {"block_bits", "keep", "parts"}):
+        raise DermError("quantized: forms with block_bits, keep or parts need a label to be told apart by")
+    found = {}
+    for method in methods:
+        for width in WIDTHS.get(method) or ([bits] if isinstance(bits, int) else bits):
+            step = {"method": method, "bits": width, "group_size": group_size}
+            step |= {
+                key: _plain(value) for key, value in options.items() if value and method in TAKES.get(key, (method,))
+            }
+            found[form_name(step, label)] = step
+    return found
+
+
+def _plain(value):
+    """A value as JSON gives it back."""
+    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def searched(step: dict) -> bool:
+    """Whether a quantize step needs the result of a search on calibration inputs."""
+    return step["method"] in SCALED or bool(step.get("clip"))
+
+
+def form_name(step: dict, label: str = "") -> str:
+    """awq4, awq_nf4, awq3-duo-clip, awq3-mixed: method, bits, options, label."""
+    method, bits = step["method"], str(step["bits"])
+    name = method if method.endswith(bits) else method + bits
+    told = [option for option in ("duo", "clip", "double") if step.get(option)]
+    return "-".join([name, *told, *([label] if label else [])])
+
+
+def stored_as(step: dict, blocks: int) -> dict:
+    """method, bits and group_size of the format that memory.plan_weights plans; bits are the mean over the blocks."""
+    own = {int(block): bits for block, bits in step.get("block_bits", {}).items()}
+    mean = (sum(own.values()) + (blocks - len(own)) * step["bits"]) / blocks
+    method = step["method"] + "_double" * bool(step.get("double"))
+    return {"method": method, "bits": int(mean) if mean == int(mean) else mean, "group_size": step["group_size"]}
 
 
 def named(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:

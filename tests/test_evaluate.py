@@ -21,7 +21,7 @@ def test_variants_name_depth_criterion_and_recipe(recipe):
     quantized = recipes.quantized(frame[:2], methods=["awq", "rtn"], bits=4, group_size=64, ref="07/k/scales")
     assert quantized.variant.tolist() == ["original|awq4", "original|rtn4", "pruned-1|awq4", "pruned-1|rtn4"]
     steps = [recipes.Recipe.from_json(r).steps[-1] for r in quantized.recipe]
-    assert steps[0]["ref"] == "07/k/scales/original.safetensors" and "ref" not in steps[1]
+    assert steps[0]["ref"] == "07/k/scales/awq4/original.safetensors" and "ref" not in steps[1]
     with pytest.raises(DermError, match="pruned-9"):
         recipes.named(frame, ["pruned-9"])
 

@@ -266,8 +266,8 @@ def test_variants_are_planned_at_the_same_fraction_of_7b(llava):
 def test_plans_that_cannot_be_are_refused(small):
     with pytest.raises(DermError, match="2 of 2 blocks"):
         memory.plan_weights(small, blocks_removed=2)
-    with pytest.raises(DermError, match="hqq.*known: fp16, awq"):
-        memory.plan_weights(small, method="hqq", bits=4)
+    with pytest.raises(DermError, match="gguf.*known: fp16, awq"):
+        memory.plan_weights(small, method="gguf", bits=4)
     with pytest.raises(DermError, match="4 bits"):
         memory.plan_peak(small, method="fp16", bits=4)
 

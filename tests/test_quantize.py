@@ -9,11 +9,14 @@ from safetensors.torch import save_file
 from small_llava import batch, small_llava
 from torch import nn
 
-from derm_compress import grids, models, quantize
+from derm_compress import awq, calibration, grids, models, packed, quantize
+from derm_compress.calibration import InputStatistics, collect_all
 from derm_compress.errors import DermError
 from derm_compress.grids import IntegerGrid, NF4Grid
+from derm_compress.search import search_one
 
 FORMS = [("rtn", 4), ("rtn", 3), ("rtn", 2), ("rtn_symmetric", 4), ("awq", 4), ("bitsandbytes", 4)]
+BATCHES = [batch(4, seed=1), batch(4, seed=2)]
 INTEGER_GRIDS = [IntegerGrid(bits, 32, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)]
 
 
@@ -32,13 +35,13 @@ def outlier_model():
 
 
 @pytest.fixture(scope="module")
-def calibration(outlier_model):
-    return quantize.collect_grams(outlier_model, [batch(4, seed=1), batch(4, seed=2)])
+def statistics(outlier_model):
+    return collect_all(outlier_model, BATCHES)
 
 
 @pytest.fixture(scope="module")
-def scales(outlier_model, calibration):
-    return quantize.awq_search(outlier_model, calibration, bits=4, group_size=64)[0]
+def scales(outlier_model):
+    return search_one(outlier_model, BATCHES, bits=4, group_size=64)[0]
 
 
 def quantized(model, method, bits, scales, **kwargs):
@@ -131,39 +134,40 @@ def test_nf4_codes_survive_a_forward_where_bitsandbytes_would_repack_them(monkey
 def test_equation_7_by_gram_matrix_equals_the_norm(grid):
     x, weight = random_weight(300, 128), random_weight(48, 128, seed=1)
     x[:, [3, 77]] *= 100
-    s = quantize.activation_scale(x.abs().mean(0), 0.5)
+    s = awq.activation_scale(x.abs().mean(0), 0.5)
     direct = ((x / s) @ grid.rounded(weight * s).T - x @ weight.T).double().square().sum()
-    by_gram = quantize.output_error(grid.rounded(weight * s) / s - weight, x.T @ x)
-    assert by_gram.item() == pytest.approx(direct.item(), rel=1e-4)
+    for inputs in (InputStatistics.of(x), InputStatistics(x.abs().mean(0), 300, inputs=x)):
+        found = awq.output_error(grid.rounded(weight * s) / s - weight, inputs)
+        assert found.item() == pytest.approx(direct.item(), rel=1e-4)
 
 
 def test_scale_is_a_power_of_the_mean_normalised_by_its_extremes():
     mean_abs = torch.tensor([1.0, 4.0, 16.0])
-    assert torch.allclose(quantize.activation_scale(mean_abs, 0.5), torch.tensor([0.5, 1, 2]))
-    assert torch.equal(quantize.activation_scale(mean_abs, 0.0), torch.ones(3))
+    assert torch.allclose(awq.activation_scale(mean_abs, 0.5), torch.tensor([0.5, 1, 2]))
+    assert torch.equal(awq.activation_scale(mean_abs, 0.0), torch.ones(3))
 
 
 def test_alpha_0_is_asymmetric_rounding_bit_for_bit(outlier_model, scales):
-    ones = {key: quantize.activation_scale(s, 0.0) for key, s in scales.items()}
-    awq = quantized(outlier_model, "awq", 4, ones).state_dict()
+    ones = {key: awq.activation_scale(s, 0.0) for key, s in scales.items()}
+    scaled = quantized(outlier_model, "awq", 4, ones).state_dict()
     rtn = quantized(outlier_model, "rtn", 4, None).state_dict()
-    assert all(torch.equal(rtn[name], value) for name, value in awq.items())
+    assert all(torch.equal(rtn[name], value) for name, value in scaled.items())
 
 
-def test_rows_hold_the_losses_of_equation_7(outlier_model, calibration):
-    scales, rows = quantize.awq_search(outlier_model, calibration, bits=3, group_size=64)
-    assert len(rows) == len(scales) == 16 and {row["group"] for row in rows} == set(quantize.GROUPS)
-    assert all(0 < row["loss"] <= row["loss_rtn"] and row["alpha"] in quantize.ALPHAS for row in rows)
-    weight, gram = models.blocks(outlier_model)[2].mlp.down_proj.weight.data, calibration["2.down"].gram
-    plain = quantize.output_error(IntegerGrid(3, 64).rounded(weight) - weight, gram)
+def test_rows_hold_the_losses_of_equation_7(outlier_model, statistics):
+    scales, rows = search_one(outlier_model, BATCHES, bits=3, group_size=64)
+    assert len(rows) == len(scales) == 16 and {row["group"] for row in rows} == set(calibration.GROUPS)
+    assert all(0 < row["loss"] <= row["loss_rtn"] and row["alpha"] in awq.ALPHAS for row in rows)
+    weight, inputs = models.blocks(outlier_model)[2].mlp.down_proj.weight.data, statistics["2.down"]
+    plain = awq.output_error(IntegerGrid(3, 64).rounded(weight) - weight, inputs)
     row = next(row for row in rows if (row["block"], row["group"]) == (2, "down"))
-    assert row["loss_rtn"] == pytest.approx((plain / quantize.output_error(weight, gram)).item(), rel=1e-5)
+    assert row["loss_rtn"] == pytest.approx((plain / awq.output_error(weight, inputs)).item(), rel=1e-5)
 
 
 def test_folding_changes_no_answer(outlier_model, scales):
     folded, feed = copy.deepcopy(outlier_model), batch(2, seed=7)
     before = logits(outlier_model, feed)
-    quantize.fold_scales(folded, scales)
+    awq.fold_scales(folded, scales)
     q = "self_attn.q_proj"
     changed = models.blocks(folded)[0].get_submodule(q).weight - models.blocks(outlier_model)[0].get_submodule(q).weight
     assert changed.abs().max() > 1e-2
@@ -173,16 +177,16 @@ def test_folding_changes_no_answer(outlier_model, scales):
 def test_planted_outliers_make_awq_beat_rounding_by_the_computed_margin():
     x, weight = random_weight(2000, 64), random_weight(256, 64, seed=1)
     x[:, 10] *= 50
-    inputs = quantize.InputStatistics(x.T @ x, x.abs().mean(0), len(x))
+    inputs = InputStatistics.of(x)
 
     def expected(alpha):
         """Rounding errors as uniform noise of variance step^2 / 12 in each weight, undone by s."""
-        s = quantize.activation_scale(inputs.mean_abs, alpha)
+        s = awq.activation_scale(inputs.mean_abs, alpha)
         step = IntegerGrid(4, 64).encode(weight * s)[1].float()
         return (step.square() / 12 * (inputs.gram.diagonal() / s.square()).sum()).sum().item()
 
-    margin = min(map(expected, quantize.ALPHAS)) / expected(0.0)
-    s, alpha, loss, plain = quantize.search_scale(weight, inputs, IntegerGrid(4, 64))
+    margin = min(map(expected, awq.ALPHAS)) / expected(0.0)
+    s, alpha, loss, plain = awq.search_scale(weight, inputs, IntegerGrid(4, 64))
     assert margin < 0.3 and alpha > 0 and int(s.argmax()) == 10
     # the loud channel, once scaled, sets the range of its group: its own errors are not quite uniform noise
     assert loss / plain == pytest.approx(margin, rel=0.25)
@@ -198,40 +202,42 @@ def test_awq_beats_rounding_on_held_out_inputs(outlier_model, scales):
 
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_padding_changes_no_statistics(outlier_model, side):
-    plain = quantize.collect_grams(outlier_model, [batch(3, seed=3)])
-    padded = quantize.collect_grams(outlier_model, [batch(3, seed=3, padding=5, side=side)])
+    plain = collect_all(outlier_model, [batch(3, seed=3)])
+    padded = collect_all(outlier_model, [batch(3, seed=3, padding=5, side=side)])
     for key, inputs in plain.items():
         assert inputs.tokens == padded[key].tokens == 3 * 30  # 21 words and 9 image tokens a row
-        assert torch.allclose(inputs.gram, padded[key].gram, rtol=1e-3, atol=1e-4 * inputs.gram.max().item())
+        h = inputs.matrix()
+        assert torch.allclose(h, padded[key].matrix(), rtol=1e-3, atol=1e-4 * h.max().item())
         assert torch.allclose(inputs.mean_abs, padded[key].mean_abs, rtol=1e-3)
 
 
 def test_statistics_stream_and_see_the_picture(outlier_model):
     feed = batch(4, seed=3)
     halves = [{k: v[half] for k, v in feed.items()} for half in (slice(0, 2), slice(2, 4))]
-    once, twice = (quantize.collect_grams(outlier_model, batches) for batches in ([feed], halves))
-    other = quantize.collect_grams(outlier_model, [feed | {"pixel_values": -feed["pixel_values"]}])
+    once, twice = (collect_all(outlier_model, batches) for batches in ([feed], halves))
+    other = collect_all(outlier_model, [feed | {"pixel_values": -feed["pixel_values"]}])
     for key, inputs in once.items():
-        assert torch.allclose(inputs.gram, twice[key].gram, rtol=1e-3, atol=1e-4 * inputs.gram.max().item())
-        assert inputs.gram.shape == (len(inputs.mean_abs),) * 2
-        assert not torch.allclose(inputs.gram, other[key].gram, rtol=1e-3)
+        h = inputs.matrix()
+        assert torch.allclose(h, twice[key].matrix(), rtol=1e-3, atol=1e-4 * h.max().item())
+        assert (inputs.gram is None) == (inputs.tokens < len(inputs.mean_abs))  # the smaller of X and H
+        assert not torch.allclose(h, other[key].matrix(), rtol=1e-3)
 
 
-def test_same_inputs_same_scales_and_weights(outlier_model, calibration, scales):
-    again = quantize.collect_grams(outlier_model, [batch(4, seed=1), batch(4, seed=2)])
-    found, _ = quantize.awq_search(outlier_model, again, bits=4, group_size=64)
+def test_same_inputs_same_scales_and_weights(outlier_model, scales):
+    found, _ = search_one(outlier_model, BATCHES, bits=4, group_size=64)
     assert found.keys() == scales.keys() and all(torch.equal(found[k], s) for k, s in scales.items())
 
 
 @pytest.mark.parametrize(("method", "bits"), FORMS)
 def test_packed_forward_equals_the_dequantized_one(outlier_model, scales, method, bits):
     feed = batch(2, seed=5, padding=2)
-    packed, plain = (quantized(outlier_model, method, bits, scales, packed=p) for p in (True, False))
+    made, plain = (quantized(outlier_model, method, bits, scales, packed=p) for p in (True, False))
+    packed.use_kernels(made, False)
     expected = logits(plain, feed)
     for _ in range(2):
-        assert (logits(packed, feed) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    for module, linear in zip(packed.modules(), plain.modules(), strict=False):
-        if isinstance(module, grids.PackedLinear):
+        assert (logits(made, feed) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for module, linear in zip(made.modules(), plain.modules(), strict=False):
+        if isinstance(module, packed.PackedLinear):
             assert torch.equal(module.dequantized(), linear.weight)
 
 
@@ -289,16 +295,15 @@ def test_dead_channels_keep_scales_finite():
     weight, x = random_weight(32, 64), random_weight(100, 64, seed=1)
     x[:, :10] = 0
     for rows in (x, torch.zeros_like(x)):
-        inputs = quantize.InputStatistics(rows.T @ rows, rows.abs().mean(0), len(rows))
-        s, _, loss, plain = quantize.search_scale(weight, inputs, IntegerGrid(4, 64))
-        assert torch.isfinite(s).all() and s.min() > 0 and s.max() / s.min() <= 1 / quantize.FLOOR
+        inputs = InputStatistics.of(rows)
+        s, _, loss, plain = awq.search_scale(weight, inputs, IntegerGrid(4, 64))
+        assert torch.isfinite(s).all() and s.min() > 0 and s.max() / s.min() <= 1 / awq.FLOOR
         assert 0 <= loss <= plain
 
 
 def test_grouped_query_attention_leaves_o_proj_unscaled():
     model = small_llava(2, kv_heads=2)
-    found = quantize.collect_grams(model, [batch()])
-    scales, rows = quantize.awq_search(model, found, bits=4, group_size=32)
+    scales, rows = search_one(model, [batch()], bits=4, group_size=32)
     assert {row["group"] for row in rows} == {"qkv", "gate_up", "down"}
     quantize.quantize(model, method="awq", bits=4, group_size=32, scales=scales)
     assert quantize.quantized_linears(model)["decoder"] == 14
@@ -339,7 +344,7 @@ def test_block_errors_are_relative_norms(outlier_model):
         ({"method": "bitsandbytes", "bits": 3}, "bitsandbytes has 4 bits"),
         ({"method": "bitsandbytes", "group_size": 16}, "in groups of 16"),
         ({"method": "awq"}, "needs the scales"),
-        ({"scales": {}}, "others take none"),
+        ({"scales": {}}, "rtn takes none"),
         ({"method": "awq", "scales": {"0.qkv": torch.ones(64)}}, "another model"),
     ],
 )
@@ -356,17 +361,17 @@ def test_bad_numbers_are_refused():
     model = small_llava(1)
     models.blocks(model)[0].mlp.up_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(DermError, match="inputs at block.group 0.down"):
-        quantize.collect_grams(model, [batch()])
+        collect_all(model, [batch()])
     with pytest.raises(DermError, match="NaN, infinite"):
         quantize.quantize(model, method="rtn", bits=4, group_size=64)
 
 
 def test_scales_that_overflow_half_precision_are_refused():
     model = small_llava(1).half()
-    scales = {key: torch.ones(ls[0].in_features) for key, (_, ls) in quantize.scale_groups(model).items()}
+    scales = {key: torch.ones(ls[0].in_features) for key, (_, ls) in awq.scale_groups(model).items()}
     scales["0.qkv"][3] = 1e7
     with pytest.raises(DermError, match="scales of 0.qkv overflow torch.float16"):
-        quantize.fold_scales(model, scales)
+        awq.fold_scales(model, scales)
 
 
 def test_depths_must_agree():

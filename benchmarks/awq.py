@@ -1,0 +1,106 @@
+"""AWQ by this package against AutoAWQ 0.2.9's own quantizer: CPU seconds and error, in one process on one thread.
+
+Both get the same calibration tokens and choose s = s_X^alpha (Eq. 8, 20 alphas) for the same groups; on the tiny model
+both also clip. Times run from tokens to rounded fp32 weights; AutoAWQ is spared its packing. `error` is the relative L2
+error of the last hidden states on held-out inputs, `rtn_error` that of plain asymmetric rounding, `ratio` AutoAWQ's
+seconds over ours. Last line: one JSON object.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import statistics
+import sys
+import time
+
+sys.path.pop(0)  # this folder, whose awq.py would stand before AutoAWQ's package
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from derm_compress import activations, calibration, generate, models, quantize, reference, search, synthetic
+
+BITS, GROUP = 4, 64
+PICTURES = 12  # three questions each: what notebook 07 calibrates on by default
+TOKENS = 512
+
+
+def autoawq(model, tokens, *, clip):
+    """Quantize a model in place by AutoAWQ's quantizer, rounding fp16 weights as its pack() does."""
+    one = calibration.enter(model, tokens, 0, None)
+    made = reference.quantizer(model, one.hidden, one.arguments, bits=BITS, group_size=GROUP, clip=clip)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        made.quantize()
+    with torch.no_grad():
+        for block in models.blocks(model):
+            for linear in models.linears(block).values():
+                linear.weight.copy_(made.pseudo_quantize_tensor(linear.weight.half())[0])
+
+
+def ours(model, tokens, *, clip):
+    """Quantize a model in place by this package."""
+    scales, _ = search.search_one(model, [tokens], bits=BITS, group_size=GROUP, clip=clip)
+    quantize.quantize(model, method="awq", bits=BITS, group_size=GROUP, clip=clip, scales=scales)
+
+
+def compare(model, tokens, held_out, *, clip, repeats=5):
+    """The figures of one model; AutoAWQ runs once, between our runs, of which the median counts."""
+    expected, seconds = last_hidden(model, held_out), {ours: [], autoawq: []}
+    for how in (ours, autoawq, *[ours] * (repeats - 1)):
+        made, begun = copy.deepcopy(model), time.process_time()
+        how(made, tokens, clip=clip)
+        seconds[how].append(time.process_time() - begun)
+        if how is autoawq:
+            theirs = error(last_hidden(made, held_out), expected)
+    rounded = quantize.quantize(copy.deepcopy(model), method="rtn", bits=BITS, group_size=GROUP)
+    found = {"ratio": seconds[autoawq][0] / statistics.median(seconds[ours])}
+    found |= {"error": error(last_hidden(made, held_out), expected), "autoawq_error": theirs}
+    found |= {"rtn_error": error(last_hidden(rounded, held_out), expected)}
+    print(f"CPU seconds: AutoAWQ {seconds[autoawq][0]:.2f}, this package {statistics.median(seconds[ours]):.2f}")
+    return found
+
+
+def last_hidden(model, batches):
+    """What the last block writes, [real tokens, channels]."""
+    seen = []
+    activations.tap(model, batches, {"": models.blocks(model)[-1]}, lambda _, x: seen.append(x))
+    return torch.cat(seen)
+
+
+def error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def tiny():
+    """The trained tiny model: prompts with pictures and answers, cut to one length as AutoAWQ knows no padding."""
+    model, processor = models.load_base("tiny")
+    dataset = synthetic.make(n_train=64, n_test=8, n_heldout=16, size=72, seed=3)
+
+    def batches(items):
+        return list(generate.calibration_batches(processor, items, dataset.images, batch_size=48, device="cpu"))
+
+    tokens = reference.equal_rows(batches(dataset.of("train")[:PICTURES]))
+    return compare(model, tokens, batches(dataset.of("heldout")), clip=True)
+
+
+def block_7b():
+    """One random LLaMA-7B block, 8 channels of each linear's inputs 20 times as loud; clipping off on both sides."""
+    text = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 32, "vocab_size": 2000}
+    tower = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    tower |= {"num_attention_heads": 1, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=tower)).eval()
+    block, loud = models.blocks(model)[0], torch.arange(8) * 499
+    for name in ("input_layernorm", "post_attention_layernorm", "self_attn.v_proj", "mlp.up_proj"):
+        block.get_submodule(name).weight.data[loud] *= 20
+    ids = torch.randint(0, 2000, (2, 1, TOKENS))
+    return compare(model, {"input_ids": ids[0]}, [{"input_ids": ids[1]}], clip=False, repeats=3)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps({"tiny": tiny(), "block_7b": block_7b()}))

@@ -1,0 +1,182 @@
+"""Activation-aware scaling and clipping (paper, Eqs. 6-8): which scales, and where to clip, on any grid.
+
+Eq. 7's square is tr(D H D^T) for a weight error D [out, in] and H = X^T X, so that tokens are read once.
+"""
+
+import torch
+
+from derm_compress import models
+from derm_compress.calibration import GROUPS
+from derm_compress.errors import DermError
+
+ALPHAS = tuple(i / 20 for i in range(20))  # Eq. 8's exponents
+FLOOR = 1e-4  # a channel counts as no quieter than this share of the loudest: bounds s and the folded weights
+SAMPLE = 128  # rows that choose FINALISTS of larger weights; all rows decide among these
+FINALISTS = 2
+UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their product, not they, is what attention reads
+CHUNK = 2**19  # weights rounded at a time on a CPU: what its caches hold
+
+
+def scale_groups(model, left_out=()):
+    """{"block.group": (module before, linears)} of the decoder, where s [in] fits the module before.
+
+    Under grouped-query attention v_proj is narrower than o_proj, which then stays unscaled. Groups of which every
+    linear is `left_out` ("block.name") have nothing to scale.
+    """
+    found = {}
+    for index, block in enumerate(models.blocks(model)):
+        for group, (before, names) in GROUPS.items():
+            if _absorbs(block, group) and not all(f"{index}.{name}" in left_out for name in names):
+                found[f"{index}.{group}"] = block.get_submodule(before), [block.get_submodule(name) for name in names]
+    return found
+
+
+def _absorbs(block, group):
+    before, names = GROUPS[group]
+    if names[0] not in models.linears(block):  # the sublayer was removed
+        return False
+    return len(block.get_submodule(before).weight) == block.get_submodule(names[0]).in_features
+
+
+def weight_magnitude(weight, group_size):
+    """Mean over outputs of |w| relative to the largest of its group [in], for the duo form."""
+    groups = weight.float().abs().unflatten(1, (-1, group_size))
+    return (groups / (groups.amax(2, keepdim=True) + 1e-6)).flatten(1).mean(0)
+
+
+def activation_scale(mean_abs, alpha, magnitude=None):
+    """Eq. 8: s = s_X^alpha [..., in] for alpha (or alphas [n, 1]), over sqrt(max * min) of each.
+
+    A dead channel counts as FLOOR of the loudest. The duo form divides by magnitude^(1 - alpha).
+    """
+    loudest = mean_abs.max()
+    s_x = (mean_abs / loudest).clamp(min=FLOOR) if loudest > 0 else torch.ones_like(mean_abs)
+    s = s_x**alpha
+    if magnitude is not None:
+        s = (s / (magnitude ** (1 - alpha) + FLOOR)).clamp(min=FLOOR)
+    return s / (s.amax(-1, keepdim=True) * s.amin(-1, keepdim=True)).sqrt()
+
+
+def search_scale(weight, inputs, grid, *, duo=False, sample=SAMPLE):
+    """Eq. 8's s that minimises Eq. 7 for weight [out, in]: s, alpha, loss, loss of plain rounding (s = 1).
+
+    Losses are relative: the square of Eq. 7 over ||X W^T||^2. Of more than `sample` rows, evenly spaced ones choose
+    FINALISTS, which all rows then decide between.
+    """
+    magnitude = weight_magnitude(weight, grid.group_size) if duo else None
+    alphas = torch.tensor(ALPHAS, device=weight.device)
+    scales = activation_scale(inputs.mean_abs, alphas[:, None], magnitude)
+    plain, order = torch.ones_like(scales[:1]), torch.arange(len(ALPHAS), device=scales.device)
+    if len(weight) > sample:
+        rows = weight[:: -(-len(weight) // sample)]
+        order = scale_losses(rows, scales, inputs, grid).argsort(stable=True)[:FINALISTS]
+    tried = torch.cat([plain, scales[order]])
+    losses = scale_losses(weight, tried, inputs, grid) / total_output(weight, inputs)
+    best = int(losses[1:].argmin())
+    if losses[0] < losses[1 + best]:
+        return plain[0], 0.0, losses[0].item(), losses[0].item()
+    return tried[1 + best], ALPHAS[int(order[best])], losses[1 + best].item(), losses[0].item()
+
+
+def scale_losses(weight, scales, inputs, grid):
+    """Square of Eq. 7 for weight [out, in] under each of scales [n, in]."""
+    losses = torch.zeros(len(scales), dtype=torch.float64, device=weight.device)
+    for part in _parts(weight, len(scales)):
+        rounded = grid.rounded(part * scales[:, None]).div_(scales[:, None])
+        losses += inputs.row_errors(rounded.sub_(part)).sum(1, dtype=torch.float64)
+    return losses
+
+
+def total_output(weight, inputs):
+    """||X W^T||^2, never 0."""
+    return sum(inputs.row_errors(part).sum(dtype=torch.float64) for part in _parts(weight, 1)).clamp(min=1e-30)
+
+
+def output_error(delta, inputs):
+    """Square of Eq. 7 for a weight error delta [out, in]."""
+    return inputs.row_errors(delta).sum()
+
+
+def _parts(weight, copies):
+    limit = CHUNK if weight.device.type == "cpu" else 64 * CHUNK
+    return weight.float().split(max(1, limit // (copies * weight.shape[1])))
+
+
+def search_clip(weight, s, inputs, grid):
+    """Index [out, in / g] into clip_shares for each group of weight * s [out, in].
+
+    The error of a group's own output, by H's diagonal block, chooses; a row whose whole error does not fall by it
+    (Eq. 7) is left as it is.
+    """
+    blocks = inputs.diagonal_blocks(grid.group_size) / _outer(s.view(-1, grid.group_size))
+    return torch.cat([_clip_rows(part, s, blocks, inputs, grid) for part in _parts(weight * s, 16)])
+
+
+def _outer(rows):
+    return rows[:, :, None] * rows[:, None, :]
+
+
+def _clip_rows(part, s, blocks, inputs, grid):
+    ends = clip_shares(grid.bits, part.device)[:, None, None]  # [clips, 1, 1, 2]
+    groups = grid.rounded(part[None], ends).sub_(part).unflatten(-1, (-1, grid.group_size))
+    by_group = groups.permute(2, 0, 1, 3).flatten(1, 2)  # [groups, clips x out, g]
+    errors = (by_group @ blocks).mul_(by_group).sum(2).view(len(blocks), len(ends), -1)
+    chosen = errors.argmin(1).T  # [out, groups]
+    best = groups.gather(0, chosen[None, ..., None].expand(1, *groups.shape[1:]))[0]
+    before, after = (inputs.row_errors(delta.flatten(1) / s) for delta in (groups[0], best))
+    return chosen.masked_fill((after >= before)[:, None], 0).to(torch.uint8)
+
+
+def clip_shares(bits, device):
+    """Shares [16, 2] of a group's lowest and of its highest weight that are tried; the first leaves it as it is."""
+    step = 0.1 if bits > 3 else 0.15  # the fewer levels, the more a narrower range helps
+    shares = 1 - step * torch.arange(4, device=device)
+    return torch.cartesian_prod(shares, shares)
+
+
+def clip_ends(found, bits, device):
+    """Shares [out, in / g, 2] that a search's clip tensor stands for: indices into clip_shares, or shares already."""
+    if found.is_floating_point():
+        return found.to(device, torch.float32)
+    return clip_shares(bits, device)[found.to(device).long()]
+
+
+@torch.no_grad()
+def search_block(model, index, statistics, grids, *, scaled=True, duo=False, clip=False):
+    """One block's tensors ("block.group": s, "block.name": clip index) and a row (alpha, losses) for each group.
+
+    grids: {name: grid} of the linears to quantize. Groups are searched apart: folding 1 / s into the rows of the
+    linear before does not change how these are rounded, as every group of a grid lies within one row.
+    """
+    block, tensors, rows = models.blocks(model)[index], {}, []
+    for group, (_, names) in GROUPS.items():
+        names = [name for name in names if name in grids]
+        if not names:
+            continue
+        inputs, key = statistics[group], f"{index}.{group}"
+        s, grid = torch.ones_like(inputs.mean_abs), grids[names[0]]
+        if scaled and _absorbs(block, group):
+            weight = torch.cat([block.get_submodule(name).weight for name in names]).float()
+            s, alpha, loss, plain = search_scale(weight, inputs, grid, duo=duo)
+            tensors[key] = s
+            rows.append({"block": index, "group": group, "alpha": alpha, "loss": loss, "loss_rtn": plain})
+        names = [name for name in names if clip and name not in UNCLIPPED]
+        weights = [block.get_submodule(name).weight.float() for name in names]
+        found = search_clip(torch.cat(weights), s, inputs, grid).split([len(w) for w in weights]) if names else ()
+        tensors |= {f"{index}.{name}": clip for name, clip in zip(names, found, strict=True)}
+    return tensors, rows
+
+
+@torch.no_grad()
+def fold_scales(model, scales, left_out=()):
+    """Multiply each group's input columns by s and divide the module before by it: the same function."""
+    groups = scale_groups(model, left_out)
+    if {key: len(s) for key, s in scales.items()} != {key: ls[0].in_features for key, (_, ls) in groups.items()}:
+        raise DermError("quantize: the scales belong to another model; run the search on this one")
+    for key, (before, linears) in groups.items():
+        s = scales[key].to(before.weight.device, torch.float32)
+        folded = [(p, p.float() / s.view(-1, *[1] * (p.ndim - 1))) for p in before.parameters()]
+        for parameter, value in folded + [(linear.weight, linear.weight.float() * s) for linear in linears]:
+            parameter.copy_(value)
+            if not torch.isfinite(parameter).all():
+                raise DermError(f"quantize: scales of {key} overflow {parameter.dtype}; calibrate anew")

@@ -1,0 +1,163 @@
+"""Packed checkpoints: AutoAWQ reads ours and we its; every format reloads in a new process to the same logits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from derm_compress import checkpoint, gemm, models, packed, quantize, recipes
+from derm_compress.errors import DermError
+from derm_compress.grids import IntegerGrid
+from derm_compress.packed import PackedLinear
+from derm_compress.search import search_one
+
+IDS = torch.arange(5, 25).view(1, -1)
+READER = """
+import sys, torch, bitsandbytes.nn.modules as bnb
+from safetensors.torch import save_file
+from transformers import LlavaForConditionalGeneration
+from derm_compress import checkpoint, packed
+torch.set_num_threads(1)
+bnb.has_avx512bf16 = lambda: False  # some CPUs would repack NF4 at its first forward and compute in bfloat16
+for argument in sys.argv[1:]:
+    how, path = argument.split("=", 1)
+    if how == "plain":
+        model = LlavaForConditionalGeneration.from_pretrained(path).eval()
+    else:
+        model, _ = checkpoint.load(path)
+        packed.use_kernels(model, False)
+    with torch.no_grad():
+        save_file({"x": model(input_ids=torch.arange(5, 25).view(1, -1)).logits}, path + "/logits")
+"""
+FORMS = {
+    "awq4": ("package", "awq", {"method": "awq", "bits": 4, "clip": True}),
+    "awq3": ("package", "derm_compress", {"method": "awq", "bits": 3}),
+    "mixed": ("package", "derm_compress", {"method": "rtn", "bits": 4, "block_bits": {1: 2, 2: 3, 3: 16}}),
+    "symmetric": ("package", "awq", {"method": "rtn_symmetric", "bits": 4}),
+    "exceptions": ("package", "awq", {"method": "rtn", "bits": 4, "keep": ("*.down_proj", "2.*")}),
+    "projector": ("package", "derm_compress", {"method": "rtn", "bits": 8, "parts": ("decoder", "projector")}),
+    "nf4": ("plain", "bitsandbytes", {"method": "bitsandbytes", "bits": 4}),
+    "nf4_double": ("plain", "bitsandbytes", {"method": "bitsandbytes", "bits": 4, "double": True}),
+    "awq_nf4": ("plain", "bitsandbytes", {"method": "awq_nf4", "bits": 4}),
+}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def made(pico, form, **how):
+    model = pico[0]
+    searched = quantize.Form(group_size=64, **form).searched
+    scales = search_one(model, [{"input_ids": IDS}], group_size=64, **form)[0] if searched else None
+    return quantize.quantize(model, group_size=64, scales=scales, **form, **how)
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """{name: (folder, logits here, logits in a new process)} of every form."""
+    folders, here = {name: tmp_path_factory.mktemp(name) for name in FORMS}, {}
+    for name, (_, _, form) in FORMS.items():
+        pico = models.load_base("pico")
+        model = made(pico, form, packed=True)
+        checkpoint.save(model, folders[name])
+        pico[1].save_pretrained(folders[name])
+        packed.use_kernels(model, False)
+        here[name] = logits(model)
+    arguments = [f"{FORMS[name][0]}={folder}" for name, folder in folders.items()]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", READER, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {name: (folder, here[name], load_file(folder / "logits")["x"]) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_new_process_gives_the_same_logits(reloaded, name):
+    folder, here, there = reloaded[name]
+    told = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert told["quant_method"] == FORMS[name][1]
+    skipped = told["llm_int8_skip_modules" if FORMS[name][0] == "plain" else "modules_to_not_convert"]
+    assert {"vision_tower", "lm_head"} <= set(skipped)
+    assert torch.equal(here, there)
+
+
+def test_stored_bytes_are_the_planned_ones(pico, tmp_path):
+    model = made(pico, {"method": "rtn", "bits": 4}, packed=True)
+    checkpoint.save(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    held = sum(t.nbytes for name, t in stored.items() if name.endswith(("qweight", "qzeros", "scales")))
+    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
+    assert held == pytest.approx(weights * (0.5 + 2.5 / 64), rel=0.02)
+
+
+def test_gemm_layout_is_exact_for_all_codes():
+    codes = torch.arange(16, dtype=torch.uint8).repeat(8).view(16, 8).roll(3, 1)
+    assert torch.equal(gemm.unpack_eight(gemm.pack_eight(codes)), codes)
+    assert gemm.pack_eight(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 15]])).item() == 0xF5316420 - 2**32
+
+
+@pytest.fixture
+def reference():
+    pytest.importorskip("awq", reason="autoawq is for Linux")
+    from awq.modules.linear.gemm import WQLinear_GEMM
+    from awq.utils.packing_utils import dequantize_gemm
+
+    return WQLinear_GEMM, dequantize_gemm
+
+
+def test_autoawq_reads_what_is_written_here(reference, pico, tmp_path):
+    kind, dequantize = reference
+    model = made(pico, {"method": "rtn", "bits": 4}, packed=True)
+    checkpoint.save(model, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "layers.3.mlp.down_proj"
+    theirs, ours = kind(4, 64, 192, 64, False, "cpu"), model.model.language_model.get_submodule(name)
+    prefix = f"language_model.model.{name}."
+    theirs.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    found = dequantize(theirs.qweight, theirs.qzeros, theirs.scales, 4, 64).T
+    assert torch.equal(found, ours.dequantized().half())
+
+
+def test_what_autoawq_packs_is_read_here(reference):
+    kind, dequantize = reference
+    linear, grid = torch.nn.Linear(128, 64, bias=False).half(), IntegerGrid(4, 64)
+    codes, scales, zeros = grid.encode(linear.weight.data)
+    linear.weight.data = grid.decode(codes, scales, zeros).half()
+    theirs = kind.from_linear(linear, 4, 64, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
+    found = gemm.from_gemm(theirs.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(found, (codes, scales, zeros), strict=True))
+    mine = grid.decode(*found).half()
+    assert torch.equal(mine, dequantize(theirs.qweight, theirs.qzeros, theirs.scales, 4, 64).T)
+
+
+def test_export_of_a_recipe_and_its_card(recipe, store, tmp_path):
+    quantized = recipe.then("prune", kept=[0, 1, 2, 5]).then("quantize", method="rtn", bits=4, group_size=64)
+    models.export_model(quantized.to_json(), store, tmp_path / "packed")
+    models.export_model(quantized.to_json(), store, tmp_path / "plain", packed=False)
+    assert "checkpoint.load" in (tmp_path / "packed" / "README.md").read_text()
+    model, processor = checkpoint.load(tmp_path / "packed")
+    assert quantize.quantized_linears(model)["decoder"] == 28 and processor.tokenizer
+    packed.use_kernels(model, False)
+    assert torch.equal(logits(model), logits(checkpoint.load(tmp_path / "plain")[0]))
+
+
+def test_incomplete_and_foreign_folders_are_refused(pico, recipe, store, tmp_path):
+    quantized = recipe.then("quantize", method="rtn", bits=4, group_size=64)
+    models.export_model(quantized.to_json(), store, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    state = load_file(file)
+    gone = "language_model.model.layers.2.input_layernorm.weight"
+    save_file({k: v for k, v in state.items() if k != gone}, file)
+    with pytest.raises(DermError, match="1 weights are missing"):
+        checkpoint.load(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "gptq"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DermError, match="'gptq'"):
+        checkpoint.load(tmp_path / "out")
+    with pytest.raises(DermError, match="LLM.int8"):
+        checkpoint.save(made(pico, {"method": "llm_int8", "bits": 8}), tmp_path)
+    assert recipes.form_name({"method": "llm_int8", "bits": 8}) == "llm_int8"
