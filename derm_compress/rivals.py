@@ -21,10 +21,14 @@ RANDOM = re.compile(r"random-\d+")
 
 
 def pruned_only(variants: pd.DataFrame) -> pd.DataFrame:
-    """The original and what removal alone made of it, with `units_removed`: blocks, or single attentions and MLPs."""
+    """The original and what removal alone made of it, with `sublayers_removed` and `whole`: only blocks ever go.
+
+    A plan of sublayers may take both of one block, which then counts as a block, so `whole` is told by its criterion.
+    """
     table = variants[~variants.healed.astype(bool) & (variants.bits == 16)].drop_duplicates("variant")
     parts = table.reindex(columns=["attentions_removed", "mlps_removed"]).fillna(0).astype(int)
     table = table.assign(**parts, sublayers_removed=parts.sum(axis=1))
+    table["whole"] = table.groupby("criterion").sublayers_removed.transform("max") == 0
     return table[(table.variant == "original") | (table.blocks_removed + table.sublayers_removed > 0)]
 
 
@@ -37,7 +41,7 @@ def curves(answers: pd.DataFrame, variants: pd.DataFrame) -> dict[str, pd.DataFr
     table = pruned_only(variants)
     asked = answers[answers.variant.isin(table.variant)].drop_duplicates(["variant", "item", "question"])
     wide = asked.pivot(index=["item", "question"], columns="variant", values="score").astype(float)
-    whole = table[(table.sublayers_removed == 0) & (table.blocks_removed > 0) & table.variant.isin(wide.columns)]
+    whole = table[table.whole & (table.blocks_removed > 0) & table.variant.isin(wide.columns)]
     original = wide[["original"]].set_axis([0], axis=1) if "original" in wide else wide[[]]
     found = {}
     for name, rows in whole.sort_values("blocks_removed").groupby("criterion", sort=False):
@@ -106,8 +110,8 @@ def sublayers(answers: pd.DataFrame | None, variants: pd.DataFrame, sizes: pd.Da
     """
     size = sizes.drop_duplicates("variant").set_index("variant").params_b
     table = pruned_only(variants).assign(params_b=lambda frame: frame.variant.map(size))
-    cut = table[table.sublayers_removed > 0].sort_values(["criterion", "sublayers_removed"])
-    blocks = table[(table.criterion == own) & (table.sublayers_removed == 0)].dropna(subset=["params_b"])
+    cut = table[~table.whole].sort_values(["criterion", "blocks_removed", "sublayers_removed"])
+    blocks = table[table.criterion == own].dropna(subset=["params_b"])
     of_original = size.get("original", np.nan)
     a_block = ((of_original - blocks.params_b) / blocks.blocks_removed).median()
     asked = answers if answers is None else answers.drop_duplicates(["variant", "item", "question"])

@@ -44,7 +44,7 @@ COLUMNS = {  # what the paper gives stands beside what is ours
     "extra_criteria_tests": [*rivals.TESTS[:6], "p_holm", *rivals.TESTS[6:12], "p_all_holm", "n"],
     "extra_cliffs": rivals.CLIFF,
     "extra_sublayers": [
-        "criterion", "attentions_removed", "mlps_removed", "score", *SCORE[1:], *SIZE[:3], *SIZE[4:6],
+        "criterion", "blocks_removed", "attentions_removed", "mlps_removed", "score", *SCORE[1:], *SIZE[:3], *SIZE[4:6],
         "nearest", "nearest_params_b", "nearest_score", "nearest_score_lo", "nearest_score_hi", "apart", *rivals.CHANGE,
     ],
     "extra_measured": [
@@ -170,7 +170,7 @@ def calibration_sizes(results: Results) -> pd.DataFrame:
 def criteria(results: Results) -> pd.DataFrame:
     """Every criterion at every depth, before SFT; whole blocks only."""
     table = rivals.pruned_only(results.variants)
-    table = table[(table.blocks_removed > 0) & (table.sublayers_removed == 0)]
+    table = table[table.whole & (table.blocks_removed > 0)]
     return _measured(table.sort_values(["blocks_removed", "criterion"]), results, results.answers)
 
 

@@ -18,6 +18,7 @@ WAYS = {  # what a ranking's ending says: in short, and explained
     "unprotected": ("unprotected", "no block is protected"),
     "attention": ("attentions", "attentions go, their MLPs stay"),
     "mlp": ("MLPs", "MLPs go, their attentions stay"),
+    "sublayers": ("sublayers", "attentions and MLPs go one by one"),
 }
 
 

@@ -126,5 +126,20 @@ def test_sublayers_are_no_rivals_and_without_sizes_nothing_is_near():
     assert len(none) == 2 and none.nearest.isna().all() and none.p.isna().all()
 
 
+def test_a_block_that_lost_both_its_parts_makes_no_plan_of_blocks():
+    """Of seven sublayers that go, all may belong to whole blocks: the plan is one of sublayers nevertheless."""
+    answers, variants, sizes = sublayer_study()
+    both = variants.variant == "pruned-7-attention"
+    variants = variants.assign(
+        blocks_removed=variants.blocks_removed.mask(both, 2),
+        attentions_removed=variants.attentions_removed.mask(both, 0),
+    )
+    assert rivals.criteria_tests(answers, variants, "own", operating=2).empty
+    assert list(rivals.sublayers(answers, variants, sizes, "own").variant) == [
+        "pruned-3-attention",
+        "pruned-7-attention",
+    ]
+
+
 def test_old_frames_without_sublayer_columns_are_read():
     assert (rivals.pruned_only(table_of(own={2: 3.0})[1]).sublayers_removed == 0).all()
