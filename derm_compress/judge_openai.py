@@ -63,6 +63,7 @@ class OpenAI:
         """
         key, stop, lost = _key(self.url), threading.Event(), 0
         how = {"headers": {"Authorization": f"Bearer {key}"} if key else {}, "timeout": self.timeout}
+        how["trust_env"] = not _here(urlsplit(self.url).hostname)  # no proxy between here and here
         with httpx.Client(**how) as client, ThreadPoolExecutor(self.concurrency) as pool:
             asked = {pool.submit(self._ask, client, self._body(task, form), stop): k for k, task in todo.items()}
             try:

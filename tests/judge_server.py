@@ -18,6 +18,8 @@ def verdict(score, **more) -> str:
 
 FAULTS = {  # fault: (status, headers, body)
     "busy": (429, {"Retry-After": "1"}, "{}"),
+    "closed": (429, {"Retry-After": "Fri, 31 Dec 2100 23:59:59 GMT"}, "{}"),
+    "moved": (302, {"Location": "http://127.0.0.1:9/v1"}, ""),
     "broken": (500, {}, "<html>oops</html>"),
     "garbage": (200, {}, "\x00<html>not json"),
     "no completion": (200, {}, '{"choices": []}'),

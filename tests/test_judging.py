@@ -24,7 +24,7 @@ FAST = {"timeout": 0.4, "pause": 0.01, "attempts": 3}
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nothing for this machine goes there
     for name in ("DERM_COMPRESS_JUDGE_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -139,6 +139,12 @@ class TestServer:
             begun = time.monotonic()
             assert model_judge(server).judged(answers("x")).score.tolist() == [3]
             assert time.monotonic() - begun >= 1
+
+    @pytest.mark.parametrize("fault, says", [("closed", "429, to be asked again after"), ("moved", "status 302")])
+    def test_a_server_that_wants_to_be_left_alone_for_long_or_asked_elsewhere_is_not_asked_again(self, fault, says):
+        with Server(faults=[fault]) as server:
+            told = model_judge(server).judged(answers("x"))
+        assert told.score.isna().all() and says in told.error[0] and len(server.bodies) == 1
 
     @pytest.mark.parametrize("content", ["I give it a 4.", verdict(7), verdict("4"), '{"reason": "no mark"}'])
     def test_a_reply_that_cannot_be_read_is_kept_and_not_asked_for_again(self, content, tmp_path):
