@@ -47,6 +47,16 @@ class Recovery(NamedTuple):
     n: int
 
 
+class Kappa(NamedTuple):
+    """Weighted kappa (1: the same marks, 0: as by chance), its 95 % interval, and the numbers of pairs and images."""
+
+    kappa: float
+    lo: float
+    hi: float
+    n: int
+    images: int
+
+
 def percent(mean_score: float) -> float:
     """A mean mark of 1 to 4 as the paper's percentage, mean / 4 * 100: the floor is 25, not 0."""
     return mean_score / SCALE[1] * 100
@@ -123,6 +133,32 @@ def recovery(original, pruned, healed, control, *, n_boot: int = 2000, seed: int
     share = 100 * net.sum() / loss.sum() if loss.sum() > 0 else np.nan
     known = np.isfinite(share) and np.isnan(ratios).mean() <= (1 - LEVEL) / 2
     return Recovery(*points, share, *(_tails(ratios[~np.isnan(ratios)]) if known else (np.nan, np.nan)), len(items))
+
+
+def weighted_kappa(pairs: pd.DataFrame, one: str, other: str, *, n_boot: int = 2000, seed: int = 0) -> Kappa:
+    """Agreement of two judges on the same answers: quadratic weighted kappa, bootstrap over images (column `item`).
+
+    1 - mean((a - b)^2) / mean((a_i - b_j)^2 over all i, j), which is Cohen's kappa with quadratic weights for whole
+    marks and holds for marks between them. Pairs with a null are left out; two judges that both give one and the same
+    mark throughout have no kappa (nan), and no interval where more draws than one tail holds are such.
+    """
+    kept = pairs[pairs[one].notna() & pairs[other].notna()]
+    if kept.empty:
+        return Kappa(np.nan, np.nan, np.nan, 0, 0)
+    a, b = kept[one].astype(float), kept[other].astype(float)
+    sums = [_by_image(kept["item"], values) for values in (a, b, a**2, b**2, (a - b) ** 2)]
+    table = np.stack([sums[0][1], *(total for total, _ in sums)])  # [count and five sums, images]
+    drawn = _kappa(table @ _draws(table.shape[1], n_boot=n_boot, seed=seed).T)
+    point, known = float(_kappa(table.sum(1))), np.isnan(drawn).mean() <= (1 - LEVEL) / 2
+    interval = _tails(drawn[~np.isnan(drawn)]) if known and not np.isnan(point) else (np.nan, np.nan)
+    return Kappa(point, *interval, len(kept), table.shape[1])
+
+
+def _kappa(table: np.ndarray) -> np.ndarray:
+    count, a, b, aa, bb, apart = table
+    with np.errstate(divide="ignore", invalid="ignore"):
+        chance = (aa + bb) / count - 2 * a * b / count**2
+        return np.where(chance > 1e-12, 1 - apart / count / chance, np.nan)
 
 
 def sign_flip_p(sums: np.ndarray, *, n_permutations: int = 10_000, seed: int = 0) -> float:

@@ -14,9 +14,9 @@ from derm_compress.artifacts import Store, read_frame, read_json, write_json
 from derm_compress.errors import DermError
 from derm_compress.params import Notebook, graph, known_parameters, read_notebooks, read_params, select
 
-PLACES = ("run", "artifact_root", "processes")  # say where and how results are made, not what they are
+PLACES = ("run", "artifact_root", "processes", "judge_url", "judge_concurrency")  # where and how, not what
 FULL = {"05_sft": "+sft", "07_quantization": "+sft|awq4"}  # the operating point's name there
-FOLDERS = ("data_root", "model")  # a folder named here counts by its files
+FOLDERS = ("data_root", "model", "judge_model")  # a folder named here counts by its files
 
 
 def project_root(root: Path | None = None) -> Path:

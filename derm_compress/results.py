@@ -37,6 +37,7 @@ class Results:
     errors: pd.DataFrame | None = _of("07_quantization/errors.parquet")
     evaluation: pd.DataFrame | None = _of("08_evaluation/answers.parquet")
     memory: pd.DataFrame | None = _of("08_evaluation/memory.parquet")
+    judge_controls: pd.DataFrame | None = _of("08_evaluation/judge_controls.parquet")
     latency: pd.DataFrame | None = _of("08_evaluation/measured/latency.parquet")
     variants: pd.DataFrame | None = None
     answers: pd.DataFrame | None = None

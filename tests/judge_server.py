@@ -1,0 +1,119 @@
+"""A real HTTP server on this machine that speaks the OpenAI interface: a pico model behind it, and faults on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def completion(content, model="pico") -> str:
+    return json.dumps({"model": model, "choices": [{"message": {"role": "assistant", "content": content}}]})
+
+
+def verdict(score, **more) -> str:
+    return json.dumps({"reason": "as told", "score": score} | more)
+
+
+FAULTS = {  # fault: (status, headers, body)
+    "busy": (429, {"Retry-After": "1"}, "{}"),
+    "closed": (429, {"Retry-After": "Fri, 31 Dec 2100 23:59:59 GMT"}, "{}"),
+    "moved": (302, {"Location": "http://127.0.0.1:9/v1"}, ""),
+    "broken": (500, {}, "<html>oops</html>"),
+    "garbage": (200, {}, "\x00<html>not json"),
+    "no completion": (200, {}, '{"choices": []}'),
+    "no text": (200, {}, completion(None)),
+    "refused": (401, {}, '{"error": "Incorrect API key provided: sk-secret-123"}'),
+    "bad request": (400, {}, '{"error": "no json_schema here, sk-secret-123"}'),
+}
+
+
+class Server:
+    """`answer(body) -> content` speaks where no fault is left; `faults` are served first, one a request."""
+
+    def __init__(self, answer=lambda body: verdict(3), faults=(), seconds=0.0):
+        self.answer, self.faults, self.seconds = answer, list(faults), seconds
+        self.bodies, self.headers, self.at_once, self._now, self._lock = [], [], 0, 0, threading.Lock()
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def _enter(self, headers, body):
+        with self._lock:
+            self.bodies.append(json.loads(body))
+            self.headers.append(dict(headers))
+            self._now += 1
+            self.at_once = max(self.at_once, self._now)
+            return self.faults.pop(0) if self.faults else None
+
+    def _leave(self):
+        with self._lock:
+            self._now -= 1
+
+    def _handler(server):  # noqa: N805
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                fault = server._enter(self.headers, body)
+                try:
+                    self.speak(fault, json.loads(body))
+                except (BrokenPipeError, ConnectionResetError):
+                    pass
+                finally:
+                    server._leave()
+
+            def speak(self, fault, body):
+                time.sleep(server.seconds)
+                if fault == "slow":
+                    time.sleep(1.0)
+                elif fault == "trickle":
+                    self.start(200, {"Content-Length": "1000"})
+                    for _ in range(20):
+                        self.wfile.write(b" ")
+                        time.sleep(0.1)
+                    return
+                elif fault == "cut":
+                    self.start(200, {"Content-Length": "1000"})
+                    self.wfile.write(b'{"choices"')
+                    self.wfile.flush()
+                    self.connection.close()
+                    return
+                status, headers, text = FAULTS.get(fault, (200, {}, None))
+                text = (completion(server.answer(body)) if text is None else text).encode()
+                self.start(status, {"Content-Length": str(len(text))} | headers)
+                self.wfile.write(text)
+
+            def start(self, status, headers):
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+
+        return Handler
+
+
+def pico_judge(model, tokenizer):
+    """An `answer` that gives the likeliest of the digits 1 to 4, by a real model's forward pass."""
+    import torch
+
+    digits, lock = [tokenizer.convert_tokens_to_ids(str(n)) for n in range(1, 5)], threading.Lock()
+
+    def answer(body):
+        text = "\n".join(message["content"] for message in body["messages"])
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, -256:]
+        with lock, torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, -1]
+        return verdict(int(logits[digits].argmax()) + 1)
+
+    return answer
