@@ -17,7 +17,17 @@ import pandas as pd
 import yaml
 from markupsafe import Markup
 
-from derm_compress import figures, findings, judge, quotes, ranking_figures, ranking_findings, tables
+from derm_compress import (
+    figures,
+    findings,
+    judge,
+    judge_controls,
+    judge_forms,
+    quotes,
+    ranking_figures,
+    ranking_findings,
+    tables,
+)
 from derm_compress.artifacts import atomic, disk_guard
 from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
@@ -34,6 +44,7 @@ CAPTIONS = {  # of the tables that need another one
     "paired interval to the unpruned one reaches 0",
     "extra_sublayers": "without single attentions or MLPs; difference: to the nearest whole-block model, paired",
     "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
+    "extra_judges": "marks of 1 to 4 for answers whose worth is known; n answers",
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
@@ -67,6 +78,9 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "extra_baselines": ("Beside Table 5", "Does the score come from fine-tuning and from seeing?", None),
     "fig5_case_studies": ("Figure 5", "What do the models say?", None),
     "fig6_judge_prompt": ("Figure 6", "How are answers judged?", lambda results: [RUBRIC_LIMITS]),
+    "extra_judges": (
+        "Beside Figure 6", "Is the judge any good?", lambda results: judge_controls.findings(results.judge_controls)
+    ),
     "fig7_iterative_pruning": ("Figure 7", "How do answers change while blocks go?", None),
 }  # fmt: skip
 
@@ -106,6 +120,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     made = replace(made, info=made.info | frozen)
     built = tables.build(results)
     drawn = draw(results, built, {stage: list(note["upstream"]) for stage, note in made.stages.items()})
+    drawn["fig6_judge_prompt"] = quotes.fig6_judge_prompt(asked_of_judge(parameters(made)))
     files = {"run.json": json.dumps(record(made), indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
     for stem, frame in built.items():
         files[f"tables/{stem}.csv"] = tables.to_csv(frame)
@@ -116,6 +131,12 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     view = contents(made, results, built, drawn, [name for name in files if name.startswith("notebooks/")])
     files |= {"index.html": page(**view), "README.md": readme(view)}
     return replace_folder(root / "reports" / run, files, drawn) / "index.html"
+
+
+def asked_of_judge(told: dict) -> str:
+    """What the judge of a run with these parameters goes by."""
+    by_model = told.get("judge", "rubric") != "rubric"
+    return judge_forms.form(told["judge_prompt"]).explanation() if by_model else judge.explanation()
 
 
 def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, figures.Drawing]) -> Path:
@@ -144,7 +165,6 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> d
     cases = {"Original": tables.variant_id(0), "Pruned + quantized": tables.variant_id(n, method="awq")}
     cases["Pruned + SFT + quantized"] = tables.variant_id(n, healed=True, method="awq")
     drawn = {"fig1_pipeline": figures.fig1_pipeline(graph)}
-    drawn["fig6_judge_prompt"] = quotes.fig6_judge_prompt(judge.explanation())
     if plan := (results.plans or {}).get(results.criterion):
         drawn["fig2_block_removal"] = figures.fig2_block_removal(plan, n)
     if results.scores is not None:

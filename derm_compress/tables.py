@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from derm_compress import agreement, metrics, paper, rivals
+from derm_compress import agreement, judge_controls, metrics, paper, rivals
 from derm_compress.results import ANSWERING as ANSWERING
 from derm_compress.results import Results, answers_of, variant_id
 from derm_compress.results import load_results as load_results
@@ -52,6 +52,7 @@ COLUMNS = {  # what the paper gives stands beside what is ours
         "allocated_peak_gib", "reserved_peak_gib", "device_used_gib", "prompt_tokens", "new_tokens", "repeats",
     ],
     "extra_baselines": ["variant", *SCORE],
+    "extra_judges": judge_controls.TABLE,
 }  # fmt: skip
 COUNTS = (
     "n", "bits", "blocks_removed", "blocks_removed_7b", "attentions_removed", "mlps_removed", "items", "depths",
@@ -83,7 +84,7 @@ def items_hash(items: pd.DataFrame) -> str:
 def build(results: Results) -> dict[str, pd.DataFrame]:
     """{stem: table} of everything that the results suffice for."""
     makers = (table1, table2, table3, table4, table5, agreements, calibration_sizes)
-    makers += (criteria, criteria_tests, cliffs, sublayers, running, baselines)
+    makers += (criteria, criteria_tests, cliffs, sublayers, running, baselines, judges)
     ready = {stem: make for stem, make in zip(COLUMNS, makers, strict=True) if needed(make, results) is not None}
     made = {stem: make(results) for stem, make in ready.items()}
     return {stem: tidy(frame, stem) for stem, frame in made.items() if len(frame)}
@@ -91,7 +92,8 @@ def build(results: Results) -> dict[str, pd.DataFrame]:
 
 def needed(make, results: Results) -> pd.DataFrame | None:
     """The frame without which a table cannot be made."""
-    return results.values if make in (agreements, calibration_sizes) else results.variants
+    special = {agreements: results.values, calibration_sizes: results.values, judges: results.judge_controls}
+    return special.get(make, results.variants)
 
 
 def tidy(frame: pd.DataFrame, stem: str) -> pd.DataFrame:
@@ -211,6 +213,11 @@ def baselines(results: Results) -> pd.DataFrame:
     answers = pd.concat(frames)
     there = [name for name in BASELINES if name in set(answers.variant)]
     return _measured(pd.DataFrame({"variant": there}, dtype=object), results, answers)
+
+
+def judges(results: Results) -> pd.DataFrame:
+    """What the judges give to answers whose worth is known."""
+    return judge_controls.table(results.judge_controls)
 
 
 def _measured(table, results, answers):
