@@ -119,8 +119,8 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
         frozen["test_items_sha256"] = tables.items_hash(results.items)[:16]
     made = replace(made, info=made.info | frozen)
     built = tables.build(results)
-    drawn = draw(results, built, {stage: list(note["upstream"]) for stage, note in made.stages.items()})
-    drawn["fig6_judge_prompt"] = quotes.fig6_judge_prompt(asked_of_judge(parameters(made)))
+    graph = {stage: list(note["upstream"]) for stage, note in made.stages.items()}
+    drawn = draw(results, built, graph, asked_of_judge(parameters(made)))
     files = {"run.json": json.dumps(record(made), indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
     for stem, frame in built.items():
         files[f"tables/{stem}.csv"] = tables.to_csv(frame)
@@ -157,14 +157,14 @@ def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, figures
     return target
 
 
-def draw(results: tables.Results, built: dict, graph: dict[str, list[str]]) -> dict[str, figures.Drawing]:
-    """{stem: drawing} of every figure that the results suffice for."""
+def draw(results: tables.Results, built: dict, graph: dict[str, list[str]], asked: str) -> dict[str, figures.Drawing]:
+    """{stem: drawing} of every figure that the results suffice for; `asked`: what the judge goes by."""
     n, said = results.operating, set() if results.answers is None else set(results.answers.variant)
     removed = built["table1_pruning"].blocks_removed if "table1_pruning" in built else ()
     depths = {int(n): tables.variant_id(int(n)) for n in removed}
     cases = {"Original": tables.variant_id(0), "Pruned + quantized": tables.variant_id(n, method="awq")}
     cases["Pruned + SFT + quantized"] = tables.variant_id(n, healed=True, method="awq")
-    drawn = {"fig1_pipeline": figures.fig1_pipeline(graph)}
+    drawn = {"fig1_pipeline": figures.fig1_pipeline(graph), "fig6_judge_prompt": quotes.fig6_judge_prompt(asked)}
     if plan := (results.plans or {}).get(results.criterion):
         drawn["fig2_block_removal"] = figures.fig2_block_removal(plan, n)
     if results.scores is not None:

@@ -9,7 +9,8 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from derm_compress import dialogue
+from derm_compress import dialogue, judge_controls, judging
+from derm_compress.data import Item
 
 BLOCKS, DEPTHS, OPERATING, DEEPER = 32, (0, 2, 4, 6, 7, 8, 9, 10, 12), 6, 9
 SUBLAYERS = {"output_similarity-attention": "attention", "output_similarity-mlp": "mlp"}
@@ -229,9 +230,10 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
     files["07_quantization"]["errors"] = pd.DataFrame(
         {"variant": ["original|awq4", "original|rtn4"], "block": [0, 0], "relative_error": [0.01, 0.04]}
     )
+    asked = [Item(name, "test", name, name, row, {}, "") for row, name in enumerate(dialogue.diseases())]
     files["08_evaluation"] |= {
         "variants": pd.concat([table, blind]), "answers": pd.concat(eight), "memory": memory(table),
-        "measured/latency": latency(shown),
+        "measured/latency": latency(shown), "judge_controls": judge_controls.judged(asked, judging.Rubric()),
     }  # fmt: skip
     return files
 

@@ -35,7 +35,7 @@ def built(full):
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    return report.draw(results, tables.build(results), fabricate.UPSTREAM)
+    return report.draw(results, tables.build(results), fabricate.UPSTREAM, judge.explanation())
 
 
 def texts(drawing):

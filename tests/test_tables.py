@@ -24,7 +24,7 @@ def results_of(**changes):
         choice=frames["choice.json"],
         training=frames["measured/training"], statistics=frames["statistics"], errors=frames["errors"],
         variants=frames["variants"], evaluation=frames["answers"], memory=frames["memory"],
-        latency=frames["measured/latency"],
+        latency=frames["measured/latency"], judge_controls=frames["judge_controls"],
         answers=pd.concat([files[s]["answers"] for s in tables.ANSWERING[:-1]], ignore_index=True),
     )  # fmt: skip
 
