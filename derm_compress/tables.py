@@ -288,7 +288,12 @@ def _cell(name, value, lo, hi):
         return "needs weights" if name.startswith("score") else ""
     if isinstance(value, str | bool | np.bool_):
         return {"True": "yes", "False": "no"}.get(str(value), str(value))
-    points, share = name.startswith(("score", "gain", "diff", "fall", "nearest_s")), name.startswith(("rho", "over"))
+    if name in COUNTS:
+        return str(int(value))
+    if name.split("_")[0] == "p":
+        return "< 0.001" if value < 0.001 else f"{value:.2g}"
+    points = name.startswith(("score", "gain", "diff", "fall", "nearest_s"))
+    share = name.startswith(("rho", "over", "chance", "as_exp"))
     style = digits(name) if name.startswith("paper") else "%.1f" if points else "%.2f" if share else "%.4g"
     text = style % value
     return text if pd.isna(lo) else f"{text} ({style % lo} to {style % hi})"
