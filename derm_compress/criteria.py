@@ -186,14 +186,15 @@ def taylor(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
     """Sum of |w * gradient| over the unit's weights, the loss being the reference answers' (Kim et al. 2024).
 
     One backward pass an item; each weight's gradient is used and dropped as soon as it is there, so that gradients of
-    hardly more than one block are held at a time.
+    hardly more than one block are held at a time. The activations of all blocks are: a few GiB an item at 7B.
     """
     owners = {p: s for s, parts in enumerate(sublayers(c.model)) for part in parts for p in part.parameters()}
     scale = FP16_SCALE if c.model.dtype == torch.float16 else 1
     wanted, sums = {p: p.requires_grad for p in c.model.parameters()}, {}
 
     def use(weight):
-        sums[owners[weight]] = sums.get(owners[weight], 0.0) + (weight * weight.grad).abs().float().sum().item() / scale
+        moved = (weight.float() * weight.grad.float()).abs().sum().item() / scale
+        sums[owners[weight]] = sums.get(owners[weight], 0.0) + moved
         weight.grad = None
 
     hooks = []
@@ -253,29 +254,39 @@ def last(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion's function, where it comes from, and what it costs: passes over the calibration items."""
+    """A criterion's function, where it comes from, what of each calibration item it reads, and what it costs."""
 
     rows: Callable
     source: str
-    cost: str
-    calibrated: bool = True
-    asks: bool = False
+    reads: str = ""
+    cost: str = "none"
+    by_question: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.reads)
+
+    @property
+    def asks_alone(self) -> bool:
+        """Whether the questions are all it reads: without pictures every item is then the same."""
+        return self.reads == ASKED
 
     @property
     def questions(self) -> tuple[str, ...]:
         """What each item is asked, where rows are kept by question."""
-        return dialogue.QUESTIONS if self.asks else ("",)
+        return dialogue.QUESTIONS if self.by_question else ("",)
 
 
+ASKED, TOLD = "questions", "questions and reference answers"
 CRITERIA = {
     "output_similarity": Criterion(
-        output_similarity, "paper, Eqs. 2-5", "half a reading a unit, and writing what differs", asks=True
+        output_similarity, "paper, Eqs. 2-5", ASKED, "half a reading a unit, and writing what differs", True
     ),
-    "perplexity": Criterion(perplexity, "Kim et al. 2024; SLEB", "half a reading a unit", asks=True),
-    "block_influence": Criterion(block_influence, "ShortGPT, Men et al. 2024", "one reading in all"),
-    "angular": Criterion(angular, "Gromov et al. 2024", "one reading in all"),
-    "taylor": Criterion(taylor, "Kim et al. 2024", "one reading and one backward pass in all"),
-    "magnitude": Criterion(magnitude, "Han et al. 2015", "none", calibrated=False),
-    "random": Criterion(random, "baseline", "none", calibrated=False),
-    "last": Criterion(last, "Gromov et al. 2024", "none", calibrated=False),
+    "perplexity": Criterion(perplexity, "Kim et al. 2024; SLEB", TOLD, "half a reading a unit", True),
+    "block_influence": Criterion(block_influence, "ShortGPT, Men et al. 2024", TOLD, "one reading in all"),
+    "angular": Criterion(angular, "Gromov et al. 2024", TOLD, "one reading in all"),
+    "taylor": Criterion(taylor, "Kim et al. 2024", TOLD, "one reading and one backward pass in all"),
+    "magnitude": Criterion(magnitude, "Han et al. 2015"),
+    "random": Criterion(random, "baseline"),
+    "last": Criterion(last, "Gromov et al. 2024"),
 }

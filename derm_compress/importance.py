@@ -1,84 +1,20 @@
-"""Which units go first: rankings by any criterion, once or anew after each removal, and the plans that they give.
-
-A ranking's name is its criterion and options: `output_similarity-iterative`, `angular-contiguous`, `perplexity-text`,
-`taylor-unprotected`, `output_similarity-mlp`, `random-3`.
-"""
+"""Which units go first: rankings by any criterion, once or anew after each removal, and the plans that they give."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 
 import numpy as np
 import pandas as pd
 
 from derm_compress import models, prune
-from derm_compress.criteria import CRITERIA, Calibration, Criterion, original_answers
+from derm_compress.criteria import CRITERIA, Calibration, original_answers
 from derm_compress.errors import DermError
 from derm_compress.progress import track
-
-PUBLISHED = "published"  # the plan that comes with the paper's code
-OPTIONS = {
-    "iterative": "re-scored after each removal",
-    "contiguous": "one run of blocks goes",
-    "text": "calibrated without pictures",
-    "unprotected": "no block is spared",
-    "attention": "attentions go, blocks stay",
-    "mlp": "MLPs go, blocks stay",
-    "sublayers": "attentions and MLPs go, each by itself",
-}
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """One way to rank units: a criterion and its options; `draw` tells random orders apart."""
-
-    name: str
-    criterion: str
-    options: frozenset[str] = frozenset()
-    draw: int = 0
-
-    @staticmethod
-    def of(name: str) -> Ranking:
-        """From its name; DermError says what is known."""
-        criterion, *options = name.split("-")
-        draw = [int(word) for word in options if word.isdecimal()]
-        words = frozenset(word for word in options if not word.isdecimal())
-        if criterion not in CRITERIA or words - OPTIONS.keys() or len(draw) > (criterion == "random"):
-            near = get_close_matches(criterion, CRITERIA, 1)
-            hint = f"; did you mean {near[0]}?" if near and near[0] != criterion else ""
-            raise DermError(
-                f"ranking {name!r}: a criterion ({', '.join(CRITERIA)}) and options ({', '.join(OPTIONS)}; a number "
-                f"after random), joined by -, or {PUBLISHED}{hint}"
-            )
-        if {"iterative", "contiguous"} <= words or ("contiguous" in words and words & {*prune.SUBLAYERS, "sublayers"}):
-            raise DermError(f"ranking {name!r}: runs are of blocks, ranked once; leave contiguous out")
-        if "iterative" in words and not CRITERIA[criterion].calibrated:
-            raise DermError(f"ranking {name!r}: {criterion} does not change when others go; leave iterative out")
-        return Ranking(name, criterion, words, draw[0] if draw else 0)
-
-    @property
-    def how(self) -> Criterion:
-        return CRITERIA[self.criterion]
-
-    def units(self, blocks: int) -> list[prune.Unit]:
-        """All units that it ranks, protected ones too."""
-        parts = [part for part in prune.SUBLAYERS if {part, "sublayers"} & self.options]
-        return [f"{b}.{part}" for b in range(blocks) for part in parts] if parts else list(range(blocks))
-
-    def base(self) -> str:
-        """The name under which values are kept: what happens after scoring does not matter to them."""
-        after = {"iterative", "contiguous", "unprotected"}
-        options = [word for word in self.name.split("-")[1:] if word not in after]
-        return "-".join([self.criterion, *options])
-
-
-def rankings(names: Iterable[str]) -> list[Ranking]:
-    """Rankings of these names, each once, the published plan aside."""
-    return [Ranking.of(name) for name in dict.fromkeys(names) if name != PUBLISHED]
+from derm_compress.rankings import PUBLISHED, Ranking, rankings
 
 
 def protected_blocks(model, names: Sequence[int]) -> tuple[int, ...]:
@@ -89,24 +25,37 @@ def protected_blocks(model, names: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({n % total for n in names}))
 
 
+def units_of(ranking: Ranking, blocks: int) -> list[prune.Unit]:
+    """All units that a ranking ranks, those of protected blocks too."""
+    return [f"{b}.{part}" for b in range(blocks) for part in ranking.parts] or list(range(blocks))
+
+
 def rows(ranking: Ranking, c: Calibration, units: Sequence[prune.Unit], *, journal, removed=()) -> pd.DataFrame:
     """The criterion's rows for units by their original names, each kept in the journal as soon as it is there.
 
-    `removed` units are out of c.model already; values are then those of the model without them.
+    `removed` units are out of c.model already; values are then those of the model without them. Raises DermError where
+    a value is not a number.
     """
-    c = dataclasses.replace(c, text_only="text" in ranking.options, seed=c.seed + ranking.draw)
-    items = {item.id: item for item in c.items} if ranking.how.calibrated else {"": None}
-    wanted = list(itertools.product(units, items, ranking.how.questions))
+    how = CRITERIA[ranking.criterion]
+    c = dataclasses.replace(c, text_only=ranking.text_only, seed=c.seed + ranking.draw)
+    alike = not how.calibrated or (how.asks_alone and c.text_only)  # no picture, no answer: all items are one
+    c = dataclasses.replace(c, items=c.items[:1] if alike else c.items)
+    wanted = list(itertools.product(units, [""] if alike else [item.id for item in c.items], how.questions))
     state = f"{ranking.base()} without {list(removed)}:"
     missing = [key for key in wanted if f"{state} {key}" not in journal.done]
     if missing:
         todo = [unit for unit in units if unit in {unit for unit, *_ in missing}]
         asked = {item for _, item, _ in missing}
-        c = dataclasses.replace(c, items=[item for item in c.items if item.id in asked])
+        whole = [part for part in c.batches() if alike or any(item.id in asked for item in part)]  # the same batches
+        c = dataclasses.replace(c, items=[item for part in whole for item in part])
         now = dict(zip(positions(todo, removed), todo, strict=True))
-        total = len(todo) * len(asked) * len(ranking.how.questions)
-        for row in track(ranking.how.rows(c, list(now)), f"{ranking.base()}: units x pictures", total):
-            row |= {"unit": now[row["unit"]]}
+        total = len(todo) * len(c.items) * len(how.questions)
+        for row in track(how.rows(c, list(now)), f"{ranking.base()}: results by unit and picture", total):
+            row |= {"unit": now[row["unit"]]} | ({"item": ""} if alike else {})
+            if not math.isfinite(row["value"]):
+                raise DermError(
+                    f"ranking {ranking.name}: unit {row['unit']} gives {row['value']}; check the model's weights"
+                )
             key = f"{state} {(row['unit'], row['item'], row.get('question', ''))}"
             if key not in journal.done:
                 journal.add(key, row)
@@ -126,10 +75,11 @@ def measure(names: Iterable[str], c: Calibration, journal) -> pd.DataFrame:
     """Rows of all rankings, scored once on the whole model: ranking, unit, block, part and the criterion's columns."""
     frames, blocks = [], len(models.blocks(c.model))
     for ranking in {r.base(): r for r in rankings(names)}.values():
-        frame = rows(ranking, c, ranking.units(blocks), journal=journal)
+        frame = rows(ranking, c, units_of(ranking, blocks), journal=journal)
         frame.insert(0, "ranking", ranking.base())
         frames.append(frame)
-    frame = pd.concat(frames, ignore_index=True)
+    nothing = pd.DataFrame(columns=["ranking", "unit", "item", "value"]).astype({"value": float})
+    frame = pd.concat(frames or [nothing], ignore_index=True)
     spans = [prune.span(unit) for unit in frame.unit]
     frame["block"] = [first // 2 for first, _ in spans]
     frame["part"] = ["block" if after - first == 2 else prune.SUBLAYERS[first % 2] for first, after in spans]
@@ -164,54 +114,70 @@ def plans(
     names: Iterable[str], measured: pd.DataFrame, c: Calibration, *, protected, most: int, fingerprint: str, journal
 ) -> dict[str, dict]:
     """Every ranking's pruning plan as JSON-able data; iterative ones go as far as `most` units."""
-    made, told = [], values(measured)
-    for ranking in rankings(names):
+    found, blocks, told = (
+        {ranking.name: ranking for ranking in rankings(names)},
+        len(models.blocks(c.model)),
+        values(measured),
+    )
+    made = []
+    for name in dict.fromkeys(names):
+        if name == PUBLISHED:
+            made.append(prune.published())
+            made[-1].check(blocks=blocks, fingerprint=fingerprint)
+            continue
+        ranking = found[name]
         spared = () if "unprotected" in ranking.options else tuple(protected)
         mean = told[told.ranking == ranking.base()].groupby("unit").value.mean()
-        units = [u for u in ranking.units(len(models.blocks(c.model))) if prune.span(u)[0] // 2 not in spared]
-        first = {unit: float(mean[str(unit)]) for unit in units}
+        first = {u: float(mean[str(u)]) for u in units_of(ranking, blocks) if prune.span(u)[0] // 2 not in spared}
+        order, starts = sorted(first, key=lambda unit: (first[unit], prune.span(unit))), ()
+        scored = [first[unit] for unit in order]
         if "iterative" in ranking.options:
             order, scored = iterative(ranking, c, first, most=most, journal=journal)
-        else:
-            order = sorted(units, key=lambda unit: (first[unit], prune.span(unit)))
-            scored = [first[unit] for unit in order]
-        starts = ()
         if "contiguous" in ranking.options:
-            starts, scored = contiguous(run_scores(measured, ranking, first), units)
-            order = []
-        seen = len(c.items) if ranking.how.calibrated else 0
-        settings = {"source": ranking.how.source, "items": seen, "seed": c.seed + ranking.draw}
-        settings |= {"options": sorted(ranking.options), "cost": ranking.how.cost}
-        plan = prune.Plan(
-            ranking.name, tuple(order), spared, len(models.blocks(c.model)), fingerprint,
-            tuple(starts), tuple(scored), settings,
-        )  # fmt: skip
-        made.append(plan)
-    if PUBLISHED in names and len(models.blocks(c.model)) == prune.published().blocks:
-        made.append(prune.published())
+            order, (starts, scored) = (), contiguous(run_scores(measured, ranking, first), list(first))
+        about = tuple(order), spared, blocks, fingerprint, tuple(starts), tuple(scored), settings(ranking, c)
+        made.append(prune.Plan(name, *about))
     return {plan.criterion: plan.to_dict() for plan in made}
+
+
+def settings(ranking: Ranking, c: Calibration) -> dict:
+    """What a plan says of how its scores came about."""
+    how = CRITERIA[ranking.criterion]
+    told = {"source": how.source, "reads": how.reads, "cost": how.cost, "options": sorted(ranking.options)}
+    told["cost"] += ", for every removal" if "iterative" in ranking.options else ""
+    if how.calibrated:
+        told |= {"items": [item.id for item in c.items], "text_only": ranking.text_only}
+    if ranking.criterion == "output_similarity":
+        told["max_new_tokens"] = c.max_new_tokens
+    return told | ({"seed": c.seed + ranking.draw} if ranking.criterion == "random" else {})
 
 
 def iterative(ranking: Ranking, c: Calibration, first: dict, *, most: int, journal) -> tuple[list, list]:
     """Order and scores where the least important unit goes and the others are scored anew, compared with the whole."""
     order, scored, now = [], [], first
-    if ranking.criterion == "output_similarity":
-        c = dataclasses.replace(
-            c, original=original_answers(dataclasses.replace(c, text_only="text" in ranking.options))
-        )
-    while now and len(order) < most:
+    if CRITERIA[ranking.criterion].asks_alone:
+        c = dataclasses.replace(c, original=whole_answers(ranking, c, journal))
+    for _ in track(range(min(most, len(first))), f"{ranking.name}: removals"):
         unit = min(now, key=lambda unit: (now[unit], prune.span(unit)))
         order.append(unit)
         scored.append(now[unit])
         others = [other for other in now if other != unit]
-        if others and len(order) < most:
-            with prune.without(c.model, order):
-                frame = rows(ranking, c, others, journal=journal, removed=order)
-            mean = frame.groupby("unit").value.mean()
-            now = {other: float(mean[other]) for other in others}
-        else:
+        if not others or len(order) == most:
             break
+        with prune.without(c.model, order):
+            frame = rows(ranking, c, others, journal=journal, removed=order)
+        mean = frame.groupby("unit").value.mean()
+        now = {other: float(mean[other]) for other in others}
     return order, scored
+
+
+def whole_answers(ranking: Ranking, c: Calibration, journal) -> dict[tuple[str, str], str]:
+    """The whole model's answers by (item, question), kept in the journal."""
+    key = f"{ranking.base()}: answers of the whole model"
+    if key not in journal.done:
+        told = original_answers(dataclasses.replace(c, text_only=ranking.text_only))
+        journal.add(key, [[*asked, text] for asked, text in told.items()])
+    return {(item, question): text for item, question, text in journal.done[key]}
 
 
 def run_scores(measured: pd.DataFrame, ranking: Ranking, first: dict) -> dict[tuple[int, int], float]:

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import difflib
+import importlib
 import io
 import json
 import math
@@ -17,7 +18,7 @@ import yaml
 from derm_compress.errors import DermError
 
 SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
-RULE = re.compile(r"\[([^\[\]]*(?:\.\.|\|)[^\[\]]*)\]\s*$")
+RULE = re.compile(r"\[([^\[\]]*(?:\.\.|\|)[^\[\]]*|[a-z_]+\.[a-z_]+)\]\s*$")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -25,8 +26,8 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Parameter:
     """One line of a parameters cell: `name: kind = default  # help [low..high]`, or `[a|b|c]` for choices.
 
-    A choice `-x` may follow another, as in a-x; `-#` stands for any number. A list's limits hold for each of its
-    elements. Equal but for their help: two notebooks may share it.
+    `[module.function]` of this package raises DermError for a value that it does not allow. A list's limits hold for
+    each of its elements. Equal but for their help: two notebooks may share it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
     choices: tuple = ()
+    rule: str = ""
 
     @property
     def element(self) -> str:
@@ -53,22 +55,22 @@ class Parameter:
         """The value in its declared type (an int will do for a float); DermError if it is not allowed."""
         if (self.kind == "list") != isinstance(value, list):
             raise self._error(value, where)
-        return [self._one(item, where) for item in value] if isinstance(value, list) else self._one(value, where)
+        value = [self._one(item, where) for item in value] if isinstance(value, list) else self._one(value, where)
+        if self.rule:
+            module, _, function = self.rule.partition(".")
+            try:
+                getattr(importlib.import_module(f"derm_compress.{module}"), function)(value)
+            except DermError as error:
+                raise DermError(f"{where}: {self.name}: {error}") from error
+        return value
 
     def _one(self, value, where):
         kind = self.element or type(value).__name__
         value = float(value) if kind == "float" and type(value) is int else value
-        fits = type(value) is SCALARS.get(kind) and (not self.choices or self._chosen(value))
+        fits = type(value) is SCALARS.get(kind) and (not self.choices or value in self.choices)
         if not fits or (kind in ("int", "float") and not (math.isfinite(value) and self.low <= value <= self.high)):
             raise self._error(value, where)
         return value
-
-    def _chosen(self, value) -> bool:
-        if not isinstance(value, str) or (value in self.choices and not value.startswith("-")):
-            return value in self.choices
-        first, *more = value.split("-")
-        more = ["-#" if word.isdecimal() else f"-{word}" for word in more]
-        return "-#" not in value and first in self.choices and all(word in self.choices for word in more)
 
     def _error(self, value, where):
         trap = self.element in ("int", "float") and isinstance(value, str) and not isinstance(as_number(value), str)
@@ -97,13 +99,7 @@ def read_schema(source: str, where: str) -> dict[str, Parameter]:
     """The parameters that a parameters cell declares, by name."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    nodes = ast.parse(source).body
-    ends = [node.lineno for node in nodes[1:]] + [math.inf]  # a long comment goes on in the lines below
-    told = [
-        " ".join(text for line, text in comments.items() if node.end_lineno <= line < end)
-        for node, end in zip(nodes, ends, strict=True)
-    ]
-    found = [read_line(node, comment, where) for node, comment in zip(nodes, told, strict=True)]
+    found = [read_line(node, comments.get(node.end_lineno, ""), where) for node in ast.parse(source).body]
     return {parameter.name: parameter for parameter in found}
 
 
@@ -113,7 +109,9 @@ def read_line(node: ast.stmt, comment: str, where: str) -> Parameter:
     try:
         name, kind, default = node.target.id, node.annotation.id, ast.literal_eval(node.value)
         element = SCALARS[Parameter(name, kind, default).element or "str"]
-        if "|" in text:
+        if re.fullmatch(r"[a-z_]+\.[a-z_]+", text):
+            limits = {"rule": text}
+        elif "|" in text:
             limits = {"choices": tuple(element(choice.strip()) for choice in text.split("|"))}
         else:
             limits = {"low": float(text.partition("..")[0] or "-inf"), "high": float(text.partition("..")[2] or "inf")}

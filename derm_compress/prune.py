@@ -64,8 +64,8 @@ class Plan:
     def removed(self, n: int) -> tuple[Unit, ...]:
         if not 0 <= n <= self.most:
             raise DermError(
-                f"pruning plan {self.criterion}: {n} units cannot be removed; {self.blocks} blocks less "
-                f"{len(self.protected)} protected leave 0 to {self.most}"
+                f"pruning plan {self.criterion}: {n} units cannot be removed; of {self.blocks} blocks, "
+                f"{len(self.protected)} protected, it names {self.most} units to go: 0 to {self.most}"
             )
         if self.starts:
             return tuple(range(self.starts[n - 1], self.starts[n - 1] + n)) if n else ()

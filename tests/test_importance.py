@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from derm_compress import criteria, generate, importance, models, prune
 from derm_compress.artifacts import Journal
 from derm_compress.errors import DermError
+from derm_compress.rankings import Ranking, rankings
 
 DATA_DRIVEN = ("output_similarity", "perplexity", "block_influence", "angular", "taylor")
 
@@ -113,7 +114,7 @@ def test_blocks_that_add_nothing_go_first(calibration, name):
     ],
 )
 def test_names_say_criterion_and_options(name, criterion, options, draw, base):
-    ranking = importance.Ranking.of(name)
+    ranking = Ranking.of(name)
     assert (ranking.criterion, ranking.options, ranking.draw) == (criterion, options, draw)
     assert ranking.base() == base
 
@@ -124,29 +125,33 @@ def test_names_say_criterion_and_options(name, criterion, options, draw, base):
         ("perplexty", "did you mean perplexity"),
         ("zzz", "a criterion .output_similarity, perplexity, .* and options .iterative, contiguous, "),
         ("perplexity-text-often", "and options"),
-        ("taylor-2", "a number after random"),
-        ("random-1-2", "a number after random"),
-        ("random-²", "a number after random"),
+        ("taylor-2", "only random has draws"),
+        ("random-1-2", "the number of its draw"),
+        ("random-²", "and options"),
         ("angular-contiguous-iterative", "ranked once; leave contiguous out"),
         ("angular-mlp-contiguous", "runs are of blocks"),
-        ("magnitude-iterative", "magnitude does not change when others go; leave iterative out"),
-        ("last-iterative", "leave iterative out"),
+        ("magnitude-iterative", "magnitude sees no calibration item; leave iterative and text out"),
+        ("magnitude-text", "leave iterative and text out"),
+        ("random", "the number of its draw"),
+        ("taylor-mlp-attention", "attention and mlp exclude each other"),
+        ("taylor-text-text", "stands there twice"),
+        ("last-iterative", "leave iterative"),
         ("", "a criterion"),
     ],
 )
 def test_wrong_names_are_refused_in_one_line(name, words):
     with pytest.raises(DermError, match=words) as caught:
-        importance.Ranking.of(name)
+        Ranking.of(name)
     assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_rankings_come_once_and_without_the_published_plan():
-    found = importance.rankings(["taylor", "published", "random-1", "taylor"])
+    found = rankings(["taylor", "published", "random-1", "taylor"])
     assert [ranking.name for ranking in found] == ["taylor", "random-1"]
 
 
 def test_units_are_blocks_or_their_parts():
-    units = {end: importance.Ranking.of(f"last{end}").units(2) for end in ("", "-attention", "-mlp", "-sublayers")}
+    units = {end: importance.units_of(Ranking.of(f"last{end}"), 2) for end in ("", "-attention", "-mlp", "-sublayers")}
     assert units == {
         "": [0, 1], "-attention": ["0.attention", "1.attention"], "-mlp": ["0.mlp", "1.mlp"],
         "-sublayers": ["0.attention", "0.mlp", "1.attention", "1.mlp"],
@@ -188,7 +193,7 @@ def test_iterative_sublayers_keep_their_names_when_a_whole_block_is_gone(calibra
     assert importance.positions(rest, first) == ["2.mlp", "3.attention", "5.mlp"]
     assert importance.positions(rest, first[:1]) == rest
     assert importance.positions([0, 4, 6], [5, 2]) == [0, 3, 4]
-    ranking, journal = importance.Ranking.of("perplexity-sublayers"), Journal()
+    ranking, journal = Ranking.of("perplexity-sublayers"), Journal()
     with prune.without(calibration.model, first):
         found = importance.rows(ranking, calibration, rest, journal=journal, removed=first)
     for unit, values in found.groupby("unit").value:
@@ -199,11 +204,11 @@ def test_iterative_sublayers_keep_their_names_when_a_whole_block_is_gone(calibra
 
 @pytest.mark.parametrize("protected", [(0, 1, 7), (4,), ()])
 def test_windows_are_the_least_of_all_that_spare_protected_blocks(calibration, protected):
-    names = ["angular-contiguous", "perplexity-contiguous", "random-contiguous-unprotected"]
+    names = ["angular-contiguous", "perplexity-contiguous", "random-0-contiguous-unprotected"]
     plans, measured = ranked(names, calibration, protected=protected)
     for name, plan in plans.items():
         spared = () if "unprotected" in name else protected
-        told = measured[measured.ranking == importance.Ranking.of(name).base()]
+        told = measured[measured.ranking == Ranking.of(name).base()]
         mean = told.groupby("block").value.mean()
         windows = [range(a, b) for a, b in itertools.combinations(range(9), 2) if not {*range(a, b)} & {*spared}]
         score = {w: mean[list(w)].sum() for w in windows}
@@ -234,38 +239,84 @@ def test_plans_say_how_they_were_made_and_survive_json(calibration):
             with pytest.raises(DermError, match="made for a model of 8 blocks and fingerprint f, not for"):
                 plan.check(**wrong)
     settings = plans["block_influence-text"].settings
-    assert settings["items"] == 2 and settings["options"] == ["text"] and "Men et al." in settings["source"]
-    assert plans["random-2"].settings["items"] == 0 and plans["random-2"].settings["seed"] == 2
+    assert settings["items"] == ["train-00000", "train-00001"] and settings["text_only"]
+    assert settings["options"] == ["text"] and "Men et al." in settings["source"] and "answers" in settings["reads"]
+    assert "items" not in plans["random-2"].settings and plans["random-2"].settings["seed"] == 2
 
 
 def test_the_published_plan_is_for_32_blocks(calibration):
     plan = prune.published()
     plan.check(blocks=32, fingerprint="any")
-    assert plan.removed(3) == (4, 18, 23) and len(plan.kept(14)) == 18 and not {*plan.order} & {0, 1, 31}
+    assert plan.order == (23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5) and plan.protected == (0, 1, 31)
+    assert plan.removed(3) == (4, 18, 23) and len(plan.kept(14)) == 18
     with pytest.raises(DermError, match="made for a model of 32 blocks"):
         plan.check(blocks=8, fingerprint="any")
-    assert "published" not in ranked(["last", "published"], calibration)[0]
+    with pytest.raises(DermError, match="published: made for a model of 32 blocks"):
+        ranked(["last", "published"], calibration)
+
+
+def test_the_published_plan_needs_no_measuring(calibration):
+    measured = importance.measure(["published"], calibration, Journal())
+    assert measured.empty and importance.scores(importance.values(measured), (0,)).empty
+    assert importance.similarity(measured).empty
+
+
+def test_the_studys_own_ranking_removes_blocks():
+    with pytest.raises(DermError, match="the first, last-mlp, is the study's own"):
+        rankings(["last-mlp", "magnitude"])
+    assert [r.parts for r in rankings(["magnitude", "last-mlp"])] == [(), ("mlp",)]
+
+
+def test_without_pictures_all_questions_are_alike(calibration):
+    """Output similarity then has one result a unit and question; perplexity reads the items' answers."""
+    names = ["output_similarity-text", "perplexity-text"]
+    found = importance.measure(names, calibration, Journal()).groupby("ranking").item.unique()
+    assert found["output_similarity-text"].tolist() == [""] and len(found["perplexity-text"]) == 2
+
+
+def test_values_that_are_no_numbers_are_refused(calibration):
+    with torch.no_grad():
+        models.blocks(calibration.model)[4].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(DermError, match="ranking magnitude: unit 4 gives nan"):
+        importance.measure(["magnitude"], calibration, Journal())
 
 
 # Journal
 
 
+@pytest.mark.parametrize("name", ["perplexity", "block_influence", "angular", "output_similarity"])
+def test_a_stopped_ranking_ends_in_the_same_bytes_whatever_its_batches(calibration, dataset, tmp_path, name):
+    c = dataclasses.replace(calibration, items=dataset.of("train")[:5], batch_size=9)  # batches of 3 and 2 items
+    whole = importance.rows(Ranking.of(name), c, [2, 3], journal=Journal())
+
+    class Cut(Journal):
+        def add(self, key, row):
+            if len(self.done) == len(whole) // 2 - 1:
+                raise KeyboardInterrupt
+            super().add(key, row)
+
+    with pytest.raises(KeyboardInterrupt):
+        importance.rows(Ranking.of(name), c, [2, 3], journal=Cut(tmp_path / "log.jsonl"))
+    again = importance.rows(Ranking.of(name), c, [2, 3], journal=Journal(tmp_path / "log.jsonl"))
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+
+
 @pytest.mark.parametrize("name", ["perplexity", "output_similarity", "taylor-mlp"])
 def test_a_stopped_ranking_goes_on_and_computes_only_what_is_missing(calibration, monkeypatch, tmp_path, name):
-    ranking, computed = importance.Ranking.of(name), []
-    units = [unit for unit in ranking.units(8) if prune.span(unit)[0] // 2 in (2, 3, 4)]
-    inner = ranking.how.rows
+    ranking, computed = Ranking.of(name), []
+    units = [unit for unit in importance.units_of(ranking, 8) if prune.span(unit)[0] // 2 in (2, 3, 4)]
+    inner = criteria.CRITERIA[ranking.criterion].rows
 
     def counted(c, units):
         for row in inner(c, units):
             computed.append((row["unit"], row["item"]))
             yield row
 
-    replaced = dataclasses.replace(ranking.how, rows=counted)
+    replaced = dataclasses.replace(criteria.CRITERIA[ranking.criterion], rows=counted)
     monkeypatch.setitem(criteria.CRITERIA, ranking.criterion, replaced)
     whole = importance.rows(ranking, calibration, units, journal=Journal())
     per_item = len(whole) // 2
-    assert len(computed) == len(whole) == 2 * 3 * len(ranking.how.questions)
+    assert len(computed) == len(whole) == 2 * 3 * len(criteria.CRITERIA[ranking.criterion].questions)
 
     class Cut(Journal):
         def add(self, key, row):
@@ -279,7 +330,7 @@ def test_a_stopped_ranking_goes_on_and_computes_only_what_is_missing(calibration
     again = importance.rows(ranking, calibration, units, journal=Journal(tmp_path / "log.jsonl"))
     pd.testing.assert_frame_equal(again, whole, check_exact=True)
     assert {item for _, item in computed} == {calibration.items[1].id}
-    assert len(computed) == per_item - (not ranking.how.asks)  # whole units
+    assert len(computed) == per_item - (not criteria.CRITERIA[ranking.criterion].by_question)  # whole units
     computed.clear()
     importance.rows(ranking, calibration, units, journal=Journal(tmp_path / "log.jsonl"))
     assert computed == []

@@ -96,18 +96,13 @@ def test_right_values_take_their_type(tmp_path, schema):
 
 
 @pytest.mark.parametrize(
-    ("value", "fits"),
-    [("a", True), ("b-x", True), ("a-3", True), ("a-x-12", True), ("a-y", False), ("c", False), ("c-x", False),
-     ("-x", False), ("-#", False), ("-3", False), ("a-#", False), ("a-", False), ("a-x3", False), ("", False),
-     (3, False)],
-)  # fmt: skip
-def test_a_choice_may_follow_another(value, fits):
-    parameter = params.read_schema('rank: list = ["a"]  # how [a|b|-x|-#]', "cell")["rank"]
-    if fits:
-        assert parameter.check([value], "here") == [value]
-    else:
-        with pytest.raises(DermError, match="here: rank is .* out of a, b, -x, -#"):
-            parameter.check([value], "here")
+    "value", ["angular-contiguous-iterative", "magnitude-text", "random", "random-²", "taylr", "-3"]
+)
+def test_a_rule_of_the_package_is_asked_before_anything_runs(value):
+    parameter = params.read_schema('rank: list = ["last"]  # how [rankings.rankings]', "cell")["rank"]
+    assert parameter.check(["taylor-text", "random-3", "published"], "here") == ["taylor-text", "random-3", "published"]
+    with pytest.raises(DermError, match=f"here: rank: ranking '{value}'"):
+        parameter.check(["last", value], "here")
 
 
 def test_a_missing_file_lists_its_neighbours(tmp_path, schema):
