@@ -60,7 +60,8 @@ def prefill_seconds(
 def decode_bytes(arch: Architecture, *, batch: int, before: float, **weights) -> float:
     """Read in one step behind `before` tokens: weights (formats as in plan_weights), and every row's cache in fp16."""
     planned = plan_weights(arch, **weights)
-    cache = FP16 * 2 * arch.cache_width * arch.kept(weights.get("blocks_removed", 0)) * before
+    attentions = arch.kept(weights.get("blocks_removed", 0)) - weights.get("attentions_removed", 0)
+    cache = FP16 * 2 * arch.cache_width * attentions * before
     return GIB * sum(size for part, size in planned.items() if part not in UNREAD) + batch * cache
 
 

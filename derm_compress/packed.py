@@ -15,6 +15,7 @@ from derm_compress.grids import pack, unpack
 FEW = 128  # tokens up to which torch's int4 kernel was faster on a CPU than decoding all weights for a matrix product
 KERNEL_GROUPS = (32, 64, 128, 256)
 INNER_TILES = 8  # of the CUDA layout: the inputs must be a multiple of 16 times as many
+TILE = (8, 16 * INNER_TILES)  # outputs and inputs of its tiles
 
 
 class PackedLinear(nn.Module):
@@ -93,7 +94,7 @@ def has_kernel(grid, shape, device):
         return False
     if device.type == "cpu":
         return shape[0] % 64 == 0 and cpu_block() > 0
-    fits = shape[0] % 8 == 0 and shape[1] % (16 * INNER_TILES) == 0
+    fits = shape[0] % TILE[0] == 0 and shape[1] % TILE[1] == 0
     return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -118,19 +119,30 @@ def kernel_steps(scales, offsets):
 
 def kernel_codes(layout, shape):
     """The codes [out, in] that kernel_layout() was given."""
-    if layout.device.type == "cpu":
-        return _cpu_codes(layout, cpu_block())
-    return codes_by_product(layout, shape)
+    return _cpu_codes(layout, cpu_block()) if layout.device.type == "cpu" else _cuda_codes(layout, shape)
 
 
-def codes_by_product(layout, shape):
-    """kernel_codes on any device, whatever the layout: the kernel's product with the identity, steps of one."""
-    out, into = shape
-    ones = torch.ones(into // 32, out, device=layout.device)
-    steps = kernel_steps(ones.T, torch.zeros_like(ones.T))
-    eye = torch.eye(into, dtype=torch.bfloat16, device=layout.device)
-    rows = [int4_product(part, layout, 32, steps) for part in eye.split(1024)]
-    return (torch.cat(rows).T + 8).to(torch.uint8)
+def _cuda_codes(layout, shape):
+    """The CUDA layout is made of tiles of TILE codes, each in the same order."""
+    (rows, columns), (out, into) = TILE, shape
+    found = _nibbles(layout).view(out // rows, into // columns, rows * columns)
+    tiles = torch.empty_like(found)
+    tiles[..., _tile_order(layout.device)] = found
+    return tiles.view(out // rows, into // columns, rows, columns).transpose(1, 2).reshape(out, into)
+
+
+def _nibbles(layout):
+    """The 4-bit fields of int32, lowest first, as uint8."""
+    octets = layout.contiguous().view(torch.uint8)
+    return torch.stack([octets & 15, octets >> 4], -1).flatten()
+
+
+@functools.cache
+def _tile_order(device):
+    """Which code of a tile, counted row by row, stands in each of its places."""
+    index = torch.arange(TILE[0] * TILE[1], device=device).view(TILE)
+    digits = [_nibbles(kernel_layout((index >> shift & 15).to(torch.uint8))).long() << shift for shift in (0, 4, 8)]
+    return sum(digits)
 
 
 def _cpu_codes(layout, block):

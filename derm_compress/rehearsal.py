@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from derm_compress import finetune, memory, models, quantize, rehearsal_page
+from derm_compress import awq, calibration, finetune, memory, models, rehearsal_page
 from derm_compress import rehearsal_rig as rigs
 from derm_compress.artifacts import read_json, write_json
 from derm_compress.errors import DermError
+from derm_compress.grids import IntegerGrid
 from derm_compress.rehearsal_rig import FORMS, Rig
 
 RANK, ALPHA = 16, 8
@@ -119,32 +120,41 @@ def stepper(tuned, batch: dict):
     return step
 
 
-def awq(rig: Rig, *, blocks: int) -> list[dict]:
-    """Gram matrices and search of activation-aware quantization, a block's share; the conversations one by one."""
+def activation_aware(rig: Rig, *, blocks: int) -> list[dict]:
+    """Input statistics and search of activation-aware quantization, a block's share; the conversations one by one."""
     model = rigs.build(rig, removed=rig.arch.blocks - blocks)
     batches = [rigs.request(rig, 1, rig.text_tokens) for _ in range(rig.conversations)]
     before = rigs.release(rig)
-    statistics = quantize.collect_grams(model, batches)
+    statistics = dict(calibration.collect(model, batches))
     held = (rigs.release(rig) - before) / blocks if rig.cuda else None
-    calibrate = rigs.timed(rig, lambda: quantize.collect_grams(model, batches)) / blocks
-    search = rigs.timed(rig, lambda: quantize.awq_search(model, statistics, bits=4, group_size=64), most=1) / blocks
+    calibrate = rigs.timed(rig, lambda: dict(calibration.collect(model, batches))) / blocks
+    grids = dict.fromkeys(rig.arch.linears, IntegerGrid(4, 64))
+    search = rigs.timed(rig, lambda: [awq.search_block(model, i, statistics[i], grids) for i in statistics], most=1)
+    search /= blocks
     kept, calibrate_floor, search_floor = awq_floors(rig, blocks)
     return [
-        row("Gram matrices of a block", "GiB", held, kept),
+        row("statistics of a block", "GiB", held, kept),
         row("calibration of a block", "s", calibrate, calibrate_floor),
         row("search of a block", "s", search, search_floor),
     ]
 
 
 def awq_floors(rig: Rig, blocks: int) -> tuple[float, float, float]:
-    """For a block: GiB of H = X^T X [in, in] of each group, seconds to sum it, seconds of dW H at every alpha."""
-    groups = [[rig.arch.linears[name] for name in names] for _, names in quantize.GROUPS.values()]
-    squares = [group[0][1] ** 2 for group in groups]
-    products = sum(square * sum(out for out, _ in group) for square, group in zip(squares, groups, strict=True))
+    """For a block: GiB of each group's H = X^T X [in, in] or X [tokens, in], seconds to sum it, and of dW H or dW X^T.
+
+    The search looks at every alpha for a sample of a weight's rows, and for all rows at the best ones and at plain
+    rounding.
+    """
     tokens, fp32 = rig.conversations * (rig.arch.image_tokens + rig.text_tokens), rigs.limits(rig)["fp32"]
+    values = sums = products = 0
+    for _, names in calibration.GROUPS.values():
+        into, out = rig.arch.linears[names[0]][1], sum(rig.arch.linears[name][0] for name in names)
+        factor, sample = min(into, tokens), min(out, awq.SAMPLE)
+        values += into * factor
+        sums += 2 * tokens * into**2 * (into <= tokens)
+        products += 2 * into * factor * (len(awq.ALPHAS) * sample + (awq.FINALISTS + 1) * out)
     forward = rigs.forward_floor(rig, rig.conversations, rig.text_tokens, removed=rig.arch.blocks - blocks)
-    seconds = forward / blocks + 2 * tokens * sum(squares) / fp32
-    return memory.FP32 * sum(squares) / memory.GIB, seconds, 2 * (len(quantize.ALPHAS) + 1) * products / fp32
+    return memory.FP32 * values / memory.GIB, forward / blocks + sums / fp32, products / fp32
 
 
 def importance(rig: Rig, *, batch: int) -> list[dict]:
@@ -185,7 +195,7 @@ def cases(rig: Rig) -> dict:
             training,
             listed({"form": f, "removed": r, "batch": b, "checkpointing": c} for f, r, c, b in trained),
         ),
-        "awq": (awq, {"fp16, 2 blocks": {"blocks": 2}}),
+        "awq": (activation_aware, {"fp16, 2 blocks": {"blocks": 2}}),
         "importance": (importance, listed([{"batch": 8}])),
     }
 

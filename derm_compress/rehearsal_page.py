@@ -36,7 +36,7 @@ TOPICS = {
     ),
     "awq": (
         "Activation-aware quantization",
-        "Two blocks, so that any device holds their Gram matrices; a block's share of one pass over {conversations} "
+        "Two blocks, so that any device holds their statistics; a block's share of one pass over {conversations} "
         "such conversations, the picture's tower included, and of the search. Beside the FLOPs in fp32, a floor.",
     ),
     "importance": (
@@ -187,13 +187,13 @@ def training(rows: pd.DataFrame) -> str:
 
 
 def awq(rows: pd.DataFrame) -> str:
-    each = [pick(rows, "awq", f"{what} of a block").measured for what in ("calibration", "search", "Gram matrices")]
+    each = [pick(rows, "awq", f"{what} of a block").measured for what in ("calibration", "search", "statistics")]
     whole = pick(rows, "weights", "weights").index
     if not (len(whole) and len(each[0])):
         return ""
     blocks = int(whole[0].split()[1])
     calibration, search = (number(blocks * found.iloc[0]) for found in each[:2])
-    held = f"; held together, their Gram matrices take {blocks * each[2].iloc[0]:.1f} GiB" if len(each[2]) else ""
+    held = f"; held together, their statistics take {blocks * each[2].iloc[0]:.1f} GiB" if len(each[2]) else ""
     return f"At that pace AWQ calibrates {blocks} blocks in {calibration} s and searches them in {search} s{held}."
 
 
@@ -222,12 +222,11 @@ def growth(rows: pd.DataFrame, step: str, quantity: str, form: str, many: int) -
 
 def unpacking(rows: pd.DataFrame) -> str:
     """What packed weights add to a pass, whatever it computes."""
-    extra = []
+    told = []
     for quantity, what in (("decode", "a step of decoding"), ("prefill", "the prefill")):
         fp16, packed = (pick(rows, "generate", quantity, form, "batch 1").measured for form in ("fp16", "packed W4"))
-        extra += [f"{packed.iloc[0] - fp16.iloc[0]:.0f} ms to {what}"] if len(fp16) and len(packed) else []
-    why = "at batch 1: every pass decodes all weights through fp32, without a kernel of its own."
-    return f"Packed W4 adds {' and '.join(extra)} {why}" if extra else ""
+        told += [f"{what} by {packed.iloc[0] - fp16.iloc[0]:+.1f} ms"] if len(fp16) and len(packed) else []
+    return f"Packed W4 changes {' and '.join(told)} at batch 1." if told else ""
 
 
 def workspace(rows: pd.DataFrame) -> str:
@@ -235,7 +234,7 @@ def workspace(rows: pd.DataFrame) -> str:
     both = pick(rows, "generate", "peak", "packed W4")
     off = both[(both.ratio - 1).abs() > 0.05]
     listed = "; ".join(f"{row.Index}: {row.measured - row.planned:+.2f} GiB" for row in off.itertuples())
-    why = "A packed linear decodes through fp32, 9 bytes a weight of the widest, where the plan counts the 2 of fp16."
+    why = "A kernel holds bfloat16 steps beside the scales; without one a linear is decoded through fp32."
     return f"Peaks beside their plans: {listed}. {why}" if listed else ""
 
 

@@ -259,7 +259,7 @@ def test_the_kernel_agrees_to_one_percent_and_keeps_one_copy():
         found = made(x)
         assert made.steps is not None and 0 < (found - expected).norm() < 0.01 * expected.norm()
         assert made.codes.nbytes == codes.nbytes and torch.equal(made.dequantized(), weight)
-        assert torch.equal(packed.codes_by_product(made.codes, made.shape), made.encoded()[0])
+        assert torch.equal(packed.kernel_codes(made.codes, made.shape), made.encoded()[0])
         assert torch.equal(copy.deepcopy(made)(x), found)
         assert torch.equal(made.state_dict()["codes"], codes) and made.steps is None
         packed.use_kernels(made, False)
