@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from derm_compress import agreement, metrics, tables
-from derm_compress.results import Results, first_to_go
+from derm_compress.results import Results, first_to_go, reaches
 from derm_compress.wording import explained, joined, listed, p_value, verdict, words
 
 FEW = 3  # rivals, up to which each gets its own sentence
@@ -30,7 +30,7 @@ def ours(results: Results) -> str:
 
 def findings_importance(results: Results) -> list[str]:
     """Which blocks go first, whether criteria and draws of pictures agree on it, and whether images change it."""
-    parts = (findings_order, findings_agreement, findings_calibration, findings_images)
+    parts = (findings_order, findings_drafts, findings_agreement, findings_calibration, findings_images)
     return [sentence for find in parts for sentence in find(results)]
 
 
@@ -42,8 +42,8 @@ def findings_order(results: Results) -> list[str]:
     gone = set(first_to_go(own, results.operating))
     said = [f"By {words(results.criterion)} blocks {listed(first_to_go(own, results.operating))} go first; "]
     said[0] += f"{listed(own['protected'])} are protected."
-    others = {name: set(first_to_go(plan, len(gone))) for name, plan in results.plans.items() if compared(name, plan)}
-    others.pop(results.criterion, None)
+    plans = {name: plan for name, plan in results.plans.items() if compared(name, plan) and reaches(plan, len(gone))}
+    others = {name: set(first_to_go(plan, len(gone))) for name, plan in plans.items() if name != results.criterion}
     shared = pd.Series({name: len(gone & blocks) for name, blocks in others.items()}, dtype=int).sort_values()
     if len(shared) > FEW:
         free = own["blocks"] - len(own["protected"])
@@ -60,6 +60,19 @@ def findings_order(results: Results) -> list[str]:
             f"{words(results.criterion)} too."
         )
     return said
+
+
+def findings_drafts(results: Results) -> list[str]:
+    """How much of the answers without a block was read instead of written, and how often two words came close."""
+    told = results.similarity
+    if told is None or not told.tokens.sum():
+        return []
+    tokens, ties = int(told.tokens.sum()), int(told.near_ties.sum())
+    return [
+        f"Of the {tokens} tokens that the model answers without one block, {told.accepted.sum() / tokens:.0%} were "
+        f"read from a draft instead of written; {ties} {'was a near tie' if ties == 1 else 'were near ties'}, where "
+        "rounding may choose the word."
+    ]
 
 
 def compared(name: str, plan: dict) -> bool:
@@ -170,25 +183,33 @@ def findings_criteria(results: Results) -> list[str]:
 def findings_rivals(results: Results) -> list[str]:
     """The study's own criterion against each rival in pairs, at the operating point and over all depths."""
     table = tables.criteria_tests(results)
-    if table.empty or table.p_all.isna().all():
+    table = table if table.empty else table.dropna(subset=["difference_all", "p_all"])
+    if table.empty:
         return []
-    ranked = table.sort_values("difference_all")
+    ranked = comparable(table).sort_values("difference_all")
     asked = table.criterion.map(base).isin(NAMED) & ~table.criterion.str.contains(r"-[a-z]")
     told = table if len(table) <= FEW else table[asked]
     said = [duel(results, row) for row in told.to_dict("records")]
     for row, which in ((ranked.iloc[0], "best"), (ranked.iloc[-1], "worst")):
-        if row.criterion not in set(told.criterion):
+        if len(ranked) > 1 and row.criterion not in set(told.criterion):
             said.append(
-                f"Of {len(table)} rivals the {which} over all depths is {words(row.criterion)}. {duel(results, row)}"
+                f"Of the {len(ranked)} rivals with models at the same {row.depths} depths the {which} over all depths "
+                f"is {words(row.criterion)}. {duel(results, row)}"
             )
     said += [] if not asked.any() else [answer(results, table[asked], joined(table.criterion[asked].map(words)))]
     return said + ([answer(results, table, "all its rivals")] if len(table) > asked.sum() else [])
 
 
+def comparable(table: pd.DataFrame) -> pd.DataFrame:
+    """The rivals whose means are over the same depths: those that most of them share with the study's criterion."""
+    counts = table.shared.value_counts(sort=False)
+    return table[table.shared == max(counts.index, key=lambda depths: (counts[depths], len(depths)))]
+
+
 def duel(results: Results, row) -> str:
     """One rival at the operating point, over all depths, and at how many it is behind."""
     us, them, n = ours(results), words(row["criterion"]), results.operating
-    said = f"At {n} blocks there is no {them} to compare {us} with"
+    said = f"At {n} blocks {them} has no model to compare {us} with"
     if not pd.isna(row["p"]):
         said = f"At {n} blocks {verdict(change(row), us, them)}, {p_value(row['p_holm'])} after Holm"
     over = f"over all {row['depths']} depths {verdict(change(row, '_all'), 'it', them)}, {p_value(row['p_all_holm'])}"
@@ -237,8 +258,8 @@ def findings_cliffs(results: Results) -> list[str]:
 
 def level(row) -> str:
     if not row.level_until:
-        return "at every depth the paired interval to the unpruned model lies below 0"
-    return f"the paired interval to the unpruned model reaches 0 up to {row.level_until:.0f} blocks"
+        return "already at the first depth the paired interval to the unpruned model lies below 0"
+    return f"no paired interval to the unpruned model lies below 0 up to {row.level_until:.0f} blocks"
 
 
 def findings_sublayers(results: Results) -> list[str]:

@@ -126,6 +126,13 @@ def test_figure_3_draws_six_criteria_and_names_the_rest(full, results):
     assert figures.drawn_in_figure_3(many)[1] == ["c6", "c7"]
 
 
+def test_without_a_ranking_to_draw_figure_3_is_left_out(full):
+    scores = full.scores[full.scores.criterion.isin(["random-0", "last", "output_similarity-mlp"])]
+    bare = dataclasses.replace(full, scores=scores, answers=None)
+    assert len(scores) and set(report.draw(bare, {}, fabricate.UPSTREAM, "")) >= {"fig2_block_removal"}
+    assert "fig3_layer_importance" not in report.draw(bare, {}, fabricate.UPSTREAM, "")
+
+
 def overlapping(drawing):
     """Pairs of visible labels of one axis that lie over each other."""
     figure, found = drawing.figure, []
