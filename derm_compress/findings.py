@@ -14,20 +14,14 @@ from derm_compress import metrics, paper, tables
 from derm_compress.ranking_findings import findings_criteria
 from derm_compress.ranking_findings import findings_importance as findings_importance
 from derm_compress.results import Results, answers_of, variant_id
-from derm_compress.wording import compare, criteria_explained, percent, verdict, words
+from derm_compress.wording import compare, percent, verdict, words
 
 GLOSSARY = (
     "SFT: supervised fine-tuning after pruning, by QLoRA (low-rank adapters trained over a 4-bit base). AWQ: "
     "activation-aware rounding; rtn: plain rounding to nearest; bitsandbytes: its NF4 format. base: before "
-    "fine-tuning; blank and shuffled: the original model shown no picture, or one of another disease."
+    "fine-tuning; blank and shuffled: the original model shown no picture, or one of another disease. "
+    "Rankings of blocks are explained beside Figure 3."
 )
-
-
-def glossary(results: Results) -> str:
-    """The words of the tables; of criteria those that the run has."""
-    seen = [] if results.variants is None else results.variants.criterion
-    said = criteria_explained([*(results.plans or {}), *seen])
-    return GLOSSARY + (f" Blocks go by: {said}." if said else "")
 
 
 def headline(results: Results) -> str:
@@ -85,7 +79,7 @@ def about(results: Results) -> list[str]:
             f"n counts answers, three a picture: Tables 1 to 3 rest on {counts[0]} test pictures, Tables 4 and 5 on "
             f"{counts[1]}, the held-out ones among them."
         )
-    return said + [glossary(results)]
+    return said + [GLOSSARY]
 
 
 def photographs(report: dict, model: str = "tiny") -> list[str]:

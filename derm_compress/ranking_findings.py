@@ -11,7 +11,7 @@ import pandas as pd
 
 from derm_compress import agreement, metrics, tables
 from derm_compress.results import Results, first_to_go, reaches
-from derm_compress.wording import explained, joined, listed, p_value, verdict, words
+from derm_compress.wording import criteria_explained, joined, listed, p_value, verdict, words
 
 FEW = 3  # rivals, up to which each gets its own sentence
 NAMED = ("magnitude", "block_influence", "random")  # the rivals that are asked for by name
@@ -86,7 +86,7 @@ def findings_agreement(results: Results) -> list[str]:
         return []
     own, others = words(results.criterion), criteria_beside(tables.agreements(results), results.criterion)
     if others.empty:
-        return []
+        return glossary(results)
     free = results.values.query("part == 'block'").block.nunique() - len(results.protected)
     last, first = others.iloc[-1], others.iloc[0]
     said = f"Over the {free} unprotected blocks {own} correlates in rank with {words(last.other)} at {interval(last)}"
@@ -96,8 +96,15 @@ def findings_agreement(results: Results) -> list[str]:
             f", the strongest of {len(others)}, and with {words(first.other)} at {interval(first)}, the weakest; "
             f"{above} of the {len(others)} intervals lie above 0, {below} below"
         )
-    names = {*results.values.ranking, *(results.plans or {})}
-    return [said + ".", *([f"In names, {explained(names)}."] if explained(names) else [])]
+    return [said + ".", *glossary(results)]
+
+
+def glossary(results: Results) -> list[str]:
+    """By what blocks go in the rankings that the run has, and what the endings of their names say."""
+    known = [] if results.values is None else results.values.ranking
+    tried = [] if results.variants is None else results.variants.criterion
+    said = criteria_explained([*known, *tried, *(results.plans or {})])
+    return [f"Blocks go by: {said}."] if said else []
 
 
 def criteria_beside(agreement: pd.DataFrame, own: str) -> pd.DataFrame:

@@ -20,7 +20,8 @@ def results_of(**changes):
     files = fabricate.stage_files(**changes)
     frames = {name: value for part in files.values() for name, value in part.items()}
     return tables.Results(
-        items=frames["items"], plans=frames["plans.json"], similarity=frames["similarity"], values=frames["values"], scores=frames["scores"],
+        items=frames["items"], plans=frames["plans.json"],
+        similarity=frames["similarity"], values=frames["values"], scores=frames["scores"],
         choice=frames["choice.json"],
         training=frames["measured/training"], statistics=frames["statistics"], errors=frames["errors"],
         variants=frames["variants"], evaluation=frames["answers"], memory=frames["memory"],
