@@ -18,9 +18,9 @@ from derm_compress.wording import compare, percent, verdict, words
 
 GLOSSARY = (
     "SFT: supervised fine-tuning after pruning, by QLoRA (low-rank adapters trained over a 4-bit base). AWQ: "
-    "activation-aware rounding; rtn: plain rounding to nearest; bitsandbytes: its NF4 format. magnitude and random-0: "
-    "blocks go by the sum of their weights, or in one random order. base: before fine-tuning; blank and shuffled: the "
-    "original model shown no picture, or one of another disease."
+    "activation-aware rounding; rtn: plain rounding to nearest; bitsandbytes: its NF4 format. base: before "
+    "fine-tuning; blank and shuffled: the original model shown no picture, or one of another disease. "
+    "Rankings of blocks are explained beside Figure 3."
 )
 
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pandas as pd
 
 from derm_compress import agreement, metrics, tables
-from derm_compress.results import Results, first_to_go
-from derm_compress.wording import explained, joined, listed, p_value, verdict, words
+from derm_compress.results import Results, first_to_go, reaches
+from derm_compress.wording import criteria_explained, joined, listed, p_value, verdict, words
 
 FEW = 3  # rivals, up to which each gets its own sentence
 NAMED = ("magnitude", "block_influence", "random")  # the rivals that are asked for by name
@@ -30,7 +30,7 @@ def ours(results: Results) -> str:
 
 def findings_importance(results: Results) -> list[str]:
     """Which blocks go first, whether criteria and draws of pictures agree on it, and whether images change it."""
-    parts = (findings_order, findings_agreement, findings_calibration, findings_images)
+    parts = (findings_order, findings_drafts, findings_agreement, findings_calibration, findings_images)
     return [sentence for find in parts for sentence in find(results)]
 
 
@@ -42,8 +42,8 @@ def findings_order(results: Results) -> list[str]:
     gone = set(first_to_go(own, results.operating))
     said = [f"By {words(results.criterion)} blocks {listed(first_to_go(own, results.operating))} go first; "]
     said[0] += f"{listed(own['protected'])} are protected."
-    others = {name: set(first_to_go(plan, len(gone))) for name, plan in results.plans.items() if compared(name, plan)}
-    others.pop(results.criterion, None)
+    plans = {name: plan for name, plan in results.plans.items() if compared(name, plan) and reaches(plan, len(gone))}
+    others = {name: set(first_to_go(plan, len(gone))) for name, plan in plans.items() if name != results.criterion}
     shared = pd.Series({name: len(gone & blocks) for name, blocks in others.items()}, dtype=int).sort_values()
     if len(shared) > FEW:
         free = own["blocks"] - len(own["protected"])
@@ -62,6 +62,19 @@ def findings_order(results: Results) -> list[str]:
     return said
 
 
+def findings_drafts(results: Results) -> list[str]:
+    """How much of the answers without a block was read instead of written, and how often two words came close."""
+    told = results.similarity
+    if told is None or not told.tokens.sum():
+        return []
+    tokens, ties = int(told.tokens.sum()), int(told.near_ties.sum())
+    return [
+        f"Of the {tokens} tokens that the model answers without one block, {told.accepted.sum() / tokens:.0%} were "
+        f"read from a draft instead of written; {ties} {'was a near tie' if ties == 1 else 'were near ties'}, where "
+        "rounding may choose the word."
+    ]
+
+
 def compared(name: str, plan: dict) -> bool:
     """Whether a plan says which whole blocks matter."""
     return base(name) != "random" and not any(isinstance(unit, str) for unit in plan["order"])
@@ -73,7 +86,7 @@ def findings_agreement(results: Results) -> list[str]:
         return []
     own, others = words(results.criterion), criteria_beside(tables.agreements(results), results.criterion)
     if others.empty:
-        return []
+        return glossary(results)
     free = results.values.query("part == 'block'").block.nunique() - len(results.protected)
     last, first = others.iloc[-1], others.iloc[0]
     said = f"Over the {free} unprotected blocks {own} correlates in rank with {words(last.other)} at {interval(last)}"
@@ -83,8 +96,15 @@ def findings_agreement(results: Results) -> list[str]:
             f", the strongest of {len(others)}, and with {words(first.other)} at {interval(first)}, the weakest; "
             f"{above} of the {len(others)} intervals lie above 0, {below} below"
         )
-    names = {*results.values.ranking, *(results.plans or {})}
-    return [said + ".", *([f"In names, {explained(names)}."] if explained(names) else [])]
+    return [said + ".", *glossary(results)]
+
+
+def glossary(results: Results) -> list[str]:
+    """By what blocks go in the rankings that the run has, and what the endings of their names say."""
+    known = [] if results.values is None else results.values.ranking
+    tried = [] if results.variants is None else results.variants.criterion
+    said = criteria_explained([*known, *tried, *(results.plans or {})])
+    return [f"Blocks go by: {said}."] if said else []
 
 
 def criteria_beside(agreement: pd.DataFrame, own: str) -> pd.DataFrame:
@@ -170,25 +190,33 @@ def findings_criteria(results: Results) -> list[str]:
 def findings_rivals(results: Results) -> list[str]:
     """The study's own criterion against each rival in pairs, at the operating point and over all depths."""
     table = tables.criteria_tests(results)
-    if table.empty or table.p_all.isna().all():
+    table = table if table.empty else table.dropna(subset=["difference_all", "p_all"])
+    if table.empty:
         return []
-    ranked = table.sort_values("difference_all")
+    ranked = comparable(table).sort_values("difference_all")
     asked = table.criterion.map(base).isin(NAMED) & ~table.criterion.str.contains(r"-[a-z]")
     told = table if len(table) <= FEW else table[asked]
     said = [duel(results, row) for row in told.to_dict("records")]
     for row, which in ((ranked.iloc[0], "best"), (ranked.iloc[-1], "worst")):
-        if row.criterion not in set(told.criterion):
+        if len(ranked) > 1 and row.criterion not in set(told.criterion):
             said.append(
-                f"Of {len(table)} rivals the {which} over all depths is {words(row.criterion)}. {duel(results, row)}"
+                f"Of the {len(ranked)} rivals with models at the same {row.depths} depths the {which} over all depths "
+                f"is {words(row.criterion)}. {duel(results, row)}"
             )
     said += [] if not asked.any() else [answer(results, table[asked], joined(table.criterion[asked].map(words)))]
     return said + ([answer(results, table, "all its rivals")] if len(table) > asked.sum() else [])
 
 
+def comparable(table: pd.DataFrame) -> pd.DataFrame:
+    """The rivals whose means are over the same depths: those that most of them share with the study's criterion."""
+    counts = table.shared.value_counts(sort=False)
+    return table[table.shared == max(counts.index, key=lambda depths: (counts[depths], len(depths)))]
+
+
 def duel(results: Results, row) -> str:
     """One rival at the operating point, over all depths, and at how many it is behind."""
     us, them, n = ours(results), words(row["criterion"]), results.operating
-    said = f"At {n} blocks there is no {them} to compare {us} with"
+    said = f"At {n} blocks {them} has no model to compare {us} with"
     if not pd.isna(row["p"]):
         said = f"At {n} blocks {verdict(change(row), us, them)}, {p_value(row['p_holm'])} after Holm"
     over = f"over all {row['depths']} depths {verdict(change(row, '_all'), 'it', them)}, {p_value(row['p_all_holm'])}"
@@ -237,8 +265,8 @@ def findings_cliffs(results: Results) -> list[str]:
 
 def level(row) -> str:
     if not row.level_until:
-        return "at every depth the paired interval to the unpruned model lies below 0"
-    return f"the paired interval to the unpruned model reaches 0 up to {row.level_until:.0f} blocks"
+        return "already at the first depth the paired interval to the unpruned model lies below 0"
+    return f"no paired interval to the unpruned model lies below 0 up to {row.level_until:.0f} blocks"
 
 
 def findings_sublayers(results: Results) -> list[str]:

@@ -40,8 +40,9 @@ CAPTIONS = {  # of the tables that need another one
     "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",
     "extra_criteria": "score before SFT with its 95 % interval, n answers",
     "extra_criteria_tests": "the study's criterion minus its rival in points, paired, 95 % interval, p by sign flips",
-    "extra_cliffs": "the steepest fall between neighbouring depths, per block; level until: the deepest model whose "
-    "paired interval to the unpruned one reaches 0",
+    "extra_cliffs": "the steepest fall between neighbouring depths, per block; its interval is of the step that was "
+    "chosen for being the steepest; level until: the last depth before the first whose paired interval to the "
+    "unpruned one lies below 0",
     "extra_sublayers": "without single attentions or MLPs; difference: to the nearest whole-block model, paired",
     "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
     "extra_judges": "marks of 1 to 4 for answers whose worth is known; n answers",
@@ -54,7 +55,10 @@ RUBRIC_LIMITS = "The rubric counts stated facts; it judges neither safety nor ne
 PARTS = {  # in the paper's order: label, question, and what the numbers say to it
     "fig1_pipeline": ("Figure 1", "The pipeline", None),
     "fig2_block_removal": ("Figure 2", "Which blocks are tried, and which go?", None),
-    "fig3_layer_importance": ("Figure 3", "How much does each block matter?", ranking_findings.findings_order),
+    "fig3_layer_importance": (
+        "Figure 3", "How much does each block matter?",
+        lambda results: ranking_findings.findings_order(results) + ranking_findings.findings_drafts(results),
+    ),
     "extra_agreement": ("Beside Figure 3", "Do the criteria agree?", ranking_findings.findings_agreement),
     "extra_calibration_size": (
         "Beside Figure 3", "How many pictures are enough, and do they change the ranking?",
@@ -167,7 +171,7 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]], aske
     drawn = {"fig1_pipeline": figures.fig1_pipeline(graph), "fig6_judge_prompt": quotes.fig6_judge_prompt(asked)}
     if plan := (results.plans or {}).get(results.criterion):
         drawn["fig2_block_removal"] = figures.fig2_block_removal(plan, n)
-    if results.scores is not None:
+    if results.scores is not None and figures.drawn_in_figure_3(results.scores)[0]:
         drawn["fig3_layer_importance"] = figures.fig3_layer_importance(results.scores, n)
     drawn |= draw_rankings(results, built)
     if results.figure4 is not None:

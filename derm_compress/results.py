@@ -30,6 +30,7 @@ class Results:
     scores: pd.DataFrame | None = _of("03_layer_importance/scores.parquet")
     values: pd.DataFrame | None = _of("03_layer_importance/values.parquet")
     plans: dict | None = _of("03_layer_importance/plans.json")
+    similarity: pd.DataFrame | None = _of("03_layer_importance/similarity.parquet")
     choice: dict | None = _of("04_pruning/choice.json")
     training: pd.DataFrame | None = _of("05_sft/measured/training.parquet")
     statistics: pd.DataFrame | None = _of("06_activation_analysis/statistics.parquet")
@@ -44,10 +45,15 @@ class Results:
 
     @property
     def criterion(self) -> str:
-        """The criterion of the study's own variants, which bear no criterion in their names: the paper's, mostly."""
+        """The criterion of the study's own variants, which bear no criterion in their names.
+
+        Before there are any, the first plan that goes by the first values, which lie in the order of the rankings.
+        """
         rows = [] if self.variants is None else self.variants[["variant", "blocks_removed", "criterion"]].to_numpy()
         plain = [criterion for name, n, criterion in rows if n and name == variant_id(n)]
-        return plain[0] if plain else "output_similarity"
+        plans, first = list(self.plans or {}), None if self.values is None else self.values.ranking.iloc[0]
+        likely = [name for name in plans if scored_as(name) == first]  # stored plans lie in the alphabet's order
+        return next(iter([*plain, *likely, *plans]), "output_similarity")
 
     @property
     def blocks(self) -> int:
@@ -98,6 +104,11 @@ def variant_id(blocks: int, *, criterion: str = "", healed: bool = False, method
     return name + ("+sft" if healed else "") + (f"|{method}{bits}" if method else "")
 
 
+def scored_as(name: str) -> str:
+    """The name under which a ranking's values are kept: without what is done differently after scoring."""
+    return "-".join(part for part in name.split("-") if part not in ("iterative", "contiguous", "unprotected"))
+
+
 def answers_of(frame: pd.DataFrame | None, variant: str) -> pd.DataFrame:
     """One variant's answers, each once; empty where there are none."""
     if frame is None:
@@ -106,8 +117,13 @@ def answers_of(frame: pd.DataFrame | None, variant: str) -> pd.DataFrame:
 
 
 def first_to_go(plan: dict, count: int) -> list:
-    """The first `count` units that a stored plan removes; of a plan of whole runs, the run of that many blocks."""
-    if plan.get("starts"):
-        start = plan["starts"][count - 1] if 0 < count <= len(plan["starts"]) else 0
-        return list(range(start, start + min(count, len(plan["starts"]))))
+    """The first `count` units that a stored plan removes, or all that it has; of a plan of runs, one so long."""
+    if starts := plan.get("starts"):
+        count = min(count, len(starts))
+        return list(range(starts[count - 1], starts[count - 1] + count)) if count else []
     return list(plan["order"][:count])
+
+
+def reaches(plan: dict, count: int) -> bool:
+    """Whether a stored plan has so many units to remove."""
+    return count <= len(plan.get("starts") or plan["order"])

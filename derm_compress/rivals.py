@@ -15,7 +15,7 @@ from derm_compress import metrics
 
 CHANGE = ["difference", "difference_lo", "difference_hi", "p"]
 OVER_ALL = ["difference_all", "difference_all_lo", "difference_all_hi", "p_all"]
-TESTS = ["criterion", "blocks_removed", *CHANGE, "depths", "ahead", *OVER_ALL, "n"]
+TESTS = ["criterion", "blocks_removed", *CHANGE, "depths", "ahead", *OVER_ALL, "n", "shared"]
 CLIFF = ["criterion", "depths", "fall_from", "fall_to", "fall", "fall_lo", "fall_hi", "fall_per_block", "level_until"]
 RANDOM = re.compile(r"random-\d+")
 
@@ -63,7 +63,8 @@ def criteria_tests(answers: pd.DataFrame, variants: pd.DataFrame, own: str, *, o
     """The study's own criterion against each rival: own minus rival in points, at one depth and over all shared ones.
 
     Over all depths an answer's marks are averaged first. p: sign-flip over images; p_holm: corrected over the rivals
-    (Holm). ahead: at how many of `depths` own scores more. Random orders count as one rival.
+    (Holm). ahead: at how many of the `depths` that both have (`shared`: which) own scores more. Random orders count
+    as one rival.
     """
     known, rows = curves(answers, variants), []
     ours = known.pop(own, pd.DataFrame())
@@ -72,7 +73,7 @@ def criteria_tests(answers: pd.DataFrame, variants: pd.DataFrame, own: str, *, o
         if shared:
             here, all_ = (_change(ours, theirs, depths) for depths in ({operating} & set(shared), shared))
             ahead = (ours[shared].mean() > theirs[shared].mean()).sum()
-            rows.append((name, operating, *here[:4], len(shared), ahead, *all_[:4], all_.n))
+            rows.append((name, operating, *here[:4], len(shared), ahead, *all_[:4], all_.n, tuple(shared)))
     table = pd.DataFrame(rows, columns=TESTS)
     return table.assign(p_holm=metrics.holm(table.p), p_all_holm=metrics.holm(table.p_all))
 
@@ -87,7 +88,7 @@ def cliffs(answers: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
     """Each criterion's steepest fall, per block, between neighbouring depths, and how far it stays level.
 
     fall: points lost from fall_from to fall_to blocks, with the paired interval of that pair, which was chosen for its
-    fall; level_until: the deepest model whose paired interval to the unpruned one reaches 0.
+    fall; level_until: the last depth before the first whose paired interval to the unpruned one lies below 0.
     """
     rows = []
     for name, curve in curves(answers, variants).items():
@@ -97,7 +98,8 @@ def cliffs(answers: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
             steps = falls["mean"].to_numpy() / np.diff(depths)
             at = int(np.nanargmax(steps)) if np.isfinite(steps).any() else 0
             change = metrics.mean_intervals(curve[depths].sub(curve[0], axis=0))
-            level = change.index[change.hi >= 0].max()
+            clear = change.index[change.hi < 0]
+            level = change.index[(change.hi >= 0) & (change.index < clear.min() if len(clear) else True)].max()
             rows.append((name, len(depths) - 1, depths[at], depths[at + 1], *falls.iloc[at], steps[at], level))
     return pd.DataFrame(rows, columns=CLIFF)
 

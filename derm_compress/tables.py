@@ -40,7 +40,7 @@ COLUMNS = {  # what the paper gives stands beside what is ours
     ],
     "extra_agreement": ["one", "other", "rho", "rho_lo", "rho_hi"],
     "extra_calibration_size": agreement.CURVE,
-    "extra_criteria": ["criterion", "blocks_removed", *SCORE],
+    "extra_criteria": ["criterion", "blocks_removed", *SCORE, *SIZE[:3], *SIZE[4:6]],
     "extra_criteria_tests": [*rivals.TESTS[:6], "p_holm", *rivals.TESTS[6:12], "p_all_holm", "n"],
     "extra_cliffs": rivals.CLIFF,
     "extra_sublayers": [

@@ -21,6 +21,18 @@ WAYS = {  # what a ranking's ending says: in short, and explained
     "sublayers": ("sublayers", "attentions and MLPs go one by one"),
 }
 
+CRITERIA = {  # by what a ranking's blocks go
+    "output_similarity": "how much the answers change without the block",
+    "perplexity": "how unlikely the whole model's answers become without the block",
+    "block_influence": "1 minus the cosine of what goes into the block and what comes out",
+    "angular": "the angle between the same two at the last token",
+    "taylor": "the sum of absolute weights times gradients",
+    "magnitude": "the sum of absolute weights",
+    "last": "from the end, block by block",
+    "random": "a random order",
+    "published": "the order that comes with the paper's code",
+}
+
 
 def percent(score) -> str:
     """62.5 % (58.1 to 66.9), from a metrics.Score or a table's row."""
@@ -44,16 +56,26 @@ def compare(answers: pd.DataFrame | None, one: str, other: str) -> metrics.Diffe
 
 def words(name: str) -> str:
     """A method's or a ranking's name for people: output similarity (text only)."""
-    base, _, way = name.partition("-")
-    if way in WAYS:
-        return f"{words(base)} ({WAYS[way][0]})"
+    base, *ways = name.split("-")
+    if ways and set(ways) <= set(WAYS):
+        return f"{words(base)} ({', '.join(WAYS[way][0] for way in ways)})"
     return NAMES.get(name, name.replace("_", " "))
 
 
 def explained(names: Iterable[str]) -> str:
     """What the endings of these rankings' names say; empty where there are none."""
-    known = {name.partition("-")[2] for name in names}
+    known = {way for name in names for way in name.split("-")[1:]}
     return "; ".join(f"{short}: {text}" for way, (short, text) in WAYS.items() if way in known)
+
+
+def criteria_explained(names: Iterable[str]) -> str:
+    """By what the blocks of these rankings go, then what their endings say; empty where none is known."""
+    names = list(names)
+    known = {name.split("-")[0] for name in names}
+    said = [f"{'random-0 and so on' if name == 'random' else words(name)}, {text}" for name, text in CRITERIA.items()
+            if name in known]  # fmt: skip
+    endings = explained(names)
+    return "; ".join([*said, *([endings] if endings else [])])
 
 
 def listed(numbers) -> str:

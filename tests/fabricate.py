@@ -13,6 +13,7 @@ from derm_compress import dialogue, judge_controls, judging
 from derm_compress.data import Item
 
 BLOCKS, DEPTHS, OPERATING, DEEPER = 32, (0, 2, 4, 6, 7, 8, 9, 10, 12), 6, 9
+DEEP = (14, 16)  # of a full study; the published plan has 14 blocks
 SUBLAYERS = {"output_similarity-attention": "attention", "output_similarity-mlp": "mlp"}
 PLANS = {  # rivals of a full study, and how much worse than the study's own criterion they are made
     "output_similarity-iterative": -0.1, "output_similarity-text": 0.05, "perplexity": -0.3, "perplexity-text": -0.1,
@@ -73,11 +74,11 @@ def variants():
 
 
 def rival_variants():
-    """Every other plan of a full study at seven depths, before SFT."""
-    rows = []
+    """Every other plan of a full study at nine depths, before SFT; the published one ends before the last of them."""
+    rows = [variant(f"pruned-{n}", n, criterion="output_similarity") for n in DEEP]
     for name in [*PLANS, "random-0", "random-1", "random-2", *SUBLAYERS]:
-        for n in (2, 4, 6, 8, 9, 10, 12):
-            part = SUBLAYERS.get(name)
+        part = SUBLAYERS.get(name)
+        for n in (2, 4, 6, 8, 9, 10, 12, *(() if part else DEEP[:1] if name == "published" else DEEP)):
             row = variant(f"pruned-{n}-{name}", 0 if part else n, criterion=name)
             if (name, n) != ("magnitude", OPERATING) and (name, n) != ("magnitude", DEEPER):
                 rows.append(row | ({f"{part}s_removed": n} if part else {}))
@@ -176,6 +177,7 @@ def rankings(rng, *, full, protected=(0, 1, 31), pictures=14):
         plans["taylor-unprotected"] = {"order": [1, *plans["taylor"]["order"], 0, 31], "protected": []}
         plans["published"] = {"order": [23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5], "protected": [0, 1, 31]}
         runs = {"order": [], "protected": list(protected), "starts": [12, 12, 11, 11, 11, 10, 9, 9, 9, 8, 7, 7]}
+        runs["starts"] += [7, 6, 6, 5]
         plans |= dict.fromkeys(("block_influence-contiguous", "angular-contiguous"), runs)
     return values, scores, {name: plan | {"blocks": BLOCKS, "fingerprint": "f" * 64} for name, plan in plans.items()}
 
@@ -223,7 +225,10 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
         files[name]["variants"] = table[chosen]
     files["01_data"] |= {"items": pictures, "report.json": NOTED}
     files["02_finetune"]["curve"] = curve
+    drafts = {"block": [2, 3], "item": "train-0", "question": "name", "answer": words or "a rash", "accepted": [7, 8],
+              "tokens": [10, 10], "near_ties": [0, 2], "similarity": [0.5, 1.0]}  # fmt: skip
     files["03_layer_importance"] |= {"values": values, "scores": scores, "plans.json": plans}
+    files["03_layer_importance"]["similarity"] = pd.DataFrame(drafts)
     files["04_pruning"]["choice.json"] = {"operating": OPERATING, "deeper": DEEPER, "why": "a third is gone"}
     files["05_sft"] |= {"curves": curve.assign(variant="pruned-6+sft"), "measured/training": trained}
     files["06_activation_analysis"] |= {"statistics": statistics, "figure4": surface}

@@ -126,6 +126,13 @@ def test_figure_3_draws_six_criteria_and_names_the_rest(full, results):
     assert figures.drawn_in_figure_3(many)[1] == ["c6", "c7"]
 
 
+def test_without_a_ranking_to_draw_figure_3_is_left_out(full):
+    scores = full.scores[full.scores.criterion.isin(["random-0", "last", "output_similarity-mlp"])]
+    bare = dataclasses.replace(full, scores=scores, answers=None)
+    assert len(scores) and set(report.draw(bare, {}, fabricate.UPSTREAM, "")) >= {"fig2_block_removal"}
+    assert "fig3_layer_importance" not in report.draw(bare, {}, fabricate.UPSTREAM, "")
+
+
 def overlapping(drawing):
     """Pairs of visible labels of one axis that lie over each other."""
     figure, found = drawing.figure, []
@@ -181,7 +188,7 @@ def test_the_titles_of_rankings_follow_the_data(built):
     both = [ranking_figures.fig_agreement(t, "output_similarity").finding for t in (built["extra_agreement"], turned)]
     assert "most like perplexity" in both[0] and "least like perplexity" in both[1]
     tests = built["extra_criteria_tests"]
-    for sign, said in ((1, "beats 9 of 14 rivals and loses to 1"), (-1, "beats 1 of 14 rivals and loses to 9")):
+    for sign, said in ((1, "beats 8 of 14 rivals and loses to 2"), (-1, "beats 2 of 14 rivals and loses to 8")):
         assert said in ranking_figures.rivals_in_words(tests.assign(difference_all=sign * tests.difference_all), "own")
     assert ranking_figures.rivals_in_words(tests.assign(p_all_holm=1.0), "own").startswith(
         "Over all depths own beats 0"

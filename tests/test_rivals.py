@@ -91,9 +91,10 @@ def test_the_cliff_is_where_a_block_costs_most():
     assert (own.fall_lo, own.fall_hi) == pytest.approx((low.lo, low.hi))
 
 
-def test_level_until_is_the_deepest_depth_that_reaches_the_unpruned_model():
-    table = rivals.cliffs(*table_of(own={2: 3.5, 4: 3.6, 6: 2.0}, other={2: 3.0})).set_index("criterion")
-    assert table.level_until.to_dict() == {"own": 4, "other": 0}
+def test_level_ends_before_the_first_depth_that_is_clearly_worse_than_the_unpruned_model():
+    dips = {2: 3.5, 4: 3.0, 6: 3.6}
+    table = rivals.cliffs(*table_of(own={2: 3.5, 4: 3.6, 6: 2.0}, other={2: 3.0}, dips=dips, flat={2: 3.6, 4: 3.6}))
+    assert table.set_index("criterion").level_until.to_dict() == {"own": 4, "other": 0, "dips": 2, "flat": 4}
 
 
 def sublayer_study(share=1 / 3):

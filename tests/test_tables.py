@@ -20,7 +20,8 @@ def results_of(**changes):
     files = fabricate.stage_files(**changes)
     frames = {name: value for part in files.values() for name, value in part.items()}
     return tables.Results(
-        items=frames["items"], plans=frames["plans.json"], values=frames["values"], scores=frames["scores"],
+        items=frames["items"], plans=frames["plans.json"],
+        similarity=frames["similarity"], values=frames["values"], scores=frames["scores"],
         choice=frames["choice.json"],
         training=frames["measured/training"], statistics=frames["statistics"], errors=frames["errors"],
         variants=frames["variants"], evaluation=frames["answers"], memory=frames["memory"],
@@ -323,5 +324,7 @@ def test_a_full_study_has_every_table():
     cut = built["extra_sublayers"]
     assert not set(cut.criterion) & set(built["extra_criteria"].criterion) and len(cut) == 14
     assert (cut.attentions_removed + cut.mlps_removed > 0).all() and (cut.nearest_score > 0).all()
-    assert built["table1_pruning"].blocks_removed.tolist() == list(fabricate.DEPTHS)
+    assert built["table1_pruning"].blocks_removed.tolist() == [*fabricate.DEPTHS, *fabricate.DEEP]
+    sizes = ["params_b", "vram_gib", "peak_gib", "params_b_7b", "vram_gib_7b"]
+    assert built["extra_criteria"][sizes].notna().all(axis=None)
     assert list(built["table2_sft"].blocks_removed) == [0, 6, 9]
