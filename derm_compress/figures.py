@@ -277,7 +277,8 @@ def _importance(ax, name, group, gone):
     ax.plot(group.block[~out & ~fixed], value[~out & ~fixed], "o", color=DENSE, mfc="white", label="stays")
     label = "protected (at the edge: beyond)"
     ax.plot(group.block[fixed], value[fixed], "x", color=DENSE, label=label, clip_on=False)
-    ax.set_ylabel({"output_similarity": "mean cosine\n(Eq. 5)", "magnitude": "sum of |w|"}.get(name, words(name)))
+    known = {"output_similarity": "mean cosine\n(Eq. 5)", "magnitude": "sum of |w|", "perplexity": "log perplexity"}
+    ax.set_ylabel(known.get(name, words(name)))
 
 
 @styled

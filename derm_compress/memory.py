@@ -144,20 +144,24 @@ def plan_weights(
 
 
 def plan_peak(
-    arch: Architecture, *, batch: int = 1, prompt_tokens: int = 64, new_tokens: int = 200, **weights
-) -> dict[str, float]:
+    arch: Architecture, *, batch: int = 1, prompt_tokens: int = 64, new_tokens: int = 200, int4_kernel: bool = False,
+    **weights,
+) -> dict[str, float]:  # fmt: skip
     """GiB while questions of `prompt_tokens` about one picture each are answered; `weights` as in plan_weights.
 
     Weights + fp16 KV cache at its final length (2 x width x blocks a token) + the prefill's activations + one linear
     decoded to fp16 where quantized: parts that peak at different times, so rather too much. Activations, with fused
     attention, the last token's logits and an MLP at least twice as wide as the residual: four tensors of the
     residual's width (embeddings, block input, residual, normed), three of the MLP's, and the picture's features; or
-    the tower's peak if larger.
+    the tower's peak if larger. `int4_kernel`: torch's, which holds a bfloat16 scale and offset a group beside.
     """
     planned, tokens = plan_weights(arch, **weights), prompt_tokens + arch.image_tokens
     attentions = arch.kept(weights.get("blocks_removed", 0)) - weights.get("attentions_removed", 0)
     decoder = tokens * (4 * arch.hidden + 3 * arch.intermediate) + arch.image_tokens * arch.hidden
+    removed = {key: weights[key] for key in REMOVED if key in weights}
+    groups = arch.over_linears(lambda out, into: out * into // weights["group_size"], **removed) if int4_kernel else 0
     return planned | _gib(
+        kernel_steps=2 * FP16 * groups,
         kv_cache=FP16 * 2 * arch.cache_width * attentions * batch * (tokens + new_tokens),
         activations=FP16 * batch * max(decoder, arch.tower_values + tokens * arch.hidden),
         workspace=FP16 * arch.hidden * arch.intermediate * (weights.get("method", "fp16") != "fp16"),

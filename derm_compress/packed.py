@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from derm_compress.grids import pack, unpack
 
 FEW = 128  # tokens up to which torch's int4 kernel was faster on a CPU than decoding all weights for a matrix product
+ROWS = 1024  # decoded at a time
 KERNEL_GROUPS = (32, 64, 128, 256)
 INNER_TILES = 8  # of the CUDA layout: the inputs must be a multiple of 16 times as many
 TILE = (8, 16 * INNER_TILES)  # outputs and inputs of its tiles
@@ -47,14 +48,19 @@ class PackedLinear(nn.Module):
         codes = kernel_codes(self.codes, self.shape) if kernel else unpack(self.codes, self.grid.bits, self.shape)
         return codes, self.scales, zeros
 
-    def dequantized(self):
-        """Weight [out, in], float32."""
-        return self.grid.decode(*self.encoded())
+    def dequantized(self, dtype=torch.float32):
+        """Weight [out, in], decoded some rows at a time so that no second copy in float32 is needed."""
+        codes, *steps = self.encoded()
+        weight = torch.empty(self.shape, dtype=dtype, device=codes.device)
+        for start in range(0, len(codes), ROWS):
+            rows = slice(start, start + ROWS)
+            weight[rows] = self.grid.decode(codes[rows], *(part if part is None else part[rows] for part in steps))
+        return weight
 
     def forward(self, x):
         few = self.kernels and x.numel() <= FEW * self.in_features
         if not few or not has_kernel(self.grid, self.shape, x.device):
-            return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+            return F.linear(x, self.dequantized(x.dtype), self.bias)
         if self.steps is None:
             self._to_kernel()
         flat = x.reshape(-1, self.in_features).to(torch.bfloat16)

@@ -60,7 +60,8 @@ def generate(rig: Rig, *, form: str, removed: int, batch: int) -> list[dict]:
     repeats = max(1, min(5, int(rig.seconds / (prefill + decode))))
     told = memory.measure_latency(model, inputs, new_tokens=rig.new_tokens, warmup=0, repeats=repeats)
     sizes = {"batch": batch, "prompt_tokens": rig.prompt_tokens, "new_tokens": rig.new_tokens}
-    plan, floor = memory.plan_peak(rig.arch, **sizes, **what), rigs.forward_floor
+    kernel = any(getattr(module, "steps", None) is not None for module in model.modules())
+    plan, floor = memory.plan_peak(rig.arch, int4_kernel=kernel, **sizes, **what), rigs.forward_floor
     return [
         row("weights", "GiB", held, sum(memory.plan_weights(rig.arch, **what).values())),
         row("peak", "GiB", rigs.peak_gib(rig), sum(plan.values())),

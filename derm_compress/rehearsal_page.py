@@ -158,7 +158,9 @@ def decoding(rows: pd.DataFrame) -> str:
     if len(one) < 2 or len(eight) < 2:
         return ""
     whole, pruned = one.measured.iloc[[0, -1]]
-    saved = f"with six blocks fewer {pruned:.1f} ms ({1 - pruned / whole:.0%} less)"
+    saved = (
+        f"with six blocks fewer {pruned:.1f} ms ({abs(1 - pruned / whole):.0%} {'less' if pruned < whole else 'more'})"
+    )
     return (
         f"A step of decoding in fp16 takes {whole:.1f} ms at batch 1, {one.ratio.iloc[0]:.1f} times its floor, and "
         f"{eight.measured.iloc[0]:.1f} ms at batch 8; {saved}."
@@ -234,7 +236,7 @@ def workspace(rows: pd.DataFrame) -> str:
     both = pick(rows, "generate", "peak", "packed W4")
     off = both[(both.ratio - 1).abs() > 0.05]
     listed = "; ".join(f"{row.Index}: {row.measured - row.planned:+.2f} GiB" for row in off.itertuples())
-    why = "A kernel holds bfloat16 steps beside the scales; without one a linear is decoded through fp32."
+    why = "A kernel holds bfloat16 steps beside the scales; long prompts are multiplied by decoded weights."
     return f"Peaks beside their plans: {listed}. {why}" if listed else ""
 
 
