@@ -56,11 +56,6 @@ class Plan:
         """How many units can go."""
         return len(self.starts or self.order)
 
-    @property
-    def whole(self) -> bool:
-        """Whether its units are blocks."""
-        return not any(isinstance(unit, str) for unit in self.order)
-
     def removed(self, n: int) -> tuple[Unit, ...]:
         if not 0 <= n <= self.most:
             raise DermError(
