@@ -16,7 +16,7 @@ report: install
 	@$(VENV) -m derm_compress run "params/$(RUN).yaml" $(if $(SET),--set "$$SET")
 
 test: install
-	@OMP_NUM_THREADS=1 $(VENV) -m pytest
+	@OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2
 
 bench: install
 	@for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(VENV) "$$script" || exit 1; done

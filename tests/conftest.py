@@ -7,6 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+LONG = ("test_smoke", "test_study", "test_checkpoint", "test_finetune")  # files to begin with, the longest first
+
+
+def pytest_collection_modifyitems(items):
+    """Two processes take one file after the other: the longest go first, so that neither waits for the other long."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def dataset():

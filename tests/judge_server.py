@@ -66,15 +66,15 @@ class Server:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 fault = server._enter(self.headers, body)
+                time.sleep(server.seconds)
+                content = server.answer(json.loads(body)) if fault is None else None
+                server._leave()  # before the reply is out: its reader may ask again at once
                 try:
-                    self.speak(fault, json.loads(body))
+                    self.speak(fault, content)
                 except (BrokenPipeError, ConnectionResetError):
                     pass
-                finally:
-                    server._leave()
 
-            def speak(self, fault, body):
-                time.sleep(server.seconds)
+            def speak(self, fault, content):
                 if fault == "slow":
                     time.sleep(1.0)
                 elif fault == "trickle":
@@ -89,8 +89,8 @@ class Server:
                     self.wfile.flush()
                     self.connection.close()
                     return
-                status, headers, text = FAULTS.get(fault, (200, {}, None))
-                text = (completion(server.answer(body)) if text is None else text).encode()
+                status, headers, text = FAULTS.get(fault, (200, {}, completion(content)))
+                text = text.encode()
                 self.start(status, {"Content-Length": str(len(text))} | headers)
                 self.wfile.write(text)
 
