@@ -1,4 +1,4 @@
-"""Command line: run parameter files, export a model of a run, render a report again."""
+"""Command line: run parameter files, export a model of a run, prune a model by a plan, render a report again."""
 
 import argparse
 import re
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(prog="python -m derm_compress", description=__doc__)
-    add = commands.add_subparsers(required=True, metavar="run | export | report").add_parser
+    add = commands.add_subparsers(required=True, metavar="run | export | prune | report").add_parser
     run = add("run", help="compute what is missing of the runs of parameter files, and report")
     run.add_argument("params", nargs="+", type=Path, help="params/NAME.yaml")
     run.add_argument("--only", metavar="04", help="this stage only")
@@ -39,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("model", help="RUN/STAGE[/NAME], without NAME the operating point")
     export.add_argument("path", type=Path)
     export.set_defaults(command=export_command)
+    prune = add("prune", help="write a model folder without some of its blocks, by a pruning plan")
+    prune.add_argument("model", help="a model folder, a hub id, or tiny")
+    prune.add_argument("plan", help="published, or a plan's JSON file")
+    prune.add_argument("count", type=int, help="how many of the plan's units go")
+    prune.add_argument("path", type=Path)
+    prune.set_defaults(command=prune_command)
     report = add("report", help="render reports/RUN again from what is stored")
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.set_defaults(command=report_command)
@@ -79,6 +85,21 @@ def export_command(a) -> int:
     from derm_compress import models
 
     models.export_model(recipe, store, a.path)
+    return written(a)
+
+
+def prune_command(a) -> int:
+    from derm_compress import models
+    from derm_compress.prune import read_plan
+
+    models.prune_folder(a.model, read_plan(a.plan), a.count, a.path)
+    return written(a)
+
+
+def written(a) -> int:
+    """Says what was written, and who cannot open it."""
+    from derm_compress import models
+
     print(f"{a.model} -> {a.path}")
     if (a.path / models.PARTIAL).exists():
         print(models.NOT_PLAIN)

@@ -171,18 +171,40 @@ def export_model(recipe_json: str, store, path: Path, packed: bool = True, devic
     """Write a model folder. Plain `from_pretrained` opens it, but for integer grids, which checkpoint.load opens (and,
     of 4 bits, readers of AWQ), and for absent sublayers, which load_base opens (Transformers would fill them with
     random weights); packed=False writes a quantized variant with its dequantized weights instead."""
-    path = Path(path)
-    if path.exists() and any(path.iterdir()):
-        raise DermError(f"export: {path} exists and is not empty; name a new folder")
+    check_new(path)
     recipe = Recipe.from_json(recipe_json)
     packed = packed and any(step["step"] == "quantize" for step in recipe.steps)
     model, processor = materialize(recipe, store, device, packed=packed)
+    return write_folder(Path(path), model, processor, recipe, packed=packed)
+
+
+def check_new(path: Path) -> None:
+    if Path(path).exists() and any(Path(path).iterdir()):
+        raise DermError(f"export: {path} exists and is not empty; name a new folder")
+
+
+def write_folder(path: Path, model, processor, recipe: Recipe, *, packed: bool = False) -> Path:
+    """A model folder of what a recipe has made, with its card; whole or not at all."""
     with atomic(path) as draft:
         draft.mkdir()
         _save(model, draft, packed)
         processor.save_pretrained(draft)
         (draft / "README.md").write_text(model_card(recipe, len(blocks(model)), packed), encoding="utf-8")
     return path
+
+
+def prune_folder(name: str, plan, count: int, path: Path) -> Path:
+    """Write a model without the first `count` units of a plan, in the number format it is stored in."""
+    from derm_compress import prune
+
+    check_new(path)
+    source = str(TINY) if name == "tiny" else _folder(name)
+    model, processor = load_base(name, dtype=getattr(_config(name, source), "dtype", None))
+    whole = Recipe(name, fingerprint(model), len(blocks(model)))
+    plan.check(blocks=whole.blocks, fingerprint=whole.fingerprint)
+    prune.apply(model, *prune.left(whole.blocks, plan.removed(count)))
+    recipe = whole.pruned(plan.kept(count), plan.absent(count))
+    return write_folder(Path(path), model, processor, recipe)
 
 
 def _save(model, draft: Path, packed: bool) -> None:

@@ -96,6 +96,16 @@ def published() -> Plan:
     return Plan.from_dict(json.loads((Path(__file__).parent / "published_plan.json").read_text("utf-8")))
 
 
+def read_plan(name: str) -> Plan:
+    """`published`, or a plan's JSON file, as stage 03 has them by name in plans.json."""
+    if name == "published":
+        return published()
+    try:
+        return Plan.from_dict(json.loads(Path(name).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DermError(f"pruning plan {name}: neither `published` nor a plan's JSON file ({error})") from error
+
+
 def left(blocks: int, removed: Iterable[Unit]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Blocks of which something is left without these units, and the sublayers that those lack."""
     gone = {s for unit in removed for s in range(*span(unit))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -69,10 +70,8 @@ class Server:
                 time.sleep(server.seconds)
                 content = server.answer(json.loads(body)) if fault is None else None
                 server._leave()  # before the reply is out: its reader may ask again at once
-                try:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     self.speak(fault, content)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
 
             def speak(self, fault, content):
                 if fault == "slow":

@@ -169,6 +169,31 @@ def test_taylor_holds_one_gradient_at_a_time_and_leaves_no_trace(calibration):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_taylor_is_done_with_a_block_before_the_gradient_is_two_below(calibration):
+    """Gradients that wait for a second use of their weights would be held for all blocks at once."""
+    model, seen = calibration.model, []
+
+    def entered(block):
+        def hook(module, args):
+            if args[0].requires_grad and not torch.is_inference_mode_enabled():
+                args[0].register_hook(lambda _: seen.append(("gradient", block)))
+
+        return hook
+
+    hooks = [b.register_forward_pre_hook(entered(n)) for n, b in enumerate(models.blocks(model))]
+    for n, block in enumerate(models.blocks(model)):
+        hooks += [
+            p.register_post_accumulate_grad_hook(lambda _, n=n: seen.append(("weight", n))) for p in block.parameters()
+        ]
+    one = dataclasses.replace(calibration, items=calibration.items[:1])
+    frame(one, "taylor", [2])
+    for hook in hooks:
+        hook.remove()
+    for block in range(2, 8):
+        last = max(i for i, event in enumerate(seen) if event == ("weight", block))
+        assert last < seen.index(("gradient", block - 1))
+
+
 @pytest.mark.parametrize(
     ("part", "wanted"),
     [

@@ -1,12 +1,15 @@
+import dataclasses
 import json
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_models import inputs_of, logits
 from transformers import LlavaForConditionalGeneration
 
 from derm_compress import generate, memory, models, prune, reading, recipes
+from derm_compress.__main__ import main
 from derm_compress.errors import DermError
 
 PLAN = prune.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
@@ -133,6 +136,51 @@ def test_recipes_with_absent_sublayers_make_the_model_of_the_plan(recipe, store,
             assert made.state_dict().keys() == whole.state_dict().keys()
             assert torch.equal(logits(made, batch), logits(whole, batch))
             assert torch.equal(greedy(made, batch), greedy(whole, batch))
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_sublayers_removed_by_plan_are_gated_are_exported_and_reloaded(recipe, store, dataset, tmp_path, n):
+    """Bit for bit in logits, and in greedy answers with a cache and without; through this package's own loader."""
+    model, processor = models.materialize(recipe, store)
+    batch = prompt_of(processor, dataset)
+    scores, ids = gated(model, batch, PARTS.removed(n))
+    models.export_model(recipe.pruned(PARTS.kept(n), PARTS.absent(n)).to_json(), store, tmp_path / "out")
+    reloaded = models.load_base(str(tmp_path / "out"))[0]
+    with prune.without(model, PARTS.removed(n)):
+        for one in (model, reloaded):
+            assert torch.equal(logits(one, batch), scores)
+            assert all(torch.equal(greedy(one, batch, cached=cached), ids) for cached in (True, False))
+
+
+@pytest.mark.parametrize("plan", ["published", "file"])
+def test_a_plan_is_applied_to_a_model_folder_by_one_command(dataset, tmp_path, capsys, plan):
+    model, processor = models.load_base("tiny")
+    batch, made = prompt_of(processor, dataset), prune.published()
+    if plan == "file":
+        made = prune.Plan("by hand", ("3.mlp", 7, 5), (0,), 32, models.fingerprint(model))
+        (tmp_path / "plan.json").write_text(json.dumps(made.to_dict()))
+        plan = str(tmp_path / "plan.json")
+    assert main(["prune", "tiny", plan, "2", str(tmp_path / "out")]) == 0
+    reloaded = models.load_base(str(tmp_path / "out"))[0]
+    assert ("cannot open" in capsys.readouterr().out) == bool(made.absent(2))
+    assert len(models.blocks(reloaded)) == len(made.kept(2))
+    weights = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert {w.dtype for w in weights.values()} == {torch.float16}, "stored as the model was"
+    with prune.without(model, made.removed(2)):
+        assert torch.equal(logits(reloaded, batch), logits(model, batch))
+
+
+def test_plans_that_cannot_be_applied_are_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "text.json").write_text("[1]")
+    other = dataclasses.replace(prune.published(), fingerprint="0" * 16)
+    (tmp_path / "other.json").write_text(json.dumps(other.to_dict()))
+    for plan, count, why in (("none", 2, "neither"), ("text.json", 2, "neither"), ("other.json", 2, "fingerprint")):
+        plan = plan if plan == "none" else str(tmp_path / plan)
+        assert main(["prune", "tiny", plan, str(count), str(tmp_path / "out")]) == 2
+        told = capsys.readouterr().err
+        assert why in told and len(told.strip().splitlines()) == 1
+    assert main(["prune", "tiny", "published", "15", str(tmp_path / "out")]) == 2
+    assert "0 to 14" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_later_step_cannot_bring_sublayers_back(recipe, store):

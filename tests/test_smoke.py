@@ -90,6 +90,23 @@ def test_other_depths_leave_the_first_three_stages_alone(study):
     assert "cached" not in state["04_"] and "cached" not in state["05_"]
 
 
+def test_any_ranking_may_be_the_studys_own(study):
+    """Notebooks 03 and 04 with another criterion first, on the stages before them as they are."""
+    more = "rankings=[perplexity, magnitude] depths=[8] rival_depths=[8]"
+    done = [command(study, "run", "params/smoke.yaml", "--only", n, "--set", f"run=other {more}") for n in ("03", "04")]
+    assert all(run.returncode == 0 for run in done), done[-1].stdout[-2000:] + done[-1].stderr[-2000:]
+    notes = [
+        json.loads((study / f"artifacts/runs/other/{name}.json").read_text())
+        for name in ("03_layer_importance", "04_pruning")
+    ]
+    made = [study / "artifacts/store" / note["stage"] / note["key"] for note in notes]
+    order = json.loads((made[0] / "plans.json").read_text())["perplexity"]["order"]
+    variants = pd.read_parquet(made[1] / "variants.parquet").set_index("variant")
+    kept = json.loads(variants.recipe["pruned-2"])["steps"][-1]["kept"]
+    assert variants.criterion["pruned-2"] == "perplexity" and "pruned-2-magnitude" in variants.index
+    assert set(range(8)) - set(kept) == set(order[:2])
+
+
 def test_a_second_whole_run_has_the_same_score_tables(study, tmp_path):
     """Byte for byte, in another folder; measured columns apart."""
     other = project(tmp_path)
