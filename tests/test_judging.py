@@ -171,7 +171,7 @@ class TestServer:
 
     def test_no_more_requests_at_once_than_asked_for(self):
         frame = answers(*(f"answer {n}" for n in range(12)))
-        with Server(seconds=0.05) as server:
+        with Server(seconds=0.2) as server:
             model_judge(server, concurrency=3, timeout=5.0).judged(frame)
         assert server.at_once == 3 and len(server.bodies) == 12
 
