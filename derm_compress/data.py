@@ -13,11 +13,13 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 
 from derm_compress import dialogue, groups, photographs
+from derm_compress.dermnet import read_dermnet
 from derm_compress.errors import DermError
 from derm_compress.progress import track
-from derm_compress.sources import SOURCES, Columns, Row
+from derm_compress.sources import Columns, Row, read_folder, read_pad_ufes_20
 
 SPLITS = ("train", "dev", "test", "heldout")
+SOURCES = {"dermnet": read_dermnet, "pad-ufes-20": read_pad_ufes_20, "folder": read_folder}
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,18 @@ def load_source(
     max_unreadable: float = 0.05,
     min_side: int = 32,
     phash_distance: int = 4,
+    embedding_distance: float = 0,
     min_train_share: float = 0.5,
     columns: Columns | None = None,
     labels: Mapping[str, str] | None = None,
     exclude_labels: Iterable[str] = (),
+    dermatitis: str = "wide",
 ) -> tuple[Dataset, dict]:
     """A source's data set and a JSON-able report; the same arguments and files give the same bytes.
 
     `n_dev` images are taken out of train; `labels` maps spellings to diseases (None: those of diseases.yaml).
-    Photographs: n_train 0 takes the rest; too few images give smaller sets, as the report's notes then say.
+    Photographs: n_train 0 takes the rest; too few images give smaller sets, as the report's notes then say. Duplicates
+    differ by at most `phash_distance` bits or, if it is not 0, have thumbnails within the cosine `embedding_distance`.
     """
     sizes = {"train": n_train, "test": n_test, "heldout": n_heldout, "dev": n_dev}
     share = {"seed": seed, "min_train_share": min_train_share}
@@ -109,12 +114,15 @@ def load_source(
     elif source in SOURCES:
         root = _check_root(source, data_root)
         known = dialogue.aliases() if labels is None else labels
-        rows, excluded = SOURCES[source](root, columns or Columns(), known, exclude_labels)
+        options = {"dermatitis": dermatitis} if source == "dermnet" else {}
+        rows, told = SOURCES[source](root, columns or Columns(), known, exclude_labels, **options)
         if not rows:
-            raise DermError(f"no image left: {root} lists none with a wanted label ({excluded.total()} excluded)")
+            gone = sum(told["excluded"].values())
+            raise DermError(f"no image left: {root} lists none with a wanted label ({gone} excluded)")
         frame, images, unreadable = read(rows, size=size, min_side=min_side, max_unreadable=max_unreadable)
-        dataset, found = _arrange(frame, images, source, sizes, distance=phash_distance, **share)
-        found |= {"excluded": dict(sorted(excluded.items())), "unreadable": unreadable}
+        frame["twin"] = twins(frame, images, phash_distance, embedding_distance)
+        dataset, found = _arrange(frame, images, source, sizes, **share)
+        found |= told | {"unreadable": unreadable}
     else:
         raise DermError(f"unknown source {source!r}; allowed: {', '.join(['synthetic', *SOURCES])}")
     return dataset, report(dataset, sizes) | found
@@ -141,10 +149,10 @@ def sample(items: Sequence[Item], n: int, seed: int) -> list[Item]:
 def _check_root(source: str, data_root: Path | str | None) -> Path:
     root = Path(data_root or "")
     if not data_root:
-        raise DermError(f"source {source!r} needs data_root, the folder that holds its csv and images")
+        raise DermError(f"source {source!r} needs data_root, the folder that holds its images")
     if not root.is_dir() or not any(root.iterdir()):
         state = "is empty" if root.is_dir() else "does not exist"
-        raise DermError(f"data folder {root} {state}; put images and their csv there, or correct data_root")
+        raise DermError(f"data folder {root} {state}; put its images there, or correct data_root")
     return root
 
 
@@ -196,9 +204,17 @@ def _check_unreadable(unreadable: list[dict], emptied: set[str], n: int, allowed
         raise DermError(f"no image left of {names}: {some}; repair them or put the class in exclude_labels")
 
 
-def _arrange(frame: pd.DataFrame, images: np.ndarray, source: str, sizes: Mapping[str, int], *, distance, **share):
-    """Photographs as a data set: duplicates joined with patients and lesions, then split by group."""
-    frame["twin"] = groups.near(frame.perceptual.to_numpy(), distance)
+def twins(frame: pd.DataFrame, images: np.ndarray, distance: int, embedding_distance: float) -> np.ndarray:
+    """Label [N] of pictures that are alike by perceptual hash or, if asked, by thumbnail."""
+    alike = groups.near(frame.perceptual.to_numpy(), distance)
+    if not embedding_distance:
+        return alike
+    near = groups.near_vectors(photographs.thumbnails(images), embedding_distance)
+    return groups.join([(f"hash={one}", f"thumbnail={other}") for one, other in zip(alike, near, strict=True)])
+
+
+def _arrange(frame: pd.DataFrame, images: np.ndarray, source: str, sizes: Mapping[str, int], **share):
+    """Photographs as a data set: duplicates (`twin`) joined with patients and lesions, then split by group."""
     joined = groups.join([(f"twin={twin}", *keys) for twin, keys in zip(frame.twin, frame["keys"], strict=True)])
     frame["group"] = frame.groupby(joined)["id"].transform("min")
     contested = frame[frame.groupby("twin").disease.transform("nunique") > 1]
@@ -214,6 +230,7 @@ def _arrange(frame: pd.DataFrame, images: np.ndarray, source: str, sizes: Mappin
         "perceptual_duplicates": [group for group in alike if group not in exact],
         "label_conflicts": _repeats(contested, "twin"),
         "unused": len(frame) - len(kept),
+        "test_images": kept[kept.split == "test"].set_index("id").pixels.to_dict(),  # which pictures, without them
     }
     return Dataset(items, images[kept.index]), found
 

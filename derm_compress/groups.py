@@ -20,6 +20,15 @@ def near(hashes: np.ndarray, distance: int) -> np.ndarray:
     return _components(len(unique), np.concatenate(pairs))[code]
 
 
+def near_vectors(vectors: np.ndarray, distance: float) -> np.ndarray:
+    """Label [N] of unit vectors [N, D], linked where their cosine is at least 1 - `distance`."""
+    pairs = [np.empty((0, 2), int)]
+    for start in range(0, len(vectors), 512):
+        alike = vectors[start : start + 512] @ vectors[start:].T >= 1 - distance
+        pairs.append(np.argwhere(alike) + start)
+    return _components(len(vectors), np.concatenate(pairs))
+
+
 def join(keys: Sequence[Iterable[str]]) -> np.ndarray:
     """Label [N] of rows, linked where they share one of their keys."""
     first: dict[str, int] = {}

@@ -86,3 +86,13 @@ def perceptual_hash(image: Image.Image) -> int:
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), float)
     low = dctn(grey, norm="ortho")[:8, :8].ravel().round(6)  # rounded: a flat picture must not hash its noise
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+
+
+def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
+    """uint8 [N, S, S, 3] -> unit vectors [N, 3 x side x side]: coarse colours less their mean, an embedding that no
+    studied model has a part in. It finds recoloured and recompressed copies, not rotated or differently cropped ones.
+    """
+    small = [Image.fromarray(image).resize((side, side), Image.Resampling.BOX) for image in images]
+    flat = np.stack([np.asarray(image, np.float32).ravel() for image in small])
+    flat -= flat.mean(axis=1, keepdims=True)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)

@@ -1,7 +1,7 @@
 """Sources of labelled photographs: a data folder -> rows. No torch.
 
-A source is a function (root, columns, labels, exclude) -> (rows, Counter of excluded labels), named in
-`SOURCES`; reading, duplicates and splits are the same for all.
+A source is a function (root, columns, labels, exclude) -> (rows, what its report adds: at least "excluded", counts by
+reason), named in `data.SOURCES`; reading, duplicates and splits are the same for all.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PAD_EXCLUDED = ("nev", "scc")  # nevus, squamous cell carcinoma: none of the pap
 
 
 def read_folder(root: Path, columns: Columns, labels: Mapping[str, str], exclude: Iterable[str]):
-    """Rows of a csv beside its images, and a Counter of excluded labels; an unknown label is an error."""
+    """Rows of a csv beside its images, and counts of excluded labels; an unknown label is an error."""
     path, table, groups = _read_table(root, columns)
     known = {_plain(spelling): disease for spelling, disease in labels.items()}
     unwanted, find = {_plain(label) for label in exclude}, _finder(root)
@@ -70,15 +70,12 @@ def read_folder(root: Path, columns: Columns, labels: Mapping[str, str], exclude
         else:
             keys = tuple(f"{column}={record[column].strip()}" for column in groups if record[column].strip())
             rows[name] = Row(name, find(name), disease, keys)
-    return [row for row in rows.values() if row], excluded
+    return [row for row in rows.values() if row], {"excluded": dict(sorted(excluded.items()))}
 
 
 def read_pad_ufes_20(root: Path, columns: Columns, labels: Mapping[str, str], exclude: Iterable[str]):
     """The layout of PAD-UFES-20 (DOI 10.17632/zr7vgbcyr2.1): its columns and labels, whatever is passed."""
     return read_folder(root, PAD_COLUMNS, PAD_LABELS, (*exclude, *PAD_EXCLUDED))
-
-
-SOURCES: dict[str, Callable] = {"pad-ufes-20": read_pad_ufes_20, "folder": read_folder}
 
 
 def _plain(label: str) -> str:
