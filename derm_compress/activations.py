@@ -6,6 +6,7 @@ import torch
 from derm_compress import models
 from derm_compress.errors import DermError
 
+STATISTICS = ["mean_abs", "p99", "max", "kurtosis", "outlier_channels"]
 OUTLIER_FACTOR = 6.0  # a channel is an outlier if its max |x| exceeds this many times the median channel's
 DROPPED_BITS = 16  # of |x| as a float32: the bits above number the histogram's bins, each at most 0.8 % wide
 

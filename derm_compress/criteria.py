@@ -7,6 +7,7 @@ Each criterion yields a row for every unit and calibration picture (and question
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,13 +28,20 @@ FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of 
 
 
 class Embedder:
-    """all-MiniLM-L6-v2 from the packaged offline copy (or a folder or hub id); every distinct text is embedded once."""
+    """all-MiniLM-L6-v2 from the packaged offline copy (or a folder or hub id); every distinct text is embedded once.
+
+    It is loaded when it is first asked.
+    """
 
     def __init__(self, name: str = "packaged", device: str = "cpu"):
+        self.name, self.device = name, device
+        self.known: dict[str, np.ndarray] = {}
+
+    @functools.cached_property
+    def model(self):
         from sentence_transformers import SentenceTransformer
 
-        self.model = SentenceTransformer(str(_packaged()) if name == "packaged" else name, device=device)
-        self.known: dict[str, np.ndarray] = {}
+        return SentenceTransformer(str(_packaged()) if self.name == "packaged" else self.name, device=self.device)
 
     def __call__(self, text: str) -> np.ndarray:
         """Unit vector [width]; one text at a time, so that what stands beside it changes nothing."""
@@ -285,6 +293,11 @@ class Criterion:
     @property
     def calibrated(self) -> bool:
         return bool(self.reads)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it looks at weights, or at what they do."""
+        return self.calibrated or self.rows is magnitude
 
     @property
     def asks_alone(self) -> bool:

@@ -22,7 +22,12 @@ COPIED = 2**30  # bytes up to which a model is copied before it is quantized, ra
 
 
 def each_model(variants: pd.DataFrame, store, device: str, what: str) -> Iterator[tuple[str, object, object]]:
-    """(variant, model, processor) for every row; rows that differ in their last step alone share what is before it."""
+    """(variant, model, processor) for every row; rows that differ in their last step alone share what is before it.
+
+    Models without values have nothing to say: none is given.
+    """
+    if device == models.META:
+        return
     held: tuple[Recipe | None, tuple] = (None, ())
     for row in track(list(variants.itertuples()), what):
         recipe = Recipe.from_json(row.recipe)
@@ -46,6 +51,11 @@ def _quantized(model, step: dict, recipe: Recipe, store, device: str):
     return quantize.apply_step(copy.deepcopy(model), step, store)
 
 
+def _joined(frames: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """The frames as one; where there is none, one of these columns without a row."""
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
 def answer_variants(
     variants: pd.DataFrame, *, items: Sequence[Item], images: np.ndarray, store, device: str, journal=None, **how
 ) -> pd.DataFrame:
@@ -54,7 +64,7 @@ def answer_variants(
         generate.answer(model, processor, items, images, variant=name, journal=journal, **how)
         for name, model, processor in each_model(variants, store, device, "variants answered")
     ]
-    return judge.rubric(pd.concat(frames, ignore_index=True))
+    return judge.rubric(_joined(frames, generate.COLUMNS))
 
 
 def scores(answers: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
@@ -101,9 +111,9 @@ def table_variants(variants: pd.DataFrame, choice: dict) -> pd.DataFrame:
 
 def architecture(variants: pd.DataFrame, store, device: str) -> dict:
     """Shapes of the original model, as memory.Architecture takes them."""
-    for _, model, _ in each_model(recipes.named(variants, [ORIGINAL]), store, device, "shapes"):
-        return dataclasses.asdict(memory.architecture(model.config))
-    raise AssertionError("recipes.named gives the original or raises")
+    (recipe,) = recipes.named(variants, [ORIGINAL]).recipe
+    model, _ = models.materialize(Recipe.from_json(recipe), store, device)
+    return dataclasses.asdict(memory.architecture(model.config))
 
 
 def latency(
@@ -111,13 +121,13 @@ def latency(
 ) -> pd.DataFrame:
     """Milliseconds and memory of each variant with packed weights, one prompt at a time."""
     rows = []
-    for row in track(list(variants.itertuples()), "latency measured"):
+    for row in track([] if device == models.META else list(variants.itertuples()), "latency measured"):
         model, processor = models.materialize(Recipe.from_json(row.recipe), store, device, packed=True)
         text = [generate.prompt(processor, "features")]
         inputs = generate.prepare(processor, text, images[[items[0].row]], model.device)
         told = memory.measure_latency(model, inputs, **how) | memory.resident_gib(device)
         rows.append({"variant": row.variant, "weights_gib": memory.tensor_gib(model)} | told)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else ["variant"])
 
 
 def _batches(processor, model, items, images, batch_size: int, **asked) -> list[dict]:
@@ -131,7 +141,7 @@ def activation_statistics(variants: pd.DataFrame, store, *, items, images, batch
     for name, model, processor in each_model(variants, store, device, "activations"):
         told = activations.activation_statistics(model, _batches(processor, model, items, images, batch_size))
         frames.append(_original_blocks(told, variants, name))
-    return pd.concat(frames, ignore_index=True)
+    return _joined(frames, ["block", "projection", *activations.STATISTICS, "variant"])
 
 
 def _original_blocks(frame: pd.DataFrame, variants: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -158,7 +168,7 @@ def activation_surface(
         token, channel = np.indices(values.shape)
         told = {"token": token.ravel(), "channel": channel.ravel(), "value": values.ravel().astype(np.float32)}
         frames.append(pd.DataFrame({"variant": name, "block": index, "projection": projection, **told}))
-    return pd.concat(frames, ignore_index=True)
+    return _joined(frames, ["variant", "block", "projection", "token", "channel", "value"])
 
 
 def search_scales(
@@ -178,7 +188,7 @@ def search_scales(
     asked = {"text_only": text_only, "answer_weight": answer_weight}
     frames = []
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
-    for row in track(list(sources.itertuples()), "scales searched"):
+    for row in track([] if device == models.META else list(sources.itertuples()), "scales searched"):
         name, (model, processor) = row.variant, models.materialize(Recipe.from_json(row.recipe), store, **home)
         batches = _batches(processor, model, items, images, batch_size, **asked)
         kept = scratch and Path(scratch) / digest([row.recipe, steps, asked, batch_size, [i.id for i in items]])[:16]
@@ -202,4 +212,4 @@ def quantization_errors(
             held = (source, models.materialize(Recipe.from_json(recipe_of[source]), store, device)[0])
         batches = _batches(processor, model, items, images, batch_size)
         frames.append(pd.DataFrame(quantize.block_errors(held[1], model, batches)).assign(variant=name))
-    return pd.concat(frames, ignore_index=True)
+    return _joined(frames, ["block", "relative_error", "variant"])

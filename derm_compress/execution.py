@@ -52,7 +52,7 @@ class Execution:
 
     def __init__(self, plan: Plan, todo: list[str]):
         self.plan, self.todo, self.jobs, self.begun = plan, list(todo), [], time.monotonic()
-        self.width = 2 if plan.values.get("device", "cpu") == "cpu" and (os.cpu_count() or 1) > 1 else 1
+        self.width = 2 if plan.values.get("device") != "cuda" and (os.cpu_count() or 1) > 1 else 1
         report = plan.root / "reports" / plan.run / "run.json"
         reported = read_json(report).get("stages", {}) if report.exists() else {}
         before = {stage: plan.pointer(stage) or reported.get(stage, {}) for stage in plan.notebooks}

@@ -66,6 +66,9 @@ def about(results: Results) -> list[str]:
         drawn = results.data_report["source"] == "synthetic"
         said[0] += ", asked about " + ("drawn pictures, not photographs" if drawn else "photographs")
     said[0] += ". Every 7B figure is a plan from exact shapes; no 7B model was run for it."
+    if not any(f.score.notna().any() for f in (results.answers, results.evaluation) if f is not None):
+        why = (results.choice or {}).get("why", "no stage has chosen depths yet")
+        return [*said, f"Depths are {results.operating} and {results.deeper} blocks: {why}.", GLOSSARY]
     theirs = ", ".join(f"{name} {n} of {paper.BLOCKS}" for name, n in (("operating", 6), ("deeper", 9)))
     said.append(
         "Depths are chosen on development pictures, as the paper's is, where about a third of the score above the "
@@ -74,7 +77,7 @@ def about(results: Results) -> list[str]:
     )
     known = [f for f in (results.answers, results.evaluation) if f is not None]
     counts = [f["item"].nunique() for f in known]
-    if len(counts) == 2:
+    if len(counts) == 2 and all(counts):
         said.append(
             f"n counts answers, three a picture: Tables 1 to 3 rest on {counts[0]} test pictures, Tables 4 and 5 on "
             f"{counts[1]}, the held-out ones among them."
@@ -171,8 +174,8 @@ def findings_sft(results: Results) -> list[str]:
 
 def findings_activations(results: Results) -> list[str]:
     """Where each variant's outliers sit, from stage 06's statistics, and whether they are the first variant's."""
-    if results.statistics is None:
-        return []
+    if results.statistics is None or results.statistics.empty:
+        return [] if results.statistics is None else ["Activations need weights."]
     said, told, moved = [], [], 0
     first, *others = [table for _, table in results.statistics.groupby("variant", sort=False)]
     for table in (first, *others):
@@ -227,7 +230,7 @@ def findings_evaluation(results: Results) -> list[str]:
 
 def findings_speed(results: Results) -> list[str]:
     """Whether the smaller model is also the faster one, and what equal shapes say of the noise."""
-    if results.latency is None:
+    if results.latency is None or results.latency.empty:
         return []
     decode, n = results.latency.set_index("variant").decode_ms_per_token, results.operating
     full, plain = variant_id(n, healed=True, method="awq"), variant_id(0)

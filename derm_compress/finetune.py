@@ -219,8 +219,24 @@ def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
     (scratch / f"{job.variant}.json").write_text(json.dumps(told))
 
 
+def plan(folder: Path, job: Job, *, scratch: Path) -> None:
+    """What `run` leaves of a model without values: an adapter without tensors, no curve, the planned peak."""
+    recipe, asked = Recipe.from_json(job.recipe), job.training
+    folder.mkdir()
+    save_file({}, folder / "adapter_model.safetensors")
+    pd.DataFrame(columns=["step", "loss"], dtype=float).to_parquet(folder / "curve.parquet", index=False)
+    arch, removed = memory.architecture(models.config_of(recipe.base)), recipe.blocks - len(recipe.kept())
+    sizes = {"rank": asked.rank, "batch": asked.batch_size, "checkpointing": True}
+    peak = sum(memory.plan_training(arch, blocks_removed=removed, **sizes).values())
+    (scratch / f"{job.variant}.json").write_text(json.dumps({"seconds": None, "train_peak_gib": peak}))
+
+
 def run_all(folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Path, processes: int) -> None:
     """Run jobs into folder/<variant>, `processes` at a time, one thread each; finished ones wait in `scratch`."""
+    if jobs[0].device == models.META:
+        for job in jobs:
+            plan(folder / job.variant, job, scratch=scratch)
+        return
     todo = [job for job in jobs if not (scratch / job.variant).exists()]
     where = {"data": data, "store": store, "scratch": scratch}
     if processes == 1 or len(todo) < 2:
@@ -272,4 +288,4 @@ def read_curves(folder: Path, variants: Sequence[str]) -> pd.DataFrame:
 def measured(scratch: Path, variants: Sequence[str]) -> pd.DataFrame:
     """Seconds and peak memory of fine-tunes: variant (as healed), seconds, train_peak_gib."""
     rows = [{"variant": v + HEALED} | json.loads((scratch / f"{v}.json").read_text()) for v in variants]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"seconds": float})

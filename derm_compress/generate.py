@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from derm_compress import dialogue
+from derm_compress import dialogue, models
 from derm_compress.data import Item
 from derm_compress.progress import track
 
@@ -98,7 +98,12 @@ def answer(
     journal=None,
     what: str | None = None,
 ) -> pd.DataFrame:
-    """One row per item and question (COLUMNS); answers already in the journal are not generated again."""
+    """One row per item and question (COLUMNS); answers already in the journal are not generated again.
+
+    A model without values says nothing: no row.
+    """
+    if not models.has_values(model):
+        return pd.DataFrame(columns=COLUMNS)
     done = dict(journal.done) if journal else {}
     asked = [(item, kind) for kind in questions for item in items]
     batches = []  # of one kind of question each: a batch goes on until its longest answer ends

@@ -73,8 +73,10 @@ def positions(units: Sequence[prune.Unit], removed: Sequence[prune.Unit]) -> lis
 
 def measure(names: Iterable[str], c: Calibration, journal) -> pd.DataFrame:
     """Rows of all rankings, scored once on the whole model: ranking, unit, block, part and the criterion's columns."""
-    frames, blocks = [], len(models.blocks(c.model))
-    for ranking in {r.base(): r for r in rankings(names)}.values():
+    frames, blocks, found = [], len(models.blocks(c.model)), rankings(names)
+    if not models.has_values(c.model) and (weigh := [r.name for r in found if CRITERIA[r.criterion].weighs]):
+        raise DermError(f"rankings {weigh} need weights, and device meta has none: take published, last or random-0")
+    for ranking in {r.base(): r for r in found}.values():
         frame = rows(ranking, c, units_of(ranking, blocks), journal=journal)
         frame.insert(0, "ranking", ranking.base())
         frames.append(frame)

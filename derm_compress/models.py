@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from safetensors import SafetensorError
@@ -13,12 +13,15 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
+from derm_compress import memory
 from derm_compress.artifacts import atomic
 from derm_compress.errors import DermError
 from derm_compress.recipes import Recipe
 
 TINY = Path(__file__).parent / "tiny_llava"
 PICO_BLOCKS = 8
+META = "meta"  # the device of a model without values: of shapes alone, from which sizes and costs follow
+SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
 PARTIAL = "derm_compress.safetensors"  # weights of a model that lacks sublayers: a name that no other loader takes
 NOT_PLAIN = (
     "plain Transformers cannot open this folder, as blocks lack their attention or MLP: "
@@ -59,13 +62,47 @@ def fingerprint(model: LlavaForConditionalGeneration) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.tobytes())
+        sample = b"" if flat.is_meta else flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample)
     return digest.hexdigest()[:16]
 
 
+def has_values(model: LlavaForConditionalGeneration) -> bool:
+    """Whether there are weights to compute with; a model on the meta device has shapes alone."""
+    return model.device.type != META
+
+
+def config_of(name: str):
+    """The LlavaConfig of a name that load_base knows; that of the published 7B model without a download."""
+    if PurePath(name).name in (SEVEN_B, f"{SEVEN_B}-hf") and not Path(_folder(name)).is_dir():
+        return memory.llava_7b_config()
+    config = _config(name, str(TINY) if name in ("tiny", "pico") else _folder(name))
+    if name == "pico":
+        config.text_config.num_hidden_layers = PICO_BLOCKS
+    return config
+
+
+def _shapes(name: str) -> LlavaForConditionalGeneration:
+    """A model on the meta device, counted as fp16."""
+    from derm_compress import prune
+
+    config = config_of(name)
+    with torch.device(META):
+        model = LlavaForConditionalGeneration(config).half().eval()
+    if absent := getattr(config, "absent_sublayers", ()):
+        prune.apply(model, range(len(blocks(model))), absent)
+    return model
+
+
 def load_base(name: str, device: str = "cpu", dtype=None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU; every weight accounted for."""
+    """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU; every weight accounted for.
+
+    On the meta device: the model's shapes, and no processor, as nothing can be asked.
+    """
+    if device == META:
+        return _shapes(name), None
+    if name == SEVEN_B:
+        raise DermError(f"model {name}: shapes without weights; set device: meta, or model: llava-hf/{name}-hf")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
     if device == "cpu":
         torch.set_num_threads(1)  # on a shared machine threads wait for each other; one also gives the same bytes
@@ -116,6 +153,8 @@ def _folder(name: str) -> str:
 
 def check_picture_size(processor: LlavaProcessor, images) -> None:
     """Refuse pictures [n, S, S, 3] that the processor would resize: stage 01 prepares them once and for all."""
+    if processor is None:
+        return
     wanted, found = processor.image_processor.crop_size["height"], images.shape[1]
     if wanted != found:
         raise DermError(f"pictures of {found} px, but the model reads {wanted} px: set image_size: {wanted}")
@@ -136,8 +175,7 @@ def _config(name: str, source: str):
 
 def _pico() -> LlavaForConditionalGeneration:
     """Eight random blocks on the tiny model's shapes, the same every time."""
-    config = AutoConfig.from_pretrained(TINY)
-    config.text_config.num_hidden_layers = PICO_BLOCKS
+    config = config_of("pico")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlavaForConditionalGeneration(config).float()
@@ -156,6 +194,8 @@ def materialize(
     for step in recipe.steps:
         if rounded := quantize.quantized_linears(model)["decoder"]:
             raise DermError(f"recipe: {step['step']} after a quantize step ({rounded} linears); quantize comes last")
+        if device == META and step["step"] in ("adapter", "quantize"):
+            continue  # neither changes a shape that is counted here; formats are planned (memory.plan_weights)
         if step["step"] == "adapter":
             finetune.merge_adapter(model, store.resolve(step["ref"]), step, kept=kept, absent=absent)
         elif step["step"] == "prune":

@@ -226,6 +226,8 @@ def choose(scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 2
     paper = {name: min(paper_depth(n, plan.blocks), most) for name, n in PAPER_DEPTHS.items()}
     paper["deeper"] = min(max(paper["deeper"], paper["operating"] + 1), most)
     known = scores.dropna(subset="score").set_index("blocks_removed").score
+    if known.empty and not fixed:
+        return paper | {"why": "there are no scores: the paper's fractions"}
     if fixed:
         depth, why = min(paper_depth(fixed, plan.blocks), most), "set by the parameter operating_blocks"
     elif (above := known.get(0, floor) - floor) <= 0:

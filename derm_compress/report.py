@@ -174,7 +174,7 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]], aske
     if results.scores is not None and figures.drawn_in_figure_3(results.scores)[0]:
         drawn["fig3_layer_importance"] = figures.fig3_layer_importance(results.scores, n)
     drawn |= draw_rankings(results, built)
-    if results.figure4 is not None:
+    if results.figure4 is not None and len(results.figure4):
         drawn["fig4_activations"] = figures.fig4_activations(results.figure4)
     if said.issuperset(cases.values()):
         drawn["fig5_case_studies"] = quotes.fig5_case_studies(results.answers, cases)

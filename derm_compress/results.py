@@ -51,7 +51,7 @@ class Results:
         """
         rows = [] if self.variants is None else self.variants[["variant", "blocks_removed", "criterion"]].to_numpy()
         plain = [criterion for name, n, criterion in rows if n and name == variant_id(n)]
-        plans, first = list(self.plans or {}), None if self.values is None else self.values.ranking.iloc[0]
+        plans, first = list(self.plans or {}), None if self.values is None else next(iter(self.values.ranking), None)
         likely = [name for name in plans if scored_as(name) == first]  # stored plans lie in the alphabet's order
         return next(iter([*plain, *likely, *plans]), "output_similarity")
 
