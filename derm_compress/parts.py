@@ -1,6 +1,6 @@
 """The report's parts in the paper's order, with their captions: {stem: (label, question, findings)}. No torch."""
 
-from derm_compress import findings, judge_controls, ranking_findings
+from derm_compress import contradictions, findings, judge_controls, ranking_findings, side_by_side, verdicts
 
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
 CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
@@ -16,6 +16,11 @@ CAPTIONS = {  # of the tables that need another one
     "extra_sublayers": "without single attentions or MLPs; difference: to the nearest whole-block model, paired",
     "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
     "extra_judges": "marks of 1 to 4 for answers whose worth is known; n answers",
+    "extra_verdicts": "paper: what it claims; ours: with its 95 % interval where there are answers; verdicts by the "
+    "rules above",
+    "extra_side_by_side": "each cell of Tables 1 to 5: the paper's, ours with its 95 % interval (of times: quartiles), "
+    "and what the verdict rests on",
+    "extra_contradictions": "computed from the paper's printed numbers and the exact shapes of llava-1.5-7b",
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
@@ -55,4 +60,12 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
         "Beside Figure 6", "Is the judge any good?", lambda results: judge_controls.findings(results.judge_controls)
     ),
     "fig7_iterative_pruning": ("Figure 7", "How do answers change while blocks go?", None),
+    "extra_verdicts": ("The paper's claims", "Which of them hold?", None),
+    "extra_side_by_side": ("The paper's tables", "Which cells are reproduced?", None),
+    "extra_contradictions": ("The paper itself", "Where does it disagree with itself?", None),
 }  # fmt: skip
+SAID_OF = {  # sentences that a finished table suffices for
+    "extra_verdicts": verdicts.findings,
+    "extra_side_by_side": side_by_side.findings,
+    "extra_contradictions": contradictions.findings,
+}

@@ -17,11 +17,11 @@ import pandas as pd
 import yaml
 from markupsafe import Markup
 
-from derm_compress import figures, findings, judge, judge_forms, quotes, ranking_figures, tables
+from derm_compress import figures, findings, judge, judge_forms, quotes, ranking_figures, side_by_side, tables
 from derm_compress.artifacts import atomic, disk_guard
 from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
-from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_TABLE, PARTS, QUESTION
+from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_TABLE, PARTS, QUESTION, SAID_OF
 
 LONG = "<td class=long>{}</td>"
 
@@ -59,7 +59,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     if results.items is not None:
         frozen["test_items_sha256"] = tables.items_hash(results.items)[:16]
     made = replace(made, info=made.info | frozen)
-    built = tables.build(results)
+    built = tables.build(results) | side_by_side.build(results)
     graph = {stage: list(note["upstream"]) for stage, note in made.stages.items()}
     drawn = draw(results, built, graph, asked_of_judge(parameters(made)))
     files = {"run.json": json.dumps(record(made), indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
@@ -143,7 +143,8 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
     for stem, (label, question, find) in PARTS.items():
         if stem in built or stem in drawn:
             frame = tables.readable(built[stem]) if stem in built else None
-            part = {"stem": stem, "label": label, "question": question, "said": find(results) if find else []}
+            said = find(results) if find else SAID_OF[stem](built[stem]) if stem in SAID_OF else []
+            part = {"stem": stem, "label": label, "question": question, "said": said}
             part |= {"frame": frame, "caption": f"{label}: {CAPTIONS.get(stem, CAPTION)}"}
             part["fold"] = len(frame) if frame is not None and is_long(stem, frame) else 0
             parts.append(part | {"image": picture(drawn.get(stem)), "table": table(frame, part["caption"])})
