@@ -292,7 +292,7 @@ def _cell(name, value, lo, hi):
         return str(int(value))
     if name.split("_")[0] == "p":
         return "< 0.001" if value < 0.001 else f"{value:.2g}"
-    points = name.startswith(("score", "gain", "diff", "fall", "nearest_s"))
+    points = (name == "ours" and not pd.isna(lo)) or name.startswith(("score", "gain", "diff", "fall", "nearest_s"))
     share = name.startswith(("rho", "over", "chance", "as_exp"))
     style = digits(name) if name.startswith("paper") else "%.1f" if points else "%.2f" if share else "%.4g"
     text = style % value

@@ -13,7 +13,7 @@ import pytest
 
 from derm_compress import findings, metrics, paper, report, tables
 
-SHOWN = "tables, findings, figures, quotes, notebook_html, report, ranking_figures, ranking_findings"
+SHOWN = "tables, findings, figures, quotes, notebook_html, report, ranking_figures, ranking_findings, verdicts"
 
 
 def results_of(**changes):

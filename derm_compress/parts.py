@@ -1,0 +1,71 @@
+"""The report's parts in the paper's order, with their captions: {stem: (label, question, findings)}. No torch."""
+
+from derm_compress import contradictions, findings, judge_controls, ranking_findings, side_by_side, verdicts
+
+QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
+CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
+CAPTIONS = {  # of the tables that need another one
+    "table4_efficiency": f"{CAPTION}; times are medians with their quartiles",
+    "extra_agreement": "Spearman's rank correlation over unprotected blocks; 95 % interval over draws of the items",
+    "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",
+    "extra_criteria": "score before SFT with its 95 % interval, n answers",
+    "extra_criteria_tests": "the study's criterion minus its rival in points, paired, 95 % interval, p by sign flips",
+    "extra_cliffs": "the steepest fall between neighbouring depths, per block; its interval is of the step that was "
+    "chosen for being the steepest; level until: the last depth before the first whose paired interval to the "
+    "unpruned one lies below 0",
+    "extra_sublayers": "without single attentions or MLPs; difference: to the nearest whole-block model, paired",
+    "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
+    "extra_judges": "marks of 1 to 4 for answers whose worth is known; n answers",
+    "extra_verdicts": "paper: what it claims; ours: with its 95 % interval where there are answers; verdicts by the "
+    "rules above",
+    "extra_side_by_side": "each cell of Tables 1 to 5: the paper's, ours with its 95 % interval (of times: quartiles), "
+    "and what the verdict rests on",
+    "extra_contradictions": "computed from the paper's printed numbers and the exact shapes of llava-1.5-7b",
+    "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
+}
+BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
+LONG_TABLE = 24  # rows from which a table beside the paper's is folded
+RUBRIC_LIMITS = "The rubric counts stated facts; it judges neither safety nor negation nor grammar."
+PARTS = {  # in the paper's order: label, question, and what the numbers say to it
+    "fig1_pipeline": ("Figure 1", "The pipeline", None),
+    "fig2_block_removal": ("Figure 2", "Which blocks are tried, and which go?", None),
+    "fig3_layer_importance": (
+        "Figure 3", "How much does each block matter?",
+        lambda results: ranking_findings.findings_order(results) + ranking_findings.findings_drafts(results),
+    ),
+    "extra_agreement": ("Beside Figure 3", "Do the criteria agree?", ranking_findings.findings_agreement),
+    "extra_calibration_size": (
+        "Beside Figure 3", "How many pictures are enough, and do they change the ranking?",
+        lambda results: ranking_findings.findings_calibration(results) + ranking_findings.findings_images(results),
+    ),
+    "fig4_activations": ("Figure 4", "Where do activations stand out?", findings.findings_activations),
+    "table1_pruning": ("Table 1", "What does pruning alone cost, at each depth?", findings.findings_depths),
+    "extra_criteria": ("Beside Table 1", "Does the criterion beat its rivals?", ranking_findings.findings_rivals),
+    "extra_criteria_tests": ("Beside Table 1", "How sure is each comparison?", None),
+    "extra_cliffs": ("Beside Table 1", "Where does the score fall?", ranking_findings.findings_cliffs),
+    "extra_sublayers": (
+        "Beside Table 1", "Do single attentions or MLPs give more than whole blocks?",
+        ranking_findings.findings_sublayers,
+    ),
+    "table2_sft": ("Table 2", "What does SFT heal, beyond what it gives the unpruned model?", findings.findings_sft),
+    "table3_quantization": ("Table 3", "What do fewer bits cost, by method?", findings.findings_quantization),
+    "table4_efficiency": ("Table 4", "What does the whole pipeline gain in memory and time?", None),
+    "extra_measured": ("Beside Table 4", "What does a running model take?", None),
+    "pareto": ("Beside Table 4", "What is the best score for the memory?", None),
+    "table5_ablation": ("Table 5", "Which part matters?", lambda results: findings.findings_evaluation(results)[1:]),
+    "extra_baselines": ("Beside Table 5", "Does the score come from fine-tuning and from seeing?", None),
+    "fig5_case_studies": ("Figure 5", "What do the models say?", None),
+    "fig6_judge_prompt": ("Figure 6", "How are answers judged?", lambda results: [RUBRIC_LIMITS]),
+    "extra_judges": (
+        "Beside Figure 6", "Is the judge any good?", lambda results: judge_controls.findings(results.judge_controls)
+    ),
+    "fig7_iterative_pruning": ("Figure 7", "How do answers change while blocks go?", None),
+    "extra_verdicts": ("The paper's claims", "Which of them hold?", None),
+    "extra_side_by_side": ("The paper's tables", "Which cells are reproduced?", None),
+    "extra_contradictions": ("The paper itself", "Where does it disagree with itself?", None),
+}  # fmt: skip
+SAID_OF = {  # sentences that a finished table suffices for
+    "extra_verdicts": verdicts.findings,
+    "extra_side_by_side": side_by_side.findings,
+    "extra_contradictions": contradictions.findings,
+}
