@@ -238,8 +238,7 @@ def prune_folder(name: str, plan, count: int, path: Path) -> Path:
     from derm_compress import prune
 
     check_new(path)
-    source = str(TINY) if name == "tiny" else _folder(name)
-    model, processor = load_base(name, dtype=getattr(_config(name, source), "dtype", None))
+    model, processor = load_base(name, dtype=getattr(config_of(name), "dtype", None))
     whole = Recipe(name, fingerprint(model), len(blocks(model)))
     plan.check(blocks=whole.blocks, fingerprint=whole.fingerprint)
     prune.apply(model, *prune.left(whole.blocks, plan.removed(count)))
