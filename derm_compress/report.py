@@ -48,7 +48,7 @@ CAPTIONS = {  # of the tables that need another one
     "extra_sublayers": "without single attentions or MLPs; difference: to the nearest whole-block model, paired",
     "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
     "extra_judges": "marks of 1 to 4 for answers whose worth is known; n answers",
-    "extra_planner": "the paper's VRAM beside the planned weights in both units; peak: of one question, in Table 2 of training",
+    "extra_planner": "the paper's VRAM beside planned weights, in both units; peak: of a question, in Table 2 training",
     "extra_latency": "medians with their quartiles; floor: what a step reads over the measured bandwidth",
     "extra_comparisons": "setting minus the full pipeline, paired, 95 % interval over images; p by sign flips",
     "extra_power": "the smallest true paired difference that is found with a power of 80 % at the 5 % level",

@@ -153,23 +153,29 @@ def _marks(answers: pd.DataFrame | None, names: list[str]) -> pd.DataFrame:
 def spread(marks: pd.DataFrame) -> tuple:
     """COLUMNS["extra_seeds"] from `seeds` on, of marks [answers, seeds] indexed by item and question.
 
-    seed_sd: between the seeds' means on these pictures. chance_sd: what it would be if all seeds were equally good and
-    only erred on other pictures, from the answers' residuals (their sums by image; m / (m - 1) and k / (k - 1) for what
-    the means take up). training_sd: the root of the rest of the variance. item_sd: standard error over images of the
-    mean over seeds.
+    seed_sd: between the seeds' means on these pictures; chance_sd and training_sd: its parts (`variances`); item_sd:
+    standard error over images of the mean over seeds.
     """
-    k, means = marks.shape[1], metrics.percent(marks.mean())
-    interval = metrics.mean_intervals(marks.mean(axis=1).to_frame()).iloc[0]
-    residual = marks.sub(marks.mean(axis=1), axis=0) - marks.mean() + marks.to_numpy().mean()
-    sums = metrics.percent(residual.groupby(level=0).sum())
-    m = len(sums)
-    by_chance = (sums**2).to_numpy().sum() / (k - 1) * m / max(m - 1, 1) / len(marks) ** 2
-    between = means.var(ddof=1)
-    training = np.sqrt(max(0.0, between - by_chance))
-    by_image = metrics.percent(marks.mean(axis=1).groupby(level=0).mean())
-    item_sd = by_image.std(ddof=1) / np.sqrt(m)
-    low_high = means.min(), means.max()
-    return (k, *interval, *low_high, np.sqrt(between), np.sqrt(by_chance), training, item_sd, len(marks))
+    means, mean = metrics.percent(marks.mean()), marks.mean(axis=1)
+    between, by_chance = variances(marks)
+    by_image = metrics.percent(mean.groupby(level=0).mean())
+    parts = np.sqrt([between, by_chance, max(0.0, between - by_chance), by_image.var(ddof=1) / len(by_image)])
+    interval = metrics.mean_intervals(mean.to_frame()).iloc[0]
+    return (marks.shape[1], *interval, means.min(), means.max(), *parts, len(marks))
+
+
+def variances(marks: pd.DataFrame) -> tuple[float, float]:
+    """Of the seeds' means: their variance, and the part of it that seeds equally good would have, in points squared.
+
+    Such seeds only err on different pictures: the answers' residuals, once answer and seed means are taken out, are
+    summed by image (questions about one picture err together); m / (m - 1) and 1 / (k - 1) for what the means take up.
+    """
+    (count, k), mean = marks.shape, marks.mean(axis=1)
+    residual = marks.sub(mean, axis=0) - marks.mean() + marks.to_numpy().mean()
+    sums = metrics.percent(residual.groupby(level=0).sum()).to_numpy()
+    images = len(sums)
+    chance = (sums**2).sum() / (k - 1) * images / max(images - 1, 1) / count**2
+    return metrics.percent(marks.mean()).var(ddof=1), chance
 
 
 def diagnoses(results: Results) -> pd.DataFrame:
