@@ -9,6 +9,7 @@ from statistics import NormalDist
 import numpy as np
 
 ALPHA, POWER = 0.05, 0.80
+PAPER_IMAGES = 39  # with three questions each
 
 
 def quantiles(alpha: float = ALPHA, power: float = POWER) -> float:

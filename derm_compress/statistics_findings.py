@@ -119,10 +119,11 @@ def findings_power(results: Results) -> list[str]:
     five, test = paper.table(5), table[table.pictures == "test"]
     gaps = sorted(five.paper_score.iloc[0] - five.paper_score.iloc[1:])[:2]
     if len(test):
-        line = test.detectable.median()
+        line = power.detectable(test.sd.median(), power.PAPER_IMAGES)
         told = [f"its {gap:.2f} points are {'above' if gap > line else 'below'}" for gap in gaps]
         said.append(
-            f"The paper compares on as many as its test pictures, with one seed: {' and '.join(told)} that line."
+            f"With this run's spread the paper's {power.PAPER_IMAGES} pictures could find {line:.1f} points: "
+            f"{' and '.join(told)} that."
         )
     return said
 
@@ -145,7 +146,7 @@ def findings_seeds(results: Results) -> list[str]:
 def findings_diagnosis(results: Results) -> list[str]:
     """How often the disease is named rightly, and what it is taken for."""
     table = statistics_tables.diagnoses(results).set_index("variant")
-    chance = 100 / max(1, statistics_tables.confusion(results, variant_id(0)).shape[0])
+    diseases = statistics_tables.confusion(results, variant_id(0)).shape[0]
     said = []
     for name in (variant_id(0), variant_id(results.operating, healed=True, method="awq"), "blank"):
         if name in table.index:
@@ -156,7 +157,8 @@ def findings_diagnosis(results: Results) -> list[str]:
                 f"{name} names the right disease in {sure} of {row.n} pictures, none in {row.none}, several in "
                 f"{row.several}{wrong}."
             )
-    return [*said, f"Always naming one of the diseases would be right in {chance:.1f} %."] if said else []
+    blind = f"Naming one of the {diseases} diseases at random would be right in {100 / max(1, diseases):.1f} %."
+    return [*said, blind] if said else []
 
 
 def findings_secondary(results: Results) -> list[str]:

@@ -224,6 +224,9 @@ def secondary_scores(results: Results) -> pd.DataFrame:
         shares = [metrics.share_interval(part["item"], v) for v in (right, part.fact_f1, part.similarity)]
         score, runaway = metrics.percent(part.score.astype(float).mean()), (~part.stopped.astype(bool)).sum()
         rows.append((variant, score, *(x for share in shares for x in share[:3]), runaway, len(part)))
+    known = [] if results.variants is None else list(dict.fromkeys(results.variants.variant))
+    place = {name: i for i, name in enumerate(known)}
+    rows.sort(key=lambda row: place.get(row[0], len(known)))
     return pd.DataFrame(rows, columns=COLUMNS["extra_secondary"])
 
 
