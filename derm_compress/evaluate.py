@@ -116,20 +116,6 @@ def architecture(variants: pd.DataFrame, store, device: str) -> dict:
     return dataclasses.asdict(memory.architecture(model.config))
 
 
-def latency(
-    variants: pd.DataFrame, store, items: Sequence[Item], images: np.ndarray, *, device: str, **how
-) -> pd.DataFrame:
-    """Milliseconds and memory of each variant with packed weights, one prompt at a time."""
-    rows = []
-    for row in track([] if device == models.META else list(variants.itertuples()), "latency measured"):
-        model, processor = models.materialize(Recipe.from_json(row.recipe), store, device, packed=True)
-        text = [generate.prompt(processor, "features")]
-        inputs = generate.prepare(processor, text, images[[items[0].row]], model.device)
-        told = memory.measure_latency(model, inputs, **how) | memory.resident_gib(device)
-        rows.append({"variant": row.variant, "weights_gib": memory.tensor_gib(model)} | told)
-    return pd.DataFrame(rows, columns=None if rows else ["variant"])
-
-
 def _batches(processor, model, items, images, batch_size: int, **asked) -> list[dict]:
     where = {"batch_size": batch_size, "device": model.device} | asked
     return list(generate.calibration_batches(processor, items, images, **where))

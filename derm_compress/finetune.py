@@ -87,6 +87,19 @@ def training_batch(model, processor, items: Sequence[Item], images: np.ndarray, 
     return {k: v.to(model.device) for k, v in (batch | {"pixel_values": pixels.to(model.dtype)}).items()}
 
 
+def planned_peak(model, processor, items: Sequence[Item], images: np.ndarray, training: Training) -> float:
+    """GiB that memory.plan_training gives for this model and these settings, with the first batch's length."""
+    first = [items[i] for i in range(min(training.batch_size, len(items)))]
+    width = training_batch(model, processor, first, images, np.random.default_rng(training.seed))["input_ids"].shape[1]
+    element = model.get_input_embeddings().weight.element_size()
+    return sum(
+        memory.plan_training(
+            memory.architecture(model.config), rank=training.rank, batch=len(first),
+            text_tokens=width - image_tokens(model), element=element, rest=element,
+        ).values()
+    )  # fmt: skip
+
+
 def attach(model, training: Training):
     """NF4 for the decoder's linears, fp32 adapters on them and nowhere else."""
     from peft import LoraConfig, get_peft_model  # three seconds that only training needs
@@ -205,6 +218,7 @@ def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
     torch.set_num_threads(1)
     dataset = load_dataset(data)
     model, processor = models.materialize(Recipe.from_json(job.recipe), store, job.device)
+    planned = planned_peak(model, processor, dataset.of("train"), dataset.images, job.training)
     tuned, curve, seconds = train(
         model, processor, dataset.of("train"), dataset.images, job.training,
         checkpoint=scratch / f"{job.variant}.safetensors", what=f"fine-tuning {job.variant}",
@@ -215,7 +229,7 @@ def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
     config["base_model_name_or_path"] = Recipe.from_json(job.recipe).base  # not a path of this machine
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
     curve.to_parquet(folder / "curve.parquet", index=False)
-    told = {"seconds": seconds, "train_peak_gib": memory.peak_gib(job.device)}
+    told = {"seconds": seconds, "train_peak_gib": planned, "measured_peak_gib": memory.peak_gib(job.device)}
     (scratch / f"{job.variant}.json").write_text(json.dumps(told))
 
 
@@ -286,6 +300,6 @@ def read_curves(folder: Path, variants: Sequence[str]) -> pd.DataFrame:
 
 
 def measured(scratch: Path, variants: Sequence[str]) -> pd.DataFrame:
-    """Seconds and peak memory of fine-tunes: variant (as healed), seconds, train_peak_gib."""
+    """Of fine-tunes: variant (as healed), seconds, train_peak_gib (planned), measured_peak_gib (CPU: the process's)."""
     rows = [{"variant": v + HEALED} | json.loads((scratch / f"{v}.json").read_text()) for v in variants]
     return pd.DataFrame(rows).astype({"seconds": float})

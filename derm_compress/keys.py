@@ -20,6 +20,7 @@ PRESENTATION = frozenset(
     {"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper", "results", "wording"}
     | {"agreement", "rivals", "ranking_figures", "ranking_findings"}
     | {"parts", "verdicts", "side_by_side", "contradictions", "paper_model", "cards"}
+    | {"planner", "power", "statistics_tables", "statistics_figures", "statistics_findings"}
 )
 
 

@@ -1,14 +1,13 @@
-"""What a model needs in memory, planned from its architecture; what it takes when it runs, measured.
+"""What a model needs in memory, planned from its architecture; what a process holds, measured.
 
 Plans are GiB by component and need no torch; `architecture` counts on the meta device, so that llava-1.5-7b needs no
 weights. They hold tensors only: a GPU's context and its allocator's slack come on top.
 """
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from derm_compress.errors import DermError
@@ -143,11 +142,31 @@ def plan_weights(
     return _gib(decoder_linears=weights * bits / 8, quantization_scales=scales, **rest)
 
 
+def plan_mix(arch: Architecture, mix: Sequence[dict]) -> dict[str, float]:
+    """plan_weights of a model whose blocks differ; mix: {blocks: how many of them, method, bits, group_size} each.
+
+    Blocks of no part are gone. Raises DermError where there are more than the architecture has, or none.
+    """
+    parts = [{**part} for part in mix]
+    planned = [plan_weights(arch, blocks_removed=arch.blocks - part.pop("blocks"), **part) for part in parts]
+    removed_by(arch, mix)
+    own = ("decoder_linears", "quantization_scales", "block_norms")
+    return planned[0] | {name: sum(plan[name] for plan in planned) for name in own}
+
+
+def removed_by(arch: Architecture, mix: Sequence[dict]) -> int:
+    """How many blocks a mix lacks."""
+    removed = arch.blocks - sum(part["blocks"] for part in mix)
+    return arch.blocks - arch.kept(removed)
+
+
 def plan_peak(
     arch: Architecture, *, batch: int = 1, prompt_tokens: int = 64, new_tokens: int = 200, int4_kernel: bool = False,
-    **weights,
+    mix: Sequence[dict] = (), **weights,
 ) -> dict[str, float]:  # fmt: skip
     """GiB while questions of `prompt_tokens` about one picture each are answered; `weights` as in plan_weights.
+
+    `mix` as in plan_mix, instead of `weights`.
 
     Weights + fp16 KV cache at its final length (2 x width x blocks a token) + the prefill's activations + one linear
     decoded to fp16 where quantized: parts that peak at different times, so rather too much. Activations, with fused
@@ -155,7 +174,10 @@ def plan_peak(
     residual's width (embeddings, block input, residual, normed), three of the MLP's, and the picture's features; or
     the tower's peak if larger. `int4_kernel`: torch's, which holds a bfloat16 scale and offset a group beside.
     """
-    planned, tokens = plan_weights(arch, **weights), prompt_tokens + arch.image_tokens
+    planned = plan_mix(arch, mix) if mix else plan_weights(arch, **weights)
+    weights |= {"blocks_removed": removed_by(arch, mix)} if mix else {}
+    packed = any(part.get("method", "fp16") != "fp16" for part in mix or [weights])
+    tokens = prompt_tokens + arch.image_tokens
     attentions = arch.kept(weights.get("blocks_removed", 0)) - weights.get("attentions_removed", 0)
     decoder = tokens * (4 * arch.hidden + 3 * arch.intermediate) + arch.image_tokens * arch.hidden
     removed = {key: weights[key] for key in REMOVED if key in weights}
@@ -164,7 +186,7 @@ def plan_peak(
         kernel_steps=2 * FP16 * groups,
         kv_cache=FP16 * 2 * arch.cache_width * attentions * batch * (tokens + new_tokens),
         activations=FP16 * batch * max(decoder, arch.tower_values + tokens * arch.hidden),
-        workspace=FP16 * arch.hidden * arch.intermediate * (weights.get("method", "fp16") != "fp16"),
+        workspace=FP16 * arch.hidden * arch.intermediate * packed,
     )
 
 
@@ -252,51 +274,6 @@ def resident_gib(device: str = "cpu") -> dict[str, float]:
         free, total = cuda.mem_get_info(device)
         held["device_used_gib"] = (total - free) / GIB
     return held
-
-
-def measure_latency(model, inputs, *, new_tokens: int = 32, warmup: int = 3, repeats: int = 20) -> dict:
-    """Milliseconds: prefill, each decoded token, and all of it per new token; medians, quartiles as _lo, _hi.
-
-    inputs: the processor's tensors on the model's device. Every row gets exactly `new_tokens`, the first from the
-    prefill; a step counts once whatever the batch. Raises DermError under 2 tokens or without a repeat.
-    """
-    if new_tokens < 2 or repeats < 1:
-        raise DermError("measure_latency: needs at least 2 new tokens and 1 repeat")
-    runs = [greedy_tokens(model, inputs, new_tokens=new_tokens)[1:] for _ in range(warmup + repeats)]
-    prefill, decode = 1000 * np.array(runs[warmup:]).T  # [repeats] each
-    samples = {"prefill_ms": prefill, "decode_ms_per_token": decode / (new_tokens - 1)}
-    samples["total_ms_per_token"] = (prefill + decode) / new_tokens
-    batch, prompt_tokens = inputs["input_ids"].shape
-    result = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
-    for name, sample in samples.items():
-        lo, median, hi = np.quantile(sample, (0.25, 0.5, 0.75)).tolist()
-        result |= {name: median, f"{name}_lo": lo, f"{name}_hi": hi}
-    return result
-
-
-def greedy_tokens(model, inputs, *, new_tokens: int):
-    """(tokens [B, new_tokens], prefill seconds, decode seconds): greedy, cached, deaf to end-of-sequence."""
-    import torch
-
-    step, mask, tokens, clock = inputs, inputs["attention_mask"], [], [_clock(model.device)]
-    with torch.inference_mode():
-        while len(tokens) < new_tokens:
-            out = model(**step, use_cache=True, logits_to_keep=1)
-            tokens.append(out.logits.argmax(-1))
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            step = {"input_ids": tokens[-1], "attention_mask": mask, "past_key_values": out.past_key_values}
-            if len(tokens) in (1, new_tokens):  # no waiting for the device in between
-                clock.append(_clock(model.device))
-    return torch.cat(tokens, 1), clock[1] - clock[0], clock[2] - clock[1]
-
-
-def _clock(device) -> float:
-    """Seconds, once the device has done all that was asked of it."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _count(module) -> int:

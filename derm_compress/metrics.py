@@ -114,6 +114,22 @@ def paired_difference(
     return Difference(percent(difference), percent(lo), percent(hi), p, len(pairs), len(sums))
 
 
+def by_image_difference(a: pd.DataFrame, b: pd.DataFrame) -> pd.Series:
+    """Mean score of a minus that of b in points by image, over the questions scored in both."""
+    pairs = _scored(a).merge(_scored(b), on=["item", "question"], suffixes=("_a", "_b"))
+    return percent((pairs["score_a"] - pairs["score_b"]).groupby(pairs["item"].to_numpy(), sort=True).mean())
+
+
+def share_interval(items: pd.Series, values: pd.Series, *, n_boot: int = 2000, seed: int = 0) -> Score:
+    """Mean of values (0 to 1, null left out) in percent, with a 95 % bootstrap over images, and their number."""
+    known = values.notna()
+    if not known.any():
+        return Score(np.nan, np.nan, np.nan, 0)
+    sums, counts = _by_image(items[known], values[known].astype(float))
+    lo, hi = _bootstrap(sums, counts, n_boot=n_boot, seed=seed)
+    return Score(100 * sums.sum() / counts.sum(), 100 * lo, 100 * hi, int(known.sum()))
+
+
 def recovery(original, pruned, healed, control, *, n_boot: int = 2000, seed: int = 0) -> Recovery:
     """((healed - pruned) - (control - original)) / (original - pruned), all four drawn together, image by image.
 

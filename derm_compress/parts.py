@@ -1,6 +1,14 @@
 """The report's parts in the paper's order, with their captions: {stem: (label, question, findings)}. No torch."""
 
-from derm_compress import contradictions, findings, judge_controls, ranking_findings, side_by_side, verdicts
+from derm_compress import (
+    contradictions,
+    findings,
+    judge_controls,
+    ranking_findings,
+    side_by_side,
+    statistics_findings,
+    verdicts,
+)
 
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
 CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
@@ -21,6 +29,13 @@ CAPTIONS = {  # of the tables that need another one
     "extra_side_by_side": "each cell of Tables 1 to 5: the paper's, ours with its 95 % interval (of times: quartiles), "
     "and what the verdict rests on",
     "extra_contradictions": "computed from the paper's printed numbers and the exact shapes of llava-1.5-7b",
+    "extra_planner": "the paper's VRAM beside planned weights, in both units; peak: of a question, in Table 2 training",
+    "extra_latency": "medians with their quartiles; floor: what a step reads over the measured bandwidth",
+    "extra_comparisons": "setting minus the full pipeline, paired, 95 % interval over images; p by sign flips",
+    "extra_power": "the smallest true paired difference that is found with a power of 80 % at the 5 % level",
+    "extra_seeds": "mean over SFT seeds with a 95 % interval over images; training: what chance does not explain",
+    "extra_diagnosis": "answers to the name question; 95 % interval over images",
+    "extra_secondary": "test pictures, 95 % intervals over images; runaway: answers that never end",
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
@@ -48,11 +63,28 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
         ranking_findings.findings_sublayers,
     ),
     "table2_sft": ("Table 2", "What does SFT heal, beyond what it gives the unpruned model?", findings.findings_sft),
+    "extra_seeds": ("Beside Table 2", "How much is training noise?", statistics_findings.findings_seeds),
     "table3_quantization": ("Table 3", "What do fewer bits cost, by method?", findings.findings_quantization),
     "table4_efficiency": ("Table 4", "What does the whole pipeline gain in memory and time?", None),
+    "extra_planner": (
+        "Beside Table 4", "Does the memory plan give the paper's figures?", statistics_findings.findings_planner
+    ),
     "extra_measured": ("Beside Table 4", "What does a running model take?", None),
+    "extra_latency": (
+        "Beside Table 4", "How far is decoding from its floor?", statistics_findings.findings_latency
+    ),
     "pareto": ("Beside Table 4", "What is the best score for the memory?", None),
     "table5_ablation": ("Table 5", "Which part matters?", lambda results: findings.findings_evaluation(results)[1:]),
+    "extra_comparisons": (
+        "Beside Tables 4 and 5", "How sure is each difference?", statistics_findings.findings_comparisons
+    ),
+    "extra_power": (
+        "Beside Tables 4 and 5", "What difference could be seen at all?", statistics_findings.findings_power
+    ),
+    "extra_diagnosis": ("Beside Table 5", "Which disease is named?", statistics_findings.findings_diagnosis),
+    "extra_secondary": (
+        "Beside Table 5", "What do scores say that no judge gives?", statistics_findings.findings_secondary
+    ),
     "extra_baselines": ("Beside Table 5", "Does the score come from fine-tuning and from seeing?", None),
     "fig5_case_studies": ("Figure 5", "What do the models say?", None),
     "fig6_judge_prompt": ("Figure 6", "How are answers judged?", lambda results: [RUBRIC_LIMITS]),

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from derm_compress import awq, calibration, finetune, memory, models, rehearsal_page
+from derm_compress import awq, calibration, finetune, latency, memory, models, rehearsal_page
 from derm_compress import rehearsal_rig as rigs
 from derm_compress.artifacts import read_json, write_json
 from derm_compress.errors import DermError
@@ -56,9 +56,9 @@ def generate(rig: Rig, *, form: str, removed: int, batch: int) -> list[dict]:
         if not model(**inputs, logits_to_keep=1).logits.isfinite().all():
             raise DermError("the logits are not finite")
     rigs.release(rig)
-    _, prefill, decode = memory.greedy_tokens(model, inputs, new_tokens=rig.new_tokens)
+    _, prefill, decode = latency.greedy_tokens(model, inputs, new_tokens=rig.new_tokens)
     repeats = max(1, min(5, int(rig.seconds / (prefill + decode))))
-    told = memory.measure_latency(model, inputs, new_tokens=rig.new_tokens, warmup=0, repeats=repeats)
+    told = latency.measure_latency(model, inputs, new_tokens=rig.new_tokens, warmup=0, repeats=repeats)
     sizes = {"batch": batch, "prompt_tokens": rig.prompt_tokens, "new_tokens": rig.new_tokens}
     kernel = any(getattr(module, "steps", None) is not None for module in model.modules())
     plan, floor = memory.plan_peak(rig.arch, int4_kernel=kernel, **sizes, **what), rigs.forward_floor
@@ -164,7 +164,7 @@ def importance(rig: Rig, *, batch: int) -> list[dict]:
     prompt, drafted = (rigs.request(rig, batch, rig.prompt_tokens + more) for more in (0, draft))
     with torch.inference_mode():
         verify = rigs.timed(rig, lambda: model(**drafted, use_cache=False, logits_to_keep=draft + 1))
-    answer = rigs.timed(rig, lambda: memory.greedy_tokens(model, prompt, new_tokens=draft), most=2)
+    answer = rigs.timed(rig, lambda: latency.greedy_tokens(model, prompt, new_tokens=draft), most=2)
     plan = memory.plan_peak(rig.arch, batch=batch, prompt_tokens=rig.prompt_tokens, new_tokens=draft)
     verify_floor = rigs.forward_floor(rig, batch, rig.prompt_tokens + draft, logits=draft + 1)
     answer_floor = rigs.forward_floor(rig, batch, rig.prompt_tokens) + (draft - 1) * rigs.decode_floor(rig, plan)

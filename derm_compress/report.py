@@ -17,7 +17,17 @@ import pandas as pd
 import yaml
 from markupsafe import Markup
 
-from derm_compress import figures, findings, judge, judge_forms, quotes, ranking_figures, side_by_side, tables
+from derm_compress import (
+    figures,
+    findings,
+    judge,
+    judge_forms,
+    quotes,
+    ranking_figures,
+    side_by_side,
+    statistics_figures,
+    tables,
+)
 from derm_compress.artifacts import atomic, disk_guard
 from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
@@ -111,6 +121,8 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]], aske
     if results.scores is not None and figures.drawn_in_figure_3(results.scores)[0]:
         drawn["fig3_layer_importance"] = figures.fig3_layer_importance(results.scores, n)
     drawn |= draw_rankings(results, built)
+    if "extra_diagnosis" in built and (drawing := statistics_figures.confusions(results)):
+        drawn["extra_diagnosis"] = drawing
     if results.figure4 is not None and len(results.figure4):
         drawn["fig4_activations"] = figures.fig4_activations(results.figure4)
     if said.issuperset(cases.values()):

@@ -40,6 +40,8 @@ class Results:
     memory: pd.DataFrame | None = _of("08_evaluation/memory.parquet")
     judge_controls: pd.DataFrame | None = _of("08_evaluation/judge_controls.parquet")
     latency: pd.DataFrame | None = _of("08_evaluation/measured/latency.parquet")
+    predictions: pd.DataFrame | None = _of("08_evaluation/predictions.parquet")
+    architecture_7b: dict | None = _of("08_evaluation/architecture_7b.json")
     variants: pd.DataFrame | None = None
     answers: pd.DataFrame | None = None
 
@@ -76,11 +78,20 @@ class Results:
 def load_results(folders: dict[str, Path], **given) -> Results:
     """Results from {stage: its artifact folder}; a stage still running hands over its own frames by name."""
     known = {f.name: _read(folders, f.metadata["file"]) for f in fields(Results) if f.metadata}
-    known |= {name: _together(folders, name) for name in ("variants", "answers")} | given
+    known |= {name: _together(folders, name) for name in ("variants", "answers")}
+    known |= of_predictions(known["predictions"]) | given
     for name, keys in (("variants", ["variant"]), ("answers", ["variant", "item", "question"])):
         if known[name] is not None:
             known[name] = known[name].drop_duplicates(keys, keep="last")
     return Results(**known)
+
+
+def of_predictions(predictions: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
+    """`answers` and `evaluation` from stage 08's one frame of all answers: what every score table is made of."""
+    if predictions is None:
+        return {}
+    last = predictions.stage == ANSWERING[-1]
+    return {"answers": predictions[predictions.split == "test"], "evaluation": predictions[last]}
 
 
 def _read(folders, file):

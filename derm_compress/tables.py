@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from derm_compress import agreement, judge_controls, metrics, paper, rivals
+from derm_compress import agreement, judge_controls, metrics, paper, rivals, statistics_tables
 from derm_compress.results import ANSWERING as ANSWERING
 from derm_compress.results import Results, answers_of, variant_id
 from derm_compress.results import load_results as load_results
@@ -36,7 +36,7 @@ COLUMNS = {  # what the paper gives stands beside what is ours
     ],
     "table5_ablation": [
         "setting", *MODEL, "score", "paper_score", *SCORE[1:],
-        "difference", "difference_lo", "difference_hi", "p", *SIZE, "paper_notes",
+        "difference", "difference_lo", "difference_hi", "p", "p_holm", *SIZE, "paper_notes",
     ],
     "extra_agreement": ["one", "other", "rho", "rho_lo", "rho_hi"],
     "extra_calibration_size": agreement.CURVE,
@@ -53,10 +53,12 @@ COLUMNS = {  # what the paper gives stands beside what is ours
     ],
     "extra_baselines": ["variant", *SCORE],
     "extra_judges": judge_controls.TABLE,
+    **statistics_tables.COLUMNS,
 }  # fmt: skip
 COUNTS = (
     "n", "bits", "blocks_removed", "blocks_removed_7b", "attentions_removed", "mlps_removed", "items", "depths",
     "ahead", "fall_from", "fall_to", "level_until",
+    *statistics_tables.COUNTS,
 )  # fmt: skip
 BASELINES = ("base", "original", "blank", "shuffled")
 UNITS = {
@@ -71,6 +73,7 @@ UNITS = {
     "p_all_holm": "p, all depths (Holm)", "ahead": "ahead at", "fall_from": "steepest from", "fall_to": "to",
     "fall": "fall, points", "fall_per_block": "points a block", "nearest": "nearest whole-block model",
     "nearest_params_b": "its parameters, B", "nearest_score": "its score, %", "apart": "apart, blocks",
+    **statistics_tables.UNITS,
 }  # fmt: skip
 
 
@@ -85,14 +88,16 @@ def build(results: Results) -> dict[str, pd.DataFrame]:
     """{stem: table} of everything that the results suffice for."""
     makers = (table1, table2, table3, table4, table5, agreements, calibration_sizes)
     makers += (criteria, criteria_tests, cliffs, sublayers, running, baselines, judges)
+    makers += statistics_tables.MAKERS
     ready = {stem: make for stem, make in zip(COLUMNS, makers, strict=True) if needed(make, results) is not None}
     made = {stem: make(results) for stem, make in ready.items()}
     return {stem: tidy(frame, stem) for stem, frame in made.items() if len(frame)}
 
 
-def needed(make, results: Results) -> pd.DataFrame | None:
-    """The frame without which a table cannot be made."""
+def needed(make, results: Results):
+    """What a table cannot be made without."""
     special = {agreements: results.values, calibration_sizes: results.values, judges: results.judge_controls}
+    special |= dict.fromkeys(statistics_tables.MAKERS, results)  # they know themselves
     return special.get(make, results.variants)
 
 
@@ -141,7 +146,7 @@ def table4(results: Results) -> pd.DataFrame:
     """The paper's six ways to the operating point, scored on test and held-out items, with measured times."""
     table = paper.table(4, operating=results.operating, deeper=results.deeper).drop(columns="bits")
     table = _join(table, results.variants, MODEL[1:])
-    return _join(_measured(table, results, results.evaluation), results.latency, TIMES)
+    return _join(_measured(table, results, results.evaluation), one_prompt(results), TIMES)
 
 
 def table5(results: Results) -> pd.DataFrame:
@@ -155,7 +160,7 @@ def table5(results: Results) -> pd.DataFrame:
     for row in table.index[1:]:
         change = metrics.paired_difference(answers_of(results.evaluation, table.variant[row]), full)
         table.loc[row, ["difference", "difference_lo", "difference_hi", "p"]] = change[:4]
-    return table
+    return _join(table, statistics_tables.comparisons(results), ["p_holm"])
 
 
 def agreements(results: Results) -> pd.DataFrame:
@@ -201,8 +206,13 @@ def running(results: Results) -> pd.DataFrame:
     """What each packed model took when stage 08 ran it, beside its planned weights."""
     if results.latency is None:
         return pd.DataFrame()
-    taken = results.latency.rename(columns={"weights_gib": "measured_weights_gib"})
+    taken = one_prompt(results).rename(columns={"weights_gib": "measured_weights_gib"})
     return _join(taken, results.memory, ["vram_gib"])
+
+
+def one_prompt(results: Results) -> pd.DataFrame | None:
+    """The measured times at batch 1, which come first."""
+    return None if results.latency is None else results.latency.drop_duplicates("variant")
 
 
 def baselines(results: Results) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -9,7 +10,8 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from derm_compress import dialogue, judge_controls, judging
+from derm_compress import dialogue, judge_controls, judging, secondary
+from derm_compress import memory as memory_plan
 from derm_compress.data import Item
 
 BLOCKS, DEPTHS, OPERATING, DEEPER = 32, (0, 2, 4, 6, 7, 8, 9, 10, 12), 6, 9
@@ -85,6 +87,15 @@ def rival_variants():
     return pd.DataFrame(rows)
 
 
+def seeds():
+    """Two further trainings of the healed model and its control."""
+    rows = [(name, blocks, i) for name, blocks in (("original", 0), ("pruned-6", 6)) for i in (1, 2)]
+    names = {0: "", 6: "output_similarity"}
+    return pd.DataFrame(
+        [variant(f"{name}+sft~{i}", n, criterion=names[n], healed=True) | {"sft_seed": i} for name, n, i in rows]
+    )
+
+
 def level(row):
     """The mean grade a variant's answers get: a plateau, a cliff, healing, and a price for four bits."""
     grade = 3.4 - 0.13 * row.blocks_removed - PLANS.get(row.criterion, 0.3 if "random" in row.criterion else 0.0)
@@ -137,12 +148,14 @@ def memory(table, blocks=BLOCKS):
     )  # fmt: skip
 
 
-def latency(table):
-    ms = 10 - 0.2 * table.blocks_removed
+def latency(table, batch=1):
+    ms = (10 - 0.2 * table.blocks_removed) * (1 + 0.1 * (batch - 1))
     spread = {f"{name}_{end}": ms * f for name in ("decode_ms_per_token",) for end, f in (("lo", 0.9), ("hi", 1.1))}
     return pd.DataFrame(
         {"variant": table.variant, "prefill_ms": 4 * ms, "decode_ms_per_token": ms, "total_ms_per_token": ms * 1.2,
-         "weights_gib": 0.003, "rss_gib": 0.9, "rss_peak_gib": 1.1, **spread}
+         "weights_gib": 0.003, "rss_gib": 0.9, "rss_peak_gib": 1.1, **spread, "batch": batch, "prompt_tokens": 53,
+         "new_tokens": 12, "repeats": 5, "read_mib": 6.0, "bandwidth_gb_s": 12.0, "floor_ms": ms / 4,
+         "times_floor": 4.0}
     )  # fmt: skip
 
 
@@ -201,7 +214,7 @@ def activation_frames(rng):
 def stage_files(*, grade=level, words=None, heldout=20, full=False):
     """{stage: {file: frame or JSON value}} of the whole study; `full`: with all rival rankings and plans."""
     rng, table, pictures = np.random.default_rng(0), variants(), items(heldout=heldout)
-    table = pd.concat([table, rival_variants()], ignore_index=True) if full else table
+    table = pd.concat([table, rival_variants(), seeds()], ignore_index=True) if full else table
     test = pictures[pictures.split == "test"]
     kinds = {
         "02_finetune": table.variant == "original",
@@ -238,8 +251,13 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
     asked = [Item(name, "test", name, name, row, {}, "") for row, name in enumerate(dialogue.diseases())]
     files["08_evaluation"] |= {
         "variants": pd.concat([table, blind]), "answers": pd.concat(eight), "memory": memory(table),
-        "measured/latency": latency(shown), "judge_controls": judge_controls.judged(asked, judging.Rubric()),
+        "measured/latency": pd.concat([latency(shown), latency(shown, 4)]),
+        "judge_controls": judge_controls.judged(asked, judging.Rubric()),
+        "architecture_7b.json": dataclasses.asdict(memory_plan.llava_7b()),
     }  # fmt: skip
+    earlier = {name: files[name]["answers"] for name in kinds}
+    together = secondary.predictions(earlier, files["08_evaluation"]["answers"])
+    files["08_evaluation"]["predictions"] = together.assign(similarity=together.score / 4)
     return files
 
 

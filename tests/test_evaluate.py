@@ -80,15 +80,6 @@ def test_activations_carry_original_block_numbers(recipe, store, dataset):
     assert surface.channel.max() == 63 and (surface.value >= 0).all()
 
 
-def test_latency_is_measured_for_each_variant(recipe, store, dataset):
-    frame = variants(recipe)[:2]
-    told = evaluate.latency(
-        frame, store, dataset.of("test"), dataset.images, device="cpu", new_tokens=3, repeats=3, warmup=1
-    )
-    assert told.variant.tolist() == ["original", "pruned-1"]
-    assert (told.prefill_ms > 0).all() and told.weights_gib[0] > told.weights_gib[1]
-
-
 def test_scores_say_how_deep_each_variant_is():
     answers = pd.DataFrame({"variant": ["a", "a"], "item": ["1", "2"], "question": ["name"] * 2, "score": [4.0, 1.0]})
     told = evaluate.scores(answers, pd.DataFrame({"variant": ["a"], "blocks_removed": [5]}))

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import weakref
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import numpy as np
@@ -286,57 +285,6 @@ def test_a_stored_architecture_plans_without_torch(llava):
     assert float(done.stdout.split()[0]) == total(memory.plan_peak(llava, method="awq", bits=4))
 
 
-def test_decoding_by_hand_says_what_generate_says():
-    model, inputs = small_llava(4), batch(2)
-    tokens, prefill, decode = memory.greedy_tokens(model, inputs, new_tokens=12)
-    ours = model.generate(**inputs, do_sample=False, min_new_tokens=12, max_new_tokens=12, eos_token_id=None)
-    assert torch.equal(tokens, ours[:, inputs["input_ids"].shape[1] :])
-    assert prefill > 0 and decode > 0
-
-
-class Ticking:
-    """A model that takes 100 ms for a prefill, 10 ms for a token, and says which tokens it was asked about."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.time, self.widths = 0.0, []
-
-    def __call__(self, *, input_ids, attention_mask, past_key_values=None, pixel_values=None, **_):
-        self.time += 0.100 if past_key_values is None else 0.010
-        assert (pixel_values is None) == (past_key_values is not None)
-        self.widths.append((input_ids.shape[1], attention_mask.shape[1]))
-        end_of_sequence = torch.nn.functional.one_hot(torch.full((len(input_ids), 1), 2), 100).float()
-        return SimpleNamespace(logits=end_of_sequence, past_key_values=())
-
-
-def test_latency_tells_prefill_decode_and_total_apart(monkeypatch):
-    model = Ticking()
-    monkeypatch.setattr(memory, "_clock", lambda device: model.time)
-    told = memory.measure_latency(model, batch(2), new_tokens=5, warmup=1, repeats=3)
-    assert told["prefill_ms"] == pytest.approx(100)
-    assert told["decode_ms_per_token"] == pytest.approx(10)
-    assert told["total_ms_per_token"] == pytest.approx((100 + 4 * 10) / 5)
-    assert (told["batch"], told["prompt_tokens"], told["new_tokens"], told["repeats"]) == (2, 30, 5, 3)
-    assert model.widths == [(30, 30), (1, 31), (1, 32), (1, 33), (1, 34)] * 4  # never stops, never re-reads
-
-
-def test_latency_quartiles_leave_the_warm_up_out(monkeypatch):
-    seconds = iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0])
-    monkeypatch.setattr(memory, "greedy_tokens", lambda *_, **__: (None, next(seconds), 0.3))
-    told = memory.measure_latency(None, batch(), new_tokens=4, warmup=2, repeats=5)
-    assert (told["prefill_ms_lo"], told["prefill_ms"], told["prefill_ms_hi"]) == (2000, 3000, 4000)
-    assert told["decode_ms_per_token"] == pytest.approx(100)
-    with pytest.raises(DermError, match="at least 2"):
-        memory.measure_latency(None, batch(), new_tokens=1)
-
-
-def test_a_real_model_is_timed():
-    told = memory.measure_latency(small_llava(2), batch(), new_tokens=4, warmup=1, repeats=3)
-    for name in ("prefill_ms", "decode_ms_per_token", "total_ms_per_token"):
-        assert 0 < told[f"{name}_lo"] <= told[name] <= told[f"{name}_hi"]
-
-
 def test_resident_memory_follows_an_allocation():
     before = memory.resident_gib()
     block = np.ones(2**26, dtype=np.uint8)
@@ -344,3 +292,19 @@ def test_resident_memory_follows_an_allocation():
     assert after["rss_gib"] - before["rss_gib"] > 0.9 * block.nbytes / memory.GIB
     assert after["rss_peak_gib"] >= 0.99 * after["rss_gib"]
     assert memory.peak_gib() == pytest.approx(after["rss_peak_gib"], rel=0.01)
+
+
+def test_a_mix_of_formats_is_the_sum_of_its_blocks(llava):
+    fp16, awq = {"method": "fp16", "bits": 16, "group_size": 64}, {"method": "awq", "bits": 4, "group_size": 64}
+    for form in (fp16, awq):
+        whole = memory.plan_weights(llava, blocks_removed=6, **form)
+        assert memory.plan_mix(llava, [{"blocks": 26, **form}]) == pytest.approx(whole)
+        split = memory.plan_peak(llava, mix=[{"blocks": 20, **form}, {"blocks": 6, **form}])
+        assert split == pytest.approx(memory.plan_peak(llava, blocks_removed=6, **form))
+    mixed = total(memory.plan_mix(llava, [{"blocks": 4, **fp16}, {"blocks": 28, **awq}]))
+    ends = [total(memory.plan_weights(llava, **form)) for form in (fp16, awq)]
+    assert mixed == pytest.approx((4 * ends[0] + 28 * ends[1]) / 32)
+    both = [{"blocks": 30, **awq}, {"blocks": 2, "method": "bitsandbytes", "bits": 4, "group_size": 64}]
+    assert memory.plan_peak(llava, mix=both)["workspace"] > 0
+    with pytest.raises(DermError, match="of 32 blocks"):
+        memory.plan_mix(llava, [{"blocks": 30, **awq}, {"blocks": 3, **fp16}])

@@ -56,7 +56,8 @@ def test_everything_is_there_and_small(home):
     stems = {"table1_pruning", "table2_sft", "table3_quantization", "table4_efficiency", "table5_ablation",
              "extra_criteria", "extra_criteria_tests", "extra_cliffs", "extra_agreement", "extra_calibration_size",
              "extra_measured", "extra_baselines", "extra_judges", "extra_verdicts", "extra_side_by_side",
-             "extra_contradictions"}  # fmt: skip
+             "extra_contradictions", "extra_planner", "extra_latency",
+             "extra_comparisons", "extra_power", "extra_diagnosis", "extra_secondary"}  # fmt: skip
     assert {path.name for path in (home / "tables").iterdir()} == {f"{s}.{end}" for s in stems for end in ("csv", "md")}
     figures = {path.name for path in (home / "figures").iterdir()}
     assert {f"{stem}.{end}" for stem in report.PARTS if stem[:3] == "fig" for end in ("png", "svg")} <= figures
@@ -70,9 +71,12 @@ def test_everything_is_there_and_small(home):
     assert record["stages"]["01_data"]["cached"] is True and set(record["stages"]) == set(fabricate.UPSTREAM)
 
 
+FULL_ALONE = ("extra_sublayers", "extra_seeds")
+
+
 def test_the_page_follows_the_papers_order_below_the_answer(home):
     text = (home / "index.html").read_text()
-    places = [text.index(f'<section id="{stem}">') for stem in report.PARTS if stem != "extra_sublayers"]
+    places = [text.index(f'<section id="{stem}">') for stem in report.PARTS if stem not in FULL_ALONE]
     assert places == sorted(places) and '<section id="extra_sublayers">' not in text
     assert text.index(report.QUESTION) < text.index("quantization alone") < text.index("<img") < text.index("<table>")
     assert text.index("<table>") < places[0] and text.index("0123456789abcdef") > places[-1]

@@ -13,7 +13,8 @@ import pytest
 
 from derm_compress import findings, metrics, paper, report, tables
 
-SHOWN = "tables, findings, figures, quotes, notebook_html, report, ranking_figures, ranking_findings, verdicts"
+SHOWN = "tables, findings, figures, quotes, notebook_html, report, ranking_figures, ranking_findings, verdicts, "
+SHOWN += "planner, power, statistics_tables, statistics_figures, statistics_findings"
 
 
 def results_of(**changes):
@@ -26,6 +27,7 @@ def results_of(**changes):
         training=frames["measured/training"], statistics=frames["statistics"], errors=frames["errors"],
         variants=frames["variants"], evaluation=frames["answers"], memory=frames["memory"],
         latency=frames["measured/latency"], judge_controls=frames["judge_controls"],
+        predictions=frames["predictions"], architecture_7b=frames["architecture_7b.json"],
         answers=pd.concat([files[s]["answers"] for s in tables.ANSWERING[:-1]], ignore_index=True),
     )  # fmt: skip
 

@@ -1,0 +1,92 @@
+"""Latency against a clock of our own, and a floor that is what a model reads."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_llava import batch, small_llava
+
+from derm_compress import latency, prune, recipes
+from derm_compress.errors import DermError
+
+
+def test_decoding_by_hand_says_what_generate_says():
+    model, inputs = small_llava(4), batch(2)
+    tokens, prefill, decode = latency.greedy_tokens(model, inputs, new_tokens=12)
+    ours = model.generate(**inputs, do_sample=False, min_new_tokens=12, max_new_tokens=12, eos_token_id=None)
+    assert torch.equal(tokens, ours[:, inputs["input_ids"].shape[1] :])
+    assert prefill > 0 and decode > 0
+
+
+class Ticking:
+    """A model that takes 100 ms for a prefill, 10 ms for a token, and says which tokens it was asked about."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.time, self.widths = 0.0, []
+
+    def __call__(self, *, input_ids, attention_mask, past_key_values=None, pixel_values=None, **_):
+        self.time += 0.100 if past_key_values is None else 0.010
+        assert (pixel_values is None) == (past_key_values is not None)
+        self.widths.append((input_ids.shape[1], attention_mask.shape[1]))
+        end_of_sequence = torch.nn.functional.one_hot(torch.full((len(input_ids), 1), 2), 100).float()
+        return SimpleNamespace(logits=end_of_sequence, past_key_values=())
+
+
+def test_latency_tells_prefill_decode_and_total_apart(monkeypatch):
+    model = Ticking()
+    monkeypatch.setattr(latency, "_clock", lambda device: model.time)
+    told = latency.measure_latency(model, batch(2), new_tokens=5, warmup=1, repeats=3)
+    assert told["prefill_ms"] == pytest.approx(100)
+    assert told["decode_ms_per_token"] == pytest.approx(10)
+    assert told["total_ms_per_token"] == pytest.approx((100 + 4 * 10) / 5)
+    assert (told["batch"], told["prompt_tokens"], told["new_tokens"], told["repeats"]) == (2, 30, 5, 3)
+    assert model.widths == [(30, 30), (1, 31), (1, 32), (1, 33), (1, 34)] * 4  # never stops, never re-reads
+
+
+def test_latency_quartiles_leave_the_warm_up_out(monkeypatch):
+    seconds = iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    monkeypatch.setattr(latency, "greedy_tokens", lambda *_, **__: (None, next(seconds), 0.3))
+    told = latency.measure_latency(None, batch(), new_tokens=4, warmup=2, repeats=5)
+    assert (told["prefill_ms_lo"], told["prefill_ms"], told["prefill_ms_hi"]) == (2000, 3000, 4000)
+    assert told["decode_ms_per_token"] == pytest.approx(100)
+    with pytest.raises(DermError, match="at least 2"):
+        latency.measure_latency(None, batch(), new_tokens=1)
+
+
+def test_a_real_model_is_timed():
+    told = latency.measure_latency(small_llava(2), batch(), new_tokens=4, warmup=1, repeats=3)
+    for name in ("prefill_ms", "decode_ms_per_token", "total_ms_per_token"):
+        assert 0 < told[f"{name}_lo"] <= told[name] <= told[f"{name}_hi"]
+
+
+def test_the_floor_is_what_a_step_reads_over_what_the_device_reads_a_second():
+    model = small_llava(4, kv_heads=2)
+    blocks = sum(p.nbytes for layer in model.model.language_model.layers for p in layer.parameters())
+    ends = model.lm_head.weight.nbytes + model.model.language_model.norm.weight.nbytes
+    assert latency.read_bytes(model, batch=0, tokens=0) == blocks + ends
+    cache = model(**batch(3), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    tokens = cache.get_seq_length()
+    assert latency.read_bytes(model, batch=3, tokens=tokens) - blocks - ends == held
+
+
+def test_bandwidth_is_the_best_copy_or_sum(monkeypatch):
+    ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 39.0, 40.0, 40.5, 50.0, 59.0])
+    monkeypatch.setattr(latency, "_clock", lambda device: next(ticks))
+    assert latency.bandwidth("cpu", size=4000, repeats=2) == max(2 * 4000 / 1.0, 4000 / 0.5)
+    monkeypatch.undo()
+    assert 1e8 < latency.bandwidth("cpu", size=2**24, repeats=1) < 1e13
+
+
+def test_each_variant_is_measured_at_batch_1_first(recipe, store, dataset):
+    plan = prune.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+    frame, how = recipes.pruned(recipe, [plan], [3]), {"device": "cpu", "new_tokens": 3, "repeats": 3, "warmup": 1}
+    told = latency.of_variants(frame, store, dataset.of("test")[:2], dataset.images, batches=[3], **how)
+    assert told.variant.tolist() == ["original"] * 2 + ["pruned-3"] * 2 and told.batch.tolist() == [1, 3] * 2
+    assert (told.prefill_ms > 0).all() and told.weights_gib[0] == told.weights_gib[1] > told.weights_gib[2]
+    assert told.bandwidth_gb_s.nunique() == 1 and (told.read_mib[1] > told.read_mib[0] > told.read_mib[2])
+    floor = told.read_mib * 2**20 / (told.bandwidth_gb_s * 1e9) * 1000
+    assert (floor - told.floor_ms).abs().max() < 1e-9
+    assert (told.times_floor * told.floor_ms - told.decode_ms_per_token).abs().max() < 1e-9
