@@ -51,7 +51,7 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "table3_quantization": ("Table 3", "What do fewer bits cost, by method?", findings.findings_quantization),
     "table4_efficiency": ("Table 4", "What does the whole pipeline gain in memory and time?", None),
     "extra_measured": ("Beside Table 4", "What does a running model take?", None),
-    "pareto": ("Beside Table 4", "What is the best score for the memory?", None),
+    "pareto": ("Beside Table 4", "What is the best score for the memory, and for the time?", None),
     "table5_ablation": ("Table 5", "Which part matters?", lambda results: findings.findings_evaluation(results)[1:]),
     "extra_baselines": ("Beside Table 5", "Does the score come from fine-tuning and from seeing?", None),
     "fig5_case_studies": ("Figure 5", "What do the models say?", None),

@@ -17,12 +17,27 @@ import pandas as pd
 import yaml
 from markupsafe import Markup
 
-from derm_compress import figures, findings, judge, judge_forms, quotes, ranking_figures, side_by_side, tables
+from derm_compress import (
+    answers_html,
+    figures,
+    findings,
+    judge,
+    judge_forms,
+    pareto,
+    quotes,
+    ranking_figures,
+    side_by_side,
+    tables,
+)
 from derm_compress.artifacts import atomic, disk_guard
 from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
 from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_TABLE, PARTS, QUESTION, SAID_OF
 
+IN_WORDS = {  # figures that are text in the page
+    "fig5_case_studies": lambda drawing: drawing and answers_html.case_studies(drawing.data),
+    "fig7_iterative_pruning": lambda drawing: drawing and answers_html.iterative_pruning(drawing.data),
+}
 LONG = "<td class=long>{}</td>"
 
 
@@ -120,7 +135,7 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]], aske
     if depths:
         healed = built.get("table2_sft", tables.tidy(pd.DataFrame(), "table2_sft"))
         drawn["score_vs_blocks"] = figures.score_vs_blocks(built["table1_pruning"], healed)
-        drawn["pareto"] = figures.pareto(built["table4_efficiency"])
+        drawn["pareto"] = pareto.fig_pareto(pareto.points(results), built["table4_efficiency"])
     return drawn
 
 
@@ -147,7 +162,8 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
             part = {"stem": stem, "label": label, "question": question, "said": said}
             part |= {"frame": frame, "caption": f"{label}: {CAPTIONS.get(stem, CAPTION)}"}
             part["fold"] = len(frame) if frame is not None and is_long(stem, frame) else 0
-            parts.append(part | {"image": picture(drawn.get(stem)), "table": table(frame, part["caption"])})
+            shown = IN_WORDS.get(stem, picture)(drawn.get(stem))
+            parts.append(part | {"image": shown, "table": table(frame, part["caption"])})
     brief = None if brief is None else tables.readable(brief[BRIEF])
     facts = [(name, note["key"][:12], note.get("seconds"), note.get("cached")) for name, note in made.stages.items()]
     last, told, data = list(made.stages.values())[-1], parameters(made), results.data_report
@@ -209,7 +225,8 @@ def picture(drawing: figures.Drawing | None) -> Markup | None:
     if drawing is None:
         return None
     data = base64.b64encode(drawing.png()).decode()
-    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(Markup(data), drawing.finding)
+    image = Markup('<div class=figure tabindex=0><img src="data:image/png;base64,{}" alt="{}"></div>')
+    return image.format(Markup(data), drawing.finding)
 
 
 def page(**view) -> str:
