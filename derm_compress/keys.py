@@ -19,7 +19,18 @@ MACHINERY = frozenset({"study", "plan", "runner", "execution", "artifacts", "key
 PRESENTATION = frozenset(
     {"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper", "results", "wording"}
     | {"agreement", "rivals", "ranking_figures", "ranking_findings"}
-    | {"parts", "answers_html", "pareto", "verdicts", "side_by_side", "contradictions", "paper_model", "cards"}
+    | {
+        "parts",
+        "page",
+        "comparison",
+        "answers_html",
+        "pareto",
+        "verdicts",
+        "side_by_side",
+        "contradictions",
+        "paper_model",
+        "cards",
+    }
 )
 
 
