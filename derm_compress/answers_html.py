@@ -62,4 +62,6 @@ def _grade(score) -> str:
 
 
 def _card(head: str, body: Markup) -> Markup:
-    return Markup("<figure><figcaption>{}</figcaption><blockquote>{}</blockquote></figure>\n").format(head, body)
+    return Markup("<figure class=said><figcaption>{}</figcaption><blockquote>{}</blockquote></figure>\n").format(
+        head, body
+    )

@@ -27,11 +27,13 @@ def table(frame: pd.DataFrame | None, caption: str) -> Markup | None:
 
 
 def picture(drawing: Drawing | None) -> Markup | None:
+    """A figure in its own scroll box; on a phone, where that cuts its title, the finding stands above it."""
     if drawing is None:
         return None
     data = base64.b64encode(drawing.png()).decode()
     image = Markup('<div class=figure tabindex=0><img src="data:image/png;base64,{}" alt="{}"></div>')
-    return image.format(Markup(data), drawing.finding)
+    said = Markup("<figure class=shown><figcaption aria-hidden=true>{}</figcaption>{}</figure>")
+    return said.format(drawing.finding[:1].upper() + drawing.finding[1:], image.format(Markup(data), drawing.finding))
 
 
 def page(**view) -> str:

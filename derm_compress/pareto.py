@@ -61,7 +61,7 @@ def fig_pareto(frame: pd.DataFrame, table4: pd.DataFrame) -> Drawing:
     figure, axes = canvas(finding, 6.6 if len(timed) else 4.2, rows=2 if len(timed) else 1, squeeze=False)
     first = axes[0, 0]
     first.axvline(TARGET, color="#999999", linewidth=1)
-    first.text(TARGET, 97, f" {TARGET:.0f} GiB", color="#555555")
+    first.text(TARGET, 92, f" {TARGET:.0f} GiB", color="#555555")
     first.plot(table4.paper_vram, table4.paper_score, "*", color=PAPER, mfc="white", label="paper, GB as printed")
     first.set(xlim=(0, 15), xlabel="planned weights of a 7B model, GiB")
     _scatter(first, scored, "vram_gib_7b")
@@ -84,6 +84,6 @@ def _scatter(ax, frame, cost, *, spread=False):
         look = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 5, "alpha": 0.8}
         if len(rows) and spread:
             ends = [rows.score - rows.score_lo, rows.score_hi - rows.score]
-            ax.errorbar(rows[cost], rows.score, yerr=ends, capsize=2, label=label, **look)
+            ax.errorbar(rows[cost], rows.score, yerr=ends, capsize=2, elinewidth=0.8, label=label, **look)
         elif len(rows):
             ax.plot(rows[cost], rows.score, label=label, **look)

@@ -24,7 +24,8 @@ CAPTIONS = {  # of the tables that need another one
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
-LONG_TABLE = 24  # rows from which a table beside the paper's is folded
+LONG_TABLE = 16  # rows from which a table beside the paper's is folded
+OPEN = ("extra_verdicts", "extra_contradictions")  # but these
 RUBRIC_LIMITS = "The rubric counts stated facts; it judges neither safety nor negation nor grammar."
 PARTS = {  # in the paper's order: label, question, and what the numbers say to it
     "fig1_pipeline": ("Figure 1", "The pipeline", None),

@@ -33,7 +33,7 @@ from derm_compress.artifacts import atomic, disk_guard
 from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
 from derm_compress.page import page, picture, table
-from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_TABLE, PARTS, QUESTION, SAID_OF
+from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_TABLE, OPEN, PARTS, QUESTION, SAID_OF
 
 IN_WORDS = {  # figures that are text in the page
     "fig5_case_studies": lambda drawing: drawing and answers_html.case_studies(drawing.data),
@@ -187,7 +187,7 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
 
 
 def is_long(stem: str, frame: pd.DataFrame) -> bool:
-    return stem.startswith("extra") and len(frame) > LONG_TABLE
+    return stem.startswith("extra") and stem not in OPEN and len(frame) > LONG_TABLE
 
 
 def as_yaml(value) -> str:

@@ -36,7 +36,7 @@ def results(tmp_path_factory):
 def test_figure_5_shows_every_case_of_every_question_beside_the_reference(results):
     cases = {"Original": "original", "Pruned + quantized": "pruned-6|awq4"}
     page = answers_html.case_studies(quotes.fig5_case_studies(results.answers, cases).data)
-    assert page.count("<h3>") == 3 and page.count("<figure>") == 9 and page.count("Reference") == 3
+    assert page.count("<h3>") == 3 and page.count("<figure class=said>") == 9 and page.count("Reference") == 3
     assert page.count("Original, grade") == page.count("Pruned + quantized, grade") == 3
     assert "class=right" in page.split("</p>", 1)[1]
 
@@ -44,7 +44,7 @@ def test_figure_5_shows_every_case_of_every_question_beside_the_reference(result
 def test_figure_7_says_which_answers_do_not_end(results):
     depths = {0: "original", 6: "pruned-6", 10: "pruned-10"}
     page = answers_html.iterative_pruning(quotes.fig7_iterative_pruning(results.answers, depths).data)
-    assert page.count("<figure>") == 4 and page.count("[does not end]") == 1
+    assert page.count("<figure class=said>") == 4 and page.count("[does not end]") == 1
     assert page.index("10 blocks removed") < page.index("[does not end]") and "100 % of all answers" in page
 
 
