@@ -60,7 +60,8 @@ COUNTS = (
 )  # fmt: skip
 BASELINES = ("base", "original", "blank", "shuffled")
 UNITS = {
-    "score": "score, %", "score_before": "score before, %", "score_after": "score after, %", "params_b": "parameters, B", "vram_gib": "weights, GiB", "peak_gib": "peak, GiB",
+    "score": "score, %", "score_before": "score before, %", "score_after": "score after, %",
+    "params_b": "parameters, B", "vram_gib": "weights, GiB", "peak_gib": "peak, GiB",
     "seconds": "time, s", "train_peak_gib": "training peak, GiB", "vram": "VRAM, GB", "ms_per_token": "ms/token",
     "prefill_ms": "prefill, ms (quartiles)", "decode_ms_per_token": "decode, ms/token (quartiles)",
     "total_ms_per_token": "total, ms/token (quartiles)", "measured_weights_gib": "measured weights, GiB",
