@@ -82,9 +82,10 @@ def export_command(a) -> int:
     from derm_compress.plan import find_recipe
 
     recipe, store = find_recipe(a.model)
-    from derm_compress import models
+    from derm_compress import cards, models
 
-    models.export_model(recipe, store, a.path)
+    known = cards.facts(recipe, store.root.parent, a.model.split("/")[0])
+    models.export_model(recipe, store, a.path, known=known)
     return written(a)
 
 
@@ -98,11 +99,11 @@ def prune_command(a) -> int:
 
 def written(a) -> int:
     """Says what was written, and who cannot open it."""
-    from derm_compress import models
+    from derm_compress import cards, models
 
     print(f"{a.model} -> {a.path}")
     if (a.path / models.PARTIAL).exists():
-        print(models.NOT_PLAIN)
+        print(cards.NOT_PLAIN)
     return 0
 
 

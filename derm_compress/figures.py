@@ -131,35 +131,6 @@ def score_vs_blocks(table1: pd.DataFrame, table2: pd.DataFrame) -> Drawing:
 
 
 @styled
-def pareto(table4: pd.DataFrame) -> Drawing:
-    """Score against the planned memory of a 7B model with the same fraction removed (Table 4)."""
-    table4 = table4.dropna(subset=["bits"])
-    scored = table4.dropna(subset=["score", "vram_gib_7b"])
-    small = scored[scored.vram_gib_7b < TARGET]
-    finding = "Scores need weights: only the paper's points are drawn"
-    if len(scored):
-        finding = f"No variant stays below {TARGET:.0f} GiB at 7B"
-    if len(small):
-        best = small.loc[small.score.idxmax()]
-        finding = f"Of what stays below {TARGET:.0f} GiB at 7B, {best.setting} scores best: {best.score:.1f} %"
-    figure, axes = canvas(finding, 4.4)
-    score_axis(axes)
-    axes.axvline(TARGET, color="#999999", linewidth=1)
-    axes.text(TARGET, 96, f" {TARGET:.0f} GiB", color="#555555")
-    for i, row in table4.iterrows():  # the marker tells the model, the colour what was done to it last
-        kind, healed = ("o", "s")[bool(row.blocks_removed)], bool(row.healed)
-        marker = "P" if healed else kind
-        colour = QUANTIZED if row.bits < 16 else SFT if healed else PRUNED if row.blocks_removed else DENSE
-        axes.plot(row.paper_vram, row.paper_score, marker, color=PAPER, mfc="white", alpha=0.7)
-        one, look = scored.loc[scored.index == i], {"fmt": marker, "color": colour, "label": row.setting}
-        _points(axes, one, scored.vram_gib_7b, "score", **look)
-    axes.plot([], [], "o", color=PAPER, mfc="white", label="hollow: the paper's, GB as printed")
-    axes.set(xlim=(0, 15), xlabel="planned weights of a 7B model, GiB")
-    figure.legend(loc="outside lower center", ncols=2)
-    return Drawing(figure, scored, finding)
-
-
-@styled
 def fig1_pipeline(graph: dict[str, list[str]]) -> Drawing:
     """The stages and what feeds what; `graph` {stage: its inputs}."""
     level = {}

@@ -19,7 +19,8 @@ MACHINERY = frozenset({"study", "plan", "runner", "execution", "artifacts", "key
 PRESENTATION = frozenset(
     {"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper", "results", "wording"}
     | {"agreement", "rivals", "ranking_figures", "ranking_findings"}
-    | {"parts", "verdicts", "side_by_side", "contradictions", "paper_model", "cards"}
+    | {"parts", "page", "comparison", "answers_html", "pareto", "cards"}
+    | {"verdicts", "side_by_side", "contradictions", "paper_model"}
     | {"planner", "power", "statistics_tables", "statistics_figures", "statistics_findings"}
 )
 

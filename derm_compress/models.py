@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
-from derm_compress import memory
+from derm_compress import cards, memory
 from derm_compress.artifacts import atomic
 from derm_compress.errors import DermError
 from derm_compress.recipes import Recipe
@@ -23,10 +23,6 @@ PICO_BLOCKS = 8
 META = "meta"  # the device of a model without values: of shapes alone, from which sizes and costs follow
 SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
 PARTIAL = "derm_compress.safetensors"  # weights of a model that lacks sublayers: a name that no other loader takes
-NOT_PLAIN = (
-    "plain Transformers cannot open this folder, as blocks lack their attention or MLP: "
-    "use derm_compress.models.load_base(folder)"
-)
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names an optional CPU kernel at every import
 transformers_logging.set_verbosity_error()  # the loading report is asserted on below, not printed
@@ -207,15 +203,18 @@ def materialize(
     return model, processor
 
 
-def export_model(recipe_json: str, store, path: Path, packed: bool = True, device: str = "cpu") -> Path:
-    """Write a model folder. Plain `from_pretrained` opens it, but for integer grids, which checkpoint.load opens (and,
-    of 4 bits, readers of AWQ), and for absent sublayers, which load_base opens (Transformers would fill them with
-    random weights); packed=False writes a quantized variant with its dequantized weights instead."""
+def export_model(
+    recipe_json: str, store, path: Path, packed: bool = True, device: str = "cpu", known: cards.Facts | None = None
+) -> Path:
+    """Write a model folder and its card (`known`: what it says beside the recipe). Plain `from_pretrained` opens it,
+    but for integer grids, which checkpoint.load opens (and, of 4 bits, readers of AWQ), and for absent sublayers, which
+    load_base opens (Transformers would fill them with random weights); packed=False writes a quantized variant with
+    its dequantized weights instead."""
     check_new(path)
     recipe = Recipe.from_json(recipe_json)
     packed = packed and any(step["step"] == "quantize" for step in recipe.steps)
     model, processor = materialize(recipe, store, device, packed=packed)
-    return write_folder(Path(path), model, processor, recipe, packed=packed)
+    return write_folder(Path(path), model, processor, recipe, packed=packed, known=known)
 
 
 def check_new(path: Path) -> None:
@@ -223,13 +222,14 @@ def check_new(path: Path) -> None:
         raise DermError(f"export: {path} exists and is not empty; name a new folder")
 
 
-def write_folder(path: Path, model, processor, recipe: Recipe, *, packed: bool = False) -> Path:
+def write_folder(path: Path, model, processor, recipe: Recipe, *, packed: bool = False, known=None) -> Path:
     """A model folder of what a recipe has made, with its card; whole or not at all."""
     with atomic(path) as draft:
         draft.mkdir()
         _save(model, draft, packed)
         processor.save_pretrained(draft)
-        (draft / "README.md").write_text(model_card(recipe, len(blocks(model)), packed), encoding="utf-8")
+        card = cards.model_card(recipe, len(blocks(model)), packed, known or cards.Facts())
+        (draft / "README.md").write_text(card, encoding="utf-8")
     return path
 
 
@@ -261,41 +261,3 @@ def _save(model, draft: Path, packed: bool) -> None:
         checkpoint.save(model, draft)
     else:
         model.save_pretrained(draft)
-
-
-def model_card(recipe: Recipe, left: int, packed: bool = False) -> str:
-    """A model card made from the recipe."""
-    said = []
-    for step in recipe.steps:
-        if step["step"] == "prune":
-            without = f", without {', '.join(step['absent'])}" if step.get("absent") else ""
-            said.append(f"- pruned to the decoder blocks {list(step['kept'])} of the base{without}")
-        elif step["step"] == "adapter":
-            said.append("- fine-tuned with QLoRA, the adapter merged into the unquantized weights")
-        else:
-            holds = "dequantized weights: the same answers, no smaller in memory"
-            holds = "packed codes: see quantization_config in config.json" if packed else holds
-            form = f"{step['method']}, {step['bits']} bits in groups of {step['group_size']}"
-            said.append(f"- {form}; this folder holds the {holds}")
-    return "\n".join(
-        [
-            "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---",
-            f"# A variant of {recipe.base} with {left} decoder blocks\n",
-            *(said or ["- unchanged base"]),
-            "\nNot a medical device: made for a study of model compression, not for diagnosis or treatment.\n",
-            _opened_by(recipe, packed),
-        ]
-    )
-
-
-def _opened_by(recipe: Recipe, packed: bool) -> str:
-    if recipe.absent():
-        told = f"{NOT_PLAIN[0].upper()}{NOT_PLAIN[1:]}\n"
-        lines = "from derm_compress import models", 'model, processor = models.load_base("this-folder")'
-        return "\n".join([told, "```python", *lines, "```\n"])
-    if packed and recipe.steps[-1]["method"] not in ("bitsandbytes", "awq_nf4"):
-        lines = "from derm_compress import checkpoint", 'model, processor = checkpoint.load("this-folder")'
-    else:
-        opened = 'model = LlavaForConditionalGeneration.from_pretrained("this-folder")'
-        lines = "from transformers import AutoProcessor, LlavaForConditionalGeneration", opened
-    return "\n".join(["```python", *lines, "```\n"])

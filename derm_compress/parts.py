@@ -39,7 +39,8 @@ CAPTIONS = {  # of the tables that need another one
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
-LONG_TABLE = 24  # rows from which a table beside the paper's is folded
+LONG_TABLE = 16  # rows from which a table beside the paper's is folded
+OPEN = ("extra_verdicts", "extra_contradictions")  # but these
 RUBRIC_LIMITS = "The rubric counts stated facts; it judges neither safety nor negation nor grammar."
 PARTS = {  # in the paper's order: label, question, and what the numbers say to it
     "fig1_pipeline": ("Figure 1", "The pipeline", None),
@@ -73,7 +74,7 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "extra_latency": (
         "Beside Table 4", "How far is decoding from its floor?", statistics_findings.findings_latency
     ),
-    "pareto": ("Beside Table 4", "What is the best score for the memory?", None),
+    "pareto": ("Beside Table 4", "What is the best score for the memory, and for the time?", None),
     "table5_ablation": ("Table 5", "Which part matters?", lambda results: findings.findings_evaluation(results)[1:]),
     "extra_comparisons": (
         "Beside Tables 4 and 5", "How sure is each difference?", statistics_findings.findings_comparisons

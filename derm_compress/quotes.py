@@ -27,10 +27,15 @@ def marks(text: str, reference: str, question: str) -> list[tuple[int, int, dict
     ]
 
 
-def flow(text: str, find=lambda text: [], *, limit: int = 330, style: dict | None = None) -> list:
-    """Lines of (words, style) runs that fit COLUMNS; `find(text)` gives the marks. Control characters become blanks."""
+def plain(text: str, limit: int) -> str:
+    """One line of at most so many characters; control characters become blanks."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    text = text if len(text) <= limit else text[:limit] + " ..."
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def flow(text: str, find=lambda text: [], *, limit: int = 330, style: dict | None = None) -> list:
+    """Lines of (words, style) runs that fit COLUMNS; `find(text)` gives the marks."""
+    text = plain(text, limit)
     found, lines, used = find(text), [[]], 0
     for word in re.finditer(rf"\S{{1,{COLUMNS - 4}}}", text):
         look = next((s for a, b, s in found if a < word.end() and word.start() < b), style or {})
@@ -69,6 +74,7 @@ def fig5_case_studies(answers: pd.DataFrame, cases: dict[str, str]) -> Drawing:
     """What the variants say to one typical picture; `cases` {label: variant}."""
     chosen = answers[answers.variant.isin(cases.values())]
     chosen, lines = chosen[chosen["item"] == typical_item(chosen)], []
+    chosen = pd.concat([chosen[chosen.variant == variant].assign(label=label) for label, variant in cases.items()])
     for question in dialogue.QUESTIONS:
         lines.append([(dialogue.question(question), HEAD)])
         for label, variant in cases.items():
@@ -78,7 +84,8 @@ def fig5_case_studies(answers: pd.DataFrame, cases: dict[str, str]) -> Drawing:
                 lines += flow(row.answer, lambda text, row=row: marks(text, row.reference, row.question))
         lines.append([])
     finding = f"One typical picture ({chosen.disease.iloc[0]}): right facts bold and green, wrong ones red and slanted"
-    return page(lines, finding, chosen[["variant", "item", "question", "answer", "reference", "score", "why"]])
+    names = ["label", "variant", "item", "question", "answer", "reference", "score", "why"]
+    return page(lines, finding, chosen[names])
 
 
 @styled
@@ -100,8 +107,9 @@ def fig7_iterative_pruning(answers: pd.DataFrame, depths: dict[int, str], questi
                 head = f"{removed} blocks removed; {100 * share[variant]:.0f} % of all answers do not end"
                 lines += [[(head + ("" if row.stopped else " >> nor this one:"), QUIET if row.stopped else ALARM)]]
                 lines += [*flow(row.answer, limit=220, style={} if row.stopped else {"color": "#777777"}), []]
-                rows.append((removed, item, question, row.answer, row.tokens, row.stopped, share[variant], row.score))
-    names = ["blocks_removed", "item", "question", "answer", "tokens", "stopped", "runaway", "score"]
+                told = row.answer, row.reference, row.tokens, row.stopped
+                rows.append((removed, item, question, *told, share[variant], row.score))
+    names = ["blocks_removed", "item", "question", "answer", "reference", "tokens", "stopped", "runaway", "score"]
     data = pd.DataFrame(rows, columns=names)
     wild = data[data.runaway > 0]
     finding = "Every answer ends, whatever is removed"

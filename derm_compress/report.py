@@ -5,7 +5,6 @@ Self-contained pages without scripts, whose own policy forbids requests; whateve
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import os
@@ -18,10 +17,13 @@ import yaml
 from markupsafe import Markup
 
 from derm_compress import (
+    answers_html,
+    comparison,
     figures,
     findings,
     judge,
     judge_forms,
+    pareto,
     quotes,
     ranking_figures,
     side_by_side,
@@ -31,9 +33,13 @@ from derm_compress import (
 from derm_compress.artifacts import atomic, disk_guard
 from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
-from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_TABLE, PARTS, QUESTION, SAID_OF
+from derm_compress.page import page, picture, table
+from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_TABLE, OPEN, PARTS, QUESTION, SAID_OF
 
-LONG = "<td class=long>{}</td>"
+IN_WORDS = {  # figures that are text in the page
+    "fig5_case_studies": lambda drawing: drawing and answers_html.case_studies(drawing.data),
+    "fig7_iterative_pruning": lambda drawing: drawing and answers_html.iterative_pruning(drawing.data),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     frozen = {"rubric_sha256": judge.frozen_hash()}
     if results.items is not None:
         frozen["test_items_sha256"] = tables.items_hash(results.items)[:16]
-    made = replace(made, info=made.info | frozen)
+    made = replace(made, info=made.info | frozen | {"headline": findings.headline(results)})
     built = tables.build(results) | side_by_side.build(results)
     graph = {stage: list(note["upstream"]) for stage, note in made.stages.items()}
     drawn = draw(results, built, graph, asked_of_judge(parameters(made)))
@@ -132,7 +138,7 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]], aske
     if depths:
         healed = built.get("table2_sft", tables.tidy(pd.DataFrame(), "table2_sft"))
         drawn["score_vs_blocks"] = figures.score_vs_blocks(built["table1_pruning"], healed)
-        drawn["pareto"] = figures.pareto(built["table4_efficiency"])
+        drawn["pareto"] = pareto.fig_pareto(pareto.points(results), built["table4_efficiency"])
     return drawn
 
 
@@ -159,7 +165,8 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
             part = {"stem": stem, "label": label, "question": question, "said": said}
             part |= {"frame": frame, "caption": f"{label}: {CAPTIONS.get(stem, CAPTION)}"}
             part["fold"] = len(frame) if frame is not None and is_long(stem, frame) else 0
-            parts.append(part | {"image": picture(drawn.get(stem)), "table": table(frame, part["caption"])})
+            shown = IN_WORDS.get(stem, picture)(drawn.get(stem))
+            parts.append(part | {"image": shown, "table": table(frame, part["caption"])})
     brief = None if brief is None else tables.readable(brief[BRIEF])
     facts = [(name, note["key"][:12], note.get("seconds"), note.get("cached")) for name, note in made.stages.items()]
     last, told, data = list(made.stages.values())[-1], parameters(made), results.data_report
@@ -167,7 +174,7 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
         "title": f"derm_compress, run {made.name}",
         "again": f"make report RUN={made.name}",
         "question": QUESTION,
-        "headline": findings.headline(results),
+        "headline": made.info["headline"],
         "about": findings.about(results),
         "limits": findings.photographs(data, told.get("model")) if data else [],
         "first": picture(drawn.get("score_vs_blocks")),
@@ -183,7 +190,7 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
 
 
 def is_long(stem: str, frame: pd.DataFrame) -> bool:
-    return stem.startswith("extra") and len(frame) > LONG_TABLE
+    return stem.startswith("extra") and stem not in OPEN and len(frame) > LONG_TABLE
 
 
 def as_yaml(value) -> str:
@@ -201,35 +208,6 @@ def record(made: Run) -> dict:
     """run.json: what the run was, its stages, its environment."""
     stages = {name: {key: note.get(key) for key in ("key", "seconds", "cached")} for name, note in made.stages.items()}
     return {"run_info": made.info, "stages": stages, "environment": list(made.stages.values())[-1].get("environment")}
-
-
-def table(frame: pd.DataFrame | None, caption: str) -> Markup | None:
-    """An HTML table in its own scroll box; every cell is escaped."""
-    if frame is None or frame.empty:
-        return None
-    head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in frame.columns)
-    rows = [
-        Markup("").join(Markup(LONG if len(str(cell)) > 40 else "<td>{}</td>").format(cell) for cell in row)
-        for row in frame.to_numpy()
-    ]
-    body = Markup("").join(Markup("<tr>{}</tr>\n").format(row) for row in rows)
-    whole = Markup("<table><caption><span>{}</span></caption><thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table>")
-    return Markup("<div class=wide tabindex=0>{}</div>").format(whole.format(caption, head, body))
-
-
-def picture(drawing: figures.Drawing | None) -> Markup | None:
-    if drawing is None:
-        return None
-    data = base64.b64encode(drawing.png()).decode()
-    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(Markup(data), drawing.finding)
-
-
-def page(**view) -> str:
-    """templates/report.html with everything escaped that is not Markup."""
-    from jinja2 import Environment, PackageLoader
-
-    loader = PackageLoader("derm_compress", "templates")
-    return Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("report.html").render(**view)
 
 
 def readme(view: dict) -> str:
@@ -263,20 +241,8 @@ def inert(text) -> str:
 
 
 def render_index(root: Path) -> Path:
-    """reports/index.html: the same table of every run that has a report."""
-    rows = []
-    for path in sorted(Path(root, "reports").glob("*/run.json")):
-        file = path.parent / "tables" / "table4_efficiency.csv"
-        seconds = json.loads(path.read_text("utf-8"))["run_info"].get("seconds")
-        frame = pd.read_csv(file) if file.exists() else pd.DataFrame([{}])
-        link = Markup('<a href="{0}/index.html">{0}</a>').format(path.parent.name)
-        frame = tables.readable(frame.reindex(columns=[*BRIEF, *tables.TIMES[:3]]))
-        frame.insert(0, "run", pd.Series([link] * len(frame), dtype=object))
-        rows.append(frame.assign(**{"run, s": str(seconds)}))
-    runs = pd.concat(rows).fillna("") if rows else None
-    shown = table(runs, "Table 4 of every run")
+    """reports/index.html: every run that has a report, beside the others."""
     target = Path(root, "reports", "index.html")
-    body = shown or "No run has a report yet."
     with atomic(target) as part:
-        part.write_text(page(title="derm_compress: all runs", question=QUESTION, body=body), "utf-8")
+        part.write_text(page(title="derm_compress: all runs", question=QUESTION, body=comparison.body(root)), "utf-8")
     return target

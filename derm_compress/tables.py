@@ -62,14 +62,16 @@ COUNTS = (
 )  # fmt: skip
 BASELINES = ("base", "original", "blank", "shuffled")
 UNITS = {
-    "score": "score, %", "params_b": "parameters, B", "vram_gib": "weights, GiB", "peak_gib": "peak, GiB",
+    "score": "score, %", "score_before": "score before, %", "score_after": "score after, %",
+    "params_b": "parameters, B", "vram_gib": "weights, GiB", "peak_gib": "peak, GiB",
     "seconds": "time, s", "train_peak_gib": "training peak, GiB", "vram": "VRAM, GB", "ms_per_token": "ms/token",
     "prefill_ms": "prefill, ms (quartiles)", "decode_ms_per_token": "decode, ms/token (quartiles)",
     "total_ms_per_token": "total, ms/token (quartiles)", "measured_weights_gib": "measured weights, GiB",
     "rss_gib": "process, GiB", "rss_peak_gib": "process peak, GiB", "device_used_gib": "GPU in use, GiB",
     "allocated_peak_gib": "GPU allocated, peak GiB", "reserved_peak_gib": "GPU reserved, peak GiB",
     "rho": "rank correlation", "items": "pictures", "overlap": "share in common", "chance": "by chance",
-    "difference_all": "difference, all depths", "p_all": "p, all depths", "p_holm": "p (Holm)",
+    "difference": "difference, points", "gain": "gain, points",
+    "difference_all": "difference, all depths, points", "p_all": "p, all depths", "p_holm": "p (Holm)",
     "p_all_holm": "p, all depths (Holm)", "ahead": "ahead at", "fall_from": "steepest from", "fall_to": "to",
     "fall": "fall, points", "fall_per_block": "points a block", "nearest": "nearest whole-block model",
     "nearest_params_b": "its parameters, B", "nearest_score": "its score, %", "apart": "apart, blocks",

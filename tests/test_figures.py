@@ -10,7 +10,7 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from derm_compress import figures, judge, quotes, ranking_figures, report, tables
+from derm_compress import figures, judge, pareto, quotes, ranking_figures, report, tables
 
 STEMS = {"fig1_pipeline", "fig2_block_removal", "fig3_layer_importance", "fig4_activations", "fig5_case_studies",
          "fig6_judge_prompt", "fig7_iterative_pruning", "score_vs_blocks", "pareto",
@@ -76,7 +76,7 @@ def test_titles_follow_the_data(results, drawn):
     depths = {n: tables.variant_id(n) for n in fabricate.DEPTHS}
     pairs = {
         "score_vs_blocks": figures.score_vs_blocks(worse, built["table2_sft"]),
-        "pareto": figures.pareto(built["table4_efficiency"].assign(vram_gib_7b=9.0)),
+        "pareto": pareto.fig_pareto(pareto.points(results).assign(vram_gib_7b=9.0), built["table4_efficiency"]),
         "fig2_block_removal": figures.fig2_block_removal(results.plans["output_similarity"], 2),
         "fig3_layer_importance": figures.fig3_layer_importance(turned, results.operating),
         "fig4_activations": figures.fig4_activations(louder),
@@ -92,9 +92,11 @@ def test_titles_follow_the_data(results, drawn):
 
 
 def test_without_scores_the_paper_stands_alone(results):
-    built = tables.build(dataclasses.replace(results, answers=None, evaluation=None))
+    bare = dataclasses.replace(results, answers=None, evaluation=None)
+    built = tables.build(bare)
     curve = figures.score_vs_blocks(built["table1_pruning"], built["table2_sft"])
-    assert "need weights" in curve.finding and "need weights" in figures.pareto(built["table4_efficiency"]).finding
+    bought = pareto.fig_pareto(pareto.points(bare), built["table4_efficiency"])
+    assert "need weights" in curve.finding and "need weights" in bought.finding
     assert "paper, LLaVA-1.5-7B" in texts(curve)
 
 

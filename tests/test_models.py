@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, LlavaForConditionalGeneration
 
-from derm_compress import generate, models, prune, recipes
+from derm_compress import cards, generate, models, prune, recipes
 from derm_compress.__main__ import main
 from derm_compress.errors import DermError
 
@@ -106,7 +106,7 @@ def test_the_export_command_says_what_plain_transformers_cannot_open(recipe, sto
         monkeypatch.setattr("derm_compress.plan.find_recipe", lambda _, found=found: found)
         assert main(["export", f"pico/{name}", str(tmp_path / name)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"pico/{n} -> {tmp_path / n}" for n in ("whole", "parts")] + [models.NOT_PLAIN]
+    assert lines == [f"pico/{n} -> {tmp_path / n}" for n in ("whole", "parts")] + [cards.NOT_PLAIN]
 
 
 def adapter(folder, model, names):

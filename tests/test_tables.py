@@ -314,7 +314,7 @@ def test_tables_of_criteria_stand_on_answers(results, built):
     bare = tables.build(replace(results, answers=None, evaluation=None))
     assert not {"extra_criteria_tests", "extra_cliffs"} & set(bare)
     shown = tables.readable(built["extra_criteria_tests"])
-    assert re.fullmatch(r"-?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)", shown["difference, all depths"][0])
+    assert re.fullmatch(r"-?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)", shown["difference, all depths, points"][0])
     assert re.search(r",0\.\d{4},", tables.to_csv(built["extra_criteria_tests"]))
 
 

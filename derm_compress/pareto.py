@@ -1,0 +1,89 @@
+"""Score against memory and against time, every variant of a run in it. No torch."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from derm_compress import metrics
+from derm_compress.figures import DENSE, PAPER, PRUNED, QUANTIZED, SFT, TARGET, Drawing, canvas, score_axis, styled
+from derm_compress.results import Results
+
+KINDS = {  # label: colour, marker
+    "unpruned": (DENSE, "o"), "pruned": (PRUNED, "s"), "after SFT": (SFT, "P"), "quantized": (QUANTIZED, "^"),
+    "pruned and quantized": (QUANTIZED, "v"), "pruned, SFT and quantized": (QUANTIZED, "D"),
+}  # fmt: skip
+NAMES = ["variant", "kind", "score", "score_lo", "score_hi", "n", "vram_gib_7b", "total_ms_per_token", "best"]
+
+
+def points(results: Results) -> pd.DataFrame:
+    """Every variant on the same test questions, with its memory at 7B, its time, and whether none smaller is better."""
+    table = results.variants.assign(kind=[kind(row) for row in results.variants.itertuples()])[["variant", "kind"]]
+    empty = pd.DataFrame(columns=["variant"])
+    scored = empty if results.answers is None else metrics.score_table(results.answers, ["variant"], n_boot=500)
+    for frame in (scored, results.memory, results.latency):
+        table = table.merge((empty if frame is None else frame).drop_duplicates("variant"), on="variant", how="left")
+    table = table.reindex(columns=NAMES)
+    return table.assign(best=front(table.vram_gib_7b, table.score))
+
+
+def kind(row) -> str:
+    """What was done to a variant, as KINDS names it."""
+    pruned = row.blocks_removed or row.attentions_removed or row.mlps_removed
+    if row.bits < 16:
+        return (
+            "pruned, SFT and quantized" if pruned and row.healed else "pruned and quantized" if pruned else "quantized"
+        )
+    return "after SFT" if row.healed else "pruned" if pruned else "unpruned"
+
+
+def front(cost: pd.Series, score: pd.Series) -> pd.Series:
+    """Whether a point scores more than every one that costs no more."""
+    known = (
+        pd.DataFrame({"cost": cost, "score": score}).dropna().sort_values(["cost", "score"], ascending=[True, False])
+    )
+    before = known.score.cummax().shift(fill_value=float("-inf"))
+    return pd.Series(known.score > before, dtype=bool).reindex(cost.index, fill_value=False)
+
+
+@styled
+def fig_pareto(frame: pd.DataFrame, table4: pd.DataFrame) -> Drawing:
+    """All points against planned memory at 7B, and those that were timed against a token's time."""
+    scored, timed = (frame.dropna(subset=["score", name]) for name in ("vram_gib_7b", "total_ms_per_token"))
+    small = scored[scored.vram_gib_7b < TARGET]
+    finding = "Scores need weights: only the paper's points are drawn"
+    if len(scored):
+        finding = f"No variant stays below {TARGET:.0f} GiB at 7B"
+    if len(small):
+        best = small.loc[small.score.idxmax()]
+        finding = (
+            f"Of {len(small)} variants below {TARGET:.0f} GiB at 7B, {best.variant} scores best: {best.score:.1f} %"
+        )
+    figure, axes = canvas(finding, 6.6 if len(timed) else 4.2, rows=2 if len(timed) else 1, squeeze=False)
+    first = axes[0, 0]
+    first.axvline(TARGET, color="#999999", linewidth=1)
+    first.text(TARGET, 92, f" {TARGET:.0f} GiB", color="#555555")
+    first.plot(table4.paper_vram, table4.paper_score, "*", color=PAPER, mfc="white", label="paper, GB as printed")
+    first.set(xlim=(0, 15), xlabel="planned weights of a 7B model, GiB")
+    _scatter(first, scored, "vram_gib_7b")
+    if len(scored):
+        best = scored[scored.best].sort_values("vram_gib_7b")
+        first.step(best.vram_gib_7b, best.score, where="post", color=PAPER, linewidth=0.8, label="best for the memory")
+    if len(timed):
+        axes[1, 0].set(xlabel="total time a token, ms, this machine", xlim=(0, 1.1 * timed.total_ms_per_token.max()))
+        _scatter(axes[1, 0], timed, "total_ms_per_token", spread=True)
+    for ax in axes[:, 0]:
+        score_axis(ax)
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return Drawing(figure, frame, finding)
+
+
+def _scatter(ax, frame, cost, *, spread=False):
+    for label, (colour, marker) in KINDS.items():
+        rows = frame[frame.kind == label]
+        look = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 5, "alpha": 0.8}
+        if len(rows) and spread:
+            ends = [rows.score - rows.score_lo, rows.score_hi - rows.score]
+            ax.errorbar(rows[cost], rows.score, yerr=ends, capsize=2, elinewidth=0.8, label=label, **look)
+        elif len(rows):
+            ax.plot(rows[cost], rows.score, label=label, **look)
