@@ -1,4 +1,4 @@
-"""Command line: run parameter files, export a model of a run, prune a model by a plan, render a report again."""
+"""Command line: run parameter files, export or prune a model, render a report again, carry a study to Kaggle."""
 
 import argparse
 import re
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(prog="python -m derm_compress", description=__doc__)
-    add = commands.add_subparsers(required=True, metavar="run | export | prune | report").add_parser
+    add = commands.add_subparsers(required=True, metavar="run | export | prune | report | pack | kaggle").add_parser
     run = add("run", help="compute what is missing of the runs of parameter files, and report")
     run.add_argument("params", nargs="+", type=Path, help="params/NAME.yaml")
     run.add_argument("--only", metavar="04", help="this stage only")
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="'KEY=VALUE …'", help="over the files' values")
     run.add_argument("--force", action="store_true", help="compute again, even if nothing has changed")
     run.add_argument("--list", action="store_true", help="only say what is cached and what is to compute")
+    run.add_argument("--hours", type=float, default=0, help="stop then, to go on later with the same command")
     run.set_defaults(command=run_command)
     export = add("export", help="write a model of a run as an ordinary model folder")
     export.add_argument("model", help="RUN/STAGE[/NAME], without NAME the operating point")
@@ -48,6 +49,15 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", help="render reports/RUN again from what is stored")
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.set_defaults(command=report_command)
+    pack = add("pack", help="copy what a run has finished and begun into a Kaggle data set folder")
+    pack.add_argument("run", metavar="RUN")
+    pack.add_argument("path", type=Path)
+    pack.set_defaults(command=pack_command)
+    kaggle = add("kaggle", help="build the data set and the kernels that go to Kaggle")
+    kaggle.add_argument("path", type=Path)
+    kaggle.set_defaults(command=kaggle_command)
+    for command in (pack, kaggle):
+        command.add_argument("--owner", default="INSERT_USERNAME_HERE", help="user name on Kaggle")
     return commands
 
 
@@ -65,7 +75,24 @@ def assignments(texts: list[str]) -> dict[str, str]:
 def run_command(a) -> int:
     from derm_compress.runner import run
 
+    if a.hours and not a.list:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 3600 * a.hours)
     return run(a.params, a.only, a.from_, assignments(a.set), a.force, a.list)
+
+
+def pack_command(a) -> int:
+    from derm_compress.kaggle import pack
+
+    print(*pack(a.run, a.path, owner=a.owner), f"-> {a.path}", sep="\n")
+    return 0
+
+
+def kaggle_command(a) -> int:
+    from derm_compress.kaggle import build, describe
+
+    print(describe(build(a.path, owner=a.owner), a.owner))
+    return 0
 
 
 def report_command(a) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from derm_compress.errors import DermError
@@ -158,13 +159,21 @@ class Journal:
 
 
 class Store:
-    """`root/<stage>/<key>/` holds finished artifacts, `root/<stage>/<key>.work/` what is being computed."""
+    """`root/<stage>/<key>/` holds finished artifacts, `root/<stage>/<key>.work/` what is being computed.
 
-    def __init__(self, root: Path):
-        self.root, self._verified = Path(root), set()
+    `mounted`: roots of other stores, read-only; what they have finished counts, what they have begun is gone on with.
+    """
+
+    def __init__(self, root: Path, mounted: Sequence[Path] = ()):
+        self.root, self.mounted, self._verified, self._refused = Path(root), tuple(mounted), set(), set()
+
+    def own(self, stage: str, key: str) -> Path:
+        return self.root / stage / key
 
     def entry(self, stage: str, key: str) -> Path:
-        return self.root / stage / key
+        """Where an artifact is: of this store or, if it has none, mounted and not found damaged."""
+        own, there = self.own(stage, key), [root / stage / key for root in self.mounted]
+        return own if own.is_dir() else next((p for p in there if p.is_dir() and p not in self._refused), own)
 
     def work(self, stage: str, key: str) -> Path:
         return self.root / stage / f"{key}.work"
@@ -192,9 +201,13 @@ class Store:
 
     def complete(self, stage: str, key: str) -> bool:
         """Whether an artifact can be used; a damaged one is named, set aside and so recomputed."""
-        fault = self.fault(stage, key)
+        fault, entry = self.fault(stage, key), self.entry(stage, key)
         if not fault:
             self._verified.add((stage, key))
+        elif entry != self.own(stage, key):
+            print(f"damaged: {shown(entry)}: {fault}; it is not used", flush=True)
+            self._refused.add(entry)
+            return self.complete(stage, key)
         elif fault != "absent":
             print(f"damaged: {shown(self.entry(stage, key))}: {fault}; set aside, to be recomputed", flush=True)
             self._set_aside(stage, key)
@@ -204,7 +217,7 @@ class Store:
         self._verified.discard((stage, key))
         remove(aside := self.root / stage / f"{key}.old")
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.entry(stage, key), aside)
+            os.rename(self.own(stage, key), aside)
 
     def begin(self, stage: str, key: str) -> tuple[Path, bool]:
         """The folder of an artifact, and whether it is finished; else its work folder, locked for this process."""
@@ -216,18 +229,28 @@ class Store:
             release(self.lock(stage, key))
             return self.entry(stage, key), True
         work = self.work(stage, key)
+        self._go_on(stage, key)
         with disk_guard(work):
             work.mkdir(parents=True, exist_ok=True)
         for leftover in [*work.rglob(".part-*")]:
             remove(leftover)
         return work, False
 
+    def _go_on(self, stage: str, key: str) -> None:
+        """Copies what a mounted store has begun, unless this one has begun as well."""
+        begun = [root / stage / f"{key}.work" for root in self.mounted]
+        for found in [path for path in begun if path.is_dir()][:1]:
+            if not self.work(stage, key).exists():
+                print(f"{stage}: goes on from {shown(found)}", flush=True)
+                with atomic(self.work(stage, key)) as part:
+                    shutil.copytree(found, part, copy_function=shutil.copyfile)
+
     def commit(self, stage: str, key: str, made: dict) -> None:
         """Turns the work folder into the artifact: manifest last, then one rename.
 
         `results` is the digest of all but what was measured (measured.json, measured/), which differs from run to run.
         """
-        work, entry = self.work(stage, key), self.entry(stage, key)
+        work, entry = self.work(stage, key), self.own(stage, key)
         for passing in (work / "journal", work / MANIFEST):
             remove(passing)
         paths = {path.relative_to(work).as_posix(): path for path in work.rglob("*") if path.is_file()}
@@ -242,7 +265,9 @@ class Store:
         release(self.lock(stage, key))
 
     def discard(self, stage: str, key: str) -> None:
-        """Forgets an artifact and all work on it."""
+        """Forgets an artifact and all work on it; DermError if it is mounted, since it would be found again."""
+        if any((root / stage / key).is_dir() for root in self.mounted):
+            raise DermError(f"{stage} is mounted read-only: detach that input to compute it anew")
         hold(self.lock(stage, key), waiting=f"{stage}: another process computes this; waiting for it")
         self._set_aside(stage, key)
         remove(self.work(stage, key))

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,9 +124,13 @@ def code_parts(cells, *, package=PACKAGE, words=frozenset(), skip=MACHINERY | PR
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Digest of a folder's listing (names, sizes, times of change): a changed photograph is new input."""
+    """Digest of a folder's listing (names, sizes, times of change): a changed photograph is new input.
+
+    Of Kaggle's read-only inputs names and sizes alone: they may be mounted with other times in every session.
+    """
+    mounted = folder.resolve().is_relative_to(Path(os.environ.get("KAGGLE_ROOT", "/kaggle"), "input").resolve())
     stats = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
-    return digest({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()})
+    return digest({name: [stat.st_size, *([] if mounted else [stat.st_mtime_ns])] for name, stat in stats.items()})
 
 
 @functools.cache

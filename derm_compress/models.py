@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from pathlib import Path, PurePath
 
 import torch
@@ -143,7 +144,7 @@ def _remove(model, absent, missing: list[str], held: dict) -> tuple[list[str], l
 
 def _folder(name: str) -> str:
     """A model folder, read from the project root as data_root is; anything else is a hub id."""
-    inside = Path(__file__).parent.parent / name
+    inside = Path(os.environ.get("DERM_COMPRESS_ROOT") or Path(__file__).parent.parent) / name
     return str(inside) if inside.is_dir() else name
 
 

@@ -132,8 +132,8 @@ class Notebook:
     schema: dict[str, Parameter]
 
     def code(self, *, figures: bool = False) -> list[str]:
-        """Code cells that results depend on (with those tagged `figure`, if asked for), without the parameters."""
-        skip = {"parameters"} if figures else {"parameters", "figure"}
+        """Code cells that results depend on (`figures`: with those that only show), without setup and parameters."""
+        skip = {"setup", "parameters"} if figures else {"setup", "parameters", "figure"}
         return [text for text, tags, is_code in self.cells if is_code and not tags & skip]
 
     @cached_property

@@ -47,7 +47,9 @@ class Plan:
 
     @cached_property
     def store(self) -> Store:
-        return Store(self.artifacts / "store")
+        """The run's store, above those that DERM_COMPRESS_STORES names (as PATH does), read-only."""
+        mounted = filter(None, os.environ.get("DERM_COMPRESS_STORES", "").split(os.pathsep))
+        return Store(self.artifacts / "store", [Path(root) for root in mounted])
 
     @cached_property
     def graph(self) -> dict[str, tuple[str, ...]]:
@@ -143,14 +145,19 @@ def environment() -> dict:
     }
 
 
+def find_plan(run: str, root: Path | None = None) -> Plan:
+    """A run by its name: of params/<run>.yaml if there is one, else of the defaults."""
+    root = project_root(root)
+    notebooks, file = read_notebooks(root), root / "params" / f"{run}.yaml"
+    values = read_params(file, known_parameters(notebooks)) if file.exists() else {}
+    return make_plan(root, notebooks, values | {"run": run})
+
+
 def find_recipe(model: str, *, root: Path | None = None) -> tuple[str, Store]:
     """The recipe (JSON) of RUN/STAGE[/NAME], without NAME that of the operating point, and its store."""
-    root = project_root(root)
-    notebooks = read_notebooks(root)
     run, stage, name = [*model.split("/", 2), "", ""][:3]
-    stage, file = select(stage, notebooks)[0], root / "params" / f"{run}.yaml"
-    values = read_params(file, known_parameters(notebooks)) if file.exists() else {}
-    plan = make_plan(root, notebooks, values | {"run": run})
+    plan = find_plan(run, root)
+    stage = select(stage, plan.notebooks)[0]
     single, table = plan.made(stage) / "recipe.json", plan.made(stage) / "variants.parquet"
     if single.exists() and not name:
         return single.read_text(encoding="utf-8"), plan.store

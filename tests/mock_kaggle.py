@@ -1,0 +1,171 @@
+"""The smoke study in two sessions of a mock Kaggle: `make mock-kaggle`.
+
+Real: the built data set and its wheel, setup cells, "Run all" without injected parameters, an environment in which this
+package is not installed, folders laid out as both ways of mounting have it, inputs that must not change. Session one
+runs 01 to 04 and is cut off in 05, its artifacts are packed, session two mounts them and runs 05 to 08.
+Mocked: the pictures, the model (random, 8 blocks), the limits of disk and time. Not here: GPUs, the image's versions.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+import dermnet_tree
+import yaml
+
+ROOT = Path(__file__).parent.parent
+RUN = "kaggle-mock"
+DISK = 60e6  # bytes that the working folder may hold
+ALL = """
+import sys, nbformat
+from nbclient import NotebookClient
+for path in sys.argv[1:]:
+    notebook = nbformat.read(path, as_version=4)
+    try:
+        NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
+    finally:
+        for cell in notebook.cells:
+            told = [o["text"] for o in cell.get("outputs", ()) if o["output_type"] == "stream"]
+            print(*(told if "setup" in cell["metadata"].get("tags", ()) else told[-1:]), sep="", end="")
+"""
+
+
+class Session:
+    """One Kaggle session: its own folders, nothing left of earlier ones."""
+
+    def __init__(self, top: Path, python: Path, params: Path):
+        self.root, self.python = top, python
+        for name in ("input", "working", "temp"):
+            (top / name).mkdir(parents=True)
+        mine = {"KAGGLE_ROOT": str(top), "KAGGLE_KERNEL_RUN_TYPE": "Batch", "DERM_COMPRESS_PARAMS": str(params)}
+        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DERM_COMPRESS_ROOT", "HF_HOME")}
+        self.env = clean | mine | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def attach(self, folder: Path, where: str) -> None:
+        shutil.copytree(folder, self.root / "input" / where)
+
+    def seal(self) -> str:
+        """Makes the inputs read-only; digest of all that they hold."""
+        digest = hashlib.sha256()
+        for path in sorted((self.root / "input").rglob("*")):
+            digest.update(f"{path.relative_to(self.root)}".encode())
+            digest.update(path.read_bytes() if path.is_file() else b"")
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        return digest.hexdigest()
+
+    def open(self) -> None:
+        for path in [self.root / "input", *(self.root / "input").rglob("*")]:
+            path.chmod(0o755)
+
+    def python_run(self, *words, **more) -> subprocess.CompletedProcess:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.run([self.python, *words], env=self.env, cwd=self.root / "working", **pipes, **more)
+
+    def run_all(self, build: Path, stages: list[str], **more) -> str:
+        """Executes notebooks as they are pushed, each in a kernel of its own."""
+        done = self.python_run("-c", ALL, *(build / "kernels" / s / f"{s}.ipynb" for s in stages), **more)
+        if done.returncode:
+            raise SystemExit(f"{done.stdout[-4000:]}\nmock Kaggle: one of {', '.join(stages)} failed")
+        return done.stdout
+
+
+def environment(folder: Path) -> Path:
+    """A Python in which all but this package is installed: no gigabyte is fetched again."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
+    Path(site, "installed.pth").write_text(sysconfig.get_path("purelib") + "\n")  # runs no .pth of that folder
+    python = folder / "bin" / "python"
+    found = subprocess.run([python, "-c", "import derm_compress"], cwd=folder, capture_output=True, env={})
+    assert found.returncode, "the mock must not see an installed derm_compress"
+    return python
+
+
+def save_model(folder: Path) -> None:
+    from derm_compress import models
+
+    model, processor = models.load_base("pico")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def settings(path: Path) -> Path:
+    """The smoke study on DermNet and a mounted model."""
+    values = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text("utf-8"))
+    values |= {"run": RUN, "source": "dermnet", "data_root": "data/dermnet", "model": "llava-hf/llava-1.5-7b-hf"}
+    path.write_text(yaml.safe_dump(values | {"rankings": ["output_similarity", "magnitude"]}), encoding="utf-8")
+    return path
+
+
+def keys_of(working: Path) -> dict[str, str]:
+    return {path.stem: json.loads(path.read_text())["key"] for path in working.glob(f"artifacts/runs/{RUN}/0*.json")}
+
+
+def main(top: Path) -> None:
+    from derm_compress import kaggle
+
+    kaggle.build(top / "build", owner="me", root=ROOT)
+    stages = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    python, params = environment(top / "env"), settings(top / f"{RUN}.yaml")
+    dermnet_tree.plant(top / "pictures")
+    save_model(top / "model")
+
+    one = Session(top / "one", python, params)  # mounted as of old
+    one.attach(top / "build" / "dataset", "derm-compress")
+    one.attach(top / "pictures", "dermnet")
+    one.attach(top / "model", "llava/transformers/1.5-7b-hf/1")
+    sealed = one.seal()
+    said = one.run_all(top / "build", stages[:4])
+    print(said)
+    assert one.seal() == sealed, "the inputs have changed"
+    assert "DermNet" in said and "not attached" not in said and "from the hub" not in said
+    assert not (one.root / "temp" / "derm_compress" / "artifacts" / "x").exists()
+
+    root = one.root / "temp" / "derm_compress"
+    packing = one.env | {"DERM_COMPRESS_ROOT": str(root), "PYTHONPATH": str(one.root / "temp" / "site-packages")}
+    shutil.copyfile(params, root / "params" / params.name)
+    words = [python, "-m", "derm_compress", "pack", RUN, top / "packed", "--owner", "me"]
+    print(subprocess.run(words, env=packing, capture_output=True, text=True, check=True, cwd=top).stdout)
+
+    two = Session(top / "two", python, params)  # mounted as since 2026
+    two.attach(top / "build" / "dataset", "datasets/me/derm-compress")
+    two.attach(top / "pictures", "datasets/shubhamgoel27/dermnet")
+    two.attach(top / "model", "models/llava-hf/llava/transformers/1.5-7b-hf/1")
+    two.attach(top / "packed", f"datasets/me/derm-compress-{RUN}")
+    sealed = two.seal()
+    print(two.run_all(top / "build", stages[4:]))
+    assert two.seal() == sealed, "the inputs have changed"
+
+    before, after = keys_of(one.root / "working"), keys_of(two.root / "working")
+    assert list(after) == stages and before == {stage: after[stage] for stage in stages[:4]}
+    made = sorted(path.parent.parent.name for path in two.root.glob("working/artifacts/store/*/*/manifest.json"))
+    assert made == stages[4:], f"computed again: {made}"
+    for session in (one, two):
+        size = sum(p.stat().st_size for p in (session.root / "working").rglob("*") if p.is_file())
+        assert size < DISK, f"{size:,} bytes in the working folder"
+
+    root = two.root / "temp" / "derm_compress"
+    mounted = str(two.root / "input/datasets/me" / f"derm-compress-{RUN}" / "artifacts" / "store")
+    env = two.env | {"DERM_COMPRESS_ROOT": str(root), "DERM_COMPRESS_STORES": mounted}
+    env |= {"PYTHONPATH": str(two.root / "temp" / "site-packages")}
+    subprocess.run([python, "-m", "derm_compress", "report", RUN], env=env, check=True, cwd=root)
+    tables = list((two.root / "working" / "reports" / RUN / "tables").glob("table*.csv"))
+    assert len(tables) == 5, tables
+    two.open()
+    one.open()
+
+
+if __name__ == "__main__":
+    begun = time.monotonic()
+    with contextlib.ExitStack() as opened:
+        folder = sys.argv[1] if len(sys.argv) > 1 else opened.enter_context(tempfile.TemporaryDirectory())
+        main(Path(folder).resolve())
+    print(f"mock Kaggle: 8 notebooks in two sessions, 5 tables, {time.monotonic() - begun:.0f} s")
