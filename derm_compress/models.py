@@ -72,6 +72,22 @@ def has_values(model: LlavaForConditionalGeneration) -> bool:
     return model.device.type != META
 
 
+def let_go(model) -> None:
+    """Give back a GPU's memory though names may still hold the model, which is of no use afterwards."""
+    if model.device.type == "cuda":
+        model.to(META)
+
+
+def beside(device: str) -> str:
+    """Where a second model goes: the second GPU if there is one."""
+    return "cuda:1" if device == "cuda" and torch.cuda.device_count() > 1 else device
+
+
+def half(device: str) -> torch.dtype:
+    """What models compute in: fp32 on the CPU; on a GPU fp16, whatever is_bf16_supported says (a T4 emulates it)."""
+    return torch.float32 if device == "cpu" else torch.float16
+
+
 def config_of(name: str):
     """The LlavaConfig of a name that load_base knows; that of the published 7B model without a download."""
     if PurePath(name).name in (SEVEN_B, f"{SEVEN_B}-hf") and not Path(_folder(name)).is_dir():
@@ -103,7 +119,7 @@ def load_base(name: str, device: str = "cpu", dtype=None) -> tuple[LlavaForCondi
         return _shapes(name), None
     if name == SEVEN_B:
         raise DermError(f"model {name}: shapes without weights; set device: meta, or model: llava-hf/{name}-hf")
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    dtype = dtype or half(device)
     if device == "cpu":
         torch.set_num_threads(1)  # on a shared machine threads wait for each other; one also gives the same bytes
     source = str(TINY) if name in ("tiny", "pico") else _folder(name)

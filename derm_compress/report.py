@@ -23,6 +23,9 @@ from derm_compress import (
     judge,
     judge_controls,
     judge_forms,
+    memory,
+    paper,
+    preflight,
     quotes,
     ranking_figures,
     ranking_findings,
@@ -35,6 +38,9 @@ from derm_compress.notebook_html import cleaner, notebook_body
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
 CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
 CAPTIONS = {  # of the tables that need another one
+    "extra_costs": "planned for two T4 at 35 % of their fp16 peak in readings and 60 % of their bandwidth in decoding; "
+    "GPU memory of the largest step, disk that stays, minutes, and which session of 12 hours they fall into",
+    "extra_t4": "one question on a T4 at the same shares of its peaks; disk: a checkpoint's, which recipes replace",
     "table4_efficiency": f"{CAPTION}; times are medians with their quartiles",
     "extra_agreement": "Spearman's rank correlation over unprotected blocks; 95 % interval over draws of the items",
     "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",
@@ -77,6 +83,8 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "table3_quantization": ("Table 3", "What do fewer bits cost, by method?", findings.findings_quantization),
     "table4_efficiency": ("Table 4", "What does the whole pipeline gain in memory and time?", None),
     "extra_measured": ("Beside Table 4", "What does a running model take?", None),
+    "extra_t4": ("Beside Table 4", "What should a T4 take for it?", None),
+    "extra_costs": ("Beside Table 4", "What would the whole study take on Kaggle?", None),
     "pareto": ("Beside Table 4", "What is the best score for the memory?", None),
     "table5_ablation": ("Table 5", "Which part matters?", lambda results: findings.findings_evaluation(results)[1:]),
     "extra_baselines": ("Beside Table 5", "Does the score come from fine-tuning and from seeing?", None),
@@ -122,7 +130,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     if results.items is not None:
         frozen["test_items_sha256"] = tables.items_hash(results.items)[:16]
     made = replace(made, info=made.info | frozen)
-    built = tables.build(results)
+    built = tables.build(results) | planned(results, parameters(made))
     graph = {stage: list(note["upstream"]) for stage, note in made.stages.items()}
     drawn = draw(results, built, graph, asked_of_judge(parameters(made)))
     files = {"run.json": json.dumps(record(made), indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
@@ -135,6 +143,17 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     view = contents(made, results, built, drawn, [name for name in files if name.startswith("notebooks/")])
     files |= {"index.html": page(**view), "README.md": readme(view)}
     return replace_folder(root / "reports" / run, files, drawn) / "index.html"
+
+
+def planned(results: tables.Results, told: dict) -> dict[str, pd.DataFrame]:
+    """{stem: table} of what a run on a GPU, or on shapes without weights, is planned to take on Kaggle's T4."""
+    if told.get("device", "cpu") == "cpu" or results.architecture is None or results.variants is None:
+        return {}
+    arch = memory.Architecture(**results.architecture)
+    theirs = paper.table(4, operating=results.operating, deeper=results.deeper)[["variant", "paper_ms_per_token"]]
+    own = results.variants[results.variants.criterion.isin(["", results.criterion])]
+    times = preflight.times(own, arch).merge(theirs, on="variant", how="left")
+    return {"extra_costs": preflight.table(told, arch), "extra_t4": times}
 
 
 def asked_of_judge(told: dict) -> str:
