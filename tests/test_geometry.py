@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from derm_compress import (
-    criteria, dialogue, evaluate, finetune, generate, importance, memory, models, prune, recipes, report, tables,
+    criteria,
+    dialogue,
+    evaluate,
+    finetune,
+    generate,
+    importance,
+    memory,
+    models,
+    prune,
+    recipes,
+    report,
+    tables,
 )  # fmt: skip
 from derm_compress.artifacts import Journal
 from derm_compress.errors import DermError
