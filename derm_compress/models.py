@@ -22,6 +22,7 @@ TINY = Path(__file__).parent / "tiny_llava"
 PICO_BLOCKS = 8
 META = "meta"  # the device of a model without values: of shapes alone, from which sizes and costs follow
 SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
+DERIVED = ("position_ids", "inv_freq")  # what old checkpoints hold though it follows from the config
 PARTIAL = "derm_compress.safetensors"  # weights of a model that lacks sublayers: a name that no other loader takes
 NOT_PLAIN = (
     "plain Transformers cannot open this folder, as blocks lack their attention or MLP: "
@@ -137,7 +138,7 @@ def load_base(name: str, device: str = "cpu", dtype=None) -> tuple[LlavaForCondi
     except (OSError, ValueError, SafetensorError) as error:
         raise DermError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     missing = sorted(told["missing_keys"]) + [str(k) for k in told["mismatched_keys"]]
-    unused = sorted(told["unexpected_keys"])
+    unused = sorted(name for name in told["unexpected_keys"] if not name.endswith(DERIVED))
     if absent:
         missing, unused = _remove(model, absent, missing, held)
     if missing:
@@ -149,7 +150,21 @@ def load_base(name: str, device: str = "cpu", dtype=None) -> tuple[LlavaForCondi
         raise DermError(
             f"model {name}: {len(unused)} weights have no place in its config, first {unused[0]}; mend the config"
         )
+    check_expansion(name, config, processor)
     return model.to(device).eval(), processor
+
+
+def check_expansion(name: str, config, processor: LlavaProcessor) -> None:
+    """Refuse a processor that puts another number of image tokens into a prompt than the tower gives features."""
+    vision, patch = config.vision_config, processor.patch_size
+    tokens = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+    tokens += (processor.image_processor.crop_size["height"] // patch) ** 2
+    given = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    if tokens != given:
+        raise DermError(
+            f"model {name}: its processor expands to {tokens} tokens a picture, the model gives {given}: mend "
+            "patch_size, crop_size or num_additional_image_tokens (1 for LLaVA-1.5) in its processor's config"
+        )
 
 
 def _remove(model, absent, missing: list[str], held: dict) -> tuple[list[str], list[str]]:
