@@ -57,6 +57,18 @@ def prefill_seconds(
     return batch * (row + pictures * picture_flops(arch)) / (device.flops * device.prefill)
 
 
+def training_seconds(
+    arch: Architecture, device: Device, *, tokens: int, blocks_removed: int = 0, checkpointing: bool = False
+) -> float:
+    """One conversation of `tokens`, its picture's included, forward and backward over frozen weights.
+
+    Backward takes what forward takes, since only inputs have gradients; with checkpointing blocks run forward twice.
+    """
+    passes, blocks = 2 + checkpointing, arch.kept(blocks_removed)
+    flops = passes * reading_flops(arch, tokens, blocks=blocks) + 2 * head_flops(arch, tokens) + picture_flops(arch)
+    return flops / (device.flops * device.prefill)
+
+
 def decode_bytes(arch: Architecture, *, batch: int, before: float, **weights) -> float:
     """Read in one step behind `before` tokens: weights (formats as in plan_weights), and every row's cache in fp16."""
     planned = plan_weights(arch, **weights)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from derm_compress import activations, generate, judge, memory, models, prune, quantize, recipes, search
+from derm_compress import activations, generate, judge, memory, models, oom, prune, quantize, recipes, search
 from derm_compress.data import Item
 from derm_compress.keys import digest
 from derm_compress.progress import track
@@ -24,7 +24,8 @@ COPIED = 2**30  # bytes up to which a model is copied before it is quantized, ra
 def each_model(variants: pd.DataFrame, store, device: str, what: str) -> Iterator[tuple[str, object, object]]:
     """(variant, model, processor) for every row; rows that differ in their last step alone share what is before it.
 
-    Models without values have nothing to say: none is given.
+    A GPU holds one model at a time, which is of no use after its turn; to be quantized it is made anew there. Models
+    without values have nothing to say: none is given.
     """
     if device == models.META:
         return
@@ -32,17 +33,21 @@ def each_model(variants: pd.DataFrame, store, device: str, what: str) -> Iterato
     for row in track(list(variants.itertuples()), what):
         recipe = Recipe.from_json(row.recipe)
         last = recipe.steps[-1] if recipe.steps else {"step": ""}
-        shared = last["step"] in ("prune", "quantize")
+        shared = last["step"] == "prune" or (last["step"] == "quantize" and device == "cpu")
         prefix = dataclasses.replace(recipe, steps=recipe.steps[:-1]) if shared else recipe
         if held[0] != prefix:
+            if held[0]:
+                models.let_go(held[1][0])
             held = (None, ())
             held = (prefix, models.materialize(prefix, store, device))
         model, processor = held[1]
-        if last["step"] == "quantize":
+        if shared and last["step"] == "quantize":
             model = _quantized(model, last, recipe, store, device)
         removed = prune.step_units(last, prefix.kept()) if last["step"] == "prune" else []
         with prune.without(model, removed):
             yield row.variant, model, processor
+    if held[0]:
+        models.let_go(held[1][0])
 
 
 def _quantized(model, step: dict, recipe: Recipe, store, device: str):
@@ -125,7 +130,12 @@ def activation_statistics(variants: pd.DataFrame, store, *, items, images, batch
     """activations.activation_statistics of every variant; `block` is the original index."""
     frames = []
     for name, model, processor in each_model(variants, store, device, "activations"):
-        told = activations.activation_statistics(model, _batches(processor, model, items, images, batch_size))
+        told = oom.halved(
+            lambda size, on=(processor, model): activations.activation_statistics(
+                on[1], _batches(*on, items, images, size)
+            ),
+            batch_size, f"activations of {name}",
+        )  # fmt: skip
         frames.append(_original_blocks(told, variants, name))
     return _joined(frames, ["block", "projection", *activations.STATISTICS, "variant"])
 
@@ -160,29 +170,35 @@ def activation_surface(
 def search_scales(
     folder: Path, sources: pd.DataFrame, store, *, bits, group_size, items, images, batch_size, device,
     methods: Sequence[str] = ("awq",), text_only: bool = False, answer_weight: float = 1.0, scratch=None,
-    offload: bool = False, label: str = "", **options,
+    offload: bool | None = None, label: str = "", **options,
 ) -> None:  # fmt: skip
     """What every source needs to be quantized: <form>/<variant>.safetensors, and the rows of all as search.parquet.
 
     methods, bits, label and options as in recipes.forms; those that need no search are left out. One calibration pass
     of a source serves all forms; text_only leaves the pictures out, answer_weight weighs the answers' tokens. scratch:
-    a folder in which a killed search goes on at its block. offload: fp16 models stay on the CPU, one block at a time
-    goes to `device`.
+    a folder in which a killed search goes on at its block. offload (None: on a GPU): fp16 models stay on the CPU, one
+    block at a time goes to `device`.
     """
     steps = recipes.forms(methods, bits, group_size, label=label, **options)
     forms = {name: quantize.Form.of(step) for name, step in steps.items() if recipes.searched(step)}
     asked = {"text_only": text_only, "answer_weight": answer_weight}
-    frames = []
+    frames, offload = [], device != "cpu" if offload is None else offload
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
     for row in track([] if device == models.META else list(sources.itertuples()), "scales searched"):
         name, (model, processor) = row.variant, models.materialize(Recipe.from_json(row.recipe), store, **home)
-        batches = _batches(processor, model, items, images, batch_size, **asked)
         kept = scratch and Path(scratch) / digest([row.recipe, steps, asked, batch_size, [i.id for i in items]])[:16]
-        found = search.search_forms(model, batches, forms, device=device if offload else None, scratch=kept)
+        where = {"device": device if offload else None, "scratch": kept}
+        found = oom.halved(
+            lambda size, on=(processor, model), where=where: search.search_forms(
+                on[1], _batches(*on, items, images, size, **asked), forms, **where
+            ),
+            batch_size, f"scales of {name}",
+        )  # fmt: skip
         for form, (tensors, rows) in found.items():
             (folder / form).mkdir(exist_ok=True)
             save_file(tensors, folder / form / f"{name}.safetensors")
             frames.append(pd.DataFrame(rows, columns=search.ROWS).assign(variant=name, form=form))
+        models.let_go(model)
     told = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*search.ROWS, "variant", "form"])
     told.to_parquet(folder / "search.parquet", index=False)
 
@@ -195,7 +211,13 @@ def quantization_errors(
     for name, model, processor in each_model(variants, store, device, "errors by block"):
         source = name.rpartition("|")[0]
         if held[0] != source:
-            held = (source, models.materialize(Recipe.from_json(recipe_of[source]), store, device)[0])
-        batches = _batches(processor, model, items, images, batch_size)
-        frames.append(pd.DataFrame(quantize.block_errors(held[1], model, batches)).assign(variant=name))
+            if held[0]:
+                models.let_go(held[1])
+            held = (source, models.materialize(Recipe.from_json(recipe_of[source]), store, models.beside(device))[0])
+        both = processor, model, held[1]
+        told = oom.halved(
+            lambda size, on=both: quantize.block_errors(on[2], on[1], _batches(*on[:2], items, images, size)),
+            batch_size, f"errors of {name}",
+        )  # fmt: skip
+        frames.append(pd.DataFrame(told).assign(variant=name))
     return _joined(frames, ["block", "relative_error", "variant"])

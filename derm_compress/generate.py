@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from derm_compress import dialogue, models
+from derm_compress import dialogue, models, oom
 from derm_compress.data import Item
 from derm_compress.progress import track
 
@@ -110,11 +110,15 @@ def answer(
     for kind in questions:
         todo = [(i, kind) for i in items if f"{variant} {i.id} {kind}" not in done]
         batches += [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-    for part in track(batches, what or f"answers of {variant}"):
+    what = what or f"answers of {variant}"
+
+    def replies(part):
         texts = [prompt(processor, kind) for _, kind in part]
         inputs = prepare(processor, texts, images[[item.row for item, _ in part]], model.device)
-        replies = zip(*generate(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True)
-        for (item, kind), (text, tokens, stopped) in zip(part, replies, strict=True):
+        return zip(*generate(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True)
+
+    for part, told in oom.in_parts(replies, track(batches, what), what):
+        for (item, kind), (text, tokens, stopped) in zip(part, told, strict=True):
             row = _row(variant, item, kind, text, tokens, stopped)
             done[f"{variant} {item.id} {kind}"] = row
             if journal:

@@ -82,13 +82,19 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def half():
+    """The half precision of this GPU: below capability 8.0 bf16 is emulated, whatever is_bf16_supported says."""
+    import torch
+
+    return torch.float16 if torch.cuda.get_device_capability() < (8, 0) else torch.bfloat16
+
+
 def _load(model: str, device: str) -> None:
     """Tokenizer and model into _HELD; safetensors only, no code of theirs, every weight accounted for."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    half = torch.float16 if device == "cpu" or torch.cuda.get_device_capability() < (8, 0) else torch.bfloat16
-    how = {"dtype": torch.float32} if device == "cpu" else {"dtype": half, "device_map": "auto"}
+    how = {"dtype": torch.float32} if device == "cpu" else {"dtype": half(), "device_map": "auto"}
     with readable(model):
         tokenizer = AutoTokenizer.from_pretrained(**source(model), padding_side="left")
         loaded, told = AutoModelForCausalLM.from_pretrained(

@@ -18,7 +18,7 @@ VERSIONS = (
 # neither moves a number: what runs the stages, what shows their results
 MACHINERY = frozenset({"study", "plan", "runner", "execution", "artifacts", "keys", "params", "progress", "errors"})
 PRESENTATION = frozenset(
-    {"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper", "results", "wording"}
+    {"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper", "preflight", "results", "wording"}
     | {"agreement", "rivals", "ranking_figures", "ranking_findings"}
     | {"parts", "page", "comparison", "answers_html", "pareto", "cards"}
     | {"verdicts", "side_by_side", "contradictions", "paper_model"}

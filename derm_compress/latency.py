@@ -43,6 +43,7 @@ def of_variants(
             told |= {"read_mib": read / 2**20, "bandwidth_gb_s": speed / 1e9, "floor_ms": floor}
             told["times_floor"] = told["decode_ms_per_token"] / floor
             rows.append({"variant": row.variant, "weights_gib": memory.tensor_gib(model)} | told)
+        models.let_go(model)
     return pd.DataFrame(rows)
 
 

@@ -23,6 +23,7 @@ TINY = Path(__file__).parent / "tiny_llava"
 PICO_BLOCKS = 8
 META = "meta"  # the device of a model without values: of shapes alone, from which sizes and costs follow
 SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
+DERIVED = ("position_ids", "inv_freq")  # what old checkpoints hold though it follows from the config
 PARTIAL = "derm_compress.safetensors"  # weights of a model that lacks sublayers: a name that no other loader takes
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names an optional CPU kernel at every import
@@ -69,6 +70,22 @@ def has_values(model: LlavaForConditionalGeneration) -> bool:
     return model.device.type != META
 
 
+def let_go(model) -> None:
+    """Give back a GPU's memory though names may still hold the model, which is of no use afterwards."""
+    if model.device.type == "cuda":
+        model.to(META)
+
+
+def beside(device: str) -> str:
+    """Where a second model goes: the second GPU if there is one."""
+    return "cuda:1" if device == "cuda" and torch.cuda.device_count() > 1 else device
+
+
+def half(device: str) -> torch.dtype:
+    """What models compute in: fp32 on the CPU; on a GPU fp16, whatever is_bf16_supported says (a T4 emulates it)."""
+    return torch.float32 if device == "cpu" else torch.float16
+
+
 def config_of(name: str):
     """The LlavaConfig of a name that load_base knows; that of the published 7B model without a download."""
     if PurePath(name).name in (SEVEN_B, f"{SEVEN_B}-hf") and not Path(_folder(name)).is_dir():
@@ -100,7 +117,7 @@ def load_base(name: str, device: str = "cpu", dtype=None) -> tuple[LlavaForCondi
         return _shapes(name), None
     if name == SEVEN_B:
         raise DermError(f"model {name}: shapes without weights; set device: meta, or model: llava-hf/{name}-hf")
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    dtype = dtype or half(device)
     if device == "cpu":
         torch.set_num_threads(1)  # on a shared machine threads wait for each other; one also gives the same bytes
     source = str(TINY) if name in ("tiny", "pico") else _folder(name)
@@ -118,7 +135,7 @@ def load_base(name: str, device: str = "cpu", dtype=None) -> tuple[LlavaForCondi
     except (OSError, ValueError, SafetensorError) as error:
         raise DermError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     missing = sorted(told["missing_keys"]) + [str(k) for k in told["mismatched_keys"]]
-    unused = sorted(told["unexpected_keys"])
+    unused = sorted(name for name in told["unexpected_keys"] if not name.endswith(DERIVED))
     if absent:
         missing, unused = _remove(model, absent, missing, held)
     if missing:
@@ -130,7 +147,21 @@ def load_base(name: str, device: str = "cpu", dtype=None) -> tuple[LlavaForCondi
         raise DermError(
             f"model {name}: {len(unused)} weights have no place in its config, first {unused[0]}; mend the config"
         )
+    check_expansion(name, config, processor)
     return model.to(device).eval(), processor
+
+
+def check_expansion(name: str, config, processor: LlavaProcessor) -> None:
+    """Refuse a processor that puts another number of image tokens into a prompt than the tower gives features."""
+    vision, patch = config.vision_config, processor.patch_size
+    tokens = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+    tokens += (processor.image_processor.crop_size["height"] // patch) ** 2
+    given = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    if tokens != given:
+        raise DermError(
+            f"model {name}: its processor expands to {tokens} tokens a picture, the model gives {given}: mend "
+            "patch_size, crop_size or num_additional_image_tokens (1 for LLaVA-1.5) in its processor's config"
+        )
 
 
 def _remove(model, absent, missing: list[str], held: dict) -> tuple[list[str], list[str]]:

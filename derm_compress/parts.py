@@ -13,6 +13,9 @@ from derm_compress import (
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
 CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
 CAPTIONS = {  # of the tables that need another one
+    "extra_costs": "planned for two T4 at 35 % of their fp16 peak in readings and 60 % of their bandwidth in decoding; "
+    "GPU memory of the largest step, disk that stays, minutes, and which session of 12 hours they fall into",
+    "extra_t4": "one question on a T4 at the same shares of its peaks; disk: a checkpoint's, which recipes replace",
     "table4_efficiency": f"{CAPTION}; times are medians with their quartiles",
     "extra_agreement": "Spearman's rank correlation over unprotected blocks; 95 % interval over draws of the items",
     "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",
@@ -74,6 +77,8 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "extra_latency": (
         "Beside Table 4", "How far is decoding from its floor?", statistics_findings.findings_latency
     ),
+    "extra_t4": ("Beside Table 4", "What should a T4 take for it?", None),
+    "extra_costs": ("Beside Table 4", "What would the whole study take on Kaggle?", None),
     "pareto": ("Beside Table 4", "What is the best score for the memory, and for the time?", None),
     "table5_ablation": ("Table 5", "Which part matters?", lambda results: findings.findings_evaluation(results)[1:]),
     "extra_comparisons": (

@@ -227,7 +227,7 @@ def choose(scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 2
     paper["deeper"] = min(max(paper["deeper"], paper["operating"] + 1), most)
     known = scores.dropna(subset="score").set_index("blocks_removed").score
     if known.empty and not fixed:
-        return paper | {"why": "there are no scores: the paper's fractions"}
+        return paper | {"why": "there are no scores, so the paper's fractions"}
     if fixed:
         depth, why = min(paper_depth(fixed, plan.blocks), most), "set by the parameter operating_blocks"
     elif (above := known.get(0, floor) - floor) <= 0:

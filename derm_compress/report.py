@@ -23,7 +23,10 @@ from derm_compress import (
     findings,
     judge,
     judge_forms,
+    memory,
+    paper,
     pareto,
+    preflight,
     quotes,
     ranking_figures,
     side_by_side,
@@ -75,7 +78,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     if results.items is not None:
         frozen["test_items_sha256"] = tables.items_hash(results.items)[:16]
     made = replace(made, info=made.info | frozen | {"headline": findings.headline(results)})
-    built = tables.build(results) | side_by_side.build(results)
+    built = tables.build(results) | planned(results, parameters(made)) | side_by_side.build(results)
     graph = {stage: list(note["upstream"]) for stage, note in made.stages.items()}
     drawn = draw(results, built, graph, asked_of_judge(parameters(made)))
     files = {"run.json": json.dumps(record(made), indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
@@ -88,6 +91,17 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     view = contents(made, results, built, drawn, [name for name in files if name.startswith("notebooks/")])
     files |= {"index.html": page(**view), "README.md": readme(view)}
     return replace_folder(root / "reports" / run, files, drawn) / "index.html"
+
+
+def planned(results: tables.Results, told: dict) -> dict[str, pd.DataFrame]:
+    """{stem: table} of what a run on a GPU, or on shapes without weights, is planned to take on Kaggle's T4."""
+    if told.get("device", "cpu") == "cpu" or results.architecture is None or results.variants is None:
+        return {}
+    arch = memory.Architecture(**results.architecture)
+    theirs = paper.table(4, operating=results.operating, deeper=results.deeper)[["variant", "paper_ms_per_token"]]
+    own = results.variants[results.variants.criterion.isin(["", results.criterion])]
+    times = preflight.times(own, arch).merge(theirs, on="variant", how="left")
+    return {"extra_costs": preflight.table(told, arch), "extra_t4": times}
 
 
 def asked_of_judge(told: dict) -> str:

@@ -37,6 +37,7 @@ class Results:
     figure4: pd.DataFrame | None = _of("06_activation_analysis/figure4.parquet")
     errors: pd.DataFrame | None = _of("07_quantization/errors.parquet")
     evaluation: pd.DataFrame | None = _of("08_evaluation/answers.parquet")
+    architecture: dict | None = _of("08_evaluation/architecture.json")
     memory: pd.DataFrame | None = _of("08_evaluation/memory.parquet")
     judge_controls: pd.DataFrame | None = _of("08_evaluation/judge_controls.parquet")
     latency: pd.DataFrame | None = _of("08_evaluation/measured/latency.parquet")

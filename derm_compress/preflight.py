@@ -1,0 +1,313 @@
+"""What each stage of a run needs before any weight is loaded: GPU memory, disk, hours. Plans and estimates. No torch.
+
+Memory comes from memory.py's plans, hours from cost.py (35 % of a T4's fp16 peak in readings, 60 % of its bandwidth in
+decoding); nothing here is measured. Assumed besides: the lengths below, and a model read from disk at LOADING.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from derm_compress import cost, dialogue, memory
+from derm_compress.errors import DermError
+from derm_compress.memory import FP16, FP32, GIB, Architecture
+from derm_compress.rankings import CALIBRATED, Ranking, rankings
+
+PROMPT, ANSWER, CONVERSATION = 24, 60, 200  # tokens beside a picture's: of a question, an answer, three turns
+LOADING = 0.5e9  # bytes a second, from disk to the GPU
+PICTURES = 15  # photographs a second, read and compared
+FP32_FLOPS = 8.1e12  # a second, of a T4: statistics of a quantizer's search are summed in fp32
+SEARCH = 4  # what the search costs, over the sums it rests on; measured 2 to 4 on small models
+CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: 14.2 of the 14.74 that a T4 reports are left
+TAP = 32  # bytes alive for each value of a projection whose statistics are summed
+TIMES = [
+    "variant",
+    "blocks_removed",
+    "bits",
+    "disk_gib",
+    "t4_prefill_ms",
+    "t4_decode_ms_per_token",
+    "t4_total_ms_per_token",
+]
+TABLE = ["stage", "gpu_gib", "set_by", "disk_gib", "minutes", "session"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run shall fit: GiB usable of each GPU, GB of disk that stay, hours of one session."""
+
+    name: str
+    device: cost.Device
+    gpus: int
+    gib: float
+    disk_gb: float
+    hours: float
+
+
+KAGGLE = Machine("Kaggle, two T4", cost.T4, gpus=2, gib=14.2, disk_gb=20, hours=12)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a stage: seconds, and GiB of one GPU as a function of the parameter that sets the batch."""
+
+    stage: str
+    what: str
+    seconds: float
+    gib: Callable[[int], float] = lambda batch: 0.0
+    parameter: str = ""
+    batch: int = 1
+    disk: float = 0.0  # bytes that stay
+    gpus: int = 1
+
+
+class Costs:
+    """Parts of a run with these parameters of all notebooks, on this architecture and device."""
+
+    def __init__(self, p: dict, arch: Architecture, device: cost.Device = cost.T4):
+        self.p, self.arch, self.device = p, arch, device
+        self.weights = sum(memory.plan_weights(arch).values())
+        self.kinds = len(dialogue.QUESTIONS)
+        self.ranked = rankings(p["rankings"])
+        self.rival = "magnitude" in p["rankings"]
+        self.adapters = {  # bytes of one adapter by rank
+            rank: FP32 * rank * arch.blocks * sum(out + into for out, into in arch.linears.values())
+            for rank in (p["finetune_rank"], p["sft_rank"])
+        }
+
+    @property
+    def answer_tokens(self) -> int:
+        return min(ANSWER, self.p["max_new_tokens"])
+
+    def load(self, times: float = 1) -> float:
+        return times * self.weights * GIB / LOADING
+
+    def answers(self, pictures: int) -> float:
+        """Seconds of one model's answers to all questions about so many pictures."""
+        batch, n, tokens = self.p["batch_size"], self.kinds * pictures, self.arch.image_tokens + PROMPT
+        step = cost.decode_seconds(self.arch, self.device, batch=batch, tokens=self.answer_tokens, before=tokens)
+        return n * cost.prefill_seconds(self.arch, self.device, tokens=tokens) + math.ceil(n / batch) * step
+
+    def answering(self, batch: int) -> float:
+        sizes = {"prompt_tokens": PROMPT, "new_tokens": self.p["max_new_tokens"]}
+        return sum(memory.plan_peak(self.arch, batch=batch, **sizes).values())
+
+    def readings(self, prompts: int) -> float:
+        tokens = self.arch.image_tokens + PROMPT + ANSWER
+        return prompts * cost.prefill_seconds(self.arch, self.device, tokens=tokens)
+
+    def reading(self, batch: int) -> float:
+        """GiB of a model that reads prompts with their answers, and no cache."""
+        plan = memory.plan_peak(self.arch, batch=batch, prompt_tokens=PROMPT + ANSWER, new_tokens=0)
+        return sum(plan.values()) - plan["kv_cache"]
+
+    def tokens(self, batch: int) -> int:
+        return batch * (self.arch.image_tokens + PROMPT + ANSWER)
+
+    def watching(self, batch: int) -> float:
+        return self.reading(batch) + TAP * self.tokens(batch) * self.arch.intermediate / GIB
+
+    def comparing(self, batch: int) -> float:
+        """GiB on the GPU of the unquantized model, whose blocks' outputs wait for the other's."""
+        return self.reading(batch) + FP32 * self.arch.blocks * self.tokens(batch) * self.arch.hidden / GIB
+
+    def training(self, rank: int) -> Callable[[int], float]:
+        """GiB of a fine-tune: the fp16 weights before they are rounded to NF4, or the training itself."""
+
+        def gib(batch: int) -> float:
+            how = {"rank": rank, "batch": batch, "text_tokens": CONVERSATION, "checkpointing": True}
+            return max(self.weights, sum(memory.plan_training(self.arch, **how).values()))
+
+        return gib
+
+    def fine_tune(self, steps: int, batch: int, removed: int = 0) -> float:
+        tokens = self.arch.image_tokens + CONVERSATION
+        how = {"tokens": tokens, "blocks_removed": removed, "checkpointing": True}
+        return steps * batch * cost.training_seconds(self.arch, self.device, **how)
+
+    def calibrating(self, batch: int) -> float:
+        """GiB while one block at a time is on the GPU: what is before the blocks, a block, its inputs' sums in fp32."""
+        arch, plan = self.arch, memory.plan_weights(self.arch)
+        around = sum(plan[part] for part in ("vision_tower", "projector", "embedding"))
+        block = plan["decoder_linears"] / arch.blocks
+        prompts = self.kinds * self.p["quantization_items"]
+        widths = [linear[1] for linear in arch.linears.values()]
+        sums = FP32 * 2 * max(widths) ** 2 + FP32 * (sum(w**2 for w in widths))
+        waiting = FP16 * self.tokens(prompts) * arch.hidden
+        held = FP32 * self.tokens(batch) * (max(widths) + 4 * arch.hidden) + FP16 * batch * arch.tower_values
+        return around + 4 * block + (sums + waiting + held) / GIB
+
+    def search(self) -> float:
+        tokens, arch = self.tokens(self.kinds * self.p["quantization_items"]), self.arch
+        gram = 2 * tokens * arch.blocks * sum({tuple(linear)[1] ** 2 for linear in arch.linears.values()})
+        return self.readings(self.kinds * self.p["quantization_items"]) + SEARCH * gram / FP32_FLOPS
+
+    def ranking(self, ranking: Ranking) -> float:
+        """Seconds of one criterion's values of all blocks; iterative ones score ever fewer blocks anew."""
+        p, arch, n = self.p, self.arch, self.p["importance_items"]
+        how = {"items": n, "questions": self.kinds, "prompt_tokens": PROMPT, "answer_tokens": self.answer_tokens}
+        how |= {"blocks": range(arch.blocks), "accepted": 0.85, "batch": p["batch_size"]}
+        told = cost.importance_seconds(arch, self.device, **how)
+        once = self.readings(self.kinds * n)
+        each = {"output_similarity": told["drafts"], "perplexity": told["reading"], "taylor": 3 * once}
+        each |= dict.fromkeys(("block_influence", "angular"), once)
+        times = min(p["iterative_blocks"], arch.blocks) * 2 / 3 if "iterative" in ranking.options else 1
+        return each.get(ranking.criterion, self.load()) * times
+
+    def scoring(self, batch: int) -> float:
+        """GiB of drafts that are read without each block: answers, and the states that all blocks start from."""
+        pictures = math.ceil(batch / self.kinds)
+        tokens = pictures * self.arch.image_tokens + batch * (PROMPT + ANSWER)
+        states = FP16 * self.arch.hidden * (2 * self.arch.blocks + 1) * tokens
+        return self.answering(batch) + (states / GIB if self.calibrated else 0)
+
+    @property
+    def calibrated(self) -> bool:
+        return any(ranking.criterion in CALIBRATED for ranking in self.ranked)
+
+    def steps(self) -> list[Step]:
+        """All parts of all stages."""
+        p, every = self.p, self.p["n_train"] + self.p["n_test"] + self.p["n_heldout"]
+        test, sides = p["n_test"], p["image_size"] ** 2 * 3
+        answer = {"gib": self.answering, "parameter": "batch_size", "batch": p["batch_size"]}
+        deep = round(6 / 32 * self.arch.blocks), round(9 / 32 * self.arch.blocks)
+        tuned = [0, *deep, *deep[:1] * self.rival]  # blocks removed of what is healed
+        rivals, wide = len(p["rankings"]) - 1, len(p["rival_depths"])
+        own, dev = 1 + len(p["depths"]), p["n_dev"] or min(64, p["n_train"])
+        sources, judged = 4 + self.rival, 10 + self.rival
+        rounded = sources * len(p["methods"])
+        sft = sum(self.fine_tune(p["sft_steps"], p["sft_batch"], n) for n in tuned)
+        prompts = self.kinds * p["activation_items"]
+        late = self.answers(test + p["n_heldout"])
+        return [
+            Step("01_data", "pictures", every / PICTURES, disk=every * sides),
+            Step("02_finetune", "answers", 2 * self.answers(test) + self.load(2), **answer),
+            Step(
+                "02_finetune", "fine-tuning", self.load() + self.fine_tune(p["finetune_steps"], p["finetune_batch"]),
+                self.training(p["finetune_rank"]), "finetune_batch", p["finetune_batch"],
+                self.adapters[p["finetune_rank"]],
+            ),
+            Step(
+                "03_layer_importance", "scores", self.load() + sum(map(self.ranking, self.ranked)),
+                self.scoring, "batch_size", p["batch_size"],
+            ),
+            Step(
+                "04_pruning", "answers",
+                self.load(2) + own * self.answers(dev + test) + rivals * wide * self.answers(test), **answer,
+            ),
+            Step(
+                "05_sft", "fine-tuning", self.load(len(tuned)) + sft, self.training(p["sft_rank"]),
+                "sft_batch", p["sft_batch"], len(tuned) * self.adapters[p["sft_rank"]],
+            ),
+            Step("05_sft", "answers", self.load(len(tuned)) + len(tuned) * self.answers(test), **answer),
+            Step(
+                "06_activation_analysis", "statistics", self.load(6) + 3 * self.readings(prompts + 1), self.watching,
+                "activation_batch", p["activation_batch"], 10 * 3 * self.tokens(1) * self.arch.hidden,
+            ),
+            Step(
+                "07_quantization", "search", sources * (self.load() + self.search()), self.calibrating,
+                "quantization_batch", p["quantization_batch"], sources * FP32 * self.arch.blocks * 5 * self.arch.hidden,
+            ),
+            Step(
+                "07_quantization", "errors",
+                self.load(rounded + sources) + 2 * rounded * self.readings(self.kinds * p["quantization_items"]),
+                self.comparing, "quantization_batch", p["quantization_batch"], gpus=2,
+            ),
+            Step("07_quantization", "answers", self.load(rounded) + rounded * self.answers(test), **answer),
+            Step("08_evaluation", "answers", self.load(judged + 2) + (judged + 2) * late, **answer),
+            Step("08_evaluation", "latency", self.load(judged), lambda _: self.answering(1)),
+        ]  # fmt: skip
+
+
+def table(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> pd.DataFrame:
+    """TABLE: one row a stage; `set_by` is what needs most memory, `session` the 12 hours that it falls into."""
+    rows, session, hours = [], 1, 0.0
+    for stage, steps in by_stage(Costs(p, arch, machine.device).steps()).items():
+        most = max(steps, key=lambda step: step.gib(step.batch))
+        taken = sum(step.seconds for step in steps) / 3600
+        session, hours = (session + 1, taken) if hours and hours + taken > machine.hours else (session, hours + taken)
+        by = f"{most.what}, {most.parameter} {most.batch}" if most.parameter else most.what
+        disk = sum(step.disk for step in steps) / GIB
+        rows.append((stage, most.gib(most.batch), by, disk, 60 * taken, session))
+    return pd.DataFrame(rows, columns=TABLE)
+
+
+def times(variants: pd.DataFrame, arch: Architecture, device: cost.Device = cost.T4) -> pd.DataFrame:
+    """TIMES: milliseconds of one question (ANSWER new tokens) on a device, and the size of a checkpoint, by variant."""
+    rows, before = [], arch.image_tokens + PROMPT
+    for row in variants.to_dict("records"):
+        removed = {key: int(row.get(key, 0)) for key in memory.REMOVED}
+        form = removed | {key: row[key] for key in ("method", "bits", "group_size")}
+        prefill = cost.prefill_seconds(arch, device, tokens=before, blocks_removed=removed["blocks_removed"])
+        decode = cost.decode_seconds(arch, device, batch=1, tokens=ANSWER, before=before, **form)
+        size = sum(memory.plan_weights(arch, **form).values())
+        told = 1e3 * prefill, 1e3 * decode / ANSWER, 1e3 * (prefill + decode) / ANSWER
+        rows.append((row["variant"], row["blocks_removed"], row["bits"], size, *told))
+    return pd.DataFrame(rows, columns=TIMES)
+
+
+def by_stage(steps: Iterable[Step]) -> dict[str, list[Step]]:
+    found: dict[str, list[Step]] = {}
+    for step in steps:
+        found.setdefault(step.stage, []).append(step)
+    return found
+
+
+def faults(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> list[str]:
+    """What cannot fit, one line each with the parameter to change."""
+    said, steps = [], Costs(p, arch, machine.device).steps()
+    for step in steps:
+        gib = step.gib(step.batch)
+        if gib > machine.gib:
+            fits = [batch for batch in range(1, step.batch) if step.gib(batch) <= machine.gib]
+            change = f"set {step.parameter}: {fits[-1]}" if fits else "take a smaller model or a larger GPU"
+            said.append(f"{step.stage}, {step.what}: {gib:.1f} GiB of {machine.gib:g} on one GPU; {change}")
+        if step.gpus > machine.gpus and sum(memory.plan_weights(arch).values()) > machine.gib / 2:
+            said.append(f"{step.stage}, {step.what}: two models at once need two GPUs; take a machine that has them")
+    disk = sum(step.disk for step in steps) / 1e9
+    if disk > machine.disk_gb:
+        said.append(f"disk: {disk:.1f} GB of {machine.disk_gb:g}; set n_train lower, or smaller ranks")
+    for stage, parts in by_stage(steps).items():
+        if (hours := sum(step.seconds for step in parts) / 3600) > machine.hours:
+            said.append(f"{stage}: {hours:.1f} h of {machine.hours:g} in one session; {shorter(parts)}")
+    return said
+
+
+def shorter(parts: list[Step]) -> str:
+    """Which parameter makes a stage shorter."""
+    longest = max(parts, key=lambda step: step.seconds)
+    known = {"fine-tuning": {"02_finetune": "finetune_steps", "05_sft": "sft_steps"}, "scores": "importance_items"}
+    known |= {"search": "quantization_items", "errors": "quantization_items", "statistics": "activation_items"}
+    name = known.get(longest.what, "n_heldout" if longest.stage == "08_evaluation" else "n_test")
+    return f"set {name[longest.stage] if isinstance(name, dict) else name} lower"
+
+
+def says(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> str:
+    """The table as text, with totals."""
+    made = table(p, arch, machine)
+    shown = made.assign(gpu_gib=made.gpu_gib.round(1), disk_gib=made.disk_gib.round(2), minutes=made.minutes.round())
+    total = f"{made.minutes.sum() / 60:.1f} h in {made.session.max()} session(s) of at most {machine.hours:g} h"
+    return (
+        f"planned for {machine.name}:\n{shown.to_string(index=False)}\n{total}, {made.disk_gib.sum():.1f} GiB of disk"
+    )
+
+
+def here(device: str) -> Machine:
+    """The machine at hand where it has a GPU, at a T4's pace; else Kaggle's."""
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        usable = min(found.total_memory for found in names) / GIB - CONTEXT
+        return replace(KAGGLE, name=f"{len(names)} x {names[0].name}", gpus=len(names), gib=round(usable, 1))
+    return KAGGLE
+
+
+def check(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> None:
+    """DermError with all that cannot fit."""
+    if said := faults(p, arch, machine):
+        raise DermError(f"this run does not fit {machine.name}: " + "; ".join(said))

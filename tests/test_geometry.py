@@ -1,0 +1,162 @@
+"""Models without values: the 7B shapes through the stages' functions, counts exact and no score a number."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from derm_compress import (
+    criteria,
+    dialogue,
+    evaluate,
+    finetune,
+    generate,
+    importance,
+    memory,
+    models,
+    prune,
+    recipes,
+    report,
+    tables,
+)  # fmt: skip
+from derm_compress.artifacts import Journal
+from derm_compress.errors import DermError
+from derm_compress.recipes import Recipe
+
+PAPER_B = {0: 7.063, 2: 6.659, 4: 6.254, 6: 5.85, 7: 5.647, 8: 5.444, 9: 5.242, 10: 5.04}
+UNPRUNED, BLOCK = 7_063_427_072, 202_383_360
+
+
+@pytest.fixture
+def seven_b():
+    model, processor = models.load_base(models.SEVEN_B, models.META)
+    return model, processor, Recipe(models.SEVEN_B, models.fingerprint(model), len(models.blocks(model)))
+
+
+def test_the_7b_shapes_have_the_published_counts_and_no_values(seven_b):
+    model, processor, _ = seven_b
+    assert sum(p.numel() for p in model.parameters()) == UNPRUNED and not models.has_values(model)
+    assert processor is None and {p.dtype for p in model.parameters()} == {torch.float16}
+    models.check_picture_size(processor, torch.zeros(1, 16, 16, 3).numpy())
+
+
+def test_the_hub_ids_shapes_need_no_download():
+    one, other = (models.load_base(name, models.META)[0] for name in (models.SEVEN_B, "llava-hf/llava-1.5-7b-hf"))
+    assert models.fingerprint(one) == models.fingerprint(other)
+
+
+def test_shapes_alone_are_not_run():
+    with pytest.raises(DermError, match="set device: meta, or model: llava-hf/llava-1.5-7b-hf"):
+        models.load_base(models.SEVEN_B)
+
+
+def test_a_fingerprint_of_shapes_tells_depths_apart():
+    deep, pico = (models.load_base(name, models.META)[0] for name in ("tiny", "pico"))
+    before = models.fingerprint(pico)
+    assert before != models.fingerprint(deep)
+    prune.apply(pico, range(6))
+    assert before != models.fingerprint(pico)
+
+
+def variants_of(recipe, folder):
+    """All variants of the study as its stages make them."""
+    known = recipes.pruned(recipe, [prune.published()], [2, 4, 6, 7, 8, 9, 10])
+    training = finetune.Training(rank=16, alpha=8, learning_rate=1e-3, steps=2, batch_size=2, seed=0)
+    sources = recipes.named(known, ["original", "pruned-6", "pruned-9"])
+    jobs = [finetune.Job(row.variant, row.recipe, training, models.META) for row in sources.itertuples()]
+    (folder / "scratch").mkdir()
+    (folder / "adapters").mkdir()
+    finetune.run_all(
+        folder / "adapters", jobs, data=folder, store=None, scratch=folder / "scratch", processes=2
+    )  # fmt: skip
+    healed = recipes.healed(sources, "adapters", folder / "adapters")
+    every = pd.concat([sources, healed])
+    methods = ["awq", "bitsandbytes", "rtn", "rtn_symmetric"]
+    rounded = recipes.quantized(every, methods=methods, bits=4, group_size=64, ref="scales")
+    return pd.concat([known, healed, rounded], ignore_index=True), jobs, sources, rounded
+
+
+def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset, tmp_path):
+    """What the eight notebooks call, in their order, on the true shapes."""
+    model, processor, recipe = seven_b
+    calibration = criteria.Calibration(model, processor, dataset.of("train")[:2], dataset.images, criteria.Embedder())
+    measured = importance.measure(["published"], calibration, Journal())
+    scores, told = importance.scores(importance.values(measured), (0, 1, 31)), {"protected": (0, 1, 31), "most": 9}
+    plans = importance.plans(
+        ["published"], measured, calibration, fingerprint=recipe.fingerprint, journal=Journal(), **told
+    )
+    variants, jobs, sources, rounded = variants_of(recipe, tmp_path)
+    ask = {"items": dataset.of("test"), "images": dataset.images, "store": store, "device": models.META}
+    answers = evaluate.answer_variants(variants, **ask, batch_size=4, max_new_tokens=4)
+    controls = evaluate.answer_controls(variants, **ask, seed=0, batch_size=4, max_new_tokens=4)
+    assert answers.empty and controls.empty and {"variant", "score", "answer"} <= set(answers)
+    choice = prune.choose(evaluate.scores(answers, variants), prune.published())
+    assert (choice["operating"], choice["deeper"]) == (6, 9) and "no scores" in choice["why"]
+    how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": models.META}
+    assert evaluate.activation_statistics(sources, store, batch_size=1, **how).empty
+    assert evaluate.activation_surface(sources, store, block=30, projection="q_proj", **how).empty
+    assert evaluate.quantization_errors(rounded, sources, store, batch_size=1, **how).empty
+    evaluate.search_scales(tmp_path, sources, store, bits=4, group_size=64, batch_size=1, **how)
+    assert pd.read_parquet(tmp_path / "search.parquet").empty
+    latency = evaluate.latency(variants, store, dataset.of("test"), dataset.images, device=models.META)
+    training = finetune.measured(tmp_path / "scratch", [job.variant for job in jobs])
+    assert training.seconds.isna().all() and (training.train_peak_gib > 4).all()
+    arch = memory.Architecture(**evaluate.architecture(variants, store, models.META))
+    results = tables.Results(
+        scores=scores, plans=plans, choice=choice, variants=variants, answers=answers, evaluation=answers,
+        training=training, latency=latency, memory=memory.plan_variants(variants, arch, arch),
+        architecture=evaluate.architecture(variants, store, models.META),
+    )  # fmt: skip
+    check_tables(tables.build(results))
+    more = report.planned(results, parameters())
+    assert (more["extra_t4"].t4_decode_ms_per_token > 1).all() and (more["extra_costs"].gpu_gib.iloc[1:] > 4).all()
+
+
+def check_tables(built):
+    one = built["table1_pruning"].set_index("blocks_removed")
+    assert one.params_b.round(9).to_dict() == {n: round((UNPRUNED - n * BLOCK) / 1e9, 9) for n in PAPER_B}
+    assert all(abs(one.params_b[n] - size) < 0.002 for n, size in PAPER_B.items())
+    printed = one.dropna(subset=["paper_vram"])
+    assert len(printed) == 7 and ((printed.vram_gib - printed.paper_vram).abs() < 0.25).all()
+    for stem, frame in built.items():
+        for column in frame.filter(regex=r"^(score|gain|difference)"):
+            assert frame[column].isna().all(), (stem, column)
+        for line in tables.to_csv(frame).splitlines()[1:]:
+            assert "nan" not in line.lower(), stem
+    assert (tables.readable(built["table4_efficiency"])["score, %"] == "needs weights").all()
+    assert built["table3_quantization"].vram_gib.notna().all() and built["table2_sft"].train_peak_gib.notna().all()
+
+
+def parameters():
+    from derm_compress import params
+
+    root = Path(__file__).parent.parent
+    known = params.known_parameters(params.read_notebooks(root))
+    defaults = {name: parameter.default for name, parameter in known.items()}
+    return defaults | params.read_params(root / "params" / "geometry-7b.yaml", known)
+
+
+def test_criteria_that_look_at_weights_are_refused_by_name(dataset):
+    model, processor = models.load_base("pico", models.META)
+    calibration = criteria.Calibration(model, processor, dataset.of("train")[:1], dataset.images)
+    with pytest.raises(DermError, match=r"\['magnitude', 'taylor'\] need weights"):
+        importance.measure(["last", "magnitude", "random-1", "taylor"], calibration, Journal())
+    measured = importance.measure(["last", "random-1"], calibration, Journal())
+    assert set(measured.ranking) == {"last", "random-1"} and measured.value.notna().all()
+
+
+def test_a_model_without_values_says_nothing(dataset):
+    model, processor = models.load_base("pico", models.META)
+    told = generate.answer(
+        model, processor, dataset.of("test"), dataset.images, variant="v", batch_size=1, max_new_tokens=4
+    )
+    assert told.empty and list(told) == generate.COLUMNS and len(dialogue.QUESTIONS) == 3
+
+
+def test_adapters_and_rounding_change_no_shape(store):
+    model, _ = models.load_base("pico", models.META)
+    recipe = Recipe("pico", models.fingerprint(model), 8).pruned([0, 1, 2, 7])
+    recipe = recipe.then("adapter", ref="none", sha256="0", kept=[0, 1, 2, 7])
+    made, _ = models.materialize(recipe.then("quantize", method="rtn", bits=4, group_size=64), store, models.META)
+    assert len(models.blocks(made)) == 4 and not models.has_values(made)

@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from derm_compress import evaluate, finetune, generate, models, oom, recipes
+from derm_compress.errors import DermError
+
+ASK = {"variant": "v", "max_new_tokens": 3}
+
+
+def narrow(most, seen):
+    """Work that a GPU has memory for up to `most` at once."""
+
+    def work(part):
+        size = part if isinstance(part, int) else len(part)
+        seen.append(size)
+        if size > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return part
+
+    return work
+
+
+def test_batches_are_halved_and_stay_small():
+    seen = []
+    done = list(oom.in_parts(narrow(2, seen), [list(range(8)), [8, 9, 10]], "answers"))
+    assert [item for part, _ in done for item in part] == list(range(11)) and all(part == told for part, told in done)
+    assert seen == [8, 4, 2, 2, 2, 2, 2, 1]
+
+
+def test_work_is_begun_again_with_half():
+    seen = []
+    assert oom.halved(narrow(3, seen), 12, "statistics") == 3 and seen == [12, 6, 3]
+
+
+@pytest.mark.parametrize(
+    "way", [lambda w: list(oom.in_parts(w, [[1, 2]], "answers")), lambda w: oom.halved(w, 2, "it")]
+)
+def test_one_too_many_is_an_error(way):
+    with pytest.raises(DermError, match="out of GPU memory with a batch of one"):
+        way(narrow(0, []))
+
+
+def test_other_errors_are_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        list(oom.in_parts(lambda part: 1 / 0, [[1]], "answers"))
+    with pytest.raises(KeyError):  # nor those of who takes the results
+        for _ in oom.in_parts(len, [[1]], "answers"):
+            raise KeyError
+
+
+def test_answers_go_on_with_smaller_batches(pico, dataset, monkeypatch, capsys):
+    model, processor = pico
+    items, real = dataset.of("test")[:4], generate.generate
+    whole = generate.answer(model, processor, items, dataset.images, batch_size=2, **ASK)
+
+    def small(model, processor, inputs, **how):
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError
+        return real(model, processor, inputs, **how)
+
+    monkeypatch.setattr(generate, "generate", small)
+    assert generate.answer(model, processor, items, dataset.images, batch_size=4, **ASK).equals(whole)
+    assert "out of GPU memory with 4 at once; going on with 2" in capsys.readouterr().out
+
+
+def test_calibration_goes_on_with_smaller_batches(recipe, store, dataset, monkeypatch):
+    known = recipes.pruned(recipe, [], [])
+    how = {"items": dataset.of("train")[:2], "images": dataset.images, "device": "cpu"}
+    whole = evaluate.activation_statistics(known, store, batch_size=2, **how)
+    real = evaluate.activations.activation_statistics
+
+    def small(model, batches):
+        if len(batches[0]["input_ids"]) > 2:
+            raise torch.OutOfMemoryError
+        return real(model, batches)
+
+    monkeypatch.setattr(evaluate.activations, "activation_statistics", small)
+    assert evaluate.activation_statistics(known, store, batch_size=4, **how).equals(whole)
+
+
+def test_training_says_what_to_set(dataset, tmp_path, monkeypatch):
+    model, processor = models.load_base("pico")
+    training = finetune.Training(rank=2, alpha=2, learning_rate=1e-3, steps=1, batch_size=2, seed=0)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    with pytest.raises(DermError, match="fine-tuning x: out of GPU memory; set finetune_batch or sft_batch lower"):
+        finetune.train(
+            model, processor, dataset.of("train"), dataset.images, training,
+            checkpoint=tmp_path / "c", what="fine-tuning x",
+        )  # fmt: skip

@@ -1,0 +1,88 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from derm_compress import cost, memory, params, preflight, prune, recipes
+from derm_compress.errors import DermError
+
+ROOT = Path(__file__).parent.parent
+ARCH = memory.llava_7b()
+T4 = {
+    "model": "llava-hf/llava-1.5-7b-hf", "device": "cuda", "image_size": 336, "max_new_tokens": 200, "batch_size": 1,
+    "depths": [2, 4, 6, 7, 8, 9, 10], "rival_depths": [6, 9], "finetune_batch": 8, "finetune_steps": 3 * 1737 // 8,
+    "sft_batch": 8, "sft_steps": 3 * 1737 // 8, "activation_batch": 1, "quantization_batch": 2,
+}  # fmt: skip
+
+
+def values(**changed):
+    known = params.known_parameters(params.read_notebooks(ROOT))
+    return {name: parameter.default for name, parameter in known.items()} | T4 | changed
+
+
+def test_the_papers_study_fits_two_t4_in_sessions_of_twelve_hours():
+    made = preflight.table(values(), ARCH)
+    assert made.stage.tolist()[0] == "01_data" and len(made) == 8
+    assert made.gpu_gib.max() <= preflight.KAGGLE.gib and made.disk_gib.sum() * memory.GIB < 20e9
+    assert (made.groupby("session").minutes.sum() <= 12 * 60).all() and made.session.is_monotonic_increasing
+    assert preflight.faults(values(), ARCH) == []
+    preflight.check(values(), ARCH)
+    said = preflight.says(values(), ARCH)
+    assert all(stage in said for stage in made.stage) and "session(s) of at most 12 h" in said
+
+
+def test_what_cannot_fit_is_refused_with_the_value_that_does():
+    for name, too_many, stage in (
+        ("batch_size", 64, "04_pruning"), ("activation_batch", 40, "06_activation_analysis"),
+        ("quantization_batch", 30, "07_quantization"), ("sft_batch", 100, "05_sft"),
+        ("finetune_batch", 100, "02_finetune"),
+    ):  # fmt: skip
+        asked = values(**{name: too_many})
+        (said, *_) = [line for line in preflight.faults(asked, ARCH) if line.startswith(stage) and name in line]
+        fits = int(said.split(f"set {name}: ")[1])
+        steps = preflight.Costs(asked, ARCH).steps()
+        (step,) = {
+            s.what: s for s in steps if s.stage == stage and s.parameter == name and s.gib(too_many) > 14.2
+        }.values()
+        assert step.gib(fits) <= preflight.KAGGLE.gib < step.gib(fits + 1), said
+        with pytest.raises(DermError, match=f"does not fit Kaggle, two T4: .*set {name}: {fits}"):
+            preflight.check(asked, ARCH)
+
+
+def test_time_and_disk_have_limits_too():
+    (long,) = preflight.faults(values(sft_steps=5000), ARCH)
+    assert long.startswith("05_sft: ") and long.endswith("set sft_steps lower")
+    (full,) = preflight.faults(values(n_train=60_000, finetune_steps=10), ARCH)
+    assert full.startswith("disk: ")
+
+
+def test_two_models_at_once_need_two_gpus():
+    alone = replace(preflight.KAGGLE, gpus=1)
+    assert [line.split(":")[0] for line in preflight.faults(values(), ARCH, alone)] == ["07_quantization, errors"]
+
+
+def test_a_smaller_model_needs_less_of_everything():
+    small = replace(ARCH, blocks=16)
+    big, less = (preflight.table(values(), arch).set_index("stage") for arch in (ARCH, small))
+    assert (less.gpu_gib <= big.gpu_gib).all() and less.minutes.sum() < big.minutes.sum()
+
+
+def test_a_training_step_is_three_forwards_with_checkpointing():
+    unit = cost.Device("unit", flops=1.0, bandwidth=1.0, prefill=1.0, decode=1.0)
+    one = {"tokens": 700, "blocks_removed": 6}
+    plain, kept = (cost.training_seconds(ARCH, unit, **one, checkpointing=c) for c in (False, True))
+    forward = cost.reading_flops(ARCH, 700, blocks=26)
+    assert kept - plain == pytest.approx(forward)
+    assert plain == pytest.approx(2 * forward + 2 * cost.head_flops(ARCH, 700) + cost.picture_flops(ARCH))
+
+
+def test_times_on_a_t4_follow_bytes_and_operations():
+    recipe = recipes.Recipe("llava-1.5-7b", "0", 32)
+    known = recipes.pruned(recipe, [prune.published()], [6])
+    packed = recipes.quantized(known, methods=["awq"], bits=4, group_size=64, ref="")
+    told = preflight.times(pd.concat([known, packed]), ARCH).set_index("variant")
+    assert 60 < told.t4_decode_ms_per_token["original"] < 80  # 13.2 GB at 60 % of 320 GB/s
+    assert told.t4_decode_ms_per_token["original|awq4"] < 0.4 * told.t4_decode_ms_per_token["original"]
+    assert told.t4_prefill_ms["original|awq4"] == told.t4_prefill_ms["original"] > told.t4_prefill_ms["pruned-6"]
+    assert told.disk_gib["original"] == pytest.approx(13.16, abs=0.01)
