@@ -210,6 +210,18 @@ def findings_quantization(results: Results) -> list[str]:
     return said or ["Scores need weights."]
 
 
+def limits_sft(results: Results) -> list[str]:
+    """What further training seeds say of the spread that no interval over pictures holds."""
+    table = results.variants.reindex(columns=["variant", "healed", "sft_seed"])
+    table, said = table[table.healed.astype(bool)], []
+    for name, group in table.groupby(table.variant.str.partition("~")[0], sort=False):
+        scores = [metrics.score_interval(answers_of(results.answers, seed)).score for seed in group.variant]
+        if len(scores) > 1 and not any(map(pd.isna, scores)):
+            each = ", ".join(f"{score:.1f}" for score in scores)
+            said.append(f"{name}: {len(scores)} training seeds score {each} %; intervals here are the first seed's.")
+    return said or ["One training seed: the spread between seeds is not in these intervals."]
+
+
 def findings_evaluation(results: Results) -> list[str]:
     """The headline, Table 5's differences, and whether the score comes from seeing."""
     said, full = [headline(results)], variant_id(results.operating, healed=True, method="awq")

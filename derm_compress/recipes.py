@@ -81,7 +81,9 @@ def read_recipe(folder: Path) -> Recipe:
 def variant(name: str, recipe: Recipe, **known) -> dict:
     """One row of the variants frame; unquantized weights count as 16 bits, whatever the CPU computes in."""
     row = {"variant": name, "blocks_removed": recipe.blocks - len(recipe.kept()), "criterion": "", "healed": False}
-    row |= {f"{part}s_removed": sum(u.endswith(part) for u in recipe.absent()) for part in ("attention", "mlp")}
+    row |= {"sft_seed": 0} | {
+        f"{part}s_removed": sum(u.endswith(part) for u in recipe.absent()) for part in ("attention", "mlp")
+    }
     return row | {"method": "fp16", "bits": 16, "group_size": 0} | known | {"recipe": recipe.to_json()}
 
 
@@ -99,13 +101,41 @@ def pruned(original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequ
     return pd.DataFrame(rows)
 
 
+def paper_depth(of_32: int, blocks: int) -> int:
+    """The same fraction of another model's blocks, at least one."""
+    return max(1, int(of_32 / 32 * blocks + 0.5))
+
+
+def to_heal(known: pd.DataFrame, choice: dict, *, depths: Sequence[int] = (), seeds: int = 1) -> pd.DataFrame:
+    """What SFT is given: the model of every role, the study's own plan at further `depths` (of 32), and so many
+    training seeds of the operating point and of its control.
+
+    Adds `sft_seed` (0 for the first) and `adapter`, the name of the folder to train into. DermError where stage 04 has
+    no model of a depth.
+    """
+    role, blocks = roles(choice), Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
+    names = [name for name in role.values() if name in set(known.variant)]
+    names += [f"pruned-{paper_depth(n, blocks)}" for n in depths]
+    first = named(known, names).assign(sft_seed=0)
+    more = named(first, [role["unpruned"], role["operating"]])
+    frame = pd.concat([first, *(more.assign(sft_seed=seed) for seed in range(1, seeds))], ignore_index=True)
+    marks = [f"~{seed}" if seed else "" for seed in frame.sft_seed]
+    return frame.assign(adapter=frame.variant + marks)
+
+
+def healed_name(adapter: str) -> str:
+    """The variant that an adapter makes: pruned-6+sft~1 of pruned-6~1."""
+    source, mark, seed = adapter.partition("~")
+    return source + HEALED + mark + seed
+
+
 def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
-    """The same variants after SFT: `adapters/<variant>` under the stage's reference `ref`."""
+    """The variants of to_heal() after SFT: `adapters/<adapter>` under the stage's reference `ref`."""
     rows = []
     for row in sources.to_dict("records"):
-        name = row["variant"]
-        recipe = Recipe.from_json(row["recipe"]).with_adapter(f"{ref}/{name}", Path(adapters) / name)
-        rows.append(variant(name + HEALED, recipe, criterion=row["criterion"], healed=True))
+        folder, known = row["adapter"], {key: row[key] for key in ("criterion", "sft_seed")}
+        recipe = Recipe.from_json(row["recipe"]).with_adapter(f"{ref}/{folder}", Path(adapters) / folder)
+        rows.append(variant(healed_name(folder), recipe, healed=True, **known))
     return pd.DataFrame(rows)
 
 
