@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from derm_compress import activations, generate, judge, memory, models, prune, quantize, recipes, search
+from derm_compress import activations, awq, forms, generate, judge, memory, models, prune, quantize, recipes, search
 from derm_compress.data import Item
 from derm_compress.keys import digest
 from derm_compress.progress import track
@@ -162,33 +162,59 @@ def activation_surface(
 
 
 def search_scales(
-    folder: Path, sources: pd.DataFrame, store, *, bits, group_size, items, images, batch_size, device,
-    methods: Sequence[str] = ("awq",), text_only: bool = False, answer_weight: float = 1.0, scratch=None,
-    offload: bool = False, label: str = "", **options,
+    folder: Path, wanted: pd.DataFrame, sources: pd.DataFrame, store, *, items, images, batch_size, device,
+    answer_weight: float = 1.0, scratch=None, offload: bool = False,
 ) -> None:  # fmt: skip
-    """What every source needs to be quantized: <form>/<variant>.safetensors, and the rows of all as search.parquet.
+    """What forms.asked() needs to be quantized: <form>/<source>.safetensors, and all rows as search.parquet.
 
-    methods, bits, label and options as in recipes.forms; those that need no search are left out. One calibration pass
-    of a source serves all forms; text_only leaves the pictures out, answer_weight weighs the answers' tokens. scratch:
-    a folder in which a killed search goes on at its block. offload: fp16 models stay on the CPU, one block at a time
-    goes to `device`.
+    A calibration pass of a source serves all forms, and another one those without pictures; answer_weight weighs the
+    answers' tokens. scratch: a folder in which a killed search goes on at its block. offload: fp16 models stay on the
+    CPU, one block at a time goes to `device`.
     """
-    steps = recipes.forms(methods, bits, group_size, label=label, **options)
-    forms = {name: quantize.Form.of(step) for name, step in steps.items() if recipes.searched(step)}
-    asked = {"text_only": text_only, "answer_weight": answer_weight}
-    frames = []
+    frames = [pd.DataFrame(columns=[*search.ROWS, "variant", "form"])]
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
-    for row in track(list(sources.itertuples()), "scales searched"):
-        name, (model, processor) = row.variant, models.materialize(Recipe.from_json(row.recipe), store, **home)
-        batches = _batches(processor, model, items, images, batch_size, **asked)
-        kept = scratch and Path(scratch) / digest([row.recipe, steps, asked, batch_size, [i.id for i in items]])[:16]
-        found = search.search_forms(model, batches, forms, device=device if offload else None, scratch=kept)
-        for form, (tensors, rows) in found.items():
-            (folder / form).mkdir(exist_ok=True)
-            save_file(tensors, folder / form / f"{name}.safetensors")
-            frames.append(pd.DataFrame(rows, columns=search.ROWS).assign(variant=name, form=form))
-    told = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*search.ROWS, "variant", "form"])
-    told.to_parquet(folder / "search.parquet", index=False)
+    needed = {name: found for name in wanted.source.unique() if (found := forms.calibrations(wanted, name))}
+    for name, row in track(list(recipes.named(sources, needed).set_index("variant").iterrows()), "scales searched"):
+        model, processor = models.materialize(Recipe.from_json(row.recipe), store, **home)
+        for text_only, steps in needed[name].items():
+            asked = {"text_only": text_only, "answer_weight": answer_weight}
+            batches = _batches(processor, model, items, images, batch_size, **asked)
+            kept = (
+                scratch and Path(scratch) / digest([row.recipe, steps, asked, batch_size, [i.id for i in items]])[:16]
+            )
+            asked_for = {form: quantize.Form.of(step) for form, step in steps.items()}
+            where = {"device": device if offload else None, "scratch": kept}
+            for form, (tensors, rows) in search.search_forms(model, batches, asked_for, **where).items():
+                (folder / form).mkdir(exist_ok=True)
+                save_file(tensors, folder / form / f"{name}.safetensors")
+                told = pd.DataFrame(rows, columns=search.ROWS).astype(dict.fromkeys(search.ROWS[2:], float))
+                frames.append(_original_blocks(told, sources, name).assign(form=form))
+    _together(frames).to_parquet(folder / "search.parquet", index=False)
+
+
+def scaled_channels(
+    scales: Path, form: str, sources: pd.DataFrame, store, *, items, images, batch_size, device
+) -> pd.DataFrame:
+    """Every input channel of each group of linears: its peak |x|, and the scale that a form's search gave it.
+
+    Columns: variant, block (original index), group, channel, peak, scale. What has no scale is left out.
+    """
+    frames = [pd.DataFrame(columns=["block", "group", "peak", "scale", "channel", "variant"])]
+    sources = sources[[(Path(scales) / form / f"{name}.safetensors").exists() for name in sources.variant]]
+    for name, model, processor in each_model(sources, store, device, "channels"):
+        found = load_file(Path(scales) / form / f"{name}.safetensors")
+        groups = {key: linears[0] for key, (_, linears) in awq.scale_groups(model).items() if key in found}
+        batches = _batches(processor, model, items, images, batch_size)
+        for key, peak in activations.input_peaks(model, batches, groups).items():
+            block, group = key.split(".")
+            told = {"peak": peak.numpy(), "scale": found[key].numpy(), "channel": np.arange(len(peak))}
+            frames.append(_original_blocks(pd.DataFrame({"block": int(block), "group": group, **told}), sources, name))
+    return _together(frames)
+
+
+def _together(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Those that have rows, or the first, which names the columns."""
+    return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
 
 def quantization_errors(
@@ -201,5 +227,6 @@ def quantization_errors(
         if held[0] != source:
             held = (source, models.materialize(Recipe.from_json(recipe_of[source]), store, device)[0])
         batches = _batches(processor, model, items, images, batch_size)
-        frames.append(pd.DataFrame(quantize.block_errors(held[1], model, batches)).assign(variant=name))
+        told = pd.DataFrame(quantize.block_errors(held[1], model, batches))
+        frames.append(_original_blocks(told, variants, name))
     return pd.concat(frames, ignore_index=True)

@@ -19,6 +19,7 @@ MACHINERY = frozenset({"study", "plan", "runner", "execution", "artifacts", "key
 PRESENTATION = frozenset(
     {"figures", "tables", "findings", "quotes", "report", "notebook_html", "paper", "results", "wording"}
     | {"agreement", "rivals", "ranking_figures", "ranking_findings"}
+    | {"precision", "quantization_figures", "quantization_findings"}
 )
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from derm_compress import awq, models
 from derm_compress.activations import tap
 from derm_compress.errors import DermError
+from derm_compress.forms import WIDTHS
 from derm_compress.grids import PLANES, HQQGrid, Int8Grid, IntegerGrid, NF4Grid
-from derm_compress.recipes import WIDTHS
 
 NF4_BLOCKS = (32, 64, 128, 256)
 KEPT = 16  # "bits" of a linear that stays as it is

@@ -18,13 +18,6 @@ import pandas as pd
 from derm_compress.errors import DermError
 
 ORIGINAL, HEALED = "original", "+sft"
-SCALED = ("awq", "awq_nf4", "autoawq")  # methods whose scales are searched
-WIDTHS = {"bitsandbytes": (4,), "awq_nf4": (4,), "llm_int8": (8,)}  # of the methods that have one alone
-TAKES = {  # who has an option, where not all have it
-    "duo": SCALED,
-    "double": ("bitsandbytes", "awq_nf4"),
-    "clip": ("awq", "awq_nf4", "autoawq", "rtn", "rtn_symmetric"),
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def variant(name: str, recipe: Recipe, **known) -> dict:
     row |= {"sft_seed": 0} | {
         f"{part}s_removed": sum(u.endswith(part) for u in recipe.absent()) for part in ("attention", "mlp")
     }
-    return row | {"method": "fp16", "bits": 16, "group_size": 0} | known | {"recipe": recipe.to_json()}
+    return row | {"method": "fp16", "bits": 16, "group_size": 0, "quantizer": ""} | known | {"recipe": recipe.to_json()}
 
 
 def pruned(original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequence[int] = ()) -> pd.DataFrame:
@@ -137,70 +130,6 @@ def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
         recipe = Recipe.from_json(row["recipe"]).with_adapter(f"{ref}/{folder}", Path(adapters) / folder)
         rows.append(variant(healed_name(folder), recipe, healed=True, **known))
     return pd.DataFrame(rows)
-
-
-def quantized(
-    sources: pd.DataFrame, *, methods: Sequence[str], bits: int | Sequence[int], group_size: int, ref: str, **options
-) -> pd.DataFrame:
-    """Every source in every form of `forms`, whose arguments these are.
-
-    What needs a search takes its scales from `ref/<form>/<variant>.safetensors`, as evaluate.search_scales leaves them.
-    """
-    rows = []
-    for row in sources.to_dict("records"):
-        for form, step in forms(methods, bits, group_size, **options).items():
-            scales = {"ref": f"{ref}/{form}/{row['variant']}.safetensors"} if searched(step) else {}
-            recipe = Recipe.from_json(row["recipe"]).then("quantize", **step, **scales)
-            known = {"criterion": row["criterion"], "healed": row["healed"]} | stored_as(step, len(recipe.kept()))
-            rows.append(variant(f"{row['variant']}|{form}", recipe, **known))
-    return pd.DataFrame(rows)
-
-
-def forms(
-    methods: Sequence[str], bits: int | Sequence[int], group_size: int, *, label: str = "", **options
-) -> dict[str, dict]:
-    """{name: step} of every method at every width; a method of one width alone has that one, whatever is asked.
-
-    options: quantize.Form's, of which a method takes those it has; `label` ends the names, and must where blocks or
-    linears are treated apart.
-    """
-    if not label and (options.keys() & {"block_bits", "keep", "parts"}):
-        raise DermError("quantized: forms with block_bits, keep or parts need a label to be told apart by")
-    found = {}
-    for method in methods:
-        for width in WIDTHS.get(method) or ([bits] if isinstance(bits, int) else bits):
-            step = {"method": method, "bits": width, "group_size": group_size}
-            step |= {
-                key: _plain(value) for key, value in options.items() if value and method in TAKES.get(key, (method,))
-            }
-            found[form_name(step, label)] = step
-    return found
-
-
-def _plain(value):
-    """A value as JSON gives it back."""
-    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def searched(step: dict) -> bool:
-    """Whether a quantize step needs the result of a search on calibration inputs."""
-    return step["method"] in SCALED or bool(step.get("clip"))
-
-
-def form_name(step: dict, label: str = "") -> str:
-    """awq4, awq_nf4, awq3-duo-clip, awq3-mixed: method, bits, options, label."""
-    method, bits = step["method"], str(step["bits"])
-    name = method if method.endswith(bits) else method + bits
-    told = [option for option in ("duo", "clip", "double") if step.get(option)]
-    return "-".join([name, *told, *([label] if label else [])])
-
-
-def stored_as(step: dict, blocks: int) -> dict:
-    """method, bits and group_size of the format that memory.plan_weights plans; bits are the mean over the blocks."""
-    own = {int(block): bits for block, bits in step.get("block_bits", {}).items()}
-    mean = (sum(own.values()) + (blocks - len(own)) * step["bits"]) / blocks
-    method = step["method"] + "_double" * bool(step.get("double"))
-    return {"method": method, "bits": int(mean) if mean == int(mean) else mean, "group_size": step["group_size"]}
 
 
 def named(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
