@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from derm_compress import precision
 from derm_compress.figures import DENSE, PRUNED, QUANTIZED, SFT, Drawing, canvas, styled
@@ -14,6 +15,13 @@ from derm_compress.ranking_figures import LINES
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GROUPS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
 MAPS = {"outlier_channels": "outlier channels", "kurtosis": "kurtosis"}
+
+
+def plain_numbers(axis) -> None:
+    """0.01, 0.02, 0.05 on a logarithmic axis: the style draws no powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 @styled
@@ -36,7 +44,9 @@ def fig_activation_map(statistics: pd.DataFrame) -> Drawing:
             axis.set_yticks(range(len(grid)), grid.index, fontsize=6.5)
             axis.set_title(f"{name}: {label}", loc="left", fontsize=8.5)
             axis.grid(False)
-            figure.colorbar(image, ax=axis)
+            bar = figure.colorbar(image, ax=axis)
+            if column == "kurtosis":
+                plain_numbers(bar.ax.yaxis)
     axes[-1].set_xlabel("block, counted from 0; blank: removed")
     return Drawing(figure, statistics, finding)
 
@@ -57,8 +67,8 @@ def fig_alpha(search: pd.DataFrame, sources: list[str]) -> Drawing:
                 axis.plot(rows.block, rows.alpha, marker=marker, ms=3, color=colour, **style, **shown)
         axis.set_title(name, loc="left", fontsize=8.5)
         axis.set_ylabel("exponent")
-    axes[0, 0].legend(ncols=4, loc="upper right")
     axes[-1, 0].set_xlabel("block")
+    figure.legend(ncols=4, loc="outside lower center")
     return Drawing(figure, search, finding)
 
 
@@ -71,19 +81,21 @@ def fig_errors(errors: pd.DataFrame, tests: pd.DataFrame, source: str) -> Drawin
     own = shown[(shown.variant.str.split("|").str[0] == source) & (shown.bits >= width)].sort_values("error")
     least = f"{quantizer(own.method.iloc[0])} has the smallest output error" if len(own) else "output errors"
     finding = f"{least} on {source}; above, block by block, below, beside what it costs"
-    figure, (left, right) = canvas(finding, 5.4, rows=2)
+    figure, (left, right) = canvas(finding, 6.4, rows=2)
     for row, (colour, _, dash) in zip(own.itertuples(), LINES + [(DENSE, "o", ":")] * len(own), strict=False):
         line = errors[errors.variant == row.variant]
         left.plot(line.block, line.relative_error, dash, color=colour, linewidth=1.1, label=quantizer(row.method))
     left.set(yscale="log", xlabel="block", ylabel="relative error")
     if len(own):
-        left.legend(ncols=3, fontsize=7)
+        left.legend(ncols=3, fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.08, -0.2))
     scored = shown.dropna(subset=["cost"])
     for (bits, rows), (colour, marker, _) in zip(scored.groupby("bits"), LINES, strict=False):
         right.plot(rows.error, rows.cost, marker, color=colour, ms=5, label=f"{bits} bits")
     right.axhline(0, color=DENSE, linewidth=0.8)
     right.set(xscale="log", xlabel="relative error, mean over blocks", ylabel="points against 16 bits")
-    right.legend(ncols=4)
+    right.legend(ncols=4, loc="upper left", bbox_to_anchor=(-0.08, -0.2))
+    for axis in (left.yaxis, right.xaxis):
+        plain_numbers(axis)
     return Drawing(figure, shown[["variant", "method", "bits", "error", "cost"]], finding)
 
 
@@ -111,7 +123,7 @@ def fig_equal_bytes(table: pd.DataFrame) -> Drawing:
         axis.set_title(f"bytes of all blocks at {budget} bits", loc="left", fontsize=9, color=QUANTIZED)
         axis.invert_yaxis()
     axes[-1, 0].set_xlabel("score, %")
-    axes[0, 0].legend(loc="best")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=2, loc="outside lower center")
     return Drawing(figure, table, finding)
 
 

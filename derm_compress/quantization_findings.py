@@ -46,12 +46,12 @@ def findings_outliers(results: Results) -> list[str]:
     said = []
     for name, table in results.statistics.groupby("variant", sort=False):
         most, tails = (table.groupby("projection")[column].mean() for column in ("outlier_channels", "kurtosis"))
-        peak = table.loc[table.kurtosis.idxmax()]
+        peak = table.loc[table["kurtosis"].idxmax()]
         said.append(
             f"{name}: {most.idxmax()} has most outlier channels, {most.max():.1f} a block on average; the median "
-            f"kurtosis is {table.kurtosis.median():.1f} (3 for a normal distribution), the largest "
-            f"{peak.kurtosis:.1f}, of {peak.projection} in block {peak.block}; on average {tails.idxmax()} has most, "
-            f"{tails.max():.1f}."
+            f"kurtosis is {table['kurtosis'].median():.1f} (3 for a normal distribution), the largest "
+            f"{peak['kurtosis']:.1f}, of {peak.projection} in block {peak.block}; on average "
+            f"{tails.idxmax()} has most, {tails.max():.1f}."
         )
     return said
 

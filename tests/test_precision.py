@@ -113,3 +113,11 @@ def test_scales_of_outlier_channels_are_told_apart():
     assert f"by {2 ** (63 / 64):.2f}, all others' by {2 ** (-1 / 64):.2f}" in said and "in rank at 1.00" in said
     quiet = quantization_findings.findings_channels(tables.Results(channels=frame.assign(peak=range(1, 65))))
     assert "multiplies" not in quiet[0]
+
+
+def test_outliers_and_tails_of_every_projection_are_told():
+    files = fabricate.stage_files()["06_activation_analysis"]
+    said = quantization_findings.findings_outliers(tables.Results(statistics=files["statistics"]))
+    assert len(said) == 3 and said[0].startswith("original: q_proj has most outlier channels, 1.5 a block")
+    drawing = quantization_figures.fig_activation_map(files["statistics"])
+    assert drawing.finding.endswith("original 75%, pruned-6 69%, pruned-6+sft 69%")
