@@ -109,14 +109,18 @@ def architecture(variants: pd.DataFrame, store, device: str) -> dict:
 def latency(
     variants: pd.DataFrame, store, items: Sequence[Item], images: np.ndarray, *, device: str, **how
 ) -> pd.DataFrame:
-    """Milliseconds and memory of each variant with packed weights, one prompt at a time."""
+    """Milliseconds and memory of each variant with packed weights, one prompt at a time.
+
+    weights_gib is what the model holds as stored, before a kernel lays codes out anew and keeps steps beside them.
+    """
     rows = []
     for row in track(list(variants.itertuples()), "latency measured"):
         model, processor = models.materialize(Recipe.from_json(row.recipe), store, device, packed=True)
+        stored = memory.tensor_gib(model)
         text = [generate.prompt(processor, "features")]
         inputs = generate.prepare(processor, text, images[[items[0].row]], model.device)
         told = memory.measure_latency(model, inputs, **how) | memory.resident_gib(device)
-        rows.append({"variant": row.variant, "weights_gib": memory.tensor_gib(model)} | told)
+        rows.append({"variant": row.variant, "weights_gib": stored} | told)
     return pd.DataFrame(rows)
 
 
@@ -218,15 +222,19 @@ def _together(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def quantization_errors(
-    variants: pd.DataFrame, sources: pd.DataFrame, store, *, items, images, batch_size, device
+    variants: pd.DataFrame, sources: pd.DataFrame, store, *, items, images, batch_size, device, journal=None
 ) -> pd.DataFrame:
     """Relative error of each block's output against the unquantized source, for every quantized variant."""
-    recipe_of, frames, held = dict(zip(sources.variant, sources.recipe, strict=True)), [], (None, None)
-    for name, model, processor in each_model(variants, store, device, "errors by block"):
+    recipe_of, held = dict(zip(sources.variant, sources.recipe, strict=True)), (None, None)
+    done = dict(journal.done) if journal else {}
+    todo = variants[~variants.variant.isin(done)]
+    for name, model, processor in each_model(todo, store, device, "errors by block"):
         source = name.rpartition("|")[0]
         if held[0] != source:
             held = (source, models.materialize(Recipe.from_json(recipe_of[source]), store, device)[0])
         batches = _batches(processor, model, items, images, batch_size)
-        told = pd.DataFrame(quantize.block_errors(held[1], model, batches))
-        frames.append(_original_blocks(told, variants, name))
+        done[name] = quantize.block_errors(held[1], model, batches)
+        if journal:
+            journal.add(name, done[name])
+    frames = [_original_blocks(pd.DataFrame(done[name]), variants, name) for name in variants.variant]
     return pd.concat(frames, ignore_index=True)
