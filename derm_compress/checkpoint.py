@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, LlavaForConditionalGeneration
 
@@ -143,9 +144,11 @@ def _load_bitsandbytes(path, told, device):
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # as grids.NF4Grid.packed says
             module.compute_dtype, module.compute_type_is_set = dtype, True
-            state = module.weight.quant_state
-            module.grid = NF4Grid(state.blocksize, state.nested)
-    _check_counts(model, path, None)
+            state = getattr(module.weight, "quant_state", None)  # none where the files hold no 4-bit weight
+            module.grid = state and NF4Grid(state.blocksize, state.nested)
+    keys = [key for file in path.glob("*.safetensors") for key in list(safe_open(file, "pt").keys())]
+    names = {_memory_name(key).removesuffix(".weight.absmax") for key in keys if key.endswith(".weight.absmax")}
+    _check_counts(model, path, names, told.get("llm_int8_skip_modules"))
     return model
 
 
@@ -170,7 +173,7 @@ def _load_packed(path, told, device):
         raise DermError(f"model {path}: {len(gone)} weights are missing, first {gone[0]}")
     if unexpected:
         raise DermError(f"model {path}: {len(unexpected)} weights have no place in its config, first {unexpected[0]}")
-    _check_counts(model, path, len(made))
+    _check_counts(model, path, set(made), told.get("modules_to_not_convert"))
     return model.to(device)
 
 
@@ -201,7 +204,25 @@ def _module(grid, codes, scales, zeros, bias):
     return PackedLinear(grid, codes, scales, zeros, bias=bias)
 
 
-def _check_counts(model, path, expected):
-    counts = quantize.quantized_linears(model)
-    if not sum(counts.values()) or (expected is not None and sum(counts.values()) != expected):
-        raise DermError(f"model {path}: {counts} quantized linears by part, but its files hold {expected}")
+def _check_counts(model, path, names, skipped):
+    """The linears that the files hold quantized, `names`, are quantized part by part, and none else.
+
+    Of the decoder only `skipped` may be missing: modules_to_not_convert, by either name, where a config has it.
+    """
+    counts, place = quantize.quantized_linears(model), {module: name for name, module in model.named_modules()}
+    for part, module in models.parts(model).items():
+        linears = [place[m] for m in module.modules() if hasattr(m, "grid") or isinstance(m, torch.nn.Linear)]
+        expected = len(set(linears) & names)
+        if part == "decoder" and skipped is not None:
+            expected = sum(not _is_skipped(name, skipped) for name in linears)
+        if counts[part] != expected or not counts["decoder"]:
+            raise DermError(f"model {path}: {counts[part]} linears of its {part} are quantized, not {expected}")
+
+
+def _is_skipped(name, skipped):
+    ends = [i for i, letter in enumerate(name) if letter == "."] + [len(name)]
+    return any(name[:i] in skipped or _hub_name(name[:i] + ".")[:-1] in skipped for i in ends if _is_inside(name[:i]))
+
+
+def _is_inside(name):
+    return any(f"{name}.".startswith(inner) for inner in HUB)

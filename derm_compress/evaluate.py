@@ -10,9 +10,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from derm_compress import activations, generate, judge, memory, models, oom, prune, quantize, recipes, search
+from derm_compress import (
+    activations,
+    awq,
+    forms,
+    generate,
+    judge,
+    memory,
+    models,
+    oom,
+    prune,
+    quantize,
+    recipes,
+    search,
+)
 from derm_compress.data import Item
 from derm_compress.keys import digest
 from derm_compress.progress import track
@@ -58,6 +71,7 @@ def _quantized(model, step: dict, recipe: Recipe, store, device: str):
 
 def _joined(frames: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
     """The frames as one; where there is none, one of these columns without a row."""
+    frames = [frame for frame in frames if len(frame)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
 
 
@@ -168,56 +182,80 @@ def activation_surface(
 
 
 def search_scales(
-    folder: Path, sources: pd.DataFrame, store, *, bits, group_size, items, images, batch_size, device,
-    methods: Sequence[str] = ("awq",), text_only: bool = False, answer_weight: float = 1.0, scratch=None,
-    offload: bool | None = None, label: str = "", **options,
+    folder: Path, wanted: pd.DataFrame, sources: pd.DataFrame, store, *, items, images, batch_size, device,
+    answer_weight: float = 1.0, scratch=None, offload: bool | None = None,
 ) -> None:  # fmt: skip
-    """What every source needs to be quantized: <form>/<variant>.safetensors, and the rows of all as search.parquet.
+    """What forms.asked() needs to be quantized: <form>/<source>.safetensors, and all rows as search.parquet.
 
-    methods, bits, label and options as in recipes.forms; those that need no search are left out. One calibration pass
-    of a source serves all forms; text_only leaves the pictures out, answer_weight weighs the answers' tokens. scratch:
-    a folder in which a killed search goes on at its block. offload (None: on a GPU): fp16 models stay on the CPU, one
-    block at a time goes to `device`.
+    A calibration pass of a source serves all forms, and another one those without pictures; answer_weight weighs the
+    answers' tokens. scratch: a folder in which a killed search goes on at its block. offload (None: on a GPU): fp16
+    models stay on the CPU, one block at a time goes to `device`.
     """
-    steps = recipes.forms(methods, bits, group_size, label=label, **options)
-    forms = {name: quantize.Form.of(step) for name, step in steps.items() if recipes.searched(step)}
-    asked = {"text_only": text_only, "answer_weight": answer_weight}
     frames, offload = [], device != "cpu" if offload is None else offload
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
-    for row in track([] if device == models.META else list(sources.itertuples()), "scales searched"):
-        name, (model, processor) = row.variant, models.materialize(Recipe.from_json(row.recipe), store, **home)
-        kept = scratch and Path(scratch) / digest([row.recipe, steps, asked, batch_size, [i.id for i in items]])[:16]
-        where = {"device": device if offload else None, "scratch": kept}
-        found = oom.halved(
-            lambda size, on=(processor, model), where=where: search.search_forms(
-                on[1], _batches(*on, items, images, size, **asked), forms, **where
-            ),
-            batch_size, f"scales of {name}",
-        )  # fmt: skip
-        for form, (tensors, rows) in found.items():
-            (folder / form).mkdir(exist_ok=True)
-            save_file(tensors, folder / form / f"{name}.safetensors")
-            frames.append(pd.DataFrame(rows, columns=search.ROWS).assign(variant=name, form=form))
+    needed = {name: found for name in wanted.source.unique() if (found := forms.calibrations(wanted, name))}
+    needed = {} if device == models.META else needed
+    for name, row in track(list(recipes.named(sources, needed).set_index("variant").iterrows()), "scales searched"):
+        model, processor = models.materialize(Recipe.from_json(row.recipe), store, **home)
+        for text_only, steps in needed[name].items():
+            how = {"text_only": text_only, "answer_weight": answer_weight}
+            kept = scratch and Path(scratch) / digest([row.recipe, steps, how, batch_size, [i.id for i in items]])[:16]
+            where = {"device": device if offload else None, "scratch": kept}
+            asked = {form: quantize.Form.of(step) for form, step in steps.items()}
+            found = oom.halved(
+                lambda size, on=(processor, model), asked=asked, how=how, where=where: search.search_forms(
+                    on[1], _batches(*on, items, images, size, **how), asked, **where
+                ),
+                batch_size, f"scales of {name}",
+            )  # fmt: skip
+            for form, (tensors, rows) in found.items():
+                (folder / form).mkdir(exist_ok=True)
+                save_file(tensors, folder / form / f"{name}.safetensors")
+                told = pd.DataFrame(rows, columns=search.ROWS).astype(dict.fromkeys(search.ROWS[2:], float))
+                frames.append(_original_blocks(told, sources, name).assign(form=form))
         models.let_go(model)
-    told = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*search.ROWS, "variant", "form"])
-    told.to_parquet(folder / "search.parquet", index=False)
+    _joined(frames, [*search.ROWS, "variant", "form"]).to_parquet(folder / "search.parquet", index=False)
+
+
+def scaled_channels(
+    scales: Path, form: str, sources: pd.DataFrame, store, *, items, images, batch_size, device
+) -> pd.DataFrame:
+    """Every input channel of each group of linears: its peak |x|, and the scale that a form's search gave it.
+
+    Columns: variant, block (original index), group, channel, peak, scale. What has no scale is left out.
+    """
+    frames = []
+    sources = sources[[(Path(scales) / form / f"{name}.safetensors").exists() for name in sources.variant]]
+    for name, model, processor in each_model(sources, store, device, "channels"):
+        found = load_file(Path(scales) / form / f"{name}.safetensors")
+        groups = {key: linears[0] for key, (_, linears) in awq.scale_groups(model).items() if key in found}
+        batches = _batches(processor, model, items, images, batch_size)
+        for key, peak in activations.input_peaks(model, batches, groups).items():
+            block, group = key.split(".")
+            told = {"peak": peak.numpy(), "scale": found[key].numpy(), "channel": np.arange(len(peak))}
+            frames.append(_original_blocks(pd.DataFrame({"block": int(block), "group": group, **told}), sources, name))
+    return _joined(frames, ["block", "group", "peak", "scale", "channel", "variant"])
 
 
 def quantization_errors(
-    variants: pd.DataFrame, sources: pd.DataFrame, store, *, items, images, batch_size, device
+    variants: pd.DataFrame, sources: pd.DataFrame, store, *, items, images, batch_size, device, journal=None
 ) -> pd.DataFrame:
     """Relative error of each block's output against the unquantized source, for every quantized variant."""
-    recipe_of, frames, held = dict(zip(sources.variant, sources.recipe, strict=True)), [], (None, None)
-    for name, model, processor in each_model(variants, store, device, "errors by block"):
+    recipe_of, held = dict(zip(sources.variant, sources.recipe, strict=True)), (None, None)
+    done = dict(journal.done) if journal else {}
+    todo = variants[~variants.variant.isin(done)]
+    for name, model, processor in each_model(todo, store, device, "errors by block"):
         source = name.rpartition("|")[0]
         if held[0] != source:
             if held[0]:
                 models.let_go(held[1])
             held = (source, models.materialize(Recipe.from_json(recipe_of[source]), store, models.beside(device))[0])
         both = processor, model, held[1]
-        told = oom.halved(
+        done[name] = oom.halved(
             lambda size, on=both: quantize.block_errors(on[2], on[1], _batches(*on[:2], items, images, size)),
             batch_size, f"errors of {name}",
         )  # fmt: skip
-        frames.append(pd.DataFrame(told).assign(variant=name))
+        if journal:
+            journal.add(name, done[name])
+    frames = [_original_blocks(pd.DataFrame(done[name]), variants, name) for name in variants.variant if name in done]
     return _joined(frames, ["block", "relative_error", "variant"])

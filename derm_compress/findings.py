@@ -11,10 +11,12 @@ from pathlib import PurePath
 import pandas as pd
 
 from derm_compress import metrics, paper, tables
+from derm_compress.quantization_findings import findings_activations as findings_activations
+from derm_compress.quantization_findings import findings_quantization as findings_quantization
 from derm_compress.ranking_findings import findings_criteria
 from derm_compress.ranking_findings import findings_importance as findings_importance
 from derm_compress.results import Results, answers_of, variant_id
-from derm_compress.wording import compare, percent, verdict, words
+from derm_compress.wording import compare, percent, verdict
 
 GLOSSARY = (
     "SFT: supervised fine-tuning after pruning, by QLoRA (low-rank adapters trained over a 4-bit base). AWQ: "
@@ -172,45 +174,16 @@ def findings_sft(results: Results) -> list[str]:
     return said or ["Scores need weights."]
 
 
-def findings_activations(results: Results) -> list[str]:
-    """Where each variant's outliers sit, from stage 06's statistics, and whether they are the first variant's."""
-    if results.statistics is None or results.statistics.empty:
-        return [] if results.statistics is None else ["Activations need weights."]
-    said, told, moved = [], [], 0
-    first, *others = [table for _, table in results.statistics.groupby("variant", sort=False)]
-    for table in (first, *others):
-        peak, loud = table.loc[table["max"].idxmax()], (table.outlier_channels > 0).sum()
-        said.append(
-            f"{peak.variant}: the largest output is {peak['max']:.1f}, of {peak.projection} in block {peak.block}; "
-            f"{loud} of {len(table)} projections ({100 * loud / len(table):.0f} %) have outlier channels."
-        )
-    for name, other in ((table.variant.iloc[0], table) for table in others):
-        both = first.merge(other, on=["block", "projection"])
-        differ = ((both.outlier_channels_x > 0) != (both.outlier_channels_y > 0)).sum()
-        higher = f"their median peak is {(both.max_y / both.max_x).median():.2f} times as high"
-        told.append(f"{name} differs from {first.variant.iloc[0]} in {differ} of {len(both)}, {higher}")
-        moved += differ
-    whether = "change" if moved else "do not change"
-    closing = f"So pruning and healing {whether} which of the shared projections have outlier channels: "
-    return said + ([closing + "; ".join(told) + "."] if told else [])
-
-
-def findings_quantization(results: Results) -> list[str]:
-    """Table 3 in words: each method against AWQ on the same model and bits, and what four bits cost."""
-    table, said = tables.table3(results), []
-    for row in table.dropna(subset=["score"]).itertuples():
-        plain = row.variant.split("|")[0]
-        rival = f"{plain}|awq{row.bits}" if row.method != "awq" else plain
-        change = compare(results.answers, row.variant, rival)
-        if change.n and plain in (variant_id(0), variant_id(results.operating, healed=True)):
-            name = f"{words(row.method)} at {row.bits} bits"
-            said.append(f"{plain}: {verdict(change, name, 'AWQ' if row.method != 'awq' else '16 bits')}.")
-    if results.errors is not None:
-        healed = variant_id(results.operating, healed=True) + "|"
-        errors = results.errors[results.errors.variant.str.startswith(healed)].groupby("variant").relative_error.mean()
-        each = ", ".join(f"{name.removeprefix(healed)} {e:.3f}" for name, e in errors.sort_values().items())
-        said += [f"Relative error of a block's output, mean over the blocks of {healed[:-1]}: {each}."] if each else []
-    return said or ["Scores need weights."]
+def limits_sft(results: Results) -> list[str]:
+    """What further training seeds say of the spread that no interval over pictures holds."""
+    table = results.variants.reindex(columns=["variant", "healed", "sft_seed"])
+    table, said = table[table.healed.astype(bool)], []
+    for name, group in table.groupby(table.variant.str.split("~").str[0], sort=False):
+        scores = [metrics.score_interval(answers_of(results.answers, seed)).score for seed in group.variant]
+        if len(scores) > 1 and not any(map(pd.isna, scores)):
+            each = ", ".join(f"{score:.1f}" for score in scores)
+            said.append(f"{name}: {len(scores)} training seeds score {each} %; intervals here are the first seed's.")
+    return said or ["One training seed: the spread between seeds is not in these intervals."]
 
 
 def findings_evaluation(results: Results) -> list[str]:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from derm_compress import dialogue, memory, models, oom, quantize
 from derm_compress.errors import DermError
 from derm_compress.progress import track
-from derm_compress.recipes import HEALED, Recipe, adapter_digest
+from derm_compress.recipes import Recipe, adapter_digest, healed_name
 
 if TYPE_CHECKING:  # data needs scipy, which a machine that only trains may lack
     from derm_compress.data import Item
@@ -215,12 +215,20 @@ def merge_adapter(model, folder: Path, step: dict, *, kept: tuple[int, ...], abs
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tune: the variant that is trained on, its recipe and the settings."""
+    """One fine-tune: the variant that is trained on (its adapter's folder), its recipe and the settings."""
 
     variant: str
     recipe: str
     training: Training
     device: str = "cpu"
+
+
+def jobs(sources: pd.DataFrame, training: Training, device: str) -> list[Job]:
+    """A job for each row of recipes.to_heal(); further seeds count on from the training's."""
+    return [
+        Job(row.adapter, row.recipe, replace(training, seed=training.seed + row.sft_seed), device)
+        for row in sources.itertuples()
+    ]
 
 
 def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
@@ -313,5 +321,5 @@ def read_curves(folder: Path, variants: Sequence[str]) -> pd.DataFrame:
 
 def measured(scratch: Path, variants: Sequence[str]) -> pd.DataFrame:
     """Of fine-tunes: variant (as healed), seconds, train_peak_gib (planned), measured_peak_gib (CPU: the process's)."""
-    rows = [{"variant": v + HEALED} | json.loads((scratch / f"{v}.json").read_text()) for v in variants]
+    rows = [{"variant": healed_name(v)} | json.loads((scratch / f"{v}.json").read_text()) for v in variants]
     return pd.DataFrame(rows).astype({"seconds": float})

@@ -23,6 +23,7 @@ PRESENTATION = frozenset(
     | {"parts", "page", "comparison", "answers_html", "pareto", "cards"}
     | {"verdicts", "side_by_side", "contradictions", "paper_model"}
     | {"planner", "power", "statistics_tables", "statistics_figures", "statistics_findings"}
+    | {"precision", "quantization_figures", "quantization_findings"}
 )
 
 

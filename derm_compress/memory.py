@@ -244,6 +244,7 @@ def tensor_gib(model) -> float:
     states = [tensor.quant_state for tensor in tensors if getattr(tensor, "quant_state", None)]
     states += [state.state2 for state in states if state.state2]
     tensors += [tensor for state in states for tensor in (state.absmax, state.code)]
+    tensors += [tensor.SCB for tensor in tensors if getattr(tensor, "SCB", None) is not None]  # LLM.int8's scales
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values()) / GIB
 
 

@@ -4,6 +4,7 @@ from derm_compress import (
     contradictions,
     findings,
     judge_controls,
+    quantization_findings,
     ranking_findings,
     side_by_side,
     statistics_findings,
@@ -21,6 +22,10 @@ CAPTIONS = {  # of the tables that need another one
     "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",
     "extra_criteria": "score before SFT with its 95 % interval, n answers",
     "extra_criteria_tests": "the study's criterion minus its rival in points, paired, 95 % interval, p by sign flips",
+    "extra_quantization_tests": "difference: minus AWQ of the same model and width; minus 16 bits: minus the model "
+    "that was quantized; points, paired, 95 % interval, p by sign flips, corrected over all of one width (Holm)",
+    "extra_equal_bytes": "score with its 95 % interval; difference: minus all blocks at the budget's width, healed "
+    "alike, paired; where two widths are mixed, the blocks that the plan would remove last get the wider one",
     "extra_cliffs": "the steepest fall between neighbouring depths, per block; its interval is of the step that was "
     "chosen for being the steepest; level until: the last depth before the first whose paired interval to the "
     "unpruned one lies below 0",
@@ -57,7 +62,10 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
         "Beside Figure 3", "How many pictures are enough, and do they change the ranking?",
         lambda results: ranking_findings.findings_calibration(results) + ranking_findings.findings_images(results),
     ),
-    "fig4_activations": ("Figure 4", "Where do activations stand out?", findings.findings_activations),
+    "fig4_activations": ("Figure 4", "Where do activations stand out?", quantization_findings.findings_activations),
+    "extra_activations": (
+        "Beside Figure 4", "And in every other block and projection?", quantization_findings.findings_outliers
+    ),
     "table1_pruning": ("Table 1", "What does pruning alone cost, at each depth?", findings.findings_depths),
     "extra_criteria": ("Beside Table 1", "Does the criterion beat its rivals?", ranking_findings.findings_rivals),
     "extra_criteria_tests": ("Beside Table 1", "How sure is each comparison?", None),
@@ -68,7 +76,15 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     ),
     "table2_sft": ("Table 2", "What does SFT heal, beyond what it gives the unpruned model?", findings.findings_sft),
     "extra_seeds": ("Beside Table 2", "How much is training noise?", statistics_findings.findings_seeds),
-    "table3_quantization": ("Table 3", "What do fewer bits cost, by method?", findings.findings_quantization),
+    "table3_quantization": (
+        "Table 3", "What do fewer bits cost, by method?", quantization_findings.findings_quantization
+    ),
+    "extra_quantization_tests": ("Beside Table 3", "How sure is each comparison of methods?", None),
+    "extra_errors": ("Beside Table 3", "Where do errors arise, and do they cost answers?", None),
+    "extra_alpha": ("Beside Table 3", "What does AWQ scale?", quantization_findings.findings_scales),
+    "extra_equal_bytes": (
+        "Beside Table 3", "Fewer blocks or fewer bits, at equal bytes?", quantization_findings.findings_equal_bytes
+    ),
     "table4_efficiency": ("Table 4", "What does the whole pipeline gain in memory and time?", None),
     "extra_planner": (
         "Beside Table 4", "Does the memory plan give the paper's figures?", statistics_findings.findings_planner

@@ -14,6 +14,7 @@ from torch import nn
 
 from derm_compress import models
 from derm_compress.errors import DermError
+from derm_compress.recipes import paper_depth
 
 PAPER_DEPTHS = {"operating": 6, "deeper": 9}  # of 32 blocks
 SUBLAYERS = ("attention", "mlp")  # of a block, in the order of their use
@@ -208,11 +209,6 @@ def read_plans(folder: Path, criteria: Sequence[str]) -> list[Plan]:
 def depths(of_32: Sequence[int], plan: Plan) -> list[int]:
     """Depths of the paper's 32 blocks as the same fractions of this model's, as far as the plan reaches."""
     return sorted({d for n in of_32 if (d := paper_depth(n, plan.blocks)) <= plan.most})
-
-
-def paper_depth(of_32: int, blocks: int) -> int:
-    """The same fraction of another model's blocks, at least one."""
-    return max(1, int(of_32 / 32 * blocks + 0.5))
 
 
 def choose(scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 25.0, share: float = 1 / 3) -> dict:

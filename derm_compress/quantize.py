@@ -14,8 +14,8 @@ from torch import nn
 from derm_compress import awq, models
 from derm_compress.activations import tap
 from derm_compress.errors import DermError
+from derm_compress.forms import WIDTHS
 from derm_compress.grids import PLANES, HQQGrid, Int8Grid, IntegerGrid, NF4Grid
-from derm_compress.recipes import WIDTHS
 
 NF4_BLOCKS = (32, 64, 128, 256)
 KEPT = 16  # "bits" of a linear that stays as it is
@@ -118,7 +118,7 @@ class Target:
 
 
 def targets(model, form):
-    """The linears that a form quantizes; raises DermError where their inputs are not whole groups."""
+    """The linears that a form quantizes; DermError where inputs are not whole groups, or weights no numbers."""
     if gone := set(form.parts) - set(models.parts(model)):
         raise DermError(f"quantize: no part {sorted(gone)}; parts are {', '.join(models.parts(model))}")
     if beyond := [b for b in form.block_bits if not 0 <= b < len(models.blocks(model))]:
@@ -129,6 +129,8 @@ def targets(model, form):
         if grid is None or any(fnmatch(where, pattern) for pattern in form.keep):
             continue
         found.append(Target(part, where, parent, name.rpartition(".")[2], grid))
+        if not torch.isfinite(found[-1].linear.weight).all():
+            raise DermError(f"quantize: weights of {where} are NaN, infinite or both; check the model's files")
         into, size = found[-1].linear.in_features, getattr(grid, "group_size", 1)
         if size < 1 or into % size:
             what = name if block is None else f"block {block} {name}"

@@ -18,13 +18,6 @@ import pandas as pd
 from derm_compress.errors import DermError
 
 ORIGINAL, HEALED = "original", "+sft"
-SCALED = ("awq", "awq_nf4", "autoawq")  # methods whose scales are searched
-WIDTHS = {"bitsandbytes": (4,), "awq_nf4": (4,), "llm_int8": (8,)}  # of the methods that have one alone
-TAKES = {  # who has an option, where not all have it
-    "duo": SCALED,
-    "double": ("bitsandbytes", "awq_nf4"),
-    "clip": ("awq", "awq_nf4", "autoawq", "rtn", "rtn_symmetric"),
-}
 
 
 @dataclass(frozen=True)
@@ -81,8 +74,10 @@ def read_recipe(folder: Path) -> Recipe:
 def variant(name: str, recipe: Recipe, **known) -> dict:
     """One row of the variants frame; unquantized weights count as 16 bits, whatever the CPU computes in."""
     row = {"variant": name, "blocks_removed": recipe.blocks - len(recipe.kept()), "criterion": "", "healed": False}
-    row |= {f"{part}s_removed": sum(u.endswith(part) for u in recipe.absent()) for part in ("attention", "mlp")}
-    return row | {"method": "fp16", "bits": 16, "group_size": 0} | known | {"recipe": recipe.to_json()}
+    row |= {"sft_seed": 0} | {
+        f"{part}s_removed": sum(u.endswith(part) for u in recipe.absent()) for part in ("attention", "mlp")
+    }
+    return row | {"method": "fp16", "bits": 16, "group_size": 0, "quantizer": ""} | known | {"recipe": recipe.to_json()}
 
 
 def pruned(original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequence[int] = ()) -> pd.DataFrame:
@@ -99,78 +94,42 @@ def pruned(original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequ
     return pd.DataFrame(rows)
 
 
+def paper_depth(of_32: int, blocks: int) -> int:
+    """The same fraction of another model's blocks, at least one."""
+    return max(1, int(of_32 / 32 * blocks + 0.5))
+
+
+def to_heal(known: pd.DataFrame, choice: dict, *, depths: Sequence[int] = (), seeds: int = 1) -> pd.DataFrame:
+    """What SFT is given: the model of every role, the study's own plan at further `depths` (of 32), and so many
+    training seeds of the operating point and of its control.
+
+    Adds `sft_seed` (0 for the first) and `adapter`, the name of the folder to train into. DermError where stage 04 has
+    no model of a depth.
+    """
+    role, blocks = roles(choice), Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
+    names = [name for name in role.values() if name in set(known.variant)]
+    names += [f"pruned-{paper_depth(n, blocks)}" for n in depths]
+    first = named(known, names).assign(sft_seed=0)
+    more = named(first, [role["unpruned"], role["operating"]])
+    frame = pd.concat([first, *(more.assign(sft_seed=seed) for seed in range(1, seeds))], ignore_index=True)
+    marks = [f"~{seed}" if seed else "" for seed in frame.sft_seed]
+    return frame.assign(adapter=frame.variant + marks)
+
+
+def healed_name(adapter: str) -> str:
+    """The variant that an adapter makes: pruned-6+sft~1 of pruned-6~1."""
+    source, mark, seed = adapter.partition("~")
+    return source + HEALED + mark + seed
+
+
 def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
-    """The same variants after SFT: `adapters/<variant>` under the stage's reference `ref`."""
+    """The variants of to_heal() after SFT: `adapters/<adapter>` under the stage's reference `ref`."""
     rows = []
     for row in sources.to_dict("records"):
-        name = row["variant"]
-        recipe = Recipe.from_json(row["recipe"]).with_adapter(f"{ref}/{name}", Path(adapters) / name)
-        rows.append(variant(name + HEALED, recipe, criterion=row["criterion"], healed=True))
+        folder, known = row["adapter"], {key: row[key] for key in ("criterion", "sft_seed")}
+        recipe = Recipe.from_json(row["recipe"]).with_adapter(f"{ref}/{folder}", Path(adapters) / folder)
+        rows.append(variant(healed_name(folder), recipe, healed=True, **known))
     return pd.DataFrame(rows)
-
-
-def quantized(
-    sources: pd.DataFrame, *, methods: Sequence[str], bits: int | Sequence[int], group_size: int, ref: str, **options
-) -> pd.DataFrame:
-    """Every source in every form of `forms`, whose arguments these are.
-
-    What needs a search takes its scales from `ref/<form>/<variant>.safetensors`, as evaluate.search_scales leaves them.
-    """
-    rows = []
-    for row in sources.to_dict("records"):
-        for form, step in forms(methods, bits, group_size, **options).items():
-            scales = {"ref": f"{ref}/{form}/{row['variant']}.safetensors"} if searched(step) else {}
-            recipe = Recipe.from_json(row["recipe"]).then("quantize", **step, **scales)
-            known = {"criterion": row["criterion"], "healed": row["healed"]} | stored_as(step, len(recipe.kept()))
-            rows.append(variant(f"{row['variant']}|{form}", recipe, **known))
-    return pd.DataFrame(rows)
-
-
-def forms(
-    methods: Sequence[str], bits: int | Sequence[int], group_size: int, *, label: str = "", **options
-) -> dict[str, dict]:
-    """{name: step} of every method at every width; a method of one width alone has that one, whatever is asked.
-
-    options: quantize.Form's, of which a method takes those it has; `label` ends the names, and must where blocks or
-    linears are treated apart.
-    """
-    if not label and (options.keys() & {"block_bits", "keep", "parts"}):
-        raise DermError("quantized: forms with block_bits, keep or parts need a label to be told apart by")
-    found = {}
-    for method in methods:
-        for width in WIDTHS.get(method) or ([bits] if isinstance(bits, int) else bits):
-            step = {"method": method, "bits": width, "group_size": group_size}
-            step |= {
-                key: _plain(value) for key, value in options.items() if value and method in TAKES.get(key, (method,))
-            }
-            found[form_name(step, label)] = step
-    return found
-
-
-def _plain(value):
-    """A value as JSON gives it back."""
-    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def searched(step: dict) -> bool:
-    """Whether a quantize step needs the result of a search on calibration inputs."""
-    return step["method"] in SCALED or bool(step.get("clip"))
-
-
-def form_name(step: dict, label: str = "") -> str:
-    """awq4, awq_nf4, awq3-duo-clip, awq3-mixed: method, bits, options, label."""
-    method, bits = step["method"], str(step["bits"])
-    name = method if method.endswith(bits) else method + bits
-    told = [option for option in ("duo", "clip", "double") if step.get(option)]
-    return "-".join([name, *told, *([label] if label else [])])
-
-
-def stored_as(step: dict, blocks: int) -> dict:
-    """method, bits and group_size of the format that memory.plan_weights plans; bits are the mean over the blocks."""
-    own = {int(block): bits for block, bits in step.get("block_bits", {}).items()}
-    mean = (sum(own.values()) + (blocks - len(own)) * step["bits"]) / blocks
-    method = step["method"] + "_double" * bool(step.get("double"))
-    return {"method": method, "bits": int(mean) if mean == int(mean) else mean, "group_size": step["group_size"]}
 
 
 def named(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:

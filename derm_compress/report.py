@@ -27,6 +27,7 @@ from derm_compress import (
     paper,
     pareto,
     preflight,
+    quantization_figures,
     quotes,
     ranking_figures,
     side_by_side,
@@ -140,7 +141,7 @@ def draw(results: tables.Results, built: dict, graph: dict[str, list[str]], aske
         drawn["fig2_block_removal"] = figures.fig2_block_removal(plan, n)
     if results.scores is not None and figures.drawn_in_figure_3(results.scores)[0]:
         drawn["fig3_layer_importance"] = figures.fig3_layer_importance(results.scores, n)
-    drawn |= draw_rankings(results, built)
+    drawn |= draw_rankings(results, built) | quantization_figures.drawings(results, built)
     if "extra_diagnosis" in built and (drawing := statistics_figures.confusions(results)):
         drawn["extra_diagnosis"] = drawing
     if results.figure4 is not None and len(results.figure4):

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from derm_compress import agreement, judge_controls, metrics, paper, rivals, statistics_tables
+from derm_compress import agreement, judge_controls, metrics, paper, precision, rivals, statistics_tables
 from derm_compress.results import ANSWERING as ANSWERING
 from derm_compress.results import Results, answers_of, variant_id
 from derm_compress.results import load_results as load_results
@@ -28,7 +28,8 @@ COLUMNS = {  # what the paper gives stands beside what is ours
         "seconds", "paper_seconds", "train_peak_gib", "paper_vram", *SIZE[:2], *SIZE[3:6], "paper_model",
     ],
     "table3_quantization": [
-        *MODEL[1:], "score", "paper_score", *SCORE[1:], *(name for name in PAPER_SIZE if name != "paper_params_b"),
+        *MODEL[1:], "score", "paper_score", *SCORE[1:], "relative_error",
+        *(name for name in PAPER_SIZE if name != "paper_params_b"),
     ],
     "table4_efficiency": [
         "setting", *MODEL, "score", "paper_score", *SCORE[1:],
@@ -37,6 +38,10 @@ COLUMNS = {  # what the paper gives stands beside what is ours
     "table5_ablation": [
         "setting", *MODEL, "score", "paper_score", *SCORE[1:],
         "difference", "difference_lo", "difference_hi", "p", "p_holm", *SIZE, "paper_notes",
+    ],
+    "extra_quantization_tests": precision.TESTS[1:],
+    "extra_equal_bytes": [
+        "budget", *precision.MODEL[1:], "mean_bits", *SCORE, *precision.CHANGE, "p_holm", *SIZE[1:2], *SIZE[4:6],
     ],
     "extra_agreement": ["one", "other", "rho", "rho_lo", "rho_hi"],
     "extra_calibration_size": agreement.CURVE,
@@ -57,7 +62,7 @@ COLUMNS = {  # what the paper gives stands beside what is ours
 }  # fmt: skip
 COUNTS = (
     "n", "bits", "blocks_removed", "blocks_removed_7b", "attentions_removed", "mlps_removed", "items", "depths",
-    "ahead", "fall_from", "fall_to", "level_until",
+    "ahead", "fall_from", "fall_to", "level_until", "budget",
     *statistics_tables.COUNTS,
 )  # fmt: skip
 BASELINES = ("base", "original", "blank", "shuffled")
@@ -66,7 +71,8 @@ UNITS = {
     "params_b": "parameters, B", "vram_gib": "weights, GiB", "peak_gib": "peak, GiB",
     "seconds": "time, s", "train_peak_gib": "training peak, GiB", "vram": "VRAM, GB", "ms_per_token": "ms/token",
     "prefill_ms": "prefill, ms (quartiles)", "decode_ms_per_token": "decode, ms/token (quartiles)",
-    "total_ms_per_token": "total, ms/token (quartiles)", "t4_prefill_ms": "prefill on a T4, ms", "disk_gib": "disk, GiB",
+    "total_ms_per_token": "total, ms/token (quartiles)", "t4_prefill_ms": "prefill on a T4, ms",
+    "disk_gib": "disk, GiB",
     "t4_decode_ms_per_token": "decode on a T4, ms/token", "t4_total_ms_per_token": "total on a T4, ms/token",
     "gpu_gib": "GPU, GiB", "measured_weights_gib": "measured weights, GiB",
     "rss_gib": "process, GiB", "rss_peak_gib": "process peak, GiB", "device_used_gib": "GPU in use, GiB",
@@ -77,6 +83,8 @@ UNITS = {
     "p_all_holm": "p, all depths (Holm)", "ahead": "ahead at", "fall_from": "steepest from", "fall_to": "to",
     "fall": "fall, points", "fall_per_block": "points a block", "nearest": "nearest whole-block model",
     "nearest_params_b": "its parameters, B", "nearest_score": "its score, %", "apart": "apart, blocks",
+    "relative_error": "output error, mean over blocks", "cost": "minus 16 bits", "p_cost": "p, 16 bits",
+    "p_cost_holm": "p, 16 bits (Holm)", "budget": "bytes of all blocks at bits", "mean_bits": "bits, mean",
     **statistics_tables.UNITS,
 }  # fmt: skip
 
@@ -90,7 +98,7 @@ def items_hash(items: pd.DataFrame) -> str:
 
 def build(results: Results) -> dict[str, pd.DataFrame]:
     """{stem: table} of everything that the results suffice for."""
-    makers = (table1, table2, table3, table4, table5, agreements, calibration_sizes)
+    makers = (table1, table2, table3, table4, table5, quantization_tests, equal_bytes, agreements, calibration_sizes)
     makers += (criteria, criteria_tests, cliffs, sublayers, running, baselines, judges)
     makers += statistics_tables.MAKERS
     ready = {stem: make for stem, make in zip(COLUMNS, makers, strict=True) if needed(make, results) is not None}
@@ -102,6 +110,7 @@ def needed(make, results: Results):
     """What a table cannot be made without."""
     special = {agreements: results.values, calibration_sizes: results.values, judges: results.judge_controls}
     special |= dict.fromkeys(statistics_tables.MAKERS, results)  # they know themselves
+    special |= {quantization_tests: results.answers, equal_bytes: results.equal_bytes}
     return special.get(make, results.variants)
 
 
@@ -138,12 +147,27 @@ def table2(results: Results) -> pd.DataFrame:
 
 
 def table3(results: Results) -> pd.DataFrame:
-    """Every quantized model of the paper's criterion: method x bits, before and after SFT."""
-    table = results.variants[results.variants.bits < 16]
-    plain = [variant_id(n, healed=h) for n, h in zip(table.blocks_removed, table.healed, strict=True)]
-    table = table[table.variant.str.split("|").str[0] == plain]
+    """Every quantized model of the paper's criterion: method x bits, before and after SFT; output errors beside."""
+    table = precision.quantized(results.variants)
     table = _measured(table.sort_values(["blocks_removed", "healed", "method", "bits"]), results, results.answers)
+    if results.errors is not None:
+        table["relative_error"] = table.variant.map(results.errors.groupby("variant").relative_error.mean())
     return _beside(table, results, 3, drop=["method"])
+
+
+def quantization_tests(results: Results) -> pd.DataFrame:
+    """Every quantized model against AWQ's and against 16 bits, paired."""
+    if results.variants is None:
+        return pd.DataFrame()
+    return precision.method_tests(results.answers, results.variants)
+
+
+def equal_bytes(results: Results) -> pd.DataFrame:
+    """What is worth most at the same bytes: fewer blocks, fewer bits, or both."""
+    if results.variants is None:
+        return pd.DataFrame()
+    table = precision.equal_bytes(results.answers, results.variants, results.equal_bytes)
+    return _measured(table.drop(columns="n"), results, results.answers)
 
 
 def table4(results: Results) -> pd.DataFrame:
@@ -262,7 +286,7 @@ def digits(column: str) -> str:
     if column.startswith("paper"):
         return "%g"
     endings = {"params_b": 9, "nearest_params_b": 9, "params_b_7b": 6, "fraction_removed": 6, "seconds": 1}
-    four = {"p", "rho", "overlap", "chance"} & set(column.split("_"))
+    four = {"p", "rho", "overlap", "chance", "error"} & set(column.split("_"))
     return f"%.{endings.get(column, 6 if 'gib' in column else 3 if 'ms' in column.split('_') else 4 if four else 2)}f"
 
 
@@ -306,7 +330,9 @@ def _cell(name, value, lo, hi):
         return str(int(value))
     if name.split("_")[0] == "p":
         return "< 0.001" if value < 0.001 else f"{value:.2g}"
-    points = (name == "ours" and not pd.isna(lo)) or name.startswith(("score", "gain", "diff", "fall", "nearest_s"))
+    points = (name == "ours" and not pd.isna(lo)) or name.startswith(
+        ("score", "gain", "diff", "fall", "nearest_s", "cost")
+    )
     share = name.startswith(("rho", "over", "chance", "as_exp"))
     style = digits(name) if name.startswith("paper") else "%.1f" if points else "%.2f" if share else "%.4g"
     text = style % value

@@ -48,11 +48,13 @@ def variant(name, blocks=0, *, criterion="", healed=False, method="fp16", bits=1
     return {
         "variant": name, "blocks_removed": blocks, "criterion": criterion, "healed": healed, "method": method,
         "bits": bits, "group_size": 64, "recipe": '{"base": "tiny"}', "attentions_removed": 0, "mlps_removed": 0,
+        "sft_seed": 0, "quantizer": "",
     }  # fmt: skip
 
 
 def quantized(row, method, bits=4):
-    return row | {"variant": f"{row['variant']}|{method}{bits}", "method": method, "bits": bits}
+    return row | {"variant": f"{row['variant']}|{method}{bits}", "method": method, "bits": bits,
+                  "quantizer": method}  # fmt: skip
 
 
 def variants():
@@ -248,6 +250,17 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
     files["07_quantization"]["errors"] = pd.DataFrame(
         {"variant": ["original|awq4", "original|rtn4"], "block": [0, 0], "relative_error": [0.01, 0.04]}
     )
+    four = [(name, b, group, alpha) for name in ("original", "pruned-6", "pruned-6+sft") for b in range(8)
+            for group, alpha in (("qkv", b / 20), ("o", 0.0), ("gate_up", 0.4), ("down", 0.1))]  # fmt: skip
+    searched = pd.DataFrame(four, columns=["variant", "block", "group", "alpha"])
+    files["07_quantization"]["search"] = searched.assign(form="awq4", loss=0.01, loss_rtn=0.02)
+    loud = [
+        (b, "qkv", c, 20.0 if c == 3 else 1.0 + c / 64, 2.0 if c == 3 else 1.0) for b in range(4) for c in range(64)
+    ]
+    loud = pd.DataFrame(loud, columns=["block", "group", "channel", "peak", "scale"])
+    files["07_quantization"]["channels"] = loud.assign(variant="original")
+    equal = pd.DataFrame({"budget": 4, "source": ["original", "pruned-6"], "form": "awq4", "quantizer": "awq"})
+    files["07_quantization"]["equal_bytes"] = equal.assign(step="{}")
     asked = [Item(name, "test", name, name, row, {}, "") for row, name in enumerate(dialogue.diseases())]
     files["08_evaluation"] |= {
         "variants": pd.concat([table, blind]), "answers": pd.concat(eight), "memory": memory(table),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from derm_compress import checkpoint, gemm, models, packed, quantize, recipes
+from derm_compress import checkpoint, gemm, models, packed, quantize
 from derm_compress.errors import DermError
 from derm_compress.grids import IntegerGrid
 from derm_compress.packed import PackedLinear
@@ -160,4 +160,3 @@ def test_incomplete_and_foreign_folders_are_refused(pico, recipe, store, tmp_pat
         checkpoint.load(tmp_path / "out")
     with pytest.raises(DermError, match="LLM.int8"):
         checkpoint.save(made(pico, {"method": "llm_int8", "bits": 8}), tmp_path)
-    assert recipes.form_name({"method": "llm_int8", "bits": 8}) == "llm_int8"

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from derm_compress import evaluate, models, prune, recipes
+from derm_compress import evaluate, forms, models, prune, recipes
 from derm_compress.errors import DermError
 
 PLAN = prune.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
@@ -18,7 +18,7 @@ def test_variants_name_depth_criterion_and_recipe(recipe):
     frame = variants(recipe)
     names = ["original", "pruned-1", "pruned-3", "pruned-1-output_similarity", "pruned-3-output_similarity"]
     assert frame.variant.tolist() == names and frame.blocks_removed.tolist() == [0, 1, 3, 1, 3]
-    quantized = recipes.quantized(frame[:2], methods=["awq", "rtn"], bits=4, group_size=64, ref="07/k/scales")
+    quantized = forms.quantized(frame, forms.asked(frame.variant[:2], ["awq", "rtn"], 4, 64), "07/k/scales")
     assert quantized.variant.tolist() == ["original|awq4", "original|rtn4", "pruned-1|awq4", "pruned-1|rtn4"]
     steps = [recipes.Recipe.from_json(r).steps[-1] for r in quantized.recipe]
     assert steps[0]["ref"] == "07/k/scales/awq4/original.safetensors" and "ref" not in steps[1]
@@ -60,9 +60,17 @@ def test_quantized_variants_run_from_search_to_errors(recipe, store, dataset, tm
     frame = variants(recipe)[:2]
     how = {"items": dataset.of("train")[:2], "images": dataset.images, "batch_size": 6, "device": "cpu"}
     (tmp_path / "scales").mkdir()
-    evaluate.search_scales(tmp_path / "scales", frame, store, bits=3, group_size=64, **how)
-    methods = ["awq", "rtn"]
-    quantized = recipes.quantized(frame, methods=methods, bits=3, group_size=64, ref="scales")
+    wanted = forms.asked(frame.variant, ["awq", "rtn", "awq-text"], 3, 64)
+    evaluate.search_scales(tmp_path / "scales", wanted, frame, store, **how)
+    found = pd.read_parquet(tmp_path / "scales" / "search.parquet")
+    both = found.pivot(index=["variant", "block", "group"], columns="form", values="loss")
+    assert set(found[found.variant == "pruned-1"].block) == {0, 1, 2, 4, 5, 6, 7}  # original indices
+    assert len(both) == 60 and (both["awq3"] != both["awq3-text"]).all()
+    channels = evaluate.scaled_channels(tmp_path / "scales", "awq3", frame, store, **how)
+    assert channels.groupby("variant").block.nunique().tolist() == [8, 7] and (channels.scale > 0).all()
+    assert evaluate.scaled_channels(tmp_path / "scales", "awq9", frame, store, **how).empty
+    wanted = wanted[wanted.form != "awq3-text"]
+    quantized = forms.quantized(frame, wanted, "scales")
     errors = evaluate.quantization_errors(quantized, frame, store, **how)
     assert errors.groupby("variant").size().tolist() == [8, 8, 7, 7] and (errors.relative_error > 0).all()
     recipe_of = quantized.set_index("variant").recipe

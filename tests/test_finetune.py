@@ -3,6 +3,7 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -171,3 +172,10 @@ def test_jobs_run_side_by_side_and_are_kept(dataset, recipe, store, tmp_path):
     assert 0.1 > small > smaller > 0
     healed = models.materialize(pruned.with_adapter("out/pruned-4", tmp_path / "out" / "pruned-4"), store)[0]
     assert len(models.blocks(healed)) == 4
+
+
+def test_further_seeds_train_with_other_seeds():
+    sources = pd.DataFrame({"adapter": ["a", "a~1"], "recipe": ["{}", "{}"], "sft_seed": [0, 1]})
+    settings = finetune.Training(rank=2, alpha=2, learning_rate=1e-3, steps=1, batch_size=2, seed=5)
+    made = finetune.jobs(sources, settings, "cpu")
+    assert [(job.variant, job.training.seed) for job in made] == [("a", 5), ("a~1", 6)]

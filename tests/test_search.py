@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from small_llava import batch, small_llava
 
-from derm_compress import awq, calibration, generate, grids, models, packed, quantize, recipes, search
+from derm_compress import awq, calibration, generate, grids, models, packed, quantize, search
 from derm_compress.calibration import InputStatistics
 from derm_compress.errors import DermError
 from derm_compress.grids import IntegerGrid, NF4Grid
@@ -156,16 +156,6 @@ def test_a_step_is_read_with_defaults_and_unknown_fields_are_refused():
     assert quantize.Form.of(old | {"block_bits": {"3": 2}}).grid(3).bits == 2
     with pytest.raises(DermError, match="unknown fields \\['clips'\\]"):
         quantize.Form.of(old | {"clips": True})
-
-
-def test_forms_are_named_and_planned():
-    options = {"clip": True, "double": True, "label": "text"}
-    found = recipes.forms(["awq", "awq_nf4", "llm_int8"], [4, 3], 64, **options)
-    assert list(found) == ["awq4-clip-text", "awq3-clip-text", "awq_nf4-clip-double-text", "llm_int8-text"]
-    mixed = recipes.forms(["rtn"], 4, 64, block_bits={0: 2, 1: 3}, label="mixed")["rtn4-mixed"]
-    assert recipes.stored_as(mixed, 4) == {"method": "rtn", "bits": 13 / 4, "group_size": 64}
-    with pytest.raises(DermError, match="need a label"):
-        recipes.forms(["rtn"], 4, 64, block_bits={0: 2})
 
 
 def test_a_killed_search_goes_on_at_its_block(model, tmp_path, monkeypatch):

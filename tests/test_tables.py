@@ -25,6 +25,7 @@ def results_of(**changes):
         similarity=frames["similarity"], values=frames["values"], scores=frames["scores"],
         choice=frames["choice.json"],
         training=frames["measured/training"], statistics=frames["statistics"], errors=frames["errors"],
+        search=frames["search"], channels=frames["channels"], equal_bytes=frames["equal_bytes"],
         variants=frames["variants"], evaluation=frames["answers"], memory=frames["memory"],
         latency=frames["measured/latency"], judge_controls=frames["judge_controls"],
         predictions=frames["predictions"], architecture_7b=frames["architecture_7b.json"],

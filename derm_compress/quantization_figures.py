@@ -1,0 +1,142 @@
+"""Figures of activations and of quantized models: loud channels, exponents, errors, equal bytes. No torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from derm_compress import precision
+from derm_compress.figures import DENSE, PRUNED, QUANTIZED, SFT, Drawing, canvas, styled
+from derm_compress.quantization_findings import main_models, quantizer
+from derm_compress.ranking_figures import LINES
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GROUPS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
+MAPS = {"outlier_channels": "outlier channels", "kurtosis": "kurtosis"}
+
+
+def plain_numbers(axis) -> None:
+    """0.01, 0.02, 0.05 on a logarithmic axis: the style draws no powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+@styled
+def fig_activation_map(statistics: pd.DataFrame) -> Drawing:
+    """Outlier channels and kurtosis of every block and projection, model by model (Figure 4 everywhere at once)."""
+    names = list(dict.fromkeys(statistics.variant))
+    loud = (statistics.outlier_channels > 0).groupby(statistics.variant, sort=False).mean()
+    finding = "share of projections with outlier channels: " + ", ".join(f"{n} {loud[n]:.0%}" for n in names)
+    figure, axes = canvas(finding, 0.9 + 1.35 * len(names) * len(MAPS), rows=len(names) * len(MAPS), sharex=True)
+    blocks = range(statistics.block.max() + 1)
+    for row, (column, label) in enumerate(MAPS.items()):
+        values = statistics[column].replace(0, np.nan) if column == "kurtosis" else statistics[column]
+        log = {"norm": LogNorm(values.min(), values.max())}
+        ends = log if column == "kurtosis" else {"vmin": 0, "vmax": max(1, values.max())}
+        for i, name in enumerate(names):
+            axis, rows = axes[row * len(names) + i], statistics[statistics.variant == name]
+            grid = rows.pivot(index="projection", columns="block", values=column)
+            grid = grid.reindex(index=[p for p in PROJECTIONS if p in grid.index], columns=blocks)
+            image = axis.imshow(grid, aspect="auto", cmap="magma_r", interpolation="nearest", **ends)
+            axis.set_yticks(range(len(grid)), grid.index, fontsize=6.5)
+            axis.set_title(f"{name}: {label}", loc="left", fontsize=8.5)
+            axis.grid(False)
+            bar = figure.colorbar(image, ax=axis)
+            if column == "kurtosis":
+                plain_numbers(bar.ax.yaxis)
+    axes[-1].set_xlabel("block, counted from 0; blank: removed")
+    return Drawing(figure, statistics, finding)
+
+
+@styled
+def fig_alpha(search: pd.DataFrame, sources: list[str]) -> Drawing:
+    """The exponent that each group got, block by block; lighter: calibrated on text alone."""
+    search = search[search.form.isin(["awq4", "awq4-text"]) & search.variant.isin(sources)].dropna(subset=["alpha"])
+    names, plain = list(dict.fromkeys(search.variant)), search[search.form == "awq4"]
+    told = ", ".join(f"{name} {a:.2f}" for name, a in plain.groupby("variant", sort=False).alpha.median().items())
+    finding = f"AWQ's median exponent (0 is plain rounding): {told}"
+    figure, axes = canvas(finding, 1.1 + 1.6 * len(names), rows=len(names), sharex=True, sharey=True, squeeze=False)
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        for (group, label), (colour, marker, _) in zip(GROUPS.items(), LINES, strict=False):
+            for form, style in (("awq4", {"linewidth": 1.2}), ("awq4-text", {"linewidth": 0.8, "alpha": 0.45})):
+                rows = search[(search.variant == name) & (search.group == group) & (search.form == form)]
+                shown = {"label": label} if form == "awq4" and axis is axes[0, 0] else {}
+                axis.plot(rows.block, rows.alpha, marker=marker, ms=3, color=colour, **style, **shown)
+        axis.set_title(name, loc="left", fontsize=8.5)
+        axis.set_ylabel("exponent")
+    axes[-1, 0].set_xlabel("block")
+    figure.legend(ncols=4, loc="outside lower center")
+    return Drawing(figure, search, finding)
+
+
+@styled
+def fig_errors(errors: pd.DataFrame, tests: pd.DataFrame, source: str) -> Drawing:
+    """Output errors of one model's blocks by method, and every model's mean error beside the score that it costs."""
+    mean = errors.groupby("variant").relative_error.mean()
+    shown = tests.assign(error=tests.variant.map(mean)).dropna(subset=["error"])
+    width = shown.bits[shown.method == "awq"].max()
+    own = shown[(shown.variant.str.split("|").str[0] == source) & (shown.bits >= width)].sort_values("error")
+    least = f"{quantizer(own.method.iloc[0])} has the smallest output error" if len(own) else "output errors"
+    finding = f"{least} on {source}; above, block by block, below, beside what it costs"
+    figure, (left, right) = canvas(finding, 6.4, rows=2)
+    for row, (colour, _, dash) in zip(own.itertuples(), LINES + [(DENSE, "o", ":")] * len(own), strict=False):
+        line = errors[errors.variant == row.variant]
+        left.plot(line.block, line.relative_error, dash, color=colour, linewidth=1.1, label=quantizer(row.method))
+    left.set(yscale="log", xlabel="block", ylabel="relative error")
+    if len(own):
+        left.legend(ncols=3, fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.08, -0.2))
+    scored = shown.dropna(subset=["cost"])
+    for (bits, rows), (colour, marker, _) in zip(scored.groupby("bits"), LINES, strict=False):
+        right.plot(rows.error, rows.cost, marker, color=colour, ms=5, label=f"{bits} bits")
+    right.axhline(0, color=DENSE, linewidth=0.8)
+    right.set(xscale="log", xlabel="relative error, mean over blocks", ylabel="points against 16 bits")
+    right.legend(ncols=4, loc="upper left", bbox_to_anchor=(-0.08, -0.2))
+    for axis in (left.yaxis, right.xaxis):
+        plain_numbers(axis)
+    return Drawing(figure, shown[["variant", "method", "bits", "error", "cost"]], finding)
+
+
+@styled
+def fig_equal_bytes(table: pd.DataFrame) -> Drawing:
+    """Scores of the ways to spend the same bytes (table extra_equal_bytes), before and after SFT."""
+    budgets = list(dict.fromkeys(table.budget))
+    best = table.dropna(subset=["score"]).sort_values("score").drop_duplicates(["budget", "healed"], keep="last")
+    told = [
+        f"{r.blocks_removed} gone and {r.mean_bits:.3g} bits for {r.budget} {'after' if r.healed else 'before'} SFT"
+        for r in best.sort_values(["budget", "healed"], ascending=[False, True]).itertuples()
+    ]
+    finding = "highest score for all blocks' bytes: " + "; ".join(told) if told else "ways to spend the same bytes"
+    figure, axes = canvas(finding, 1.6 + 2 * len(budgets), rows=len(budgets), squeeze=False)
+    for axis, budget in zip(axes[:, 0], budgets, strict=True):
+        here = table[table.budget == budget]
+        ways = list(dict.fromkeys(zip(here.blocks_removed, here.mean_bits, strict=True)))
+        for healed, colour, marker, shift in ((False, PRUNED, "o", 0.1), (True, SFT, "s", -0.1)):
+            rows = here[here.healed == healed].dropna(subset=["score"])
+            at = [ways.index(way) + shift for way in zip(rows.blocks_removed, rows.mean_bits, strict=True)]
+            ends = [(rows.score - rows.score_lo).clip(lower=0), (rows.score_hi - rows.score).clip(lower=0)]
+            label = "after SFT" if healed else "before SFT"
+            axis.errorbar(rows.score, at, xerr=ends, fmt=marker, color=colour, capsize=3, label=label)
+        axis.set_yticks(range(len(ways)), [f"{n} removed, {bits:.3g} bits" for n, bits in ways])
+        axis.set_title(f"bytes of all blocks at {budget} bits", loc="left", fontsize=9, color=QUANTIZED)
+        axis.invert_yaxis()
+    axes[-1, 0].set_xlabel("score, %")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=2, loc="outside lower center")
+    return Drawing(figure, table, finding)
+
+
+def drawings(results, built: dict[str, pd.DataFrame]) -> dict[str, Drawing]:
+    """{stem: drawing} of what the results suffice for; built: tables.build()'s."""
+    drawn, full = {}, main_models(results)
+    if results.statistics is not None:
+        drawn["extra_activations"] = fig_activation_map(results.statistics)
+    if results.errors is not None and "extra_quantization_tests" in built:
+        tests = precision.method_tests(results.answers, results.variants)
+        drawn["extra_errors"] = fig_errors(results.errors, tests, full[-1])
+    if results.search is not None and results.search.alpha.notna().any():
+        drawn["extra_alpha"] = fig_alpha(results.search, full)
+    if "extra_equal_bytes" in built:
+        drawn["extra_equal_bytes"] = fig_equal_bytes(built["extra_equal_bytes"])
+    return drawn
