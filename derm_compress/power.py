@@ -19,7 +19,7 @@ def quantiles(alpha: float = ALPHA, power: float = POWER) -> float:
 
 def detectable(sd: float, images: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
     """The smallest true difference found with that power, in sd's unit; nan without images or spread."""
-    return quantiles(alpha, power) * sd / np.sqrt(images) if images else np.nan
+    return quantiles(alpha, power) * sd / np.sqrt(images) if images and sd else np.nan
 
 
 def images_needed(sd: float, difference: float, *, alpha: float = ALPHA, power: float = POWER) -> float:
@@ -28,7 +28,9 @@ def images_needed(sd: float, difference: float, *, alpha: float = ALPHA, power: 
 
 
 def chance(sd: float, images: int, difference: float, *, alpha: float = ALPHA) -> float:
-    """The power itself: how often a true difference is found."""
+    """The power itself: how often a true difference is found; nan without spread."""
+    if not sd:
+        return np.nan
     line = NormalDist().inv_cdf(1 - alpha / 2)
     shift = abs(difference) * np.sqrt(images) / sd
     return NormalDist().cdf(shift - line) + NormalDist().cdf(-shift - line)

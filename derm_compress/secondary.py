@@ -32,14 +32,15 @@ def predictions(
     """One row an answer of any stage to a test or held-out item, with its `stage`; of equal ones the last stage's.
 
     earlier: as read_answers gives it; answers: stage 08's. Adds `fact_f1`, `diagnosis` (null but for the name question)
-    and `similarity` (null but for the variants in `alike`). results.of_predictions makes every score table's frames of
-    it.
+    and `similarity` (null but for the variants in `alike` on test items). results.of_predictions makes the frames of
+    every score table of it.
     """
     frames = [frame[frame.split == "test"].assign(stage=stage) for stage, frame in earlier.items()]
     every = pd.concat([*frames, answers.assign(stage=LAST)], ignore_index=True)
     every = every.drop_duplicates(KEYS, keep="last", ignore_index=True)
     every = every.assign(fact_f1=fact_f1(every), diagnosis=diagnosis(every))
-    return every.assign(similarity=similarity(every[every.variant.isin(alike)], device).reindex(every.index))
+    chosen = every[every.variant.isin(alike) & (every.split == "test")]
+    return every.assign(similarity=similarity(chosen, device).reindex(every.index))
 
 
 def fact_f1(answers: pd.DataFrame) -> pd.Series:

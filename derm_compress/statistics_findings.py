@@ -105,7 +105,7 @@ def findings_comparisons(results: Results) -> list[str]:
 
 def findings_power(results: Results) -> list[str]:
     """What the paper's number of pictures can show, and its own two gaps beside that."""
-    table = statistics_tables.powers(results)
+    table = statistics_tables.powers(results).dropna(subset=["detectable"])
     if table.empty:
         return []
     said = []

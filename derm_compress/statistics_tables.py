@@ -100,7 +100,7 @@ def powers(results: Results) -> pd.DataFrame:
             one, full = (answers_of(frame, v) for v in (variant, name))
             apart = metrics.by_image_difference(one, full)
             sd, images = apart.std(ddof=1), len(apart)
-            if images > 1 and sd > 0:
+            if images > 1:
                 found = apart.mean()
                 told = power.detectable(sd, images), found, power.chance(sd, images, found)
                 count = min(one.score.notna().sum(), full.score.notna().sum())

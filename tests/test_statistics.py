@@ -32,7 +32,8 @@ def test_power_in_closed_form_and_against_simulation():
     apart = rng.normal(power.detectable(1, images), 1, (repeats, images))
     found = np.mean([metrics.sign_flip_p(sums, n_permutations=400) < 0.05 for sums in apart])
     assert abs(found - power.POWER) < 0.07
-    assert np.isnan(power.detectable(1, 0)) and np.isnan(power.images_needed(1, 0))
+    assert np.isnan([power.detectable(1, 0), power.detectable(0, 9), power.chance(0, 9, 1)]).all()
+    assert np.isnan(power.images_needed(1, 0))
 
 
 def test_comparisons_are_paired_and_corrected_over_the_whole_family(results):
