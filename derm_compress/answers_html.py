@@ -1,4 +1,4 @@
-"""Figures 5 and 7 as text that can be read, copied and searched: answers side by side, their facts marked. No torch.
+"""Figures 5 to 7 as text that can be read, copied and searched: answers side by side, their facts marked. No torch.
 
 A right fact is bold and underlined, a wrong one struck through, so that grey prints and screen readers keep them apart.
 All that a model said is escaped.
@@ -55,6 +55,11 @@ def iterative_pruning(data: pd.DataFrame) -> Markup:
     first = data.iloc[0]
     asked = Markup("<h3>{}</h3>").format(dialogue.question(first.question))
     return LEGEND + asked + _card("Reference", marked(first.reference, first.reference, first.question)) + cards
+
+
+def prompt(data: pd.DataFrame) -> Markup:
+    """Figure 6: what the judge goes by, line by line; `data` as quotes.fig6_judge_prompt has it."""
+    return Markup("<pre class=text>{}</pre>").format("\n".join(data.line))
 
 
 def _grade(score) -> str:

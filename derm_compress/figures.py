@@ -124,7 +124,8 @@ def score_vs_blocks(table1: pd.DataFrame, table2: pd.DataFrame) -> Drawing:
     theirs = paper.table(1)
     axes.plot(theirs.blocks_removed, theirs.paper_score, ":^", color=PAPER, mfc="white", label="paper, LLaVA-1.5-7B")
     _points(axes, table1, before, "score", fmt="-o", color=PRUNED, label="pruned")
-    _points(axes, table2, after, "score_after", fmt="s", color=SFT, label="after SFT (0 blocks: the control)")
+    beside = after + 0.35  # so that both intervals are seen
+    _points(axes, table2, beside, "score_after", fmt="s", color=SFT, label="after SFT (beside; 0 blocks: the control)")
     axes.set_xlabel(f"blocks removed, of {paper.BLOCKS}")
     figure.legend(loc="outside lower center", ncols=3)
     return Drawing(figure, table1, finding)

@@ -73,6 +73,7 @@ def fig_pareto(frame: pd.DataFrame, table4: pd.DataFrame) -> Drawing:
         _scatter(axes[1, 0], timed, "total_ms_per_token", spread=True)
     for ax in axes[:, 0]:
         score_axis(ax)
+    first.set_ylabel("score, %")
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return Drawing(figure, frame, finding)

@@ -92,7 +92,7 @@ def fig5_case_studies(answers: pd.DataFrame, cases: dict[str, str]) -> Drawing:
 def fig6_judge_prompt(prompt: str) -> Drawing:
     """The text that the judge goes by, line by line."""
     lines = [runs for line in prompt.strip().splitlines() for runs in flow(line, limit=4000)]
-    return page(lines, "What the judge goes by")
+    return page(lines, "What the judge goes by", pd.DataFrame({"line": prompt.strip().splitlines()}))
 
 
 @styled

@@ -42,6 +42,7 @@ from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_TABLE, OPEN, PART
 
 IN_WORDS = {  # figures that are text in the page
     "fig5_case_studies": lambda drawing: drawing and answers_html.case_studies(drawing.data),
+    "fig6_judge_prompt": lambda drawing: answers_html.prompt(drawing.data),
     "fig7_iterative_pruning": lambda drawing: drawing and answers_html.iterative_pruning(drawing.data),
 }
 

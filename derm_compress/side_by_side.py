@@ -9,15 +9,16 @@ from derm_compress.results import Results, answers_of, variant_id
 from derm_compress.verdicts import UNTESTED, Verdict
 
 COLUMNS = ["table", "row", "cell", "paper", "ours", "ours_lo", "ours_hi", "tested_as", "verdict", "why"]
+SHOWN = [*COLUMNS[:3], "verdict", *COLUMNS[3:8], "why"]  # in this order
 SCORE = "score, %"
 TRAINING = Verdict(UNTESTED, "the paper does not say with what batch, length and precision it trained")
 
 
 def cells(results: Results) -> pd.DataFrame:
     """One row a cell of the paper's tables."""
-    return pd.DataFrame([*shapes(), *costs(results), *scores(results)], columns=COLUMNS).sort_values(
-        ["table", "row"], kind="stable", key=lambda column: column if column.name == "table" else _order(column)
-    )
+    frame = pd.DataFrame([*shapes(), *costs(results), *scores(results)], columns=COLUMNS)
+    by = {"by": ["table", "row"], "kind": "stable"}
+    return frame.sort_values(**by, key=lambda column: column if column.name == "table" else _order(column))[SHOWN]
 
 
 def shapes() -> list[tuple]:
@@ -93,7 +94,7 @@ def findings(frame: pd.DataFrame) -> list[str]:
     told = {
         "cells": frame,
         "cells of parameters, compression and memory": frame[planned],
-        "scores, by direction or value": frame[scored],
+        "scores (directions or values)": frame[scored],
     }
     return [verdicts.counted(rows, what) for what, rows in told.items()]
 

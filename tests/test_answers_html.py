@@ -64,3 +64,8 @@ def test_every_variant_of_a_run_is_a_point(results):
     assert len(drawing.figure.axes) == 2 and drawing.data is points
     untimed = points.assign(total_ms_per_token=float("nan"))
     assert len(pareto.fig_pareto(untimed, tables.build(results)["table4_efficiency"]).figure.axes) == 1
+
+
+def test_figure_6_is_the_prompt_as_it_is():
+    page = answers_html.prompt(quotes.fig6_judge_prompt("First\n\n  <b>second</b>").data)
+    assert page == "<pre class=text>First\n\n  &lt;b&gt;second&lt;/b&gt;</pre>"

@@ -77,7 +77,8 @@ def test_a_value_must_lie_in_the_interval():
 
 @pytest.mark.parametrize("claim,worse,mark", [
     ("SFT heals", HEALED, 2.0),
-    ("without SFT", FULL, 1.0),
+    ("SFT before quantizing", FULL, 1.0),
+    ("without SFT", "pruned-6|awq4", 2.0),
     ("AWQ scores 7", f"{HEALED}|bitsandbytes4", 3.4),
     ("the criterion scores 4", "pruned-6-magnitude+sft|awq4", 3.3),
     ("quantization without calibration fails", f"{HEALED}|rtn4", 2.9),
@@ -89,7 +90,7 @@ def test_a_claim_on_scores_turns_with_the_scores(claim, worse, mark):
     flat = {"pruned-4": 3.4, "pruned-10": 1.0 - 0.2, f"{HEALED}|rtn4": 1.0 - 0.2}  # some answers have half a mark more
     marks = MARKS | {name: max(1.0, value) for name, value in flat.items()}
     sure = run(marks)
-    if claim.startswith(("round", "collapse")):
+    if claim.startswith(("round", "collapse", "without")):
         low = worse
         exact = sure.answers.assign(score=sure.answers.score.where(sure.answers.variant != low, 1.0))
         sure = dataclasses.replace(sure, answers=exact, evaluation=exact)
