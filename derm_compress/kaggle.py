@@ -151,7 +151,9 @@ def pack(run: str, path: Path, *, owner: str = NOBODY, root: Path | None = None)
             raise DermError(f"run {run} has nothing to pack: no stage has begun with its parameters")
         for folder in (plan.folder, plan.artifacts / "judged"):
             if folder.is_dir():
-                shutil.copytree(folder, part / folder.relative_to(plan.root), ignore=shutil.ignore_patterns(".*"))
+                shutil.copytree(
+                    folder, part / "artifacts" / folder.relative_to(plan.artifacts), ignore=shutil.ignore_patterns(".*")
+                )
         metadata = {"title": slug(run), "id": f"{owner}/{slug(run)}", "licenses": [{"name": "other"}]}
         write_json(part / "dataset-metadata.json", metadata)
     return taken
