@@ -1,6 +1,8 @@
 # make report [RUN=tiny] [SET="key=value other=value"]   the study and its report, in reports/$(RUN)/
 # make test | bench | lab                                all tests | all benchmarks | the notebooks in JupyterLab
 # make rehearsal-gpu                      the 7B shapes on an NVIDIA GPU, installing nothing, in reports/gpu-rehearsal/
+# make kaggle [OWNER=you]                 the data set and kernels to push, in build/kaggle
+# make mock-kaggle                        the smoke study in two sessions of a mock Kaggle, from a fresh build
 # The others install what is missing into .venv; PYTHON=... names another Python (3.11 to 3.13).
 RUN := tiny
 SET :=
@@ -9,7 +11,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 VENV := .venv/bin/python
 export SET
 
-.PHONY: report test bench lab rehearsal-gpu install
+.PHONY: report test bench lab kaggle mock-kaggle rehearsal-gpu install
 .DEFAULT_GOAL := report
 
 report: install
@@ -23,6 +25,12 @@ bench: install
 
 lab: install
 	@$(VENV) -m jupyterlab notebooks
+
+kaggle: install
+	@$(VENV) -m derm_compress kaggle build/kaggle $(if $(OWNER),--owner "$(OWNER)")
+
+mock-kaggle: install
+	@OMP_NUM_THREADS=1 $(VENV) tests/mock_kaggle.py
 
 install: .venv/installed
 

@@ -149,9 +149,10 @@ def pack(run: str, path: Path, *, owner: str = NOBODY, root: Path | None = None)
                 taken.append(f"{stage} {'finished' if finished else 'begun'}")
         if not taken:
             raise DermError(f"run {run} has nothing to pack: no stage has begun with its parameters")
-        for folder in (plan.folder, plan.artifacts / "judged"):
-            if folder.is_dir():
-                shutil.copytree(folder, part / folder.relative_to(plan.root), ignore=shutil.ignore_patterns(".*"))
+        noted = [path.relative_to(plan.artifacts) for path in (plan.folder, plan.artifacts / "judged") if path.is_dir()]
+        for name in noted:
+            unseen = shutil.ignore_patterns(".*")
+            shutil.copytree(plan.artifacts / name, part / "artifacts" / name, ignore=unseen)
         metadata = {"title": slug(run), "id": f"{owner}/{slug(run)}", "licenses": [{"name": "other"}]}
         write_json(part / "dataset-metadata.json", metadata)
     return taken

@@ -115,7 +115,11 @@ def main() -> None:
     os.environ.setdefault("HF_HOME", str(SCRATCH / "huggingface"))  # 14 GB that need not be saved
     for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("TQDM_DISABLE", "1"), ("PYTHONHASHSEED", "0")):
         os.environ.setdefault(name, value)
-    told = found | {"run": named, "installed": " ".join(installed) or "this package only", "saved in": str(WORKING)}
+    told = found | {
+        "run": Path(os.environ["DERM_COMPRESS_PARAMS"]).stem,
+        "installed": " ".join(installed) or "this package only",
+        "saved in": str(WORKING),
+    }
     print("\n".join(f"{name:10}  {value}" for name, value in told.items()), flush=True)
 
 

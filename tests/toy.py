@@ -15,6 +15,7 @@ MODULES = [
     "artifacts",
     "errors",
     "execution",
+    "kaggle",
     "keys",
     "params",
     "plan",

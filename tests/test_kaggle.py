@@ -1,0 +1,204 @@
+"""What goes to Kaggle, how it sets itself up there, and artifacts that come back mounted. All of it: mock_kaggle.py."""
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy
+
+from derm_compress import artifacts, kaggle, kaggle_setup, keys, params
+from derm_compress.errors import DermError
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("01_data", "02_left", "03_right")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return kaggle.build(tmp_path_factory.mktemp("kaggle") / "build", owner="me", root=ROOT)
+
+
+def test_the_data_set_has_all_that_a_session_needs(built):
+    folder = built / "dataset"
+    assert {"params", "notebooks", "kaggle_setup.py", "requirements-kaggle.txt"} <= {p.name for p in folder.iterdir()}
+    assert len(list((folder / "notebooks").glob("*.ipynb"))) == 8
+    (wheel,) = folder.glob("*.whl")
+    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True).stdout
+    for part in ("dermnet.yaml", "diseases.yaml", "tiny_llava/model.safetensors", "templates/", "judge_prompts/"):
+        assert f"derm_compress/{part}" in names
+    assert json.loads((folder / "dataset-metadata.json").read_text())["id"] == "me/derm-compress"
+
+
+def test_nothing_that_the_image_pins_is_installed(built):
+    lines = (built / "dataset/requirements-kaggle.txt").read_text().split()
+    names = {line.partition("==")[0] for line in lines}
+    assert {"transformers", "bitsandbytes", "peft"} <= names
+    assert not names & {"torch", "numpy", "pandas", "pillow", "scipy", "matplotlib", "pyarrow", "autoawq", "triton"}
+    for line in lines:
+        name, _, version = line.partition("==")
+        assert importlib.metadata.version(name) == version, name
+
+
+def test_kernels_say_machine_internet_and_inputs(built):
+    told = [json.loads(path.read_text()) for path in sorted((built / "kernels").glob("*/kernel-metadata.json"))]
+    assert len(told) == 9
+    for one in told:
+        assert one["machine_shape"] == "NvidiaTeslaT4" and one["enable_internet"] is True and one["enable_gpu"] is True
+        assert set(one["dataset_sources"]) == {"me/derm-compress", "shubhamgoel27/dermnet"}
+    assert told[3]["kernel_sources"] == [
+        f"me/derm-compress-{n}" for n in ("01-data", "02-finetune", "03-layer-importance")
+    ]
+    study = built / "kernels" / "study" / "study.py"
+    compile(study.read_text(), str(study), "exec")
+
+
+def test_a_build_overwrites_no_other_folder(tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(DermError, match="no earlier build"):
+        kaggle.build(tmp_path, root=ROOT)
+    assert (tmp_path / "mine").exists()
+
+
+def test_setup_cells_are_alike_do_nothing_elsewhere_and_are_no_part_of_keys():
+    notebooks = params.read_notebooks(ROOT)
+    cells = {text for n in notebooks.values() for text, tags, _ in n.cells if "setup" in tags}
+    assert len(cells) == 1 and all(not any("kaggle_setup" in text for text in n.code()) for n in notebooks.values())
+    for variable in ({}, {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "DERM_COMPRESS_ROOT": "x"}):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("KAGGLE")} | variable
+        done = subprocess.run([sys.executable, "-c", *cells], env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    lost = os.environ | {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "KAGGLE_ROOT": "nowhere"}
+    lost.pop("DERM_COMPRESS_ROOT", None)
+    done = subprocess.run([sys.executable, "-c", *cells], env=lost, capture_output=True, text=True)
+    assert done.returncode and "attach the data set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pictures", "model", "earlier"),
+    [
+        ("dermnet", "llava/transformers/1.5-7b-hf/1", "derm-compress-run/artifacts"),
+        ("datasets/a/dermnet/dermnet", "models/llava-hf/llava/transformers/1.5-7b-hf/1", "datasets/a/run/artifacts"),
+        ("datasets/a/dermnet", "datasets/b/llava-1-5-7b-hf", "notebooks/me/derm-compress-01-data/artifacts"),
+    ],
+)
+def test_inputs_are_found_however_they_are_mounted(tmp_path, pictures, model, earlier):
+    for split in ("train", "test"):
+        (tmp_path / pictures / split / kaggle_setup.PICTURES).mkdir(parents=True)
+    for folder, kind in (("judge", "qwen2"), (model, "llava")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        (tmp_path / folder / "model.safetensors").touch()
+    (tmp_path / earlier / "store").mkdir(parents=True)
+    assert kaggle_setup.find_pictures(tmp_path) == tmp_path / pictures
+    assert kaggle_setup.find_model(tmp_path) == tmp_path / model
+    assert kaggle_setup.find_artifacts(tmp_path) == [tmp_path / earlier]
+    assert kaggle_setup.find_model(tmp_path / "nowhere") is None
+
+
+def test_only_what_is_missing_or_of_another_version_is_wanted(tmp_path):
+    (tmp_path / "pins").write_text(
+        f"pyyaml=={importlib.metadata.version('pyyaml')}\npyyaml==1.0\nno-such-package==1.0\n"
+    )
+    assert kaggle_setup.wanted(tmp_path / "pins") == ["pyyaml==1.0", "no-such-package==1.0"]
+
+
+def test_a_mounted_folder_counts_without_its_times(tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
+    found = []
+    for name in ("input", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(b"x")
+        link = tmp_path / f"link-{name}"
+        link.symlink_to(tmp_path / name)
+        for when in (1, 2):
+            os.utime(tmp_path / name / "a.jpg", (when, when))
+            found.append(keys.folder_fingerprint(link))
+    assert found[0] == found[1] and found[2] != found[3] and found[0] != found[2]
+
+
+class TestMounted:
+    """A second store, below the first, that is never written to."""
+
+    @pytest.fixture
+    def stores(self, tmp_path):
+        below = artifacts.Store(tmp_path / "mounted")
+        work, _ = below.begin("01_a", "k1")
+        (work / "x.json").write_text("1")
+        below.commit("01_a", "k1", {})
+        work, _ = below.begin("02_b", "k2")
+        artifacts.Journal(work / "journal" / "j.jsonl").add("one", 1)
+        artifacts.release(below.lock("02_b", "k2"))
+        return artifacts.Store(tmp_path / "own", [tmp_path / "mounted"]), below
+
+    def test_what_is_finished_is_used_where_it_is(self, stores):
+        store, below = stores
+        folder, finished = store.begin("01_a", "k1")
+        assert finished and folder == below.own("01_a", "k1") and store.resolve("01_a/k1/x.json").read_text() == "1"
+        assert not store.own("01_a", "k1").exists()
+
+    def test_what_is_begun_goes_on_in_a_copy(self, stores, capsys):
+        store, below = stores
+        before = {p: p.read_bytes() for p in below.root.rglob("*") if p.is_file()}
+        folder, finished = store.begin("02_b", "k2")
+        journal = artifacts.Journal(folder / "journal" / "j.jsonl")
+        assert not finished and journal.done == {"one": 1} and "goes on from" in capsys.readouterr().out
+        journal.add("two", 2)
+        store.commit("02_b", "k2", {})
+        assert store.own("02_b", "k2").is_dir()
+        assert {p: p.read_bytes() for p in below.root.rglob("*") if p.is_file()} == before
+
+    def test_what_is_damaged_is_named_and_computed_anew(self, stores, capsys):
+        store, below = stores
+        (below.own("01_a", "k1") / "x.json").write_text("2")
+        folder, finished = store.begin("01_a", "k1")
+        assert not finished and folder == store.work("01_a", "k1") and "it is not used" in capsys.readouterr().out
+        (folder / "x.json").write_text("1")
+        store.commit("01_a", "k1", {})
+        assert store.complete("01_a", "k1") and (below.own("01_a", "k1") / "x.json").read_text() == "2"
+
+    def test_it_cannot_be_forced_away(self, stores):
+        with pytest.raises(DermError, match="detach"):
+            stores[0].discard("01_a", "k1")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A toy run, all of it finished, in a data set folder."""
+    top = tmp_path_factory.mktemp("pack")
+    root = toy.project(top)
+    nothing = toy.call(root, "pack", "tiny", str(top / "none"))
+    assert nothing.returncode == 2 and "nothing to pack" in nothing.stderr
+    assert toy.call(root, "run", "params/tiny.yaml").returncode == 0
+    done = toy.call(root, "pack", "tiny", str(top / "packed"), "--owner", "me")
+    assert done.returncode == 0 and done.stdout.splitlines()[:3] == [f"{s} finished" for s in STAGES], done.stderr
+    return top / "packed"
+
+
+def mounting(root, packed, *words):
+    env = toy.environment(root) | {"DERM_COMPRESS_STORES": str(packed / "artifacts" / "store")}
+    return subprocess.run(toy.command(root, *words), cwd=root, env=env, capture_output=True, text=True)
+
+
+def test_a_packed_run_is_not_computed_again(packed, tmp_path):
+    assert json.loads((packed / "dataset-metadata.json").read_text())["id"] == "me/derm-compress-tiny"
+    assert {p.name for p in packed.glob("artifacts/runs/tiny/*.json")} >= {f"{s}.json" for s in STAGES}
+    root = toy.project(tmp_path)
+    said = mounting(root, packed, "run", "params/tiny.yaml", "--list").stdout.splitlines()
+    assert len(said) == 3 and all(line.endswith("cached") for line in said)
+    assert mounting(root, packed, "run", "params/tiny.yaml").returncode == 0
+    assert not list((root / "artifacts" / "store").glob("0*/*/manifest.json"))
+    again = mounting(root, packed, "pack", "tiny", str(tmp_path / "again"))
+    assert again.returncode == 0 and len(list((tmp_path / "again").rglob("manifest.json"))) == 3
+    forced = mounting(root, packed, "run", "params/tiny.yaml", "--force")
+    assert forced.returncode == 2 and "detach" in forced.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms on this system")
+def test_out_of_hours_a_run_stops_as_if_interrupted(tmp_path):
+    done = toy.call(toy.project(tmp_path), "run", "params/tiny.yaml", "--hours", "0.0005")
+    assert done.returncode == 130 and "goes on from there" in done.stdout, done.stderr
