@@ -1,4 +1,4 @@
-"""A small random LLaVA in the layout of the published checkpoint: old key names, shards, processor, tokenizer, template.
+"""A small random LLaVA in the published checkpoint's layout: old key names, shards, processor, tokenizer, template.
 
 The files say what llava-hf/llava-1.5-7b-hf's say; sizes, words and weights are this project's own.
 """
@@ -64,7 +64,9 @@ def write_processor(folder, *, size=SIZE, additional=1):
     PreTrainedTokenizerFast(tokenizer_object=made, **words).save_pretrained(folder)
     told = json.loads((folder / "tokenizer_config.json").read_text())
     told |= {"tokenizer_class": "LlamaTokenizer", "processor_class": "LlavaProcessor", "add_bos_token": True}
-    _write(folder / "tokenizer_config.json", told | {"model_max_length": 10**30, "legacy": True, "image_token": "<image>"})
+    _write(
+        folder / "tokenizer_config.json", told | {"model_max_length": 10**30, "legacy": True, "image_token": "<image>"}
+    )
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _write(folder / "chat_template.json", {"chat_template": TEMPLATE})
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -82,7 +84,7 @@ def write_processor(folder, *, size=SIZE, additional=1):
 
 
 def write(folder, *, rename=None, extra=None):
-    """The whole model folder in two shards; returns the weights as they are called today. rename: of published names."""
+    """The whole model folder in two shards; returns the weights by today's names. rename: of the published ones."""
     made = write_processor(folder)
     image, pad = (made.token_to_id(word) for word in ("<image>", "<pad>"))
     text = {

@@ -10,7 +10,8 @@ from derm_compress.errors import DermError
 ROOT = Path(__file__).parent.parent
 ARCH = memory.llava_7b()
 T4 = {
-    "model": "llava-hf/llava-1.5-7b-hf", "device": "cuda", "image_size": 336, "max_new_tokens": 200, "batch_size": 1,
+    "model": "llava-hf/llava-1.5-7b-hf", "device": "cuda", "image_size": 336, "max_new_tokens": 200, "batch_size": 16,
+    "importance_batch": 3, "rankings": ["published", "block_influence", "magnitude", "random-0"],
     "depths": [2, 4, 6, 7, 8, 9, 10], "rival_depths": [6, 9], "finetune_batch": 8, "finetune_steps": 3 * 1737 // 8,
     "sft_batch": 8, "sft_steps": 3 * 1737 // 8, "activation_batch": 1, "quantization_batch": 2,
 }  # fmt: skip
@@ -41,13 +42,18 @@ def test_what_cannot_fit_is_refused_with_the_value_that_does():
         asked = values(**{name: too_many})
         (said, *_) = [line for line in preflight.faults(asked, ARCH) if line.startswith(stage) and name in line]
         fits = int(said.split(f"set {name}: ")[1])
-        steps = preflight.Costs(asked, ARCH).steps()
+        steps = preflight.Costs(asked, ARCH, gpus=2).steps()
         (step,) = {
             s.what: s for s in steps if s.stage == stage and s.parameter == name and s.gib(too_many) > 14.2
         }.values()
         assert step.gib(fits) <= preflight.KAGGLE.gib < step.gib(fits + 1), said
         with pytest.raises(DermError, match=f"does not fit Kaggle, two T4: .*set {name}: {fits}"):
             preflight.check(asked, ARCH)
+
+
+def test_a_ranking_that_no_batch_makes_fit_is_named():
+    (said,) = preflight.faults(values(rankings=["published", "output_similarity"]), ARCH)
+    assert said.startswith("03_layer_importance, output_similarity: ") and "leave it out of rankings" in said
 
 
 def test_time_and_disk_have_limits_too():
@@ -59,7 +65,9 @@ def test_time_and_disk_have_limits_too():
 
 def test_two_models_at_once_need_two_gpus():
     alone = replace(preflight.KAGGLE, gpus=1)
-    assert [line.split(":")[0] for line in preflight.faults(values(), ARCH, alone)] == ["07_quantization, errors"]
+    asked = values(batch_size=1)
+    assert preflight.faults(asked, ARCH) == []
+    assert [line.split(":")[0] for line in preflight.faults(asked, ARCH, alone)] == ["07_quantization, errors"]
 
 
 def test_a_smaller_model_needs_less_of_everything():
