@@ -21,8 +21,9 @@ PROMPT, ANSWER, CONVERSATION = 24, 60, 200  # tokens beside a picture's: of a qu
 LOADING = 0.5e9  # bytes a second, from disk to the GPU
 PICTURES = 15  # photographs a second, read and compared
 FP32_FLOPS = 8.1e12  # a second, of a T4: statistics of a quantizer's search are summed in fp32
-SEARCH = 4  # what the search costs, over the sums it rests on; measured 2 to 4 on small models
+SEARCH = 29_000  # tokens whose sums cost as much as a group's search: 6.3 s at 51 TFLOP/s (reports/gpu-rehearsal)
 CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: 14.2 of the 14.74 that a T4 reports are left
+GROUPED = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")  # one of each that share inputs
 TAP = 32  # bytes alive for each value of a projection whose statistics are summed
 TIMES = [
     "variant",
@@ -143,16 +144,18 @@ class Costs:
         around = sum(plan[part] for part in ("vision_tower", "projector", "embedding"))
         block = plan["decoder_linears"] / arch.blocks
         prompts = self.kinds * self.p["quantization_items"]
-        widths = [linear[1] for linear in arch.linears.values()]
-        sums = FP32 * 2 * max(widths) ** 2 + FP32 * (sum(w**2 for w in widths))
+        widths = [arch.linears[name][1] for name in GROUPED if name in arch.linears]
+        sums = FP32 * (2 * max(widths) ** 2 + sum(width**2 for width in widths))
         waiting = FP16 * self.tokens(prompts) * arch.hidden
         held = FP32 * self.tokens(batch) * (max(widths) + 4 * arch.hidden) + FP16 * batch * arch.tower_values
         return around + 4 * block + (sums + waiting + held) / GIB
 
     def search(self) -> float:
-        tokens, arch = self.tokens(self.kinds * self.p["quantization_items"]), self.arch
-        gram = 2 * tokens * arch.blocks * sum({tuple(linear)[1] ** 2 for linear in arch.linears.values()})
-        return self.readings(self.kinds * self.p["quantization_items"]) + SEARCH * gram / FP32_FLOPS
+        """Seconds of one model's calibration and search: H = X^T X of each group, and errors by H, in fp32."""
+        prompts, arch = self.kinds * self.p["quantization_items"], self.arch
+        widths = [arch.linears[name][1] for name in GROUPED if name in arch.linears]
+        sums = 2 * (self.tokens(prompts) + SEARCH) * arch.blocks * sum(width**2 for width in widths)
+        return self.readings(prompts) + sums / FP32_FLOPS
 
     def ranking(self, ranking: Ranking) -> float:
         """Seconds of one criterion's values of all blocks; iterative ones score ever fewer blocks anew."""

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from derm_compress import cost, memory, params, preflight, prune, recipes
+from derm_compress import cost, memory, params, plan, preflight, prune, recipes, runner
 from derm_compress.errors import DermError
 
 ROOT = Path(__file__).parent.parent
@@ -94,3 +94,29 @@ def test_times_on_a_t4_follow_bytes_and_operations():
     assert told.t4_decode_ms_per_token["original|awq4"] < 0.4 * told.t4_decode_ms_per_token["original"]
     assert told.t4_prefill_ms["original|awq4"] == told.t4_prefill_ms["original"] > told.t4_prefill_ms["pruned-6"]
     assert told.disk_gib["original"] == pytest.approx(13.16, abs=0.01)
+
+
+def test_the_runner_says_it_first_and_refuses_before_anything_is_loaded(capsys):
+    notebooks = params.read_notebooks(ROOT)
+    for device, wrong in (("cpu", False), ("cuda", False), ("cuda", True), ("meta", True)):
+        asked = plan.make_plan(ROOT, notebooks, values(run="x", device=device, batch_size=640 if wrong else 16))
+        if device == "cuda" and wrong:
+            with pytest.raises(DermError, match="does not fit Kaggle, two T4"):
+                runner.foresee(asked, refuse=True)
+        else:
+            runner.foresee(asked, refuse=True)
+        said = capsys.readouterr().out
+        assert ("x, planned for Kaggle, two T4" in said) == (device != "cpu")
+        assert ("set batch_size: " in said) == (device == "meta")
+
+
+def test_a_gpu_at_hand_counts_with_its_own_memory(monkeypatch):
+    class Properties:
+        name, total_memory = "Tesla T4", int(14.74 * memory.GIB)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Properties)
+    found = preflight.here("cuda")
+    assert (found.name, found.gpus, found.gib) == ("2 x Tesla T4", 2, 14.2)
+    assert preflight.here("meta") == preflight.KAGGLE
