@@ -34,11 +34,13 @@ from derm_compress.recipes import ORIGINAL, Recipe
 COPIED = 2**30  # bytes up to which a model is copied before it is quantized, rather than made again
 
 
-def each_model(variants: pd.DataFrame, store, device: str, what: str) -> Iterator[tuple[str, object, object]]:
+def each_model(
+    variants: pd.DataFrame, store, device: str, what: str, *, wide: bool = False
+) -> Iterator[tuple[str, object, object]]:
     """(variant, model, processor) for every row; rows that differ in their last step alone share what is before it.
 
-    A GPU holds one model at a time, which is of no use after its turn; to be quantized it is made anew there. Models
-    without values have nothing to say: none is given.
+    A GPU holds one model at a time, which is of no use after its turn; to be quantized it is made anew there. wide:
+    over all GPUs. Models without values have nothing to say: none is given.
     """
     if device == models.META:
         return
@@ -53,6 +55,8 @@ def each_model(variants: pd.DataFrame, store, device: str, what: str) -> Iterato
                 models.let_go(held[1][0])
             held = (None, ())
             held = (prefix, models.materialize(prefix, store, device))
+            if wide:  # while it has all its blocks
+                models.spread(held[1][0])
         model, processor = held[1]
         if shared and last["step"] == "quantize":
             model = _quantized(model, last, recipe, store, device)
@@ -81,7 +85,7 @@ def answer_variants(
     """Judged answers of every variant to all questions about the items."""
     frames = [
         generate.answer(model, processor, items, images, variant=name, journal=journal, **how)
-        for name, model, processor in each_model(variants, store, device, "variants answered")
+        for name, model, processor in each_model(variants, store, device, "variants answered", wide=True)
     ]
     return judge.rubric(_joined(frames, generate.COLUMNS))
 

@@ -104,6 +104,7 @@ def answer(
     """
     if not models.has_values(model):
         return pd.DataFrame(columns=COLUMNS)
+    models.spread(model)
     done = dict(journal.done) if journal else {}
     asked = [(item, kind) for kind in questions for item in items]
     batches = []  # of one kind of question each: a batch goes on until its longest answer ends

@@ -21,8 +21,9 @@ PROMPT, ANSWER, CONVERSATION = 24, 60, 200  # tokens beside a picture's: of a qu
 LOADING = 0.5e9  # bytes a second, from disk to the GPU
 PICTURES = 15  # photographs a second, read and compared
 FP32_FLOPS = 8.1e12  # a second, of a T4: statistics of a quantizer's search are summed in fp32
-SEARCH = 4  # what the search costs, over the sums it rests on; measured 2 to 4 on small models
+SEARCH = 29_000  # tokens whose sums cost as much as a group's search: 6.3 s at 51 TFLOP/s (reports/gpu-rehearsal)
 CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: 14.2 of the 14.74 that a T4 reports are left
+GROUPED = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")  # one of each that share inputs
 TAP = 32  # bytes alive for each value of a projection whose statistics are summed
 TIMES = [
     "variant",
@@ -68,8 +69,8 @@ class Step:
 class Costs:
     """Parts of a run with these parameters of all notebooks, on this architecture and device."""
 
-    def __init__(self, p: dict, arch: Architecture, device: cost.Device = cost.T4):
-        self.p, self.arch, self.device = p, arch, device
+    def __init__(self, p: dict, arch: Architecture, device: cost.Device = cost.T4, gpus: int = 1):
+        self.p, self.arch, self.device, self.gpus = p, arch, device, gpus
         self.weights = sum(memory.plan_weights(arch).values())
         self.kinds = len(dialogue.QUESTIONS)
         self.ranked = rankings(p["rankings"])
@@ -93,8 +94,16 @@ class Costs:
         return n * cost.prefill_seconds(self.arch, self.device, tokens=tokens) + math.ceil(n / batch) * step
 
     def answering(self, batch: int) -> float:
+        """GiB on the first GPU: blocks and cache are spread over all (models.spread)."""
         sizes = {"prompt_tokens": PROMPT, "new_tokens": self.p["max_new_tokens"]}
-        return sum(memory.plan_peak(self.arch, batch=batch, **sizes).values())
+        plan = memory.plan_peak(self.arch, batch=batch, **sizes)
+        alone = sum(plan.values())
+        shared = sum(plan[part] for part in ("decoder_linears", "block_norms", "kv_cache"))
+        return alone - shared * (1 - 1 / self.gpus) - plan["head"] * (self.gpus > 1)
+
+    def alone(self, batch: int) -> float:
+        """The same where one GPU does it all."""
+        return Costs(self.p, self.arch, self.device).answering(batch)
 
     def readings(self, prompts: int) -> float:
         tokens = self.arch.image_tokens + PROMPT + ANSWER
@@ -135,22 +144,24 @@ class Costs:
         around = sum(plan[part] for part in ("vision_tower", "projector", "embedding"))
         block = plan["decoder_linears"] / arch.blocks
         prompts = self.kinds * self.p["quantization_items"]
-        widths = [linear[1] for linear in arch.linears.values()]
-        sums = FP32 * 2 * max(widths) ** 2 + FP32 * (sum(w**2 for w in widths))
+        widths = [arch.linears[name][1] for name in GROUPED if name in arch.linears]
+        sums = FP32 * (2 * max(widths) ** 2 + sum(width**2 for width in widths))
         waiting = FP16 * self.tokens(prompts) * arch.hidden
         held = FP32 * self.tokens(batch) * (max(widths) + 4 * arch.hidden) + FP16 * batch * arch.tower_values
         return around + 4 * block + (sums + waiting + held) / GIB
 
     def search(self) -> float:
-        tokens, arch = self.tokens(self.kinds * self.p["quantization_items"]), self.arch
-        gram = 2 * tokens * arch.blocks * sum({tuple(linear)[1] ** 2 for linear in arch.linears.values()})
-        return self.readings(self.kinds * self.p["quantization_items"]) + SEARCH * gram / FP32_FLOPS
+        """Seconds of one model's calibration and search: H = X^T X of each group, and errors by H, in fp32."""
+        prompts, arch = self.kinds * self.p["quantization_items"], self.arch
+        widths = [arch.linears[name][1] for name in GROUPED if name in arch.linears]
+        sums = 2 * (self.tokens(prompts) + SEARCH) * arch.blocks * sum(width**2 for width in widths)
+        return self.readings(prompts) + sums / FP32_FLOPS
 
     def ranking(self, ranking: Ranking) -> float:
         """Seconds of one criterion's values of all blocks; iterative ones score ever fewer blocks anew."""
         p, arch, n = self.p, self.arch, self.p["importance_items"]
         how = {"items": n, "questions": self.kinds, "prompt_tokens": PROMPT, "answer_tokens": self.answer_tokens}
-        how |= {"blocks": range(arch.blocks), "accepted": 0.85, "batch": p["batch_size"]}
+        how |= {"blocks": range(arch.blocks), "accepted": 0.85, "batch": p["importance_batch"]}
         told = cost.importance_seconds(arch, self.device, **how)
         once = self.readings(self.kinds * n)
         each = {"output_similarity": told["drafts"], "perplexity": told["reading"], "taylor": 3 * once}
@@ -158,16 +169,26 @@ class Costs:
         times = min(p["iterative_blocks"], arch.blocks) * 2 / 3 if "iterative" in ranking.options else 1
         return each.get(ranking.criterion, self.load()) * times
 
-    def scoring(self, batch: int) -> float:
-        """GiB of drafts that are read without each block: answers, and the states that all blocks start from."""
-        pictures = math.ceil(batch / self.kinds)
-        tokens = pictures * self.arch.image_tokens + batch * (PROMPT + ANSWER)
-        states = FP16 * self.arch.hidden * (2 * self.arch.blocks + 1) * tokens
-        return self.answering(batch) + (states / GIB if self.calibrated else 0)
+    def scoring(self, ranking: Ranking) -> Callable[[int], float]:
+        """GiB of a criterion's values, `batch` questions at once, those about one picture together (reading.Reading).
 
-    @property
-    def calibrated(self) -> bool:
-        return any(ranking.criterion in CALIBRATED for ranking in self.ranked)
+        Answers without a block are read by the whole model, by the draft's reading and anew above the block, and
+        written in lines of full length; other criteria read once, with the states that each block starts from.
+        """
+        arch, prefix = self.arch, self.arch.image_tokens + PROMPT / 2
+        cache, state = FP16 * 2 * arch.cache_width * arch.blocks, FP16 * arch.hidden * arch.blocks
+
+        def gib(batch: int) -> float:
+            pictures = max(1, batch // self.kinds)
+            read, told = pictures * prefix, self.kinds * pictures * (PROMPT + ANSWER)
+            asks = ranking.criterion == "output_similarity"
+            lines = asks * batch * (prefix + PROMPT + self.p["max_new_tokens"])
+            times = 3 if asks else 2 if ranking.criterion == "perplexity" else 1
+            held = cache * (times * read + told + lines) + state * (read + told)
+            block = 4 * FP16 * (arch.block_linears + arch.block_norms) * (ranking.criterion == "taylor")
+            return self.reading(1) + (held + block) / GIB
+
+        return gib if ranking.criterion in CALIBRATED else lambda batch: self.reading(1)
 
     def steps(self) -> list[Step]:
         """All parts of all stages."""
@@ -185,15 +206,19 @@ class Costs:
         late = self.answers(test + p["n_heldout"])
         return [
             Step("01_data", "pictures", every / PICTURES, disk=every * sides),
+            Step("03_layer_importance", "plans", self.load() * (not self.ranked), lambda _: self.weights),
             Step("02_finetune", "answers", 2 * self.answers(test) + self.load(2), **answer),
             Step(
                 "02_finetune", "fine-tuning", self.load() + self.fine_tune(p["finetune_steps"], p["finetune_batch"]),
                 self.training(p["finetune_rank"]), "finetune_batch", p["finetune_batch"],
                 self.adapters[p["finetune_rank"]],
             ),
-            Step(
-                "03_layer_importance", "scores", self.load() + sum(map(self.ranking, self.ranked)),
-                self.scoring, "batch_size", p["batch_size"],
+            *(
+                Step(
+                    "03_layer_importance", ranking.name, self.load(1 / len(self.ranked)) + self.ranking(ranking),
+                    self.scoring(ranking), "importance_batch", p["importance_batch"],
+                )
+                for ranking in self.ranked
             ),
             Step(
                 "04_pruning", "answers",
@@ -219,14 +244,14 @@ class Costs:
             ),
             Step("07_quantization", "answers", self.load(rounded) + rounded * self.answers(test), **answer),
             Step("08_evaluation", "answers", self.load(judged + 2) + (judged + 2) * late, **answer),
-            Step("08_evaluation", "latency", self.load(judged), lambda _: self.answering(1)),
+            Step("08_evaluation", "latency", self.load(judged), lambda _: self.alone(1)),
         ]  # fmt: skip
 
 
 def table(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> pd.DataFrame:
     """TABLE: one row a stage; `set_by` is what needs most memory, `session` the 12 hours that it falls into."""
     rows, session, hours = [], 1, 0.0
-    for stage, steps in by_stage(Costs(p, arch, machine.device).steps()).items():
+    for stage, steps in by_stage(Costs(p, arch, machine.device, machine.gpus).steps()).items():
         most = max(steps, key=lambda step: step.gib(step.batch))
         taken = sum(step.seconds for step in steps) / 3600
         session, hours = (session + 1, taken) if hours and hours + taken > machine.hours else (session, hours + taken)
@@ -252,19 +277,20 @@ def times(variants: pd.DataFrame, arch: Architecture, device: cost.Device = cost
 
 def by_stage(steps: Iterable[Step]) -> dict[str, list[Step]]:
     found: dict[str, list[Step]] = {}
-    for step in steps:
+    for step in sorted(steps, key=lambda step: step.stage):
         found.setdefault(step.stage, []).append(step)
     return found
 
 
 def faults(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> list[str]:
     """What cannot fit, one line each with the parameter to change."""
-    said, steps = [], Costs(p, arch, machine.device).steps()
+    said, steps = [], Costs(p, arch, machine.device, machine.gpus).steps()
     for step in steps:
         gib = step.gib(step.batch)
         if gib > machine.gib:
             fits = [batch for batch in range(1, step.batch) if step.gib(batch) <= machine.gib]
-            change = f"set {step.parameter}: {fits[-1]}" if fits else "take a smaller model or a larger GPU"
+            least = "leave it out of rankings, or " * (step.parameter == "importance_batch")
+            change = f"set {step.parameter}: {fits[-1]}" if fits else f"{least}take a smaller model or a larger GPU"
             said.append(f"{step.stage}, {step.what}: {gib:.1f} GiB of {machine.gib:g} on one GPU; {change}")
         if step.gpus > machine.gpus and sum(memory.plan_weights(arch).values()) > machine.gib / 2:
             said.append(f"{step.stage}, {step.what}: two models at once need two GPUs; take a machine that has them")
@@ -280,9 +306,10 @@ def faults(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> list[str]:
 def shorter(parts: list[Step]) -> str:
     """Which parameter makes a stage shorter."""
     longest = max(parts, key=lambda step: step.seconds)
-    known = {"fine-tuning": {"02_finetune": "finetune_steps", "05_sft": "sft_steps"}, "scores": "importance_items"}
+    known = {"fine-tuning": {"02_finetune": "finetune_steps", "05_sft": "sft_steps"}}
     known |= {"search": "quantization_items", "errors": "quantization_items", "statistics": "activation_items"}
-    name = known.get(longest.what, "n_heldout" if longest.stage == "08_evaluation" else "n_test")
+    others = {"08_evaluation": "n_heldout", "03_layer_importance": "importance_items"}
+    name = known.get(longest.what, others.get(longest.stage, "n_test"))
     return f"set {name[longest.stage] if isinstance(name, dict) else name} lower"
 
 

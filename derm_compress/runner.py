@@ -57,7 +57,8 @@ def foresee(plan: Plan, *, refuse: bool) -> None:
     print(f"{plan.run}, {preflight.says(plan.values, arch, machine)}", flush=True)
     if device == "cuda" and refuse:
         preflight.check(plan.values, arch, machine)
-    print(*preflight.faults(plan.values, arch, machine), sep="\n", flush=True)
+    for fault in preflight.faults(plan.values, arch, machine):
+        print(fault, flush=True)
 
 
 def plan_run(path: Path, sets: dict[str, str], root: Path, notebooks) -> Plan:

@@ -1,4 +1,4 @@
-"""A small random LLaVA in the layout of the published checkpoint: key names, shards, processor, tokenizer, template.
+"""A small random LLaVA in the published checkpoint's layout: old key names, shards, processor, tokenizer, template.
 
 The files say what llava-hf/llava-1.5-7b-hf's say; sizes, words and weights are this project's own.
 """
@@ -84,7 +84,7 @@ def write_processor(folder, *, size=SIZE, additional=1):
 
 
 def write(folder, *, rename=None, extra=None):
-    """The whole model folder in two shards; returns the weights by today's names. rename: of published names."""
+    """The whole model folder in two shards; returns the weights by today's names. rename: of the published ones."""
     made = write_processor(folder)
     image, pad = (made.token_to_id(word) for word in ("<image>", "<pad>"))
     text = {

@@ -4,13 +4,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from derm_compress import cost, memory, params, preflight, prune, recipes
+from derm_compress import cost, memory, params, plan, preflight, prune, recipes, runner
 from derm_compress.errors import DermError
 
 ROOT = Path(__file__).parent.parent
 ARCH = memory.llava_7b()
 T4 = {
-    "model": "llava-hf/llava-1.5-7b-hf", "device": "cuda", "image_size": 336, "max_new_tokens": 200, "batch_size": 1,
+    "model": "llava-hf/llava-1.5-7b-hf", "device": "cuda", "image_size": 336, "max_new_tokens": 200, "batch_size": 16,
+    "importance_batch": 3, "rankings": ["published", "block_influence", "magnitude", "random-0"],
     "depths": [2, 4, 6, 7, 8, 9, 10], "rival_depths": [6, 9], "finetune_batch": 8, "finetune_steps": 3 * 1737 // 8,
     "sft_batch": 8, "sft_steps": 3 * 1737 // 8, "activation_batch": 1, "quantization_batch": 2,
 }  # fmt: skip
@@ -41,13 +42,18 @@ def test_what_cannot_fit_is_refused_with_the_value_that_does():
         asked = values(**{name: too_many})
         (said, *_) = [line for line in preflight.faults(asked, ARCH) if line.startswith(stage) and name in line]
         fits = int(said.split(f"set {name}: ")[1])
-        steps = preflight.Costs(asked, ARCH).steps()
+        steps = preflight.Costs(asked, ARCH, gpus=2).steps()
         (step,) = {
             s.what: s for s in steps if s.stage == stage and s.parameter == name and s.gib(too_many) > 14.2
         }.values()
         assert step.gib(fits) <= preflight.KAGGLE.gib < step.gib(fits + 1), said
         with pytest.raises(DermError, match=f"does not fit Kaggle, two T4: .*set {name}: {fits}"):
             preflight.check(asked, ARCH)
+
+
+def test_a_ranking_that_no_batch_makes_fit_is_named():
+    (said,) = preflight.faults(values(rankings=["published", "output_similarity"]), ARCH)
+    assert said.startswith("03_layer_importance, output_similarity: ") and "leave it out of rankings" in said
 
 
 def test_time_and_disk_have_limits_too():
@@ -59,7 +65,9 @@ def test_time_and_disk_have_limits_too():
 
 def test_two_models_at_once_need_two_gpus():
     alone = replace(preflight.KAGGLE, gpus=1)
-    assert [line.split(":")[0] for line in preflight.faults(values(), ARCH, alone)] == ["07_quantization, errors"]
+    asked = values(batch_size=1)
+    assert preflight.faults(asked, ARCH) == []
+    assert [line.split(":")[0] for line in preflight.faults(asked, ARCH, alone)] == ["07_quantization, errors"]
 
 
 def test_a_smaller_model_needs_less_of_everything():
@@ -86,3 +94,29 @@ def test_times_on_a_t4_follow_bytes_and_operations():
     assert told.t4_decode_ms_per_token["original|awq4"] < 0.4 * told.t4_decode_ms_per_token["original"]
     assert told.t4_prefill_ms["original|awq4"] == told.t4_prefill_ms["original"] > told.t4_prefill_ms["pruned-6"]
     assert told.disk_gib["original"] == pytest.approx(13.16, abs=0.01)
+
+
+def test_the_runner_says_it_first_and_refuses_before_anything_is_loaded(capsys):
+    notebooks = params.read_notebooks(ROOT)
+    for device, wrong in (("cpu", False), ("cuda", False), ("cuda", True), ("meta", True)):
+        asked = plan.make_plan(ROOT, notebooks, values(run="x", device=device, batch_size=640 if wrong else 16))
+        if device == "cuda" and wrong:
+            with pytest.raises(DermError, match="does not fit Kaggle, two T4"):
+                runner.foresee(asked, refuse=True)
+        else:
+            runner.foresee(asked, refuse=True)
+        said = capsys.readouterr().out
+        assert ("x, planned for Kaggle, two T4" in said) == (device != "cpu")
+        assert ("set batch_size: " in said) == (device == "meta")
+
+
+def test_a_gpu_at_hand_counts_with_its_own_memory(monkeypatch):
+    class Properties:
+        name, total_memory = "Tesla T4", int(14.74 * memory.GIB)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Properties)
+    found = preflight.here("cuda")
+    assert (found.name, found.gpus, found.gib) == ("2 x Tesla T4", 2, 14.2)
+    assert preflight.here("meta") == preflight.KAGGLE

@@ -8,7 +8,7 @@ import torch
 from published_llava import BLOCKS, PATCH, SIZE, old_name, write, write_processor
 from transformers import AutoProcessor
 
-from derm_compress import dialogue, finetune, generate, judge_local, models, quantize
+from derm_compress import dialogue, finetune, generate, judge_local, models, prune, quantize
 from derm_compress.errors import DermError
 from derm_compress.recipes import Recipe, adapter_digest
 
@@ -113,6 +113,19 @@ def test_training_reads_what_the_test_asks(published, small):
     assert asked[0].tolist() == ids[:first].tolist()
 
 
+def test_criteria_continue_prompts_with_the_same_ids(published, small):
+    """reading.Prompts takes a prompt apart: beginning, rest and answer are what the whole text gives."""
+    from derm_compress.reading import Prompts
+
+    _, processor = published
+    questions = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
+    made = Prompts.of(processor, small.images[0], questions, "cpu")
+    for kind, question in questions.items():
+        ids, labels = finetune.encode(processor.tokenizer, [(question, "Sun protection.")], IMAGE_TOKENS)
+        assert [*made.prefix.tolist(), *made.rest[kind], *made.told(kind, "Sun protection.")] == ids.tolist()
+        assert made.told(kind, "Sun protection.") == ids[labels != finetune.IGNORED].tolist()
+
+
 def test_padding_is_on_the_right_in_training_and_on_the_left_in_generation(published, small):
     model, processor = published
     batch = finetune.training_batch(model, processor, small.of("train")[:4], small.images, np.random.default_rng(0))
@@ -183,6 +196,26 @@ def test_gradient_checkpointing_changes_no_gradient(published, small):
     again = gradients()
     assert models.decoder(model).gradient_checkpointing and any(g.abs().sum() > 0 for g in plain)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again, strict=True))
+
+
+def test_blocks_on_several_devices_answer_as_on_one(published, small, tmp_path, monkeypatch):
+    """The second GPU's part on disk, run on the CPU: the same hooks, with and without a block."""
+    model, processor = published
+    ask = {"items": small.of("test"), "images": small.images, "variant": "v", "batch_size": 4, "max_new_tokens": 6}
+
+    def answers():
+        whole = generate.answer(model, processor, **ask)
+        with prune.without(model, [1]):
+            return whole, generate.answer(model, processor, **ask)
+
+    before, places = answers(), models.placement(model, 2)
+    assert {places[f"model.language_model.layers.{i}"] for i in (0, 1)} == {0} and places["lm_head"] == 1
+    assert not before[0].answer.equals(before[1].answer)
+    stand_ins = {name: ("cpu", "disk")[device] for name, device in places.items()}
+    monkeypatch.setattr(models, "placement", lambda *_: stand_ins)
+    models.spread(model, 2, offload_dir=tmp_path, main_device="cpu")
+    assert model.hf_device_map == stand_ins and model.lm_head.weight.is_meta
+    assert all(one.equals(other) for one, other in zip(before, answers(), strict=True))
 
 
 @pytest.mark.parametrize(("capability", "judge"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
