@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from derm_compress import cost, dialogue, memory
+from derm_compress import cost, dialogue, forms, memory
 from derm_compress.errors import DermError
 from derm_compress.memory import FP16, FP32, GIB, Architecture
 from derm_compress.rankings import CALIBRATED, Ranking, rankings
@@ -196,11 +196,13 @@ class Costs:
         test, sides = p["n_test"], p["image_size"] ** 2 * 3
         answer = {"gib": self.answering, "parameter": "batch_size", "batch": p["batch_size"]}
         deep = round(6 / 32 * self.arch.blocks), round(9 / 32 * self.arch.blocks)
-        tuned = [0, *deep, *deep[:1] * self.rival]  # blocks removed of what is healed
+        tuned = [0, *deep, *deep[:1] * self.rival, *p["sft_depths"]]  # blocks removed of what is healed
+        tuned += [0, deep[0]] * (p["sft_seeds"] - 1)
         rivals, wide = len(p["rankings"]) - 1, len(p["rival_depths"])
         own, dev = 1 + len(p["depths"]), p["n_dev"] or min(64, p["n_train"])
         sources, judged = 4 + self.rival, 10 + self.rival
-        rounded = sources * len(p["methods"])
+        asked, common = forms.forms(p["methods"], p["bits"], p["group_size"]), set(p["methods"]) & set(forms.COMMON)
+        rounded = 3 * len(asked) + (sources - 3) * len(common)
         sft = sum(self.fine_tune(p["sft_steps"], p["sft_batch"], n) for n in tuned)
         prompts = self.kinds * p["activation_items"]
         late = self.answers(test + p["n_heldout"])

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from derm_compress import cost, memory, params, plan, preflight, prune, recipes, runner
+from derm_compress import cost, forms, memory, params, plan, preflight, prune, recipes, runner
 from derm_compress.errors import DermError
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +88,7 @@ def test_a_training_step_is_three_forwards_with_checkpointing():
 def test_times_on_a_t4_follow_bytes_and_operations():
     recipe = recipes.Recipe("llava-1.5-7b", "0", 32)
     known = recipes.pruned(recipe, [prune.published()], [6])
-    packed = recipes.quantized(known, methods=["awq"], bits=4, group_size=64, ref="")
+    packed = forms.quantized(known, forms.asked(known.variant, ["awq"], 4, 64), "")
     told = preflight.times(pd.concat([known, packed]), ARCH).set_index("variant")
     assert 60 < told.t4_decode_ms_per_token["original"] < 80  # 13.2 GB at 60 % of 320 GB/s
     assert told.t4_decode_ms_per_token["original|awq4"] < 0.4 * told.t4_decode_ms_per_token["original"]
