@@ -128,6 +128,11 @@ def main(top: Path) -> None:
     assert one.seal() == sealed, "the inputs have changed"
     assert "DermNet" in said and "not attached" not in said and "from the hub" not in said
 
+    plain = {name: value for name, value in one.env.items() if name != "DERM_COMPRESS_PARAMS"}
+    script = one.root / "input" / "derm-compress" / "kaggle_setup.py"
+    said = subprocess.run([python, script], env=plain, capture_output=True, text=True, check=True).stdout
+    assert "kaggle-t4" in said, said
+
     root = one.root / "temp" / "derm_compress"
     packing = one.env | {"DERM_COMPRESS_ROOT": str(root), "PYTHONPATH": str(one.root / "temp" / "site-packages")}
     shutil.copyfile(params, root / "params" / params.name)
