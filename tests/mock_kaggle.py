@@ -2,7 +2,7 @@
 
 Real: the built data set and its wheel, setup cells, "Run all" without injected parameters, an environment in which this
 package is not installed, folders laid out as both ways of mounting have it, inputs that must not change. Session one
-runs 01 to 04 and is cut off in 05, its artifacts are packed, session two mounts them and runs 05 to 08.
+runs 01 to 04, its artifacts are packed, session two mounts them and runs 05 to 08.
 Mocked: the pictures, the model (random, 8 blocks), the limits of disk and time. Not here: GPUs, the image's versions.
 """
 
@@ -127,7 +127,11 @@ def main(top: Path) -> None:
     print(said)
     assert one.seal() == sealed, "the inputs have changed"
     assert "DermNet" in said and "not attached" not in said and "from the hub" not in said
-    assert not (one.root / "temp" / "derm_compress" / "artifacts" / "x").exists()
+
+    plain = {name: value for name, value in one.env.items() if name != "DERM_COMPRESS_PARAMS"}
+    script = one.root / "input" / "derm-compress" / "kaggle_setup.py"
+    said = subprocess.run([python, script], env=plain, capture_output=True, text=True, check=True).stdout
+    assert "kaggle-t4" in said, said
 
     root = one.root / "temp" / "derm_compress"
     packing = one.env | {"DERM_COMPRESS_ROOT": str(root), "PYTHONPATH": str(one.root / "temp" / "site-packages")}
