@@ -46,9 +46,12 @@ def run(params_files, only=None, from_=None, sets=None, force=False, list_=False
 
 
 def foresee(plan: Plan, *, refuse: bool) -> None:
-    """What the stages of a run will need, and, before a GPU is asked for it, DermError where that is not to be had."""
+    """What the stages of a run will need, and, before a GPU is asked for it, DermError where that is not to be had.
+
+    Of shapes without weights the report says it.
+    """
     device = plan.values.get("device", "cpu")
-    if device == "cpu":
+    if device == "cpu" or (device == "meta" and refuse):
         return
     from derm_compress import memory, models, preflight
 

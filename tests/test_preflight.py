@@ -104,7 +104,7 @@ def test_the_runner_says_it_first_and_refuses_before_anything_is_loaded(capsys):
             with pytest.raises(DermError, match="does not fit Kaggle, two T4"):
                 runner.foresee(asked, refuse=True)
         else:
-            runner.foresee(asked, refuse=True)
+            runner.foresee(asked, refuse=device == "cuda")
         said = capsys.readouterr().out
         assert ("x, planned for Kaggle, two T4" in said) == (device != "cpu")
         assert ("set batch_size: " in said) == (device == "meta")
