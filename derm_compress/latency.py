@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from derm_compress import generate, memory, models
-from derm_compress.data import Item
+from derm_compress import memory, models
 from derm_compress.errors import DermError
 from derm_compress.progress import track
 from derm_compress.recipes import Recipe
+
+if TYPE_CHECKING:
+    from derm_compress.data import Item
 
 
 def of_variants(
@@ -27,6 +30,8 @@ def of_variants(
     how: new_tokens, repeats, warmup as in measure_latency. Columns beside its own: weights_gib, read_mib (what a step
     reads), bandwidth_gb_s (of the device, measured here), floor_ms, times_floor, and memory.resident_gib's.
     """
+    from derm_compress import generate  # data needs scipy, which a machine that only rehearses may lack
+
     rows, speed = [], bandwidth(device)
     for row in track(list(variants.itertuples()), "latency measured"):
         model, processor = models.materialize(Recipe.from_json(row.recipe), store, device, packed=True)

@@ -63,7 +63,7 @@ COUNTS = (
 BASELINES = ("base", "original", "blank", "shuffled")
 UNITS = {
     "score": "score, %", "params_b": "parameters, B", "vram_gib": "weights, GiB", "peak_gib": "peak, GiB",
-    "seconds": "time, s", "train_peak_gib": "training peak, GiB", "vram": "VRAM, GB", "ms_per_token": "ms/token",
+    "seconds": "time, s", "train_peak_gib": "training plan, GiB", "vram": "VRAM, GB", "ms_per_token": "ms/token",
     "prefill_ms": "prefill, ms (quartiles)", "decode_ms_per_token": "decode, ms/token (quartiles)",
     "total_ms_per_token": "total, ms/token (quartiles)", "measured_weights_gib": "measured weights, GiB",
     "rss_gib": "process, GiB", "rss_peak_gib": "process peak, GiB", "device_used_gib": "GPU in use, GiB",
