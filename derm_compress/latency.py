@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from derm_compress import generate, memory, models
-from derm_compress.data import Item
+from derm_compress import memory, models
 from derm_compress.errors import DermError
 from derm_compress.progress import track
 from derm_compress.recipes import Recipe
+
+if TYPE_CHECKING:
+    from derm_compress.data import Item
 
 
 def of_variants(
@@ -29,6 +32,8 @@ def of_variants(
     """
     if device == models.META:
         return pd.DataFrame(columns=["variant"])
+    from derm_compress import generate  # data needs scipy, which a machine that only rehearses may lack
+
     rows, speed = [], bandwidth(device)
     for row in track(list(variants.itertuples()), "latency measured"):
         model, processor = models.materialize(Recipe.from_json(row.recipe), store, device, packed=True)

@@ -171,7 +171,7 @@ def findings_secondary(results: Results) -> list[str]:
     ranks = [
         f"{label} {known.score.rank().corr(known[name].rank()):.2f} ({len(known)} variants)"
         for name, label in names.items()
-        if len(known := table.dropna(subset=[name, "score"])) > 2
+        if len(known := table.dropna(subset=[name, "score"])) > 2 and known.score.nunique() > 1 < known[name].nunique()
     ]
     if ranks:
         said.append(f"Rank correlation of the judge's score with scores that no judge gives: {', '.join(ranks)}.")

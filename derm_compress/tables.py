@@ -69,7 +69,7 @@ BASELINES = ("base", "original", "blank", "shuffled")
 UNITS = {
     "score": "score, %", "score_before": "score before, %", "score_after": "score after, %",
     "params_b": "parameters, B", "vram_gib": "weights, GiB", "peak_gib": "peak, GiB",
-    "seconds": "time, s", "train_peak_gib": "training peak, GiB", "vram": "VRAM, GB", "ms_per_token": "ms/token",
+    "seconds": "time, s", "train_peak_gib": "training plan, GiB", "vram": "VRAM, GB", "ms_per_token": "ms/token",
     "prefill_ms": "prefill, ms (quartiles)", "decode_ms_per_token": "decode, ms/token (quartiles)",
     "total_ms_per_token": "total, ms/token (quartiles)", "t4_prefill_ms": "prefill on a T4, ms",
     "t4_decode_ms_per_token": "decode on a T4, ms/token", "t4_total_ms_per_token": "total on a T4, ms/token",

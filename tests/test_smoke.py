@@ -58,6 +58,18 @@ def test_every_table_has_its_columns(study):
     assert table2.blocks_removed.tolist() == [0, 2, 3]
 
 
+def test_one_file_holds_every_answer_and_statistics_stand_beside_the_tables(study):
+    (file,) = (study / "artifacts/store/08_evaluation").glob("*/predictions.parquet")
+    frame = pd.read_parquet(file)
+    assert {"variant", "item", "question", "split", "answer", "score", "fact_f1", "similarity"} <= set(frame)
+    assert set(frame.split) == {"test", "heldout"} and not frame.duplicated(["variant", "item", "question"]).any()
+    named = study / "reports/smoke/tables"
+    for stem in ("planner", "latency", "comparisons", "power", "diagnosis", "secondary"):
+        assert len(pd.read_csv(named / f"extra_{stem}.csv")), stem
+    assert set(pd.read_csv(named / "extra_latency.csv").batch) == {1, 4}
+    assert pd.read_csv(named / "table2_sft.csv").train_peak_gib.between(0, 0.1).all()  # planned, not the process's
+
+
 def test_every_figure_is_drawn(study):
     for stem in FIGURES:
         for ending in ("png", "svg"):
