@@ -37,6 +37,8 @@ from derm_compress.notebook_html import cleaner, notebook_body
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
 CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
 CAPTIONS = {  # of the tables that need another one
+    "table3_quantization": f"{CAPTION}; output error: relative, on calibration pictures. awq-duo: scales know "
+    "weights' magnitudes too; -clip: ranges are clipped; -text: calibrated without pictures; -double: scales in 8 bits",
     "table4_efficiency": f"{CAPTION}; times are medians with their quartiles",
     "extra_agreement": "Spearman's rank correlation over unprotected blocks; 95 % interval over draws of the items",
     "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",
