@@ -74,5 +74,5 @@ def wanted(
 
 def _asked(source, kept, order, one, group_size):
     wide, narrow, count = one
-    apart = {"block_bits": dict.fromkeys(important(kept, order, count), wide), "label": "mixed"}
+    apart = {"block_bits": dict.fromkeys(important(kept, order, count), wide), "label": forms.MIXED}
     return forms.asked([source], [METHOD], narrow, group_size, **(apart if wide > narrow else {}))

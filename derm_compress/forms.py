@@ -18,7 +18,7 @@ SCALED = ("awq", "awq_nf4", "autoawq")  # methods whose scales are searched
 WIDTHS = {"bitsandbytes": (4,), "awq_nf4": (4,), "autoawq": (4,), "llm_int8": (8,)}  # of those that have one alone
 METHODS = ("awq", "autoawq", "rtn", "rtn_symmetric", "bitsandbytes", "awq_nf4", "hqq", "llm_int8")
 COMMON = ("awq", "bitsandbytes", "rtn", "rtn_symmetric")  # of the paper's Tables 3 and 5
-TEXT = "text"
+TEXT, MIXED = "text", "mixed"
 TAKES = {  # who has an option, where not all have it
     "duo": SCALED,
     "clip": ("awq", "awq_nf4", "autoawq", "rtn", "rtn_symmetric"),

@@ -17,6 +17,8 @@ CAPTIONS = {  # of the tables that need another one
     "extra_costs": "planned for two T4 at 35 % of their fp16 peak in readings and 60 % of their bandwidth in decoding; "
     "GPU memory of the largest step, disk that stays, minutes, and which session of 12 hours they fall into",
     "extra_t4": "one question on a T4 at the same shares of its peaks; disk: a checkpoint's, which recipes replace",
+    "table3_quantization": f"{CAPTION}; output error: relative, on calibration pictures. awq-duo: scales know "
+    "weights' magnitudes too; -clip: ranges are clipped; -text: calibrated without pictures; -double: scales in 8 bits",
     "table4_efficiency": f"{CAPTION}; times are medians with their quartiles",
     "extra_agreement": "Spearman's rank correlation over unprotected blocks; 95 % interval over draws of the items",
     "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",

@@ -20,7 +20,7 @@ EQUAL = [*MODEL, "budget", "mean_bits", "reference", *CHANGE, "p_holm", "n"]
 def quantized(variants: pd.DataFrame) -> pd.DataFrame:
     """The study's own models at one width each, with `source`, and the quantizer's name as `method`."""
     table = variants[variants.bits < 16].drop_duplicates("variant")
-    table = table[table.bits == table.bits.round()]
+    table = table[~table.quantizer.str.endswith(f"-{forms.MIXED}")]
     table = table.assign(source=table.variant.str.split("|").str[0], bits=table.bits.astype(int))
     plain = [variant_id(n, healed=h) for n, h in zip(table.blocks_removed, table.healed, strict=True)]
     return table[table.source == plain].assign(method=lambda frame: frame.quantizer)

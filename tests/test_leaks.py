@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from derm_compress import data, evaluate, finetune, recipes
+from derm_compress import data, evaluate, finetune, forms, recipes
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("0[2-7]*.ipynb"))
 UNSEEN = ("test", "heldout")
@@ -71,6 +71,7 @@ def test_the_scale_search_reads_its_items_alone(dataset, recipe, store, tmp_path
         (tmp_path / name).mkdir()
         source = recipes.pruned(recipe, [], [])
         how = {"items": data.sample(version.of("train"), 2, 0), "images": version.images, "batch_size": 6}
-        evaluate.search_scales(tmp_path / name, source, store, bits=4, group_size=64, device="cpu", **how)
+        wanted = forms.asked(source.variant, ["awq"], 4, 64)
+        evaluate.search_scales(tmp_path / name, wanted, source, store, device="cpu", **how)
         made.append((tmp_path / name / "awq4/original.safetensors").read_bytes())
     assert made[0] == made[1]

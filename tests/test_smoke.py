@@ -55,7 +55,11 @@ def test_every_table_has_its_columns(study):
         assert set(columns + SHARED) <= set(frame.columns) and len(frame), stem
         assert (study / "reports/smoke/tables" / f"{stem}.md").exists()
     table2 = pd.read_csv(study / "reports/smoke/tables/table2_sft.csv")
-    assert table2.blocks_removed.tolist() == [0, 2, 3]
+    assert table2.blocks_removed.tolist() == [0, 1, 2, 3]
+    equal = pd.read_csv(study / "reports/smoke/tables/extra_equal_bytes.csv")
+    assert set(equal.budget) == {3} and set(equal.blocks_removed) == {0, 1} and set(equal.healed) == {False, True}
+    variants = pd.read_parquet(next((study / "artifacts/store/05_sft").glob("*/variants.parquet")))
+    assert sorted(variants.variant[variants.sft_seed == 1]) == ["original+sft~1", "pruned-2+sft~1"]
 
 
 def test_one_file_holds_every_answer_and_statistics_stand_beside_the_tables(study):
