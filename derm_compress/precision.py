@@ -14,7 +14,7 @@ CHANGE = ["difference", "difference_lo", "difference_hi", "p"]
 COST = ["cost", "cost_lo", "cost_hi", "p_cost"]
 MODEL = ["variant", "blocks_removed", "healed"]
 TESTS = [*MODEL, "method", "bits", "calibrated", *CHANGE, "p_holm", *COST, "p_cost_holm", "n"]
-EQUAL = [*MODEL, "budget", "mean_bits", "reference", *CHANGE, "p_holm", "n"]
+EQUAL = [*MODEL, "budget", "method", "mean_bits", "reference", *CHANGE, "p_holm", "n"]
 
 
 def quantized(variants: pd.DataFrame) -> pd.DataFrame:
@@ -69,7 +69,9 @@ def method_tests(answers: pd.DataFrame | None, variants: pd.DataFrame) -> pd.Dat
 
 def equal_bytes(answers: pd.DataFrame | None, variants: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
     """Models of each budget's bytes (budgets.wanted) minus all blocks at the budget's width, healed alike."""
-    table = wanted.assign(variant=wanted.source + "|" + wanted.form, budget=wanted.budget.astype(int))
+    table = wanted.assign(
+        variant=wanted.source + "|" + wanted.form, method=wanted.quantizer, budget=wanted.budget.astype(int)
+    )
     known = variants[[*MODEL, "bits"]].drop_duplicates("variant").rename(columns={"bits": "mean_bits"})
     table = table.merge(known, on="variant")
     told = zip(table.healed, table.budget, strict=True)

@@ -99,27 +99,32 @@ def fig_errors(errors: pd.DataFrame, tests: pd.DataFrame, source: str) -> Drawin
     return Drawing(figure, shown[["variant", "method", "bits", "error", "cost"]], finding)
 
 
+def mixed(method: str) -> str:
+    return " mixed" * method.endswith("-mixed")
+
+
 @styled
 def fig_equal_bytes(table: pd.DataFrame) -> Drawing:
     """Scores of the ways to spend the same bytes (table extra_equal_bytes), before and after SFT."""
     budgets = list(dict.fromkeys(table.budget))
     best = table.dropna(subset=["score"]).sort_values("score").drop_duplicates(["budget", "healed"], keep="last")
     told = [
-        f"{r.blocks_removed} gone and {r.mean_bits:.3g} bits for {r.budget} {'after' if r.healed else 'before'} SFT"
+        f"{r.blocks_removed} gone and {r.mean_bits:.3g} bits{mixed(r.method)} for {r.budget}{' after SFT' * r.healed}"
         for r in best.sort_values(["budget", "healed"], ascending=[False, True]).itertuples()
     ]
     finding = "highest score for all blocks' bytes: " + "; ".join(told) if told else "ways to spend the same bytes"
     figure, axes = canvas(finding, 1.6 + 2 * len(budgets), rows=len(budgets), squeeze=False)
     for axis, budget in zip(axes[:, 0], budgets, strict=True):
         here = table[table.budget == budget]
-        ways = list(dict.fromkeys(zip(here.blocks_removed, here.mean_bits, strict=True)))
+        keys = ["blocks_removed", "mean_bits", "method"]
+        ways = list(dict.fromkeys(here[keys].itertuples(index=False, name=None)))
         for healed, colour, marker, shift in ((False, PRUNED, "o", 0.1), (True, SFT, "s", -0.1)):
             rows = here[here.healed == healed].dropna(subset=["score"])
-            at = [ways.index(way) + shift for way in zip(rows.blocks_removed, rows.mean_bits, strict=True)]
+            at = [ways.index(way) + shift for way in rows[keys].itertuples(index=False, name=None)]
             ends = [(rows.score - rows.score_lo).clip(lower=0), (rows.score_hi - rows.score).clip(lower=0)]
             label = "after SFT" if healed else "before SFT"
             axis.errorbar(rows.score, at, xerr=ends, fmt=marker, color=colour, capsize=3, label=label)
-        axis.set_yticks(range(len(ways)), [f"{n} removed, {bits:.3g} bits" for n, bits in ways])
+        axis.set_yticks(range(len(ways)), [f"{n} removed, {bits:.3g} bits{mixed(how)}" for n, bits, how in ways])
         axis.set_title(f"bytes of all blocks at {budget} bits", loc="left", fontsize=9, color=QUANTIZED)
         axis.invert_yaxis()
     axes[-1, 0].set_xlabel("score, %")

@@ -47,8 +47,9 @@ def findings_outliers(results: Results) -> list[str]:
     for name, table in results.statistics.groupby("variant", sort=False):
         most, tails = (table.groupby("projection")[column].mean() for column in ("outlier_channels", "kurtosis"))
         peak = table.loc[table["kurtosis"].idxmax()]
+        loud = f"{most.idxmax()} has most outlier channels, {most.max():.1f} a block on average"
         said.append(
-            f"{name}: {most.idxmax()} has most outlier channels, {most.max():.1f} a block on average; the median "
+            f"{name}: {loud if most.max() else 'no projection has outlier channels'}; the median "
             f"kurtosis is {table['kurtosis'].median():.1f} (3 for a normal distribution), the largest "
             f"{peak['kurtosis']:.1f}, of {peak.projection} in block {peak.block}; on average "
             f"{tails.idxmax()} has most, {tails.max():.1f}."
@@ -193,13 +194,14 @@ def errors_beside_scores(tests: pd.DataFrame, results: Results) -> list[str]:
         return []
     errors = results.errors.groupby("variant").relative_error.mean()
     table = tests.assign(error=tests.variant.map(errors)).dropna(subset=["error", "cost"])
-    if len(table) < 3:
+    rank = -table.error.rank().corr(table.cost.rank()) if len(table) > 2 else np.nan
+    if np.isnan(rank):
         return []
     least, most = table.loc[table.error.idxmin()], table.loc[table.error.idxmax()]
     ends = [f"{row.error:.3f} ({quantizer(row.method)}, {row.bits} bits)" for row in (least, most)]
     return [
         f"Relative error of a block's output, mean over blocks: {ends[0]} to {ends[1]}; over {len(table)} quantized "
-        f"models it correlates in rank with the score lost at {-table.error.rank().corr(table.cost.rank()):.2f}."
+        f"models it correlates in rank with the score lost at {rank:.2f}."
     ]
 
 
@@ -256,12 +258,14 @@ def findings_equal_bytes(results: Results) -> list[str]:
         each = [f"{verdict(change(row, 'difference'), way(row), 'all blocks')}" for _, row in others.iterrows()]
         said.append(f"{at}, {'after' if healed else 'before'} SFT: {'; '.join(each)}.")
         cut = others[(others.blocks_removed > 0) & (others.mean_bits == 4)]
-        sides.append((budget, healed, clear(cut, "", 1), clear(cut, "", -1), len(cut)))
-    return said + [equal_bytes_verdict(sides)] if sides else []
+        if len(cut):
+            sides.append((budget, healed, clear(cut, "", 1), clear(cut, "", -1), len(cut)))
+    return said + ([equal_bytes_verdict(sides)] if sides else [])
 
 
 def way(row) -> str:
-    removed = f"{row.blocks_removed} blocks removed" if row.blocks_removed else "no block removed"
+    n = row.blocks_removed
+    removed = f"{n} block{'s' * (n > 1)} removed" if n else "no block removed"
     return f"{removed} and {'' if row.mean_bits == int(row.mean_bits) else 'on average '}{row.mean_bits:.3g} bits" + (
         " in two widths" if "mixed" in row.variant else ""
     )

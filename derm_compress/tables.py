@@ -41,7 +41,8 @@ COLUMNS = {  # what the paper gives stands beside what is ours
     ],
     "extra_quantization_tests": precision.TESTS[1:],
     "extra_equal_bytes": [
-        "budget", *precision.MODEL[1:], "mean_bits", *SCORE, *precision.CHANGE, "p_holm", *SIZE[1:2], *SIZE[4:6],
+        "budget", *precision.MODEL[1:], "method", "mean_bits", *SCORE, *precision.CHANGE, "p_holm",
+        *SIZE[1:2], *SIZE[4:6],
     ],
     "extra_agreement": ["one", "other", "rho", "rho_lo", "rho_hi"],
     "extra_calibration_size": agreement.CURVE,
