@@ -136,7 +136,7 @@ class Writer:
     def step(self) -> Iterator[Row]:
         """One more reading of every row under way."""
         self._close_ranks()
-        device = self.model.device
+        device = models.decoder(self.model).device
         guessed = [self.guesses.after(row.key, row.tokens, self.AHEAD) for row in self.rows]
         most = max(map(len, guessed))
         ids = [[row.tokens[-1], *more, *[0] * (most - len(more))] for row, more in zip(self.rows, guessed, strict=True)]
@@ -218,7 +218,7 @@ def written(
     if not isinstance(questions, dict):
         questions = {kind: dialogue.question(kind) for kind in questions}
     eos = processor.tokenizer.eos_token_id if eos is None else eos
-    prompts = Prompts.of(processor, images[0], questions, model.device, text_only=text_only)
+    prompts = Prompts.of(processor, images[0], questions, models.decoder(model).device, text_only=text_only)
     width = len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens
     writer = Writer(model, lines=batch_size, width=width, max_new_tokens=max_new_tokens, eos=eos)
     some = max(1, batch_size // len(questions))
@@ -227,10 +227,12 @@ def written(
         asked = [(i, kind) for i in range(len(part)) for kind in questions]
         about = images[[item.row for item in part]], [i for i, _ in asked], [kind for _, kind in asked]
         drafts, keys = {}, [(part[i].id, kind) for i, kind in asked]
-        nothing = Reading(model, prompts, *about, [[]] * len(asked))
-        for row in chain(verify(nothing, None, [(None, *key) for key in keys], writer), writer.flush()):
+        reading = None  # one at a time: each holds the keys and values of all blocks
+        reading = Reading(model, prompts, *about, [[]] * len(asked))
+        for row in chain(verify(reading, None, [(None, *key) for key in keys], writer), writer.flush()):
             drafts[row.key[1:]] = row.tokens
             yield row
+        reading = None
         reading = Reading(model, prompts, *about, [drafts[key] for key in keys], units)
         for unit in units:
             yield from verify(reading, unit, [(unit, *key) for key in keys], writer)

@@ -80,6 +80,11 @@ class Calibration:
     seed: int = 0
     original: dict = dataclasses.field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """The decoder's; a vision tower may wait elsewhere."""
+        return models.decoder(self.model).device
+
     def readings(self, units: Sequence[prune.Unit] = (), watch=None) -> Iterator[tuple[list[tuple], Reading]]:
         """Prompts with reference answers, read once: (item, question) of each row, and the reading."""
         prompts = self.prompts()
@@ -104,7 +109,7 @@ class Calibration:
 
     def prompts(self) -> Prompts:
         questions = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
-        return Prompts.of(self.processor, self.images[0], questions, self.model.device, text_only=self.text_only)
+        return Prompts.of(self.processor, self.images[0], questions, self.device, text_only=self.text_only)
 
     def batches(self) -> list[Sequence[Item]]:
         some = max(1, self.batch_size // len(dialogue.QUESTIONS))
@@ -154,7 +159,7 @@ def block_influence(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dic
 
     for asked, reading in c.readings(watch=watch):
         ends = torch.tensor([a + len(told) for a, told in zip(reading.asked, reading.told, strict=True)])
-        real = (torch.arange(len(reading.places[1][0])) < ends[:, None]).to(c.model.device)  # [rows, tokens]
+        real = (torch.arange(len(reading.places[1][0])) < ends[:, None]).to(c.device)  # [rows, tokens]
         for unit in units:
             beginning, rest = sums[0, *prune.span(unit)], sums[1, *prune.span(unit)] * real
             for i in range(len(beginning)):
@@ -237,7 +242,7 @@ def answer_loss(c: Calibration, item: Item) -> torch.Tensor:
     ]
     rest = [torch.tensor(prompts.rest[kind] + more) for kind, more in zip(dialogue.QUESTIONS, told, strict=True)]
     ends = [len(prompts.prefix) + len(row) for row in rest]
-    ids = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True).to(model.device)
+    ids = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True).to(c.device)
     picture = prompts.embedded(model, c.images[[item.row]]).expand(len(ids), -1, -1)
     x = torch.cat([picture, model.get_input_embeddings()(ids)], 1)  # [rows, tokens, width], padded behind
     places = torch.arange(x.shape[1], device=x.device)[None]

@@ -172,21 +172,26 @@ class Costs:
     def scoring(self, ranking: Ranking) -> Callable[[int], float]:
         """GiB of a criterion's values, `batch` questions at once, those about one picture together (reading.Reading).
 
-        Answers without a block are read by the whole model, by the draft's reading and anew above the block, and
-        written in lines of full length; other criteria read once, with the states that each block starts from.
+        Answers without a block are read by the draft's reading and anew above the block, and written in lines of full
+        length; other criteria read once, with the states that each block starts from, and look at no picture then.
+        Taylor holds what enters every block, the inner values of one, and a gradient in two formats.
         """
         arch, prefix = self.arch, self.arch.image_tokens + PROMPT / 2
         cache, state = FP16 * 2 * arch.cache_width * arch.blocks, FP16 * arch.hidden * arch.blocks
+        inner = FP16 * (8 * arch.hidden + 4 * arch.linears["mlp.up_proj"][0])
+        weight = (FP16 + FP32) * max(out * into for out, into in arch.linears.values())
+        blind = self.reading(1) - sum(memory.plan_weights(arch)[part] for part in ("vision_tower", "projector"))
 
         def gib(batch: int) -> float:
+            if ranking.criterion == "taylor":  # a picture at a time, whatever the batch
+                return blind + ((state + inner) * self.kinds * (prefix + PROMPT + ANSWER) + weight) / GIB
             pictures = max(1, batch // self.kinds)
             read, told = pictures * prefix, self.kinds * pictures * (PROMPT + ANSWER)
             asks = ranking.criterion == "output_similarity"
             lines = asks * batch * (prefix + PROMPT + self.p["max_new_tokens"])
-            times = 3 if asks else 2 if ranking.criterion == "perplexity" else 1
-            held = cache * (times * read + told + lines) + state * (read + told)
-            block = 4 * FP16 * (arch.block_linears + arch.block_norms) * (ranking.criterion == "taylor")
-            return self.reading(1) + (held + block) / GIB
+            times = 2 if asks or ranking.criterion == "perplexity" else 1
+            held = cache * (times * (read + told) + lines) + state * (read + told)
+            return max(self.reading(1) + cache * lines / GIB, blind + held / GIB)
 
         return gib if ranking.criterion in CALIBRATED else lambda batch: self.reading(1)
 

@@ -33,6 +33,23 @@ def test_the_papers_study_fits_two_t4_in_sessions_of_twelve_hours():
     assert all(stage in said for stage in made.stage) and "session(s) of at most 12 h" in said
 
 
+@pytest.mark.parametrize(("name", "digits"), [("kaggle-t4", 0), ("kaggle-t4-quick", 1)])
+def test_the_run_files_for_kaggle_fit_and_say_what_they_cost(name, digits):
+    known, file = params.known_parameters(params.read_notebooks(ROOT)), ROOT / "params" / f"{name}.yaml"
+    asked = {key: parameter.default for key, parameter in known.items()} | params.read_params(file, known)
+    made = preflight.table(asked, ARCH)
+    assert preflight.faults(asked, ARCH) == [] and (made.groupby("session").minutes.sum() <= 720).all()
+    head = file.read_text().split("run:")[0]
+    assert f"not measured: {made.minutes.sum() / 60:.{digits}f} h of T4 x2" in head
+    if name == "kaggle-t4":
+        second = made.stage[made.session == 2]
+        assert second.tolist() == ["08_evaluation"] and "(01 to 07, then 08)" in head
+        hours = made.set_index("stage").minutes / 60
+        assert f"{hours['02_finetune']:.0f} h in 02 and {hours['05_sft']:.0f} h in 05" in head
+    else:
+        assert made.minutes.sum() < 120
+
+
 def test_what_cannot_fit_is_refused_with_the_value_that_does():
     for name, too_many, stage in (
         ("batch_size", 64, "04_pruning"), ("activation_batch", 40, "06_activation_analysis"),
@@ -52,7 +69,8 @@ def test_what_cannot_fit_is_refused_with_the_value_that_does():
 
 
 def test_a_ranking_that_no_batch_makes_fit_is_named():
-    (said,) = preflight.faults(values(rankings=["published", "output_similarity"]), ARCH)
+    asked = values(rankings=["published", "output_similarity"], max_new_tokens=1000)
+    (said,) = [line for line in preflight.faults(asked, ARCH) if line.startswith("03_")]
     assert said.startswith("03_layer_importance, output_similarity: ") and "leave it out of rankings" in said
 
 
