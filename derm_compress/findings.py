@@ -205,7 +205,7 @@ def findings_speed(results: Results) -> list[str]:
     """Whether the smaller model is also the faster one, and what equal shapes say of the noise."""
     if results.latency is None or results.latency.empty:
         return []
-    decode, n = tables.one_prompt(results).set_index("variant").decode_ms_per_token, results.operating
+    decode, n = results.one_prompt.set_index("variant").decode_ms_per_token, results.operating
     full, plain = variant_id(n, healed=True, method="awq"), variant_id(0)
     equal = [variant_id(n), variant_id(n, healed=True)]
     if not {full, plain, *equal} <= set(decode.index):

@@ -20,8 +20,8 @@ def points(results: Results) -> pd.DataFrame:
     table = results.variants.assign(kind=[kind(row) for row in results.variants.itertuples()])[["variant", "kind"]]
     empty = pd.DataFrame(columns=["variant"])
     scored = empty if results.answers is None else metrics.score_table(results.answers, ["variant"], n_boot=500)
-    for frame in (scored, results.memory, results.latency):
-        table = table.merge((empty if frame is None else frame).drop_duplicates("variant"), on="variant", how="left")
+    for frame in (scored, results.memory, results.one_prompt):
+        table = table.merge((empty if frame is None else frame.drop_duplicates("variant")), on="variant", how="left")
     table = table.reindex(columns=NAMES)
     return table.assign(best=front(table.vram_gib_7b, table.score))
 

@@ -62,6 +62,11 @@ class Results:
         return next(iter([*plain, *likely, *plans]), "output_similarity")
 
     @property
+    def one_prompt(self) -> pd.DataFrame | None:
+        """The measured times at batch 1, which come first; None where nothing was measured."""
+        return None if self.latency is None or self.latency.empty else self.latency.drop_duplicates("variant")
+
+    @property
     def blocks(self) -> int:
         return next((plan["blocks"] for plan in (self.plans or {}).values()), paper.BLOCKS)
 

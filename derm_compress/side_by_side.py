@@ -41,7 +41,7 @@ def shapes() -> list[tuple]:
 
 def costs(results: Results) -> list[tuple]:
     """Time and training memory, which neither a plan nor another machine can show."""
-    rows, taken, trained = [], results.latency, results.training
+    rows, taken, trained = [], results.one_prompt, results.training
     for row in paper.table(2, operating=results.operating, deeper=results.deeper).itertuples():
         seconds, gib = _of(trained, row.variant, "seconds"), _of(trained, row.variant, "train_peak_gib")
         rows.append((2, row.paper_model, "time, s", row.paper_seconds, seconds, None, None, "", *TRAINING))

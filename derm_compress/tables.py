@@ -174,7 +174,7 @@ def table4(results: Results) -> pd.DataFrame:
     """The paper's six ways to the operating point, scored on test and held-out items, with measured times."""
     table = paper.table(4, operating=results.operating, deeper=results.deeper).drop(columns="bits")
     table = _join(table, results.variants, MODEL[1:])
-    return _join(_measured(table, results, results.evaluation), one_prompt(results), TIMES)
+    return _join(_measured(table, results, results.evaluation), results.one_prompt, TIMES)
 
 
 def table5(results: Results) -> pd.DataFrame:
@@ -232,15 +232,10 @@ def sublayers(results: Results) -> pd.DataFrame:
 
 def running(results: Results) -> pd.DataFrame:
     """What each packed model took when stage 08 ran it, beside its planned weights."""
-    if results.latency is None:
+    if results.one_prompt is None:
         return pd.DataFrame()
-    taken = one_prompt(results).rename(columns={"weights_gib": "measured_weights_gib"})
+    taken = results.one_prompt.rename(columns={"weights_gib": "measured_weights_gib"})
     return _join(taken, results.memory, ["vram_gib"])
-
-
-def one_prompt(results: Results) -> pd.DataFrame | None:
-    """The measured times at batch 1, which come first."""
-    return None if results.latency is None else results.latency.drop_duplicates("variant")
 
 
 def baselines(results: Results) -> pd.DataFrame:

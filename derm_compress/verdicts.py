@@ -109,7 +109,7 @@ def memory_claims(results: Results) -> list[tuple]:
 def speed_claims(results: Results) -> list[tuple]:
     """4.2 times faster on a T4: testable on a GPU with the paper's model alone."""
     full, ours = variant_id(results.operating, healed=True, method="awq"), None
-    taken = None if results.latency is None else results.latency.set_index("variant").total_ms_per_token
+    taken = None if results.one_prompt is None else results.one_prompt.set_index("variant").total_ms_per_token
     if taken is not None and {"original", full} <= set(taken.index):
         ours = taken["original"] / taken[full]
     told = Verdict(UNTESTED, "needs the 7B model on a T4" + ("" if ours is None else "; ours is another model's ratio"))

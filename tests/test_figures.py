@@ -15,7 +15,7 @@ from derm_compress import figures, judge, pareto, quotes, ranking_figures, repor
 STEMS = {"fig1_pipeline", "fig2_block_removal", "fig3_layer_importance", "fig4_activations", "fig5_case_studies",
          "fig6_judge_prompt", "fig7_iterative_pruning", "score_vs_blocks", "pareto",
          "extra_agreement", "extra_calibration_size", "extra_criteria",
-         "extra_activations", "extra_alpha", "extra_errors", "extra_equal_bytes"}  # fmt: skip
+         "extra_activations", "extra_alpha", "extra_errors", "extra_equal_bytes", "extra_diagnosis"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

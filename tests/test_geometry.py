@@ -11,8 +11,10 @@ from derm_compress import (
     dialogue,
     evaluate,
     finetune,
+    forms,
     generate,
     importance,
+    latency,
     memory,
     models,
     prune,
@@ -63,8 +65,8 @@ def variants_of(recipe, folder):
     """All variants of the study as its stages make them."""
     known = recipes.pruned(recipe, [prune.published()], [2, 4, 6, 7, 8, 9, 10])
     training = finetune.Training(rank=16, alpha=8, learning_rate=1e-3, steps=2, batch_size=2, seed=0)
-    sources = recipes.named(known, ["original", "pruned-6", "pruned-9"])
-    jobs = [finetune.Job(row.variant, row.recipe, training, models.META) for row in sources.itertuples()]
+    sources = recipes.to_heal(known, {"operating": 6, "deeper": 9})
+    jobs = [finetune.Job(row.adapter, row.recipe, training, models.META) for row in sources.itertuples()]
     (folder / "scratch").mkdir()
     (folder / "adapters").mkdir()
     finetune.run_all(
@@ -73,8 +75,9 @@ def variants_of(recipe, folder):
     healed = recipes.healed(sources, "adapters", folder / "adapters")
     every = pd.concat([sources, healed])
     methods = ["awq", "bitsandbytes", "rtn", "rtn_symmetric"]
-    rounded = recipes.quantized(every, methods=methods, bits=4, group_size=64, ref="scales")
-    return pd.concat([known, healed, rounded], ignore_index=True), jobs, sources, rounded
+    wanted = forms.asked(every.variant, methods, 4, 64)
+    rounded = forms.quantized(every, wanted, "scales")
+    return pd.concat([known, healed, rounded], ignore_index=True), jobs, sources, wanted, rounded
 
 
 def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset, tmp_path):
@@ -86,7 +89,7 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     plans = importance.plans(
         ["published"], measured, calibration, fingerprint=recipe.fingerprint, journal=Journal(), **told
     )
-    variants, jobs, sources, rounded = variants_of(recipe, tmp_path)
+    variants, jobs, sources, wanted, rounded = variants_of(recipe, tmp_path)
     ask = {"items": dataset.of("test"), "images": dataset.images, "store": store, "device": models.META}
     answers = evaluate.answer_variants(variants, **ask, batch_size=4, max_new_tokens=4)
     controls = evaluate.answer_controls(variants, **ask, seed=0, batch_size=4, max_new_tokens=4)
@@ -97,15 +100,15 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     assert evaluate.activation_statistics(sources, store, batch_size=1, **how).empty
     assert evaluate.activation_surface(sources, store, block=30, projection="q_proj", **how).empty
     assert evaluate.quantization_errors(rounded, sources, store, batch_size=1, **how).empty
-    evaluate.search_scales(tmp_path, sources, store, bits=4, group_size=64, batch_size=1, **how)
+    evaluate.search_scales(tmp_path, wanted, sources, store, batch_size=1, **how)
     assert pd.read_parquet(tmp_path / "search.parquet").empty
-    latency = evaluate.latency(variants, store, dataset.of("test"), dataset.images, device=models.META)
+    timed = latency.of_variants(variants, store, dataset.of("test"), dataset.images, device=models.META)
     training = finetune.measured(tmp_path / "scratch", [job.variant for job in jobs])
     assert training.seconds.isna().all() and (training.train_peak_gib > 4).all()
     arch = memory.Architecture(**evaluate.architecture(variants, store, models.META))
     results = tables.Results(
         scores=scores, plans=plans, choice=choice, variants=variants, answers=answers, evaluation=answers,
-        training=training, latency=latency, memory=memory.plan_variants(variants, arch, arch),
+        training=training, latency=timed, memory=memory.plan_variants(variants, arch, arch),
         architecture=evaluate.architecture(variants, store, models.META),
     )  # fmt: skip
     check_tables(tables.build(results))

@@ -12,7 +12,19 @@ import pytest
 import torch
 from small_llava import batch, small_llava
 
-from derm_compress import artifacts, calibration, checkpoint, evaluate, forms, generate, grids, memory, models, quantize
+from derm_compress import (
+    artifacts,
+    calibration,
+    checkpoint,
+    evaluate,
+    forms,
+    generate,
+    grids,
+    latency,
+    memory,
+    models,
+    quantize,
+)  # fmt: skip
 from derm_compress.errors import DermError
 from derm_compress.recipes import Recipe
 from derm_compress.search import search_one
@@ -160,7 +172,7 @@ def test_a_quantized_recipe_answers_bit_equally_in_a_new_process(recipe, store, 
 
 def test_measured_weights_are_those_stored_and_errors_go_on(recipe, store, dataset, tmp_path):
     variants, sources, how = awq_variant(recipe, store, dataset, tmp_path)
-    told = evaluate.latency(
+    told = latency.of_variants(
         variants, store, dataset.of("test"), dataset.images, device="cpu", new_tokens=2, repeats=1, warmup=1
     )
     stored = models.materialize(Recipe.from_json(variants.recipe[0]), store, packed=True)[0]
