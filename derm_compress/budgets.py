@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from derm_compress import forms
+from derm_compress.errors import DermError
 from derm_compress.memory import OVERHEAD
 from derm_compress.recipes import HEALED, ORIGINAL, Recipe, named, paper_depth
 
@@ -36,7 +37,7 @@ def widths(budget: int, blocks: int, kept: int, group_size: int) -> list[tuple[i
     NEAR, else at the two widths around what the bytes allow; nothing where 4 bits leave bytes over or 2 are too many.
     """
     if kept == blocks:
-        mixed = [(budget + 1, budget - 1, kept // 2)] if budget > NARROWEST else []
+        mixed = [(budget + 1, budget - 1, kept // 2)] if NARROWEST < budget < WIDEST else []
         return [(budget, budget, kept), *mixed]
     mean = mean_bits(budget, blocks, kept, group_size)
     if abs(mean - WIDEST) <= NEAR:
@@ -47,6 +48,8 @@ def widths(budget: int, blocks: int, kept: int, group_size: int) -> list[tuple[i
 
 def important(kept: Sequence[int], order: Sequence[int], count: int) -> list[int]:
     """Positions of the `count` most important of the kept blocks, by a plan's order (the first to go first)."""
+    if not order:
+        raise DermError("equal_bytes: the study's own ranking takes runs of blocks and orders none; name another first")
     rank = {block: i for i, block in enumerate(order)}
     by_rank = sorted(range(len(kept)), key=lambda i: rank.get(kept[i], len(rank) + i))
     return sorted(by_rank[len(kept) - count :])

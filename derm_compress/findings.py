@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 import pandas as pd
 
-from derm_compress import metrics, paper, tables
+from derm_compress import metrics, paper, tables, verdicts
 from derm_compress.quantization_findings import findings_activations as findings_activations
 from derm_compress.quantization_findings import findings_quantization as findings_quantization
 from derm_compress.ranking_findings import findings_criteria
@@ -67,8 +67,10 @@ def about(results: Results) -> list[str]:
     if results.data_report:
         drawn = results.data_report["source"] == "synthetic"
         said[0] += ", asked about " + ("drawn pictures, not photographs" if drawn else "photographs")
-    said[0] += ". Every 7B figure is a plan from exact shapes; no 7B model was run for it."
-    if not any(f.score.notna().any() for f in (results.answers, results.evaluation) if f is not None):
+    scored = any(f.score.notna().any() for f in (results.answers, results.evaluation) if f is not None)
+    own = scored and verdicts.at_papers_size(results)
+    said[0] += "." if own else ". Every 7B figure is a plan from exact shapes; no 7B model was run for it."
+    if not scored:
         why = (results.choice or {}).get("why", "no stage has chosen depths yet")
         return [*said, f"Depths are {results.operating} and {results.deeper} blocks: {why}.", GLOSSARY]
     theirs = ", ".join(f"{name} {n} of {paper.BLOCKS}" for name, n in (("operating", 6), ("deeper", 9)))

@@ -97,6 +97,7 @@ def planned_peak(model, processor, items: Sequence[Item], images: np.ndarray, tr
         memory.plan_training(
             memory.architecture(model.config), rank=training.rank, batch=len(first),
             text_tokens=width - image_tokens(model), element=element, rest=element,
+            checkpointing=model.device.type == "cuda",
         ).values()
     )  # fmt: skip
 

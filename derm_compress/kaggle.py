@@ -13,6 +13,7 @@ from derm_compress.artifacts import atomic, remove, write_json
 from derm_compress.errors import DermError
 from derm_compress.params import read_notebooks
 from derm_compress.plan import find_plan, project_root
+from derm_compress.preflight import SESSION
 
 NAME, DERMNET = "derm-compress", "shubhamgoel27/dermnet"
 NOBODY = "INSERT_USERNAME_HERE"  # as the Kaggle client writes it
@@ -39,7 +40,6 @@ words = ["run", os.environ["DERM_COMPRESS_PARAMS"], "--hours", "{hours}"]
 done = subprocess.run([sys.executable, "-m", "derm_compress", *words], cwd=os.environ["DERM_COMPRESS_ROOT"])
 sys.exit(0 if done.returncode == 130 else done.returncode)  # 130: out of time, and what is finished is saved
 '''
-HOURS = 11.3  # of Kaggle's 12, so that the output is saved
 
 
 def build(path: Path, *, owner: str = NOBODY, root: Path | None = None) -> Path:
@@ -57,7 +57,7 @@ def build(path: Path, *, owner: str = NOBODY, root: Path | None = None) -> Path:
             metadata = kernel(owner, stage, file, "notebook", [slug(earlier) for earlier in stages[:number]])
             write_kernel(part / "kernels" / stage, metadata, (root / "notebooks" / file).read_text("utf-8"))
         metadata = kernel(owner, "study", "study.py", "script", [])
-        write_kernel(part / "kernels" / "study", metadata, STUDY.format(hours=HOURS, name=NAME))
+        write_kernel(part / "kernels" / "study", metadata, STUDY.format(hours=SESSION, name=NAME))
     return path
 
 

@@ -46,6 +46,7 @@ def of_variants(
             told = measure_latency(model, inputs, **how) | memory.resident_gib(device)
             read = read_bytes(model, batch=batch, tokens=told["prompt_tokens"] + told["new_tokens"] / 2)
             floor = 1000 * read / speed
+            told |= {"gpu": torch.cuda.get_device_name(device)} if str(device).startswith("cuda") else {}
             told |= {"read_mib": read / 2**20, "bandwidth_gb_s": speed / 1e9, "floor_ms": floor}
             told["times_floor"] = told["decode_ms_per_token"] / floor
             rows.append({"variant": row.variant, "weights_gib": stored} | told)

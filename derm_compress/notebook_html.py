@@ -55,7 +55,7 @@ def notebook_body(path: Path, clean) -> str:
     exporter.register_filter("clean_html", clean_html)  # its own would show <p> and <h1> as text
     body = exporter.from_notebook_node(notebook)[0]
     body = re.sub(r"<table[^>]*>", "<table><caption>computed in this notebook</caption>", body)
-    return re.sub(r"formula(\d+)aside", lambda found: formulas[int(found[1])], body)
+    return re.sub(r"formula(\d+)aside", lambda found: dict(enumerate(formulas)).get(int(found[1]), found[0]), body)
 
 
 def clean_html(html: str) -> str:

@@ -10,15 +10,17 @@ from derm_compress import (
     statistics_findings,
     verdicts,
 )
+from derm_compress.preflight import SESSION
 
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
 CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
 CAPTIONS = {  # of the tables that need another one
     "extra_costs": "planned for two T4 at 35 % of their fp16 peak in readings and 60 % of their bandwidth in decoding; "
-    "GPU memory of the largest step, disk that stays, minutes, and which session of 12 hours they fall into",
+    f"GPU memory of the largest step, disk that stays, minutes, and which session of {SESSION:g} hours they fall into",
     "extra_t4": "one question on a T4 at the same shares of its peaks; disk: a checkpoint's, which recipes replace",
-    "table3_quantization": f"{CAPTION}; output error: relative, on calibration pictures. awq-duo: scales know "
-    "weights' magnitudes too; -clip: ranges are clipped; -text: calibrated without pictures; -double: scales in 8 bits",
+    "table3_quantization": f"{CAPTION}; output error: relative, on training pictures that no search saw. "
+    "awq-duo: scales know weights' magnitudes too; -clip: ranges are clipped; -text: calibrated without pictures; "
+    "-double: scales in 8 bits",
     "table4_efficiency": f"{CAPTION}; times are medians with their quartiles",
     "extra_agreement": "Spearman's rank correlation over unprotected blocks; 95 % interval over draws of the items",
     "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",
@@ -52,6 +54,13 @@ BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b
 LONG_TABLE = 16  # rows from which a table beside the paper's is folded
 OPEN = ("extra_verdicts", "extra_contradictions")  # but these
 RUBRIC_LIMITS = "The rubric counts stated facts; it judges neither safety nor negation nor grammar."
+
+
+def model_judged(results) -> bool:
+    """Whether a model gave the scores; the rubric's then stand beside them."""
+    return results.evaluation is not None and "rubric" in results.evaluation
+
+
 PARTS = {  # in the paper's order: label, question, and what the numbers say to it
     "fig1_pipeline": ("Figure 1", "The pipeline", None),
     "fig2_block_removal": ("Figure 2", "Which blocks are tried, and which go?", None),
@@ -111,9 +120,12 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     ),
     "extra_baselines": ("Beside Table 5", "Does the score come from fine-tuning and from seeing?", None),
     "fig5_case_studies": ("Figure 5", "What do the models say?", None),
-    "fig6_judge_prompt": ("Figure 6", "How are answers judged?", lambda results: [RUBRIC_LIMITS]),
+    "fig6_judge_prompt": (
+        "Figure 6", "How are answers judged?", lambda results: [] if model_judged(results) else [RUBRIC_LIMITS]
+    ),
     "extra_judges": (
-        "Beside Figure 6", "Is the judge any good?", lambda results: judge_controls.findings(results.judge_controls)
+        "Beside Figure 6", "Is the judge any good?",
+        lambda results: judge_controls.findings(results.judge_controls, results.evaluation),
     ),
     "fig7_iterative_pruning": ("Figure 7", "How do answers change while blocks go?", None),
     "extra_verdicts": ("The paper's claims", "Which of them hold?", None),

@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from derm_compress import precision
 from derm_compress.figures import DENSE, PRUNED, QUANTIZED, SFT, Drawing, canvas, styled
-from derm_compress.quantization_findings import main_models, quantizer
+from derm_compress.quantization_findings import main_models, plain_awq, quantizer
 from derm_compress.ranking_figures import LINES
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -54,16 +54,17 @@ def fig_activation_map(statistics: pd.DataFrame) -> Drawing:
 @styled
 def fig_alpha(search: pd.DataFrame, sources: list[str]) -> Drawing:
     """The exponent that each group got, block by block; lighter: calibrated on text alone."""
-    search = search[search.form.isin(["awq4", "awq4-text"]) & search.variant.isin(sources)].dropna(subset=["alpha"])
-    names, plain = list(dict.fromkeys(search.variant)), search[search.form == "awq4"]
+    first, text = plain_awq(search)
+    search = search[search.form.isin([first, text]) & search.variant.isin(sources)].dropna(subset=["alpha"])
+    names, plain = list(dict.fromkeys(search.variant)), search[search.form == first]
     told = ", ".join(f"{name} {a:.2f}" for name, a in plain.groupby("variant", sort=False).alpha.median().items())
     finding = f"AWQ's median exponent (0 is plain rounding): {told}"
     figure, axes = canvas(finding, 1.1 + 1.6 * len(names), rows=len(names), sharex=True, sharey=True, squeeze=False)
     for axis, name in zip(axes[:, 0], names, strict=True):
         for (group, label), (colour, marker, _) in zip(GROUPS.items(), LINES, strict=False):
-            for form, style in (("awq4", {"linewidth": 1.2}), ("awq4-text", {"linewidth": 0.8, "alpha": 0.45})):
+            for form, style in ((first, {"linewidth": 1.2}), (text, {"linewidth": 0.8, "alpha": 0.45})):
                 rows = search[(search.variant == name) & (search.group == group) & (search.form == form)]
-                shown = {"label": label} if form == "awq4" and axis is axes[0, 0] else {}
+                shown = {"label": label} if form == first and axis is axes[0, 0] else {}
                 axis.plot(rows.block, rows.alpha, marker=marker, ms=3, color=colour, **style, **shown)
         axis.set_title(name, loc="left", fontsize=8.5)
         axis.set_ylabel("exponent")
@@ -78,7 +79,7 @@ def fig_errors(errors: pd.DataFrame, tests: pd.DataFrame, source: str) -> Drawin
     mean = errors.groupby("variant").relative_error.mean()
     shown = tests.assign(error=tests.variant.map(mean)).dropna(subset=["error"])
     width = shown.bits[shown.method == "awq"].max()
-    own = shown[(shown.variant.str.split("|").str[0] == source) & (shown.bits >= width)].sort_values("error")
+    own = shown[(shown.variant.str.split("|").str[0] == source) & (shown.bits == width)].sort_values("error")
     least = f"{quantizer(own.method.iloc[0])} has the smallest output error" if len(own) else "output errors"
     finding = f"{least} on {source}; above, block by block, below, beside what it costs"
     figure, (left, right) = canvas(finding, 6.4, rows=2)
@@ -135,12 +136,12 @@ def fig_equal_bytes(table: pd.DataFrame) -> Drawing:
 def drawings(results, built: dict[str, pd.DataFrame]) -> dict[str, Drawing]:
     """{stem: drawing} of what the results suffice for; built: tables.build()'s."""
     drawn, full = {}, main_models(results)
-    if results.statistics is not None:
+    if results.statistics is not None and len(results.statistics):
         drawn["extra_activations"] = fig_activation_map(results.statistics)
-    if results.errors is not None and "extra_quantization_tests" in built:
+    if results.errors is not None and len(results.errors) and "extra_quantization_tests" in built:
         tests = precision.method_tests(results.answers, results.variants)
         drawn["extra_errors"] = fig_errors(results.errors, tests, full[-1])
-    if results.search is not None and results.search.alpha.notna().any():
+    if results.search is not None and plain_awq(results.search):
         drawn["extra_alpha"] = fig_alpha(results.search, full)
     if "extra_equal_bytes" in built:
         drawn["extra_equal_bytes"] = fig_equal_bytes(built["extra_equal_bytes"])

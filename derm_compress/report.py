@@ -252,7 +252,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 def inert(text) -> str:
     """Text that Markdown shows as it is, whatever it says."""
-    marks = {"|": "\\|", "`": "&#96;", "[": "&#91;", "\n": " ", "*": "\\*", "_": "\\_", "$": "\\$"}
+    marks = {"\\": "&#92;", "|": "\\|", "`": "&#96;", "[": "&#91;", "\n": " ", "*": "\\*", "_": "\\_", "$": "\\$"}
     return html.escape(str(text)).translate(str.maketrans(marks))
 
 

@@ -26,7 +26,8 @@ RULES = (
     "Rule for shapes: parameters and compression must round to what is printed; planned 7B weights must lie within "
     f"{LOOSE:.0%} of the printed VRAM at 16 bits and {LOOSE_GIB:.2f} GiB at 4 bits, at the paper's own depth.",
     "Rule for scores: on a model of the paper's size its value must lie in the run's 95 % interval; on a smaller one "
-    "only the direction of a difference is tested, and its paired 95 % interval must lie on the paper's side of 0.",
+    "only the direction of a difference is tested, and its paired 95 % interval must lie on the paper's side of 0. "
+    f"Stable is what cannot have lost {NEAR} points, and not stable what has clearly lost.",
     f"An answer set counts as unintelligible if its interval ends within {NEAR} points of the floor. What neither a "
     "plan nor this model can show, such as a T4's speed, cannot be tested at this size.",
 )
@@ -113,16 +114,20 @@ def speed_claims(results: Results) -> list[tuple]:
     if taken is not None and {"original", full} <= set(taken.index):
         ours = taken["original"] / taken[full]
     told = Verdict(UNTESTED, "needs the 7B model on a T4" + ("" if ours is None else "; ours is another model's ratio"))
-    if ours is not None and at_papers_size(results) and "device_used_gib" in results.latency:
-        told = Verdict(REPRODUCED if ours >= 4.2 else NOT, "on this run's GPU")
+    if ours is not None and at_papers_size(results) and "T4" in str(results.latency.get("gpu", "")):
+        told = Verdict(REPRODUCED if ours >= 4.2 else NOT, "on this run's T4")
     return [("4.2 times faster inference on a T4", "Discussion", 4.2, ours, None, None, "ratio of ms/token", *told)]
 
 
 def same_ratio(results: Results) -> list[tuple]:
-    """The pipeline against the smallest model that is only pruned, or only quantized, and no smaller."""
+    """The pipeline against the smallest model that is only pruned by its criterion, or only quantized by AWQ, and no
+    smaller."""
     full, rows, table = variant_id(results.operating, healed=True, method="awq"), [], results.variants
     plain, pruned = ~table.healed.astype(bool), table.blocks_removed > 0
-    kinds = {"pruning": plain & pruned & (table.bits == 16), "quantization": plain & ~pruned & (table.bits < 16)}
+    kinds = {
+        "pruning": plain & pruned & (table.bits == 16) & (table.criterion == results.criterion),
+        "quantization": plain & ~pruned & (table.bits < 16) & (table.method == "awq"),
+    }
     for name, alone in kinds.items():
         claim = f"better than {name} alone at the same compression, by 4 points", "Abstract, Discussion", 4
         if results.memory is not None:
@@ -198,13 +203,20 @@ def depth_claims(results: Results) -> list[tuple]:
         if not within:
             rows.append((text, where, drop, *[None] * 3, "direction", UNTESTED, "no scores at such a depth"))
             continue
-        worst = min(within, key=lambda n: within[n].hi)
-        lost = within[worst].hi < 0
-        why = f"{worst} blocks removed, {'clearly' if lost else 'not clearly'} below the unpruned model"
-        rows.append((text, where, drop, *_ours(within[worst]), _kind(results), NOT if lost else REPRODUCED, why))
+        worst = min(within, key=lambda n: within[n].lo)
+        rows.append((text, where, drop, *_ours(within[worst]), _kind(results), *stable(worst, within[worst])))
     ten = next((n for n in depths if n * paper.BLOCKS == 10 * results.blocks), -1)
     score = metrics.score_interval(answers_of(results.answers, variant_id(ten)))
     return [*rows, _at_floor("collapse with 10 of 32 blocks removed", "4.3", scores[10], score, results)]
+
+
+def stable(blocks: int, change: metrics.Difference) -> Verdict:
+    """Whether a loss of NEAR points can be excluded; too wide an interval tells nothing."""
+    if change.hi < 0:
+        return Verdict(NOT, f"{blocks} blocks removed, clearly below the unpruned model")
+    if change.lo > -NEAR:
+        return Verdict(REPRODUCED, f"{blocks} blocks removed, less than {NEAR} points lost")
+    return Verdict(UNTESTED, f"{blocks} blocks removed, too few answers to exclude a loss of {NEAR} points")
 
 
 def findings(frame: pd.DataFrame) -> list[str]:

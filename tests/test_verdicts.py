@@ -106,6 +106,12 @@ def test_stable_to_six_falls_with_the_loss_at_six():
     assert verdict_of(run(MARKS | {"pruned-4": 3.4, "pruned-6": 3.4}), "stable with up to 6") == REPRODUCED
 
 
+def test_stable_is_not_what_too_few_answers_cannot_tell():
+    for lo, hi, verdict in ((-9, -1, NOT), (-9, 1, UNTESTED), (-3, 1, REPRODUCED), (-3, -1, NOT)):
+        change = metrics.Difference((lo + hi) / 2, lo, hi, 1.0, 39)
+        assert verdicts.stable(6, change).verdict == verdict
+
+
 @pytest.mark.parametrize(
     "claim,rival", [("better than pruning", "pruned-10"), ("better than quantization", "original|awq4")]
 )
@@ -116,6 +122,9 @@ def test_the_same_ratio_needs_a_rival_of_the_same_size(claim, rival):
     assert verdict_of(run(better, sizes=near), claim) == NOT
     assert verdict_of(run(better, sizes=near | {rival: 8}), claim) == UNTESTED  # larger and better says nothing
     assert verdict_of(run(MARKS, sizes=near | {rival: 8}), claim) == REPRODUCED  # larger and worse says more
+    others = {"original|rtn_symmetric4": 1.0, "pruned-10-magnitude": 1.0}  # neither the criterion's nor AWQ's
+    beside = near | dict.fromkeys(others, 3.75)
+    assert verdict_of(run(better | others, sizes=beside), claim) == NOT
     small = dict.fromkeys(MARKS, 1.0)
     assert verdict_of(run(MARKS, sizes=small | {FULL: 3.7}), claim) == UNTESTED
 
@@ -132,11 +141,13 @@ def test_less_memory_and_speed(monkeypatch):
     assert verdict_of(run(MARKS), "70 %") == verdict_of(run(MARKS), "71 %") == REPRODUCED
     monkeypatch.setattr(paper_model, "weights_gib", lambda n, method="fp16": 13.0 if method == "fp16" else 3.83)
     assert verdict_of(run(MARKS), "70 %") == REPRODUCED and verdict_of(run(MARKS), "71 %") == NOT
-    times = pd.DataFrame({"variant": ["original", FULL], "total_ms_per_token": [150.0, 30.0], "device_used_gib": 5.0})
+    times = pd.DataFrame({"variant": ["original", FULL], "total_ms_per_token": [150.0, 30.0], "gpu": "Tesla T4"})
     on_cpu = dataclasses.replace(run(MARKS), latency=times)
     assert verdict_of(on_cpu, "4.2 times") == UNTESTED
     big = dataclasses.replace(on_cpu, memory=on_cpu.memory.assign(params_b=paper_model.TOTAL / 1e9))
     assert verdict_of(big, "4.2 times") == REPRODUCED
+    elsewhere = dataclasses.replace(big, latency=times.assign(gpu="NVIDIA H100"))
+    assert verdict_of(elsewhere, "4.2 times") == UNTESTED
     slow = dataclasses.replace(big, latency=times.assign(total_ms_per_token=[150.0, 60.0]))
     assert verdict_of(slow, "4.2 times") == NOT
 
