@@ -140,7 +140,7 @@ def fails(free: pd.DataFrame) -> pd.Series:
     whole = free[free.blocks_removed == 0].groupby("method").cost.min()
     rows = free[free.blocks_removed > 0]
     lost = (rows.p_cost_holm < SIGNIFICANT) & (rows.cost < 0) & (rows.p_holm < SIGNIFICANT) & (rows.difference < 0)
-    return lost & ~(rows.cost >= rows.method.map(whole))
+    return lost & ~(rows.cost_hi >= rows.method.map(whole))  # its whole interval lies below what the unpruned one loses
 
 
 def below(rows: pd.DataFrame, which: str) -> int:

@@ -108,7 +108,7 @@ def test_stable_to_six_falls_with_the_loss_at_six():
 
 def test_stable_is_not_what_too_few_answers_cannot_tell():
     for lo, hi, verdict in ((-9, -1, NOT), (-9, 1, UNTESTED), (-3, 1, REPRODUCED), (-3, -1, NOT)):
-        change = metrics.Difference((lo + hi) / 2, lo, hi, 1.0, 39)
+        change = metrics.Difference((lo + hi) / 2, lo, hi, 1.0, 117, 39)
         assert verdicts.stable(6, change).verdict == verdict
 
 
