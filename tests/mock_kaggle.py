@@ -106,7 +106,8 @@ def settings(path: Path) -> Path:
 
 
 def keys_of(working: Path) -> dict[str, str]:
-    return {path.stem: json.loads(path.read_text())["key"] for path in working.glob(f"artifacts/runs/{RUN}/0*.json")}
+    notes = sorted(working.glob(f"artifacts/runs/{RUN}/0*.json"))
+    return {path.stem: json.loads(path.read_text())["key"] for path in notes}
 
 
 def main(top: Path) -> None:
@@ -149,7 +150,8 @@ def main(top: Path) -> None:
     assert two.seal() == sealed, "the inputs have changed"
 
     before, after = keys_of(one.root / "working"), keys_of(two.root / "working")
-    assert list(after) == stages and before == {stage: after[stage] for stage in stages[:4]}
+    assert list(after) == stages, f"stages of the second session: {list(after)}"
+    assert before == {stage: after[stage] for stage in before} and list(before) == stages[:4], (before, after)
     made = sorted(path.parent.parent.name for path in two.root.glob("working/artifacts/store/*/*/manifest.json"))
     assert made == stages[4:], f"computed again: {made}"
     for session in (one, two):
