@@ -31,7 +31,8 @@ TOKENS = 512
 def autoawq(model, tokens, *, clip):
     """Quantize a model in place by AutoAWQ's quantizer, rounding fp16 weights as its pack() does."""
     one = calibration.enter(model, tokens, 0, None)
-    made = reference.quantizer(model, one.hidden, one.arguments, bits=BITS, group_size=GROUP, clip=clip)
+    arguments, _ = one.others("cpu")
+    made = reference.quantizer(model, one.hidden, arguments, bits=BITS, group_size=GROUP, clip=clip)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         made.quantize()
     with torch.no_grad():

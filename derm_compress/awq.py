@@ -92,11 +92,6 @@ def total_output(weight, inputs):
     return sum(inputs.row_errors(part).sum(dtype=torch.float64) for part in _parts(weight, 1)).clamp(min=1e-30)
 
 
-def output_error(delta, inputs):
-    """Square of Eq. 7 for a weight error delta [out, in]."""
-    return inputs.row_errors(delta).sum()
-
-
 def _parts(weight, copies):
     limit = CHUNK if weight.device.type == "cpu" else 64 * CHUNK
     return weight.float().split(max(1, limit // (copies * weight.shape[1])))

@@ -105,11 +105,6 @@ def collect(model, batches, *, device=None, folder=None, skip=()):
         model.train(training)
 
 
-def collect_all(model, batches, **how):
-    """{"block.group": InputStatistics} of the whole decoder at once: for models of which all Gram matrices fit."""
-    return {f"{i}.{group}": found for i, groups in collect(model, batches, **how) for group, found in groups.items()}
-
-
 def _around(model):
     """What runs before the blocks."""
     parts, decoder = models.parts(model), models.decoder(model)
@@ -133,23 +128,40 @@ class _Reached(Exception):
     """The decoder's first block was reached: what comes after it runs block by block."""
 
 
+class Slot(int):
+    """Where a tensor was, by its number among those taken out."""
+
+
 class Pass:
-    """One batch on its way through the decoder: hidden states, the blocks' other arguments, the tokens that count."""
+    """One batch on its way through the decoder: hidden states, the blocks' other arguments, the tokens that count.
+
+    With a path no tensor of it stays in memory: `path`-hidden is written anew by every block, `path`-others once.
+    """
 
     def __init__(self, hidden, arguments, weight, path):
-        self.arguments, self.weight, self.path = arguments, weight, path
+        self._path, others = path, []
+        self._others = _mapped((arguments, weight), torch.Tensor, lambda t: others.append(t) or Slot(len(others) - 1))
+        self._others = self._others if path else (arguments, weight)
+        if path:
+            save_file({str(i): t.cpu().clone().contiguous() for i, t in enumerate(others)}, f"{path}-others")
         self.hidden = hidden
 
     @property
     def hidden(self):
-        return self._hidden if self.path is None else load_file(self.path)["hidden"]
+        return load_file(f"{self._path}-hidden")["hidden"] if self._path else self._hidden
 
     @hidden.setter
     def hidden(self, value):
-        if self.path is None:
-            self._hidden = value
+        if self._path:
+            save_file({"hidden": value.cpu().contiguous()}, f"{self._path}-hidden")
         else:
-            save_file({"hidden": value.cpu().contiguous()}, self.path)
+            self._hidden = value
+
+    def others(self, device):
+        """(arguments, weight) on a device."""
+        kept = load_file(f"{self._path}-others") if self._path else {}
+        held = _mapped(self._others, Slot, lambda slot: kept[str(int(slot))])
+        return _mapped(held, torch.Tensor, lambda tensor: tensor.to(device))
 
 
 @torch.no_grad()
@@ -174,7 +186,7 @@ def enter(model, batch, index, folder):
     weight = feed.get("attention_mask", torch.ones_like(feed["input_ids"])).float()
     weight = weight * batch["token_weights"].to(where) if "token_weights" in batch else weight
     weight = None if (weight == 1).all() else weight
-    return Pass(hidden, arguments, weight, folder and folder / f"hidden-{index}.safetensors")
+    return Pass(hidden, arguments, weight, folder and folder / f"batch-{index}")
 
 
 @torch.no_grad()
@@ -196,8 +208,8 @@ def _through(block, passes, *, watch):
     device = next(block.parameters()).device
     try:
         for one in passes:
-            weight = None if one.weight is None else one.weight.to(device)
-            out = block(one.hidden.to(device), **_moved(one.arguments, device))
+            arguments, weight = one.others(device)
+            out = block(one.hidden.to(device), **arguments)
             one.hidden = out[0] if isinstance(out, tuple) else out
     finally:
         for handle in handles:
@@ -205,12 +217,13 @@ def _through(block, passes, *, watch):
     return sums
 
 
-def _moved(value, device):
+def _mapped(value, kind, change):
+    """The value with change() of all that is of a kind inside its dicts and tuples."""
+    if isinstance(value, kind):
+        return change(value)
     if isinstance(value, dict):
-        return {k: _moved(v, device) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_moved(v, device) for v in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+        return {k: _mapped(v, kind, change) for k, v in value.items()}
+    return tuple(_mapped(v, kind, change) for v in value) if isinstance(value, tuple) else value
 
 
 def _checked(index, sums):

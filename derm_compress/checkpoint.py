@@ -127,6 +127,8 @@ def load(path, device="cpu"):
     readers = {"bitsandbytes": _load_bitsandbytes, "awq": _load_packed, OWN: _load_packed}
     if told["quant_method"] not in readers:
         raise DermError(f"model {path}: quantized by {told['quant_method']!r}; this package reads {sorted(readers)}")
+    if told["quant_method"] == "awq":
+        _check_gemm(path, told)
     model = readers[told["quant_method"]](path, told, device).eval()
     return model, AutoProcessor.from_pretrained(path)
 
@@ -175,6 +177,15 @@ def _load_packed(path, told, device):
         raise DermError(f"model {path}: {len(unexpected)} weights have no place in its config, first {unexpected[0]}")
     _check_counts(model, path, set(made), told.get("modules_to_not_convert"))
     return model.to(device)
+
+
+def _check_gemm(path, told):
+    """DermError for files of AutoAWQ's other layouts, whose codes lie elsewhere under the same names."""
+    asked = {"version": "gemm", "bits": 4, "zero_point": True}
+    found = {key: told.get(key, value) for key, value in asked.items()}
+    found["version"] = str(found["version"]).lower()
+    if found != asked:
+        raise DermError(f"model {path}: AWQ files of {found}; this package reads {asked}")
 
 
 def _gemm_modules(tensors, told):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -139,9 +139,9 @@ def architecture(variants: pd.DataFrame, store, device: str) -> dict:
     return dataclasses.asdict(memory.architecture(model.config))
 
 
-def _batches(processor, model, items, images, batch_size: int, **asked) -> list[dict]:
+def _batches(processor, model, items, images, batch_size: int, **asked) -> Iterable[dict]:
     where = {"batch_size": batch_size, "device": model.device} | asked
-    return list(generate.calibration_batches(processor, items, images, **where))
+    return generate.calibration_batches(processor, items, images, **where)
 
 
 def activation_statistics(variants: pd.DataFrame, store, *, items, images, batch_size, device) -> pd.DataFrame:
@@ -176,7 +176,7 @@ def activation_surface(
         index = max(0, round(block / 32 * recipe.blocks) - 1)
         if index not in recipe.kept():
             continue
-        batch = _batches(processor, model, items[:1], images, batch_size)[0]
+        batch = next(iter(_batches(processor, model, items[:1], images, batch_size)))
         position = recipe.kept().index(index)
         values = np.abs(activations.projection_output(model, batch, position, projection))
         token, channel = np.indices(values.shape)

@@ -144,10 +144,11 @@ def train(
         with oom.naming("finetune_batch or sft_batch", what):
             loss = tuned(**batch, use_cache=False).loss
             (scale * loss).backward()
-        for weight in weights.values():
-            weight.grad.div_(scale)
-        if torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).isfinite():  # half precision may overflow now and then
-            optimizer.step()
+            for weight in weights.values():
+                weight.grad.div_(scale)
+            norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            if norm.isfinite():  # half precision may overflow now and then
+                optimizer.step()
         curve.append((step, loss.item()))
         seconds += time.perf_counter() - began
         if (step + 1) % training.checkpoint_every == 0 and step + 1 < training.steps:
@@ -238,6 +239,7 @@ def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
 
     torch.set_num_threads(1)
     dataset = load_dataset(data)
+    memory.reset_peak(job.device)
     model, processor = models.materialize(Recipe.from_json(job.recipe), store, job.device)
     planned = planned_peak(model, processor, dataset.of("train"), dataset.images, job.training)
     tuned, curve, seconds = train(

@@ -133,4 +133,13 @@ def findings(frame: pd.DataFrame, answers: pd.DataFrame | None = None) -> list[s
         read = f"{row.judge} on the {row.on}: {100 * row.parse_rate:.1f} % of {row.n} replies could be read"
         agreed = f"weighted kappa with the rubric {row.kappa:.2f} ({row.kappa_lo:.2f} to {row.kappa_hi:.2f})"
         said.append(f"{read}, {agreed}.")
-    return said
+    return said + _unanswered(answers)
+
+
+def _unanswered(answers: pd.DataFrame | None) -> list[str]:
+    """What to do about answers that the judge's server sent no reply for: they have no score."""
+    if answers is None or "error" not in answers:
+        return []
+    lost = int((answers.score.isna() & answers.reply.eq("")).sum())
+    again = "run stage 08 with --only 08 --force, which asks for these alone"
+    return [f"{lost} answers got no reply and have no score: {again}."] if lost else []

@@ -6,6 +6,7 @@ torch in that process alone.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -43,18 +44,28 @@ class Local:
     def replies(self, todo: dict[str, list], form: Form) -> Iterator[tuple[str, Reply]]:
         """(key, Reply) of every task, shortest first. Raises DermError if the model cannot be loaded."""
         order = sorted(todo, key=lambda key: sum(len(message["content"]) for message in todo[key]))
-        context = multiprocessing.get_context("spawn")
         _let_go()
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
-            found = self._result(pool.submit(fit, self.model, self.device, self.batch, PROMPT + form.max_tokens))
-            print(said := found.says(public(self.model)), flush=True)
-            if found.needed > found.free:
-                raise DermError(f"{said}. Take a smaller judge_model, or serve it elsewhere and set judge: openai")
+        with self._process() as pool:
+            self._check(pool, form)
             self._result(pool.submit(_load, self.model, self.device))
             for start in range(0, len(order), self.batch):
                 part = order[start : start + self.batch]
                 texts = self._result(pool.submit(_answer, [todo[key] for key in part], form.max_tokens))
                 yield from zip(part, (Reply(*told) for told in texts), strict=True)
+
+    def foresee(self, form: Form) -> None:
+        """Says whether the model fits; raises DermError where it does not. This process touches no GPU."""
+        with self._process() as pool:
+            self._check(pool, form)
+
+    def _process(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+    def _check(self, pool: ProcessPoolExecutor, form: Form) -> None:
+        found = self._result(pool.submit(fit, self.model, self.device, self.batch, PROMPT + form.max_tokens))
+        print(said := found.says(public(self.model)), flush=True)
+        if found.needed > found.free:
+            raise DermError(f"{said}. Take a smaller judge_model, or serve it elsewhere and set judge: openai")
 
     def _result(self, future: Future):
         try:
@@ -112,6 +123,8 @@ def _answer(tasks: list[list[dict]], new_tokens: int) -> list[tuple[str, str]]:
     """(text, error) of each task's greedy reply; one that does not fit into the model's context is an error."""
     import torch
 
+    from derm_compress import oom
+
     tokenizer, model = _HELD["tokenizer"], _HELD["model"]
     texts = [_prompt(tokenizer, task) for task in tasks]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
@@ -122,8 +135,13 @@ def _answer(tasks: list[list[dict]], new_tokens: int) -> list[tuple[str, str]]:
         return [("", f"a prompt of {length} tokens and a reply do not fit into {limit}")]
     how = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
     how |= {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id}
-    with torch.inference_mode():
+    ids = None
+    with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode():
         ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **how)
+    if ids is None:
+        size = oom.fewer(len(tasks), "judge")
+        parts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+        return [told for part in parts for told in _answer(part, new_tokens)]
     told = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
     return [(storable(text), "") for text in told]
 

@@ -119,6 +119,7 @@ class OpenAI:
 
     def _post(self, client: httpx.Client, body: dict) -> tuple[int, httpx.Headers, str]:
         end, parts, size = time.monotonic() + self.timeout, [], 0
+        key = client.headers.get("authorization", "").removeprefix("Bearer ")
         with client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
             for part in response.iter_bytes():
                 parts, size = [*parts, part], size + len(part)
@@ -126,7 +127,8 @@ class OpenAI:
                     raise httpx.ReadTimeout("the response took too long")
                 if size > SIZE:
                     break
-        return response.status_code, response.headers, b"".join(parts).decode("utf-8", "replace")
+        text = b"".join(parts).decode("utf-8", "replace")  # whole: a key cut in two would not be found any more
+        return response.status_code, response.headers, text.replace(key, "[key]") if key else text
 
 
 def _content(text: str) -> Reply:

@@ -72,6 +72,10 @@ class ModelJudge:
         replies = pd.DataFrame([known[key] for key in wanted], columns=Reply._fields, index=answers.index)
         return answers.assign(judge=self.name, **columns, reply=replies.text, served=replies.served)
 
+    def foresee(self) -> None:
+        """Says whether a local model fits, before any other is loaded; DermError where it does not."""
+        self.backend.foresee(self.form)
+
     def _replies(self, tasks: dict[str, list], who: str) -> dict[str, Reply]:
         with self._journal(who) as journal:
             known = {key: Reply(*journal.done[key]) for key in tasks if key in journal.done}

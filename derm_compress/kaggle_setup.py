@@ -6,6 +6,7 @@ inputs, whichever way they are mounted; leaves artifacts and reports where they 
 """
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ INPUT, WORKING, SCRATCH = KAGGLE / "input", KAGGLE / "working", KAGGLE / "temp"
 DEEPEST = 7  # input/models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
 PICTURES = "Acne and Rosacea Photos"  # one of DermNet's folders
 PARAMS = "kaggle-t4"
+BLOCKS = 32  # of LLaVA-1.5-7B; fewer are what pruning leaves
 
 
 def folders(top: Path, depth: int = DEEPEST) -> Iterator[Path]:
@@ -36,12 +38,19 @@ def find_pictures(top: Path) -> Path | None:
 
 
 def find_model(top: Path) -> Path | None:
-    """The first folder that holds an unpruned LLaVA in safetensors."""
-    for folder in folders(top):
-        config = folder / "config.json"
-        if config.is_file() and any(folder.glob("*.safetensors")) and '"llava"' in config.read_text("utf-8"):
-            return folder
-    return None
+    """The first folder with a LLaVA in safetensors, neither pruned nor quantized."""
+    return next((folder for folder in folders(top) if any(folder.glob("*.safetensors")) and is_whole(folder)), None)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a model folder's config is of a LLaVA with all its blocks (32 where it says nothing) and full weights."""
+    try:
+        told = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(told, dict) or told.get("model_type") != "llava" or "quantization_config" in told:
+        return False
+    return (told.get("text_config") or {}).get("num_hidden_layers", BLOCKS) == BLOCKS
 
 
 def find_artifacts(top: Path) -> list[Path]:

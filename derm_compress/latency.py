@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -39,7 +38,7 @@ def of_variants(
         model, processor = models.materialize(Recipe.from_json(row.recipe), store, device, packed=True)
         stored = memory.tensor_gib(model)  # before a kernel lays codes out anew and keeps steps beside them
         for batch in sorted({1, *batches}):
-            fresh_peak(device)
+            memory.reset_peak(device)
             rows_of = [items[i % len(items)].row for i in range(batch)]
             texts = [generate.prompt(processor, "features")] * batch
             inputs = generate.prepare(processor, texts, images[rows_of], model.device)
@@ -52,14 +51,6 @@ def of_variants(
             rows.append({"variant": row.variant, "weights_gib": stored} | told)
         models.let_go(model)
     return pd.DataFrame(rows)
-
-
-def fresh_peak(device: str) -> None:
-    """CUDA's peaks start anew, with nothing reserved that nobody holds; a process's own peak cannot be reset."""
-    if str(device).startswith("cuda"):
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ Plans are GiB by component and need no torch; `architecture` counts on the meta 
 weights. They hold tensors only: a GPU's context and its allocator's slack come on top.
 """
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from derm_compress.errors import DermError
 
 GIB = 2**30
 FP16, FP32 = 2, 4  # bytes
+CONVERSATION = 200  # tokens of a training conversation of three turns beside its picture's, as plans assume
 REMOVED = ("blocks_removed", "attentions_removed", "mlps_removed")  # the latter two from blocks that stay
 
 # Bytes stored per weight beside its own bits. Integers: an fp16 scale a group and a zero point packed like the weights
@@ -191,7 +193,7 @@ def plan_peak(
 
 
 def plan_training(
-    arch: Architecture, *, blocks_removed: int = 0, rank: int = 16, batch: int = 1, text_tokens: int = 128,
+    arch: Architecture, *, blocks_removed: int = 0, rank: int = 16, batch: int = 1, text_tokens: int = CONVERSATION,
     checkpointing: bool = False, method: str = "bitsandbytes", element: int = FP16, rest: int = FP16,
 ) -> dict[str, float]:  # fmt: skip
     """GiB of QLoRA: base in NF4 blocks of 64 (or fp16), fp32 adapters on all decoder linears, Adam, a picture a row.
@@ -261,6 +263,16 @@ def peak_gib(device: str = "cpu") -> float:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # macOS counts in bytes
+
+
+def reset_peak(device: str = "cpu") -> None:
+    """Makes peak_gib start anew on a GPU, with what others left there given back; a CPU's process keeps its peak."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def resident_gib(device: str = "cpu") -> dict[str, float]:

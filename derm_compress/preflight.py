@@ -14,10 +14,10 @@ import pandas as pd
 
 from derm_compress import cost, dialogue, forms, memory
 from derm_compress.errors import DermError
-from derm_compress.memory import FP16, FP32, GIB, Architecture
+from derm_compress.memory import CONVERSATION, FP16, FP32, GIB, Architecture
 from derm_compress.rankings import CALIBRATED, Ranking, rankings
 
-PROMPT, ANSWER, CONVERSATION = 24, 60, 200  # tokens beside a picture's: of a question, an answer, three turns
+PROMPT, ANSWER = 24, 60  # tokens beside a picture's: of a question, an answer
 LOADING = 0.5e9  # bytes a second, from disk to the GPU
 PICTURES = 15  # photographs a second, read and compared
 FP32_FLOPS = 8.1e12  # a second, of a T4: statistics of a quantizer's search are summed in fp32
@@ -129,7 +129,7 @@ class Costs:
         """GiB of a fine-tune: the fp16 weights before they are rounded to NF4, or the training itself."""
 
         def gib(batch: int) -> float:
-            how = {"rank": rank, "batch": batch, "text_tokens": CONVERSATION, "checkpointing": True}
+            how = {"rank": rank, "batch": batch, "checkpointing": True}
             return max(self.weights, sum(memory.plan_training(self.arch, **how).values()))
 
         return gib
@@ -340,6 +340,29 @@ def here(device: str) -> Machine:
         usable = min(found.total_memory for found in names) / GIB - CONTEXT
         return replace(KAGGLE, name=f"{len(names)} x {names[0].name}", gpus=len(names), gib=round(usable, 1))
     return KAGGLE
+
+
+def foresee(plan, *, refuse: bool) -> None:
+    """Prints what the stages of a run will need; before a GPU is asked for it, DermError where that is not to be had.
+
+    plan: plan.Plan. Nothing is said of a run on a CPU. A judging model is told by the headers of its weights; its hours
+    are not planned.
+    """
+    values, device = plan.values, plan.values.get("device", "cpu")
+    if device == "cpu" or (device == "meta" and refuse):  # of shapes without weights the report says it
+        return
+    from derm_compress import judging, models
+
+    arch = memory.architecture(models.config_of(values["model"]))
+    machine = here(device)
+    print(f"{plan.run}, {says(values, arch, machine)}", flush=True)
+    if device == "cuda" and refuse:
+        check(values, arch, machine)
+        if values["judge"] == "transformers":
+            how = {"form": values["judge_prompt"], "device": device, "root": plan.root}
+            judging.choose("transformers", model=values["judge_model"], **how).foresee()
+    for fault in faults(values, arch, machine):
+        print(fault, flush=True)
 
 
 def check(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> None:

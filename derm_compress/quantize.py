@@ -14,7 +14,7 @@ from torch import nn
 from derm_compress import awq, models
 from derm_compress.activations import tap
 from derm_compress.errors import DermError
-from derm_compress.forms import WIDTHS
+from derm_compress.forms import TAKES, WIDTHS
 from derm_compress.grids import PLANES, HQQGrid, Int8Grid, IntegerGrid, NF4Grid
 
 NF4_BLOCKS = (32, 64, 128, 256)
@@ -54,6 +54,10 @@ class Form:
     def __post_init__(self):
         if self.method not in METHODS:
             raise DermError(f"quantize: unknown method {self.method!r}; use one of {', '.join(METHODS)}")
+        if foreign := [o for o, methods in TAKES.items() if getattr(self, o, False) and self.method not in methods]:
+            has = [option for option, methods in TAKES.items() if self.method in methods and hasattr(self, option)]
+            told = f"{self.method} has no {' or '.join(foreign)}"
+            raise DermError(f"quantize: {told}; options of it: {', '.join(has) or 'none'}")
         blocks = {int(block): bits for block, bits in self.block_bits.items()}  # JSON's keys are strings
         object.__setattr__(self, "block_bits", blocks)
         for bits in {self.bits, *blocks.values()} - {KEPT}:

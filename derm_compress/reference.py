@@ -83,7 +83,7 @@ def search(model, batches, form):
     how = {"bits": form.bits, "group_size": form.group_size, "duo": form.duo, "clip": form.clip}
     if form.block_bits or form.keep or form.parts != ("decoder",):
         raise DermError("quantize: autoawq takes the whole decoder at one width here; use awq for exceptions")
-    reference = quantizer(model, one.hidden, one.arguments, **how)
+    reference = quantizer(model, one.hidden, one.others(model.device)[0], **how)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         reference.quantize()
     return _kept(reference, len(models.blocks(model)))

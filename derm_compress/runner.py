@@ -25,8 +25,11 @@ def run(params_files, only=None, from_=None, sets=None, force=False, list_=False
     plans = [plan_run(Path(path), sets or {}, root, notebooks) for path in params_files]
     if len({plan.folder for plan in plans}) < len(plans):
         raise DermError(f"two parameter files make one run: {', '.join(plan.run for plan in plans)}")
-    for plan in plans:
-        foresee(plan, refuse=not list_)
+    if any(plan.values.get("device", "cpu") != "cpu" for plan in plans):
+        from derm_compress import preflight  # pandas, which a study on a CPU does without
+
+        for plan in plans:
+            preflight.foresee(plan, refuse=not list_)
     if list_:
         for plan, stage in [(plan, stage) for plan in plans for stage in stages]:
             fault = plan.store.fault(stage, plan.keys[stage])
@@ -43,25 +46,6 @@ def run(params_files, only=None, from_=None, sets=None, force=False, list_=False
         print("stopped; what was finished is kept, the same command goes on from there", flush=True)
         return 130
     return 0 if all(done) else 1
-
-
-def foresee(plan: Plan, *, refuse: bool) -> None:
-    """What the stages of a run will need, and, before a GPU is asked for it, DermError where that is not to be had.
-
-    Of shapes without weights the report says it.
-    """
-    device = plan.values.get("device", "cpu")
-    if device == "cpu" or (device == "meta" and refuse):
-        return
-    from derm_compress import memory, models, preflight
-
-    arch = memory.architecture(models.config_of(plan.values["model"]))
-    machine = preflight.here(device)
-    print(f"{plan.run}, {preflight.says(plan.values, arch, machine)}", flush=True)
-    if device == "cuda" and refuse:
-        preflight.check(plan.values, arch, machine)
-    for fault in preflight.faults(plan.values, arch, machine):
-        print(fault, flush=True)
 
 
 def plan_run(path: Path, sets: dict[str, str], root: Path, notebooks) -> Plan:

@@ -42,6 +42,7 @@ def search_forms(model, batches, forms, *, device=None, scratch=None):
     """As search(), with the forms of method `autoawq` searched by AutoAWQ's own quantizer."""
     theirs = {name: form for name, form in forms.items() if quantize.METHODS[form.method][1] == "autoawq"}
     ours = {name: form for name, form in forms.items() if name not in theirs}
+    batches = list(batches) if theirs else batches  # read again for each of them
     found = search(model, batches, ours, device=device, scratch=scratch) if ours else {}
     for name, form in theirs.items():
         from derm_compress import reference

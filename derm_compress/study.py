@@ -190,4 +190,8 @@ def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stag
     plan = make_plan(root, notebooks, resolve(name, namespace, notebooks))
     stage = Stage(name, plan, namespace.get("In", []))
     print(stage.provenance(), flush=True)
+    if plan.values.get("device") == "cuda" and not stage.finished:
+        from derm_compress import preflight  # only here: it asks the GPU
+
+        preflight.foresee(plan, refuse=True)
     return stage

@@ -23,6 +23,7 @@ FAULTS = {  # fault: (status, headers, body)
     "moved": (302, {"Location": "http://127.0.0.1:9/v1"}, ""),
     "broken": (500, {}, "<html>oops</html>"),
     "garbage": (200, {}, "\x00<html>not json"),
+    "long": (200, {}, "garbage " + "x" * (2000 - 8 - 6) + "sk-secret-123"),  # the key lies where replies are cut
     "no completion": (200, {}, '{"choices": []}'),
     "no text": (200, {}, completion(None)),
     "refused": (401, {}, '{"error": "Incorrect API key provided: sk-secret-123"}'),

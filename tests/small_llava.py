@@ -3,6 +3,8 @@
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from derm_compress import calibration
+
 IMAGE, PAD, IMAGE_TOKENS = 199, 0, 9
 
 
@@ -33,3 +35,9 @@ def batch(rows=3, words=20, *, seed=0, padding=0, side="right"):
         parts = [(ids, mask), (pad, torch.zeros_like(pad))]
         ids, mask = (torch.cat(x, 1) for x in zip(*(parts if side == "right" else parts[::-1]), strict=True))
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def collect_all(model, batches, **how):
+    """{"block.group": InputStatistics} of the whole decoder."""
+    found = calibration.collect(model, batches, **how)
+    return {f"{block}.{group}": one for block, groups in found for group, one in groups.items()}

@@ -154,6 +154,10 @@ def test_incomplete_and_foreign_folders_are_refused(pico, recipe, store, tmp_pat
     with pytest.raises(DermError, match="1 weights are missing"):
         checkpoint.load(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["version"] = "gemv"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DermError, match="'gemv'.*this package reads"):
+        checkpoint.load(tmp_path / "out")
     config["quantization_config"]["quant_method"] = "gptq"
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(DermError, match="'gptq'"):

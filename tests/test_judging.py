@@ -216,6 +216,12 @@ class TestKey:
         seen += str(refused.value) + str(failed.value) + repr(OpenAI("m", server.url)) + "".join(capsys.readouterr())
         assert len(told) == 2 and "[key]" in seen and KEY not in seen
 
+    def test_a_reply_cut_inside_the_key_shows_none_of_it(self, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        with Server(faults=["long"]) as server:
+            told = model_judge(server, attempts=1).judged(answers("a"))
+        assert told.reply[0].startswith("garbage") and told.score.isna().all() and KEY[:6] not in told.reply[0]
+
     def test_a_key_is_never_sent_in_the_clear_to_another_machine(self, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         with pytest.raises(DermError, match="https") as error:
@@ -300,6 +306,23 @@ class TestLocal:
         monkeypatch.setattr(judge_local, "_load", None)
         with pytest.raises(DermError, match="0.00 GiB are free on this machine: does not fit. Take a smaller"):
             judging.choose("transformers", model=str(folder)).judged(answers("a"))
+
+    def test_a_batch_that_exceeds_memory_is_halved(self, tmp_path, monkeypatch, capsys):
+        import torch
+
+        monkeypatch.setattr(judge_local, "_HELD", {})
+        judge_local._load(str(text_model(tmp_path / "judge")), "cpu")
+        model, tasks = judge_local._HELD["model"], [[{"role": "user", "content": text}] for text in "abcde"]
+        alone, generate = [judge_local._answer([task], 4)[0] for task in tasks], model.generate
+
+        def small(input_ids, **how):
+            if len(input_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return generate(input_ids=input_ids, **how)
+
+        monkeypatch.setattr(model, "generate", small)
+        assert judge_local._answer(tasks, 4) == alone
+        assert "out of GPU memory with 5 at once; going on with 2" in capsys.readouterr().out
 
     @pytest.mark.parametrize("says, blanks", [("no chat template", {"template": None}), ("weights are missing", {})])
     def test_what_cannot_judge_is_refused(self, says, blanks, tmp_path):

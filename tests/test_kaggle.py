@@ -89,9 +89,10 @@ def test_setup_cells_are_alike_do_nothing_elsewhere_and_are_no_part_of_keys():
 def test_inputs_are_found_however_they_are_mounted(tmp_path, pictures, model, earlier):
     for split in ("train", "test"):
         (tmp_path / pictures / split / kaggle_setup.PICTURES).mkdir(parents=True)
-    for folder, kind in (("judge", "qwen2"), (model, "llava")):
+    pruned, packed = {"text_config": {"num_hidden_layers": 26}}, {"quantization_config": {"quant_method": "awq"}}
+    for folder, told in (("judge", {"model_type": "qwen2"}), ("a-pruned", pruned), ("a-packed", packed), (model, {})):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": "llava"} | told))
         (tmp_path / folder / "model.safetensors").touch()
     (tmp_path / earlier / "store").mkdir(parents=True)
     assert kaggle_setup.find_pictures(tmp_path) == tmp_path / pictures

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from derm_compress import cost, forms, memory, params, plan, preflight, prune, recipes, runner
+from derm_compress import cost, forms, memory, params, plan, preflight, prune, recipes, study
 from derm_compress.errors import DermError
 
 ROOT = Path(__file__).parent.parent
@@ -120,12 +120,27 @@ def test_the_runner_says_it_first_and_refuses_before_anything_is_loaded(capsys):
         asked = plan.make_plan(ROOT, notebooks, values(run="x", device=device, batch_size=640 if wrong else 16))
         if device == "cuda" and wrong:
             with pytest.raises(DermError, match="does not fit Kaggle, two T4"):
-                runner.foresee(asked, refuse=True)
+                preflight.foresee(asked, refuse=True)
         else:
-            runner.foresee(asked, refuse=device == "cuda")
+            preflight.foresee(asked, refuse=device == "cuda")
         said = capsys.readouterr().out
         assert ("x, planned for Kaggle, two T4" in said) == (device != "cpu")
         assert ("set batch_size: " in said) == (device == "meta")
+
+
+def test_a_notebook_run_alone_refuses_too(monkeypatch, tmp_path):
+    schema = params.read_notebooks(ROOT)["02_finetune"].schema
+    cell = {name: known.default for name, known in schema.items()} | values()
+    cell |= {"device": "cuda", "artifact_root": str(tmp_path), "batch_size": 640}
+    with pytest.raises(DermError, match="does not fit Kaggle, two T4: .*set batch_size"):
+        study.start_stage("02_finetune", cell, root=ROOT)
+
+
+def test_a_judging_model_is_told_before_any_other_is_loaded(monkeypatch):
+    asked = plan.make_plan(ROOT, params.read_notebooks(ROOT), values(run="x", device="cuda", judge="transformers"))
+    asked.values["judge_model"] = "no/such/folder/anywhere"
+    with pytest.raises(DermError, match="judge no/such/folder/anywhere cannot be loaded"):
+        preflight.foresee(asked, refuse=True)
 
 
 def test_a_gpu_at_hand_counts_with_its_own_memory(monkeypatch):

@@ -1,16 +1,17 @@
 """Grids, packing, calibration, Eqs. 6-8 and the one call, on a small random LLaVA and on single matrices."""
 
 import copy
+import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_llava import batch, small_llava
+from small_llava import batch, collect_all, small_llava
 from torch import nn
 
 from derm_compress import awq, calibration, grids, models, packed, quantize
-from derm_compress.calibration import InputStatistics, collect_all
+from derm_compress.calibration import InputStatistics
 from derm_compress.errors import DermError
 from derm_compress.grids import IntegerGrid, NF4Grid
 from derm_compress.search import search_one
@@ -137,7 +138,7 @@ def test_equation_7_by_gram_matrix_equals_the_norm(grid):
     s = awq.activation_scale(x.abs().mean(0), 0.5)
     direct = ((x / s) @ grid.rounded(weight * s).T - x @ weight.T).double().square().sum()
     for inputs in (InputStatistics.of(x), InputStatistics(x.abs().mean(0), 300, inputs=x)):
-        found = awq.output_error(grid.rounded(weight * s) / s - weight, inputs)
+        found = inputs.row_errors(grid.rounded(weight * s) / s - weight).sum()
         assert found.item() == pytest.approx(direct.item(), rel=1e-4)
 
 
@@ -159,9 +160,9 @@ def test_rows_hold_the_losses_of_equation_7(outlier_model, statistics):
     assert len(rows) == len(scales) == 16 and {row["group"] for row in rows} == set(calibration.GROUPS)
     assert all(0 < row["loss"] <= row["loss_rtn"] and row["alpha"] in awq.ALPHAS for row in rows)
     weight, inputs = models.blocks(outlier_model)[2].mlp.down_proj.weight.data, statistics["2.down"]
-    plain = awq.output_error(IntegerGrid(3, 64).rounded(weight) - weight, inputs)
+    plain = inputs.row_errors(IntegerGrid(3, 64).rounded(weight) - weight).sum()
     row = next(row for row in rows if (row["block"], row["group"]) == (2, "down"))
-    assert row["loss_rtn"] == pytest.approx((plain / awq.output_error(weight, inputs)).item(), rel=1e-5)
+    assert row["loss_rtn"] == pytest.approx((plain / inputs.row_errors(weight).sum()).item(), rel=1e-5)
 
 
 def test_folding_changes_no_answer(outlier_model, scales):
@@ -221,6 +222,29 @@ def test_statistics_stream_and_see_the_picture(outlier_model):
         assert torch.allclose(h, twice[key].matrix(), rtol=1e-3, atol=1e-4 * h.max().item())
         assert (inputs.gram is None) == (inputs.tokens < len(inputs.mean_abs))  # the smaller of X and H
         assert not torch.allclose(h, other[key].matrix(), rtol=1e-3)
+
+
+def test_memory_does_not_grow_with_calibration(outlier_model, tmp_path):
+    """What is alive beside the first block's statistics is as much for 16 batches as for 8."""
+
+    def alive(count):
+        feeds = (batch(3, seed=seed, padding=2) for seed in range(count))
+        for _ in calibration.collect(outlier_model, feeds, folder=tmp_path):
+            gc.collect()
+            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors()}
+            return sum(held.values())
+
+    def tensors():
+        return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+
+    few, many = alive(8), alive(16)  # enough tokens for H instead of X
+    assert many == few
+
+
+def test_statistics_are_the_same_from_a_folder(outlier_model, tmp_path):
+    feeds = [batch(3, seed=seed, padding=2) for seed in range(2)]
+    held, kept = (collect_all(outlier_model, feeds, folder=folder) for folder in (None, tmp_path))
+    assert all(torch.equal(one.matrix(), kept[key].matrix()) for key, one in held.items())
 
 
 def test_same_inputs_same_scales_and_weights(outlier_model, scales):
@@ -344,6 +368,9 @@ def test_block_errors_are_relative_norms(outlier_model):
         ({"method": "bitsandbytes", "bits": 3}, "bitsandbytes has 4 bits"),
         ({"method": "bitsandbytes", "group_size": 16}, "in groups of 16"),
         ({"method": "awq"}, "needs the scales"),
+        ({"method": "llm_int8", "bits": 8, "clip": True}, "llm_int8 has no clip; options of it: none"),
+        ({"duo": True}, "rtn has no duo; options of it: clip"),
+        ({"double": True}, "rtn has no double"),
         ({"scales": {}}, "rtn takes none"),
         ({"method": "awq", "scales": {"0.qkv": torch.ones(64)}}, "another model"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from small_llava import batch, small_llava
+from small_llava import batch, collect_all, small_llava
 
 from derm_compress import (
     artifacts,
@@ -92,9 +92,9 @@ def test_activations_beyond_half_precision_are_refused_by_place():
 def test_offloading_moves_one_block_at_a_time_and_changes_no_statistic(model, monkeypatch):
     moved, real = [], torch.nn.Module.to
     monkeypatch.setattr(torch.nn.Module, "to", lambda m, d: moved.append((m, str(d))) or real(m, d))
-    plain = calibration.collect_all(model, BATCHES)
+    plain = collect_all(model, BATCHES)
     assert not moved
-    found = calibration.collect_all(model, BATCHES, device="cpu:0")  # another device by name alone
+    found = collect_all(model, BATCHES, device="cpu:0")  # another device by name alone
     known = list(models.blocks(model))
     blocks = [(known.index(m) if m in known else None, d) for m, d in moved]
     there = [pair for pair in blocks if pair[0] is not None]

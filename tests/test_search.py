@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_llava import batch, small_llava
+from small_llava import batch, collect_all, small_llava
 
 from derm_compress import awq, calibration, generate, grids, models, packed, quantize, search
 from derm_compress.calibration import InputStatistics
@@ -209,7 +209,7 @@ def test_token_weights_count_the_answers_and_text_has_no_picture(pico, dataset):
     asked = [(item, kind) for item in items for kind in generate.dialogue.QUESTIONS][0]
     told = generate.dialogue.reference(asked[0].disease, asked[0].facts, asked[1])
     assert processor.tokenizer.decode(row).strip() == told
-    a, b, c = (calibration.collect_all(model, [x])["3.down"] for x in (plain, heavy, text))
+    a, b, c = (collect_all(model, [x])["3.down"] for x in (plain, heavy, text))
     assert not torch.allclose(a.mean_abs, b.mean_abs) and c.tokens < a.tokens == b.tokens
 
 
