@@ -3,7 +3,8 @@
 Both get the same calibration tokens and choose s = s_X^alpha (Eq. 8, 20 alphas) for the same groups; on the tiny model
 both also clip. Times run from tokens to rounded fp32 weights; AutoAWQ is spared its packing. `error` is the relative L2
 error of the last hidden states on held-out inputs, `rtn_error` that of plain asymmetric rounding, `ratio` AutoAWQ's
-seconds over ours. Last line: one JSON object.
+seconds over ours. Last line: one JSON object; a status of 1 if a ratio is below its limit, or our error above theirs or
+rounding's.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from derm_compress import activations, calibration, generate, models, quantize, 
 BITS, GROUP = 4, 64
 PICTURES = 12  # three questions each: what notebook 07 calibrates on by default
 TOKENS = 512
+LIMITS = {"tiny": 15, "block_7b": 3}  # least ratios
 
 
 def autoawq(model, tokens, *, clip):
@@ -104,4 +106,11 @@ def block_7b():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"tiny": tiny(), "block_7b": block_7b()}))
+    found = {"tiny": tiny(), "block_7b": block_7b()}
+    print(json.dumps(found))
+    missed = [
+        name
+        for name, told in found.items()
+        if told["ratio"] < LIMITS[name] or told["error"] > told["autoawq_error"] or told["error"] >= told["rtn_error"]
+    ]
+    sys.exit(1 if missed else 0)

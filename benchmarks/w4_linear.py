@@ -3,13 +3,14 @@
 One thread, the two sides by turns, medians of wall time; both go round as many copies of their layer as it takes for
 the 4-bit ones to outgrow the caches, as in a model. Last line: one JSON
 object; `ratio` is the smallest of the decoder's shapes (the head, which stays unquantized, is for information), `error`
-the relative difference from the decoded weights in fp32.
+the relative difference from the decoded weights in fp32. A status of 1 if the ratio is below LEAST.
 """
 
 import copy
 import json
 import os
 import statistics
+import sys
 import time
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -21,6 +22,7 @@ from derm_compress.grids import IntegerGrid
 
 SHAPES = {"4096x4096": (4096, 4096), "11008x4096": (11008, 4096), "4096x11008": (4096, 11008), "head": (32064, 4096)}
 GROUP, ROUNDS = 64, 3
+LEAST = 2
 CACHES = 2**27  # bytes that all copies of a 4-bit layer take, at least
 
 
@@ -51,3 +53,4 @@ if __name__ == "__main__":
         print(f"{name}: fp32 {told['fp32_ms']:.2f} ms, 4 bits {told['w4_ms']:.2f} ms, error {told['error']:.4f}")
     smallest = min(told["ratio"] for name, told in found.items() if name != "head")
     print(json.dumps({"ratio": smallest, "shapes": found}))
+    sys.exit(smallest < LEAST)

@@ -37,6 +37,7 @@ class Facts:
     run: str = ""
     variant: str = ""
     source: str = ""
+    judge: str = "rubric"
     score: metrics.Score | None = None
 
 
@@ -50,8 +51,9 @@ def facts(recipe_json: str, artifacts: Path, run: str) -> Facts:
     source = json.loads(report.read_text("utf-8")).get("source", "") if report else ""
     if not names or not answers:
         return Facts(run, source=source)
-    score = metrics.score_interval(pd.read_parquet(answers, filters=[("variant", "==", names[0])]))
-    return Facts(run, names[0], source, score if score.n else None)
+    told = pd.read_parquet(answers, filters=[("variant", "==", names[0])])
+    score, judge = metrics.score_interval(told), told["judge"].iloc[0] if "judge" in told and len(told) else "rubric"
+    return Facts(run, names[0], source, str(judge), score if score.n else None)
 
 
 def _stored(artifacts, run, stage, name):
@@ -102,7 +104,10 @@ def made(recipe: Recipe, packed: bool) -> list[str]:
 
 def limits(known: Facts) -> str:
     """What its score is, and what no score shows."""
-    said = "The judge counts stated facts; it sees neither safety nor tone. Answers can be wrong and sound sure. "
+    said = f"Scores are marks of a judging model, {known.judge}. "
+    if known.judge == "rubric":
+        said = "The judge counts stated facts; it sees neither safety nor tone. "
+    said += "Answers can be wrong and sound sure. "
     said += "Eight diseases are known, and every picture is answered as one of them. Skin colours, ages and cameras "
     said += "were not evaluated apart."
     if known.score:
@@ -126,4 +131,23 @@ def opened_by(recipe: Recipe, packed: bool) -> str:
             'model = LlavaForConditionalGeneration.from_pretrained("this-folder")',
             'processor = AutoProcessor.from_pretrained("this-folder")',
         )
-    return "\n".join([*told, "```python", *lines, "```"])
+    notes = packed_notes(recipe.steps[-1]) if packed and not recipe.absent() else []
+    return "\n".join([*told, "```python", *lines, "```", *notes])
+
+
+def packed_notes(step: dict) -> list[str]:
+    """Who else may open a packed folder, and where its arithmetic is slow or another."""
+    if step["method"] in ("bitsandbytes", "awq_nf4"):
+        return [
+            "\nOn a CPU with AVX512-BF16 plain Transformers lets bitsandbytes compute in bfloat16, so that answers may "
+            "differ from the run's; `derm_compress.checkpoint.load` turns that off."
+        ]
+    one = step["bits"] == 4 and not step.get("block_bits") and step["method"] != "hqq"
+    if one:
+        who = "In AutoAWQ's GEMM layout: by its format vLLM and other readers of AWQ take it, which was not tried."
+    else:
+        who = "In this package's own layout, which derm_compress/checkpoint.py describes."
+    how = (
+        "A GPU below compute capability 8.0 (a T4) has no int4 kernel: there every forward decodes the weights, which "
+    )
+    return [f"\n{who} {how}saves memory and no time."] if one else [f"\n{who}"]

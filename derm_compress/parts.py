@@ -51,7 +51,7 @@ CAPTIONS = {  # of the tables that need another one
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
-LONG_TABLE = 16  # rows from which a table beside the paper's is folded
+LONG_TABLE, LONG_PAPER_TABLE = 16, 40  # rows from which a table beside the paper's, or one of them, is folded
 OPEN = ("extra_verdicts", "extra_contradictions")  # but these
 RUBRIC_LIMITS = "The rubric counts stated facts; it judges neither safety nor negation nor grammar."
 

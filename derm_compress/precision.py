@@ -67,6 +67,15 @@ def method_tests(answers: pd.DataFrame | None, variants: pd.DataFrame) -> pd.Dat
     return table.sort_values(order, ascending=[False, True, True, True])[TESTS]
 
 
+def nf4_pairs(answers: pd.DataFrame | None, variants: pd.DataFrame) -> pd.DataFrame:
+    """Every model rounded to NF4 with AWQ's scales minus the same in NF4 alone: MODEL, CHANGE, p_holm, n."""
+    table = quantized(variants)
+    table = table[(table.method == "awq_nf4") & (table.source + "|bitsandbytes4").isin(table.variant)]
+    pairs = list(zip(table.variant, table.source + "|bitsandbytes4", strict=True))
+    table = table.reset_index(drop=True)[MODEL].join(changes(answers, pairs, CHANGE))
+    return table.assign(p_holm=metrics.holm(table.p))
+
+
 def equal_bytes(answers: pd.DataFrame | None, variants: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
     """Models of each budget's bytes (budgets.wanted) minus all blocks at the budget's width, healed alike."""
     table = wanted.assign(

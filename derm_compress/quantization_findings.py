@@ -69,7 +69,8 @@ def findings_quantization(results: Results) -> list[str]:
         return ["Scores need weights."]
     width = max(tests.bits[tests.method == "awq"], default=int(tests.bits.iloc[0]))
     parts = costs(tests, width) + without_calibration(tests, width) + narrower(tests, width)
-    return parts + other_calibration(tests) + reference(tests, results) + errors_beside_scores(tests, results)
+    parts += other_calibration(tests) + scaled_nf4(results) + reference(tests, results)
+    return parts + errors_beside_scores(tests, results)
 
 
 def main_models(results: Results) -> list[str]:
@@ -186,6 +187,18 @@ def other_calibration(tests: pd.DataFrame) -> list[str]:
     return said
 
 
+def scaled_nf4(results: Results) -> list[str]:
+    """What AWQ's scales are worth on bitsandbytes' grid, in pairs."""
+    rows = precision.nf4_pairs(results.answers, results.variants)
+    rows = rows[rows.variant.str.split("|").str[0].isin(main_models(results)) & rows.difference.notna()]
+    told = [
+        f"{verdict(change(r, 'difference'), 'NF4 with AWQ scales', 'NF4 alone')} ({model(r)})"
+        for _, r in rows.iterrows()
+    ]
+    counts = f"{below(rows, '')} clearly worse, {above(rows, '')} clearly better of {len(rows)} (Holm)"
+    return [f"AWQ's scales on the NF4 grid: {'; '.join(told)}; {counts}."] if told else []
+
+
 def reference(tests: pd.DataFrame, results: Results) -> list[str]:
     """AutoAWQ's own choice of scales beside this package's."""
     rows, said = tests[tests.method == "autoawq"], []
@@ -297,6 +310,8 @@ def equal_bytes_verdict(sides) -> str:
             if better and not worse
             else "worse"
             if worse and not better
+            else "better in some pairs and worse in others"
+            if better
             else "neither clearly better nor worse"
         )
         told.append(

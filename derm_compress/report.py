@@ -38,7 +38,7 @@ from derm_compress.artifacts import atomic, disk_guard
 from derm_compress.errors import DermError
 from derm_compress.notebook_html import cleaner, notebook_body
 from derm_compress.page import page, picture, table
-from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_TABLE, OPEN, PARTS, QUESTION, SAID_OF
+from derm_compress.parts import BRIEF, CAPTION, CAPTIONS, LONG_PAPER_TABLE, LONG_TABLE, OPEN, PARTS, QUESTION, SAID_OF
 
 IN_WORDS = {  # figures that are text in the page
     "fig5_case_studies": lambda drawing: drawing and answers_html.case_studies(drawing.data),
@@ -206,7 +206,8 @@ def contents(made: Run, results, built: dict, drawn: dict, notebooks: list[str])
 
 
 def is_long(stem: str, frame: pd.DataFrame) -> bool:
-    return stem.startswith("extra") and stem not in OPEN and len(frame) > LONG_TABLE
+    most = LONG_TABLE if stem.startswith("extra") else LONG_PAPER_TABLE
+    return stem not in OPEN and len(frame) > most
 
 
 def as_yaml(value) -> str:

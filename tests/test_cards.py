@@ -43,6 +43,23 @@ def test_a_card_opens_its_folder_with_code_that_parses(recipe, packed, opened):
     assert opened in lines and "processor" in lines
 
 
+@pytest.mark.parametrize("step,words", [
+    ({"method": "awq", "bits": 4}, "by its format vLLM and other readers of AWQ take it, which was not"),
+    ({"method": "rtn_symmetric", "bits": 4}, "(a T4) has no int4 kernel"), ({"method": "awq", "bits": 3}, "own layout"),
+    ({"method": "hqq", "bits": 4}, "own layout"), ({"method": "awq_nf4", "bits": 4}, "AVX512-BF16"),
+])  # fmt: skip
+def test_a_packed_card_says_who_else_reads_it_and_what_is_slow(step, words):
+    recipe = PRUNED.then("quantize", group_size=64, **step)
+    assert words in sections(cards.model_card(recipe, 4, packed=True))["How to load"]
+    assert words not in sections(cards.model_card(recipe, 4, packed=False))["How to load"]
+
+
+def test_a_models_marks_are_no_rubrics():
+    said = cards.limits(cards.Facts("tiny", "original", judge="qwen (paper)"))
+    assert "marks of a judging model, qwen (paper)" in said and "counts stated facts" not in said
+    assert "counts stated facts" in cards.limits(cards.Facts("tiny"))
+
+
 @pytest.mark.parametrize("source,words", [("pad-ufes-20", "CC BY 4.0"), ("dermnet", "non-commercial"), ("", "see the")])
 def test_a_card_names_the_data_and_the_bases_licence(source, words):
     base = Recipe("/data/models/llava-1.5-7b-hf", "f" * 64, 32)

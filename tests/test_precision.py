@@ -97,6 +97,30 @@ def test_the_papers_claim_is_seen_where_it_holds_and_only_there(paper, alike):
     ]
 
 
+def test_scales_on_the_nf4_grid_are_compared_with_the_grid_alone(paper):
+    four = paper.variants[paper.variants.variant.str.endswith("|bitsandbytes4")]
+    names, scaled = four.variant.str.replace("bitsandbytes4", "awq_nf4"), {"method": "awq_nf4", "quantizer": "awq_nf4"}
+    made = four.assign(variant=names, **scaled)
+    table, pictures = pd.concat([paper.variants, made]), fabricate.items(heldout=0)
+    for gain in (-0.8, 0.8):
+        grade = lambda row, gain=gain: 2.5 + gain * (row.quantizer == "awq_nf4")  # noqa: E731
+        graded = fabricate.answers(pd.concat([four, made]), pictures, grade=grade)
+        row = precision.nf4_pairs(graded, table).set_index("variant").loc["pruned-6|awq_nf4"]
+        pair = [answers_of(graded, f"pruned-6|{name}") for name in ("awq_nf4", "bitsandbytes4")]
+        told = metrics.paired_difference(*pair)
+        assert np.allclose([row.difference, row.difference_lo, row.difference_hi, row.p], told[:4]) and row.n == told.n
+        (said,) = quantization_findings.scaled_nf4(dataclasses.replace(paper, variants=table, answers=graded))
+        assert f"{3 * (gain < 0)} clearly worse, {3 * (gain > 0)} clearly better of 3 (Holm)" in said
+    assert quantization_findings.scaled_nf4(paper) == []
+
+
+def test_wins_and_losses_at_equal_bytes_are_both_told():
+    one = lambda better, worse: quantization_findings.equal_bytes_verdict([(3, True, better, worse, 2)])  # noqa: E731
+    assert "better in some pairs and worse in others than 3 bits after SFT (1 above, 1 below" in one(1, 1)
+    assert "is, at equal bytes and corrected for all comparisons (Holm), better than" in one(2, 0)
+    assert "worse than" in one(0, 1) and "neither clearly better nor worse than" in one(0, 0)
+
+
 def test_equal_bytes_are_compared_with_all_blocks_at_the_budget(paper):
     table = tables.build(paper)["extra_equal_bytes"]
     assert table.budget.tolist() == [3, 3, 3] and table.mean_bits.tolist() == [3, 3, 4]
