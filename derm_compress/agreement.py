@@ -61,6 +61,14 @@ def calibration_curve(
     return pd.DataFrame(rows, columns=CURVE)
 
 
+def one_picture(values: pd.DataFrame, protected: Iterable[int], ranking: str) -> tuple[float, float, float]:
+    """Correlation of a ranking by one picture with that by all others: mean, 2.5 and 97.5 percentiles over pictures."""
+    of_item = by_block(values, protected)[ranking].to_numpy()  # [blocks, items]
+    alone, total = of_item.T, of_item.sum(1, keepdims=True).T
+    rho = (standardised(alone) * standardised(total - alone)).sum(1)
+    return (float(rho.mean()), *map(float, np.quantile(rho, TAILS)))
+
+
 def enough(curve: pd.DataFrame) -> int | None:
     """The fewest items whose correlation reaches 0.9 of the largest draws'; None where only these do.
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from derm_compress import ablation, dialogue, models, prune
 from derm_compress.data import Item
 from derm_compress.errors import DermError
+from derm_compress.plan import public
 from derm_compress.reading import Prompts, Reading, logits
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -41,7 +42,14 @@ class Embedder:
     def model(self):
         from sentence_transformers import SentenceTransformer
 
-        return SentenceTransformer(str(_packaged()) if self.name == "packaged" else self.name, device=self.device)
+        name = str(_packaged()) if self.name == "packaged" else self.name
+        try:
+            return SentenceTransformer(name, device=self.device, trust_remote_code=False)
+        except Exception as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DermError(
+                f"sentence transformer {public(self.name)} cannot be loaded ({line}); set embedder"
+            ) from error
 
     def __call__(self, text: str) -> np.ndarray:
         """Unit vector [width]; one text at a time, so that what stands beside it changes nothing."""
@@ -137,7 +145,7 @@ def output_similarity(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[d
 
 @torch.inference_mode()
 def perplexity(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
-    """Mean negative log-likelihood of the reference answer's tokens without the unit (Kim et al. 2024; SLEB)."""
+    """Mean negative log-likelihood of the reference answer without the unit (Kim et al.; Song et al., SLEB; 2024)."""
     for asked, reading in c.readings(units):
         for unit in units:
             scores = reading.predictions(reading.without(unit)[0])
@@ -320,7 +328,7 @@ CRITERIA = {
     "output_similarity": Criterion(
         output_similarity, "paper, Eqs. 2-5", ASKED, "half a reading a unit, and writing what differs", True
     ),
-    "perplexity": Criterion(perplexity, "Kim et al. 2024; SLEB", TOLD, "half a reading a unit", True),
+    "perplexity": Criterion(perplexity, "Kim et al. 2024; SLEB, Song et al. 2024", TOLD, "half a reading a unit", True),
     "block_influence": Criterion(block_influence, "ShortGPT, Men et al. 2024", TOLD, "one reading in all"),
     "angular": Criterion(angular, "Gromov et al. 2024", TOLD, "one reading in all"),
     "taylor": Criterion(taylor, "Kim et al. 2024", TOLD, "two readings and one backward pass in all"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -44,14 +44,13 @@ def rows(ranking: Ranking, c: Calibration, units: Sequence[prune.Unit], *, journ
     state = f"{ranking.base()} without {list(removed)}:"
     missing = [key for key in wanted if f"{state} {key}" not in journal.done]
     if missing:
-        todo = [unit for unit in units if unit in {unit for unit, *_ in missing}]
-        asked = {item for _, item, _ in missing}
-        whole = [part for part in c.batches() if alike or any(item.id in asked for item in part)]  # the same batches
-        c = dataclasses.replace(c, items=[item for part in whole for item in part])
-        now = dict(zip(positions(todo, removed), todo, strict=True))
-        total = len(todo) * len(c.items) * len(how.questions)
-        for row in track(how.rows(c, list(now)), f"{ranking.base()}: results by unit and picture", total):
-            row |= {"unit": now[row["unit"]]} | ({"item": ""} if alike else {})
+        parts = c.batches()  # the same ones whatever is missing: what stands beside an item may move a last digit
+        lack = [_lacking(missing, units, [""] if alike else [item.id for item in part]) for part in parts]
+        total = sum(len(todo) * len(part) for part, todo in zip(parts, lack, strict=True)) * len(how.questions)
+        each = zip(parts, lack, strict=True)
+        made = (_rows(how, dataclasses.replace(c, items=part), todo, removed) for part, todo in each if todo)
+        for row in track(itertools.chain.from_iterable(made), f"{ranking.base()}: results by unit and picture", total):
+            row |= {"item": ""} if alike else {}
             if not math.isfinite(row["value"]):
                 raise DermError(
                     f"ranking {ranking.name}: unit {row['unit']} gives {row['value']}; check the model's weights"
@@ -60,6 +59,19 @@ def rows(ranking: Ranking, c: Calibration, units: Sequence[prune.Unit], *, journ
             if key not in journal.done:
                 journal.add(key, row)
     return pd.DataFrame([journal.done[f"{state} {key}"] for key in wanted])
+
+
+def _lacking(missing: Sequence[tuple], units: Sequence[prune.Unit], items: Sequence[str]) -> list[prune.Unit]:
+    """The units that lack a result for one of the items."""
+    short = {unit for unit, item, _ in missing if item in items}
+    return [unit for unit in units if unit in short]
+
+
+def _rows(how, c: Calibration, units: Sequence[prune.Unit], removed: Sequence[prune.Unit]) -> Iterator[dict]:
+    """The criterion's rows, with units by their original names."""
+    now = dict(zip(positions(units, removed), units, strict=True))
+    for row in how.rows(c, list(now)):
+        yield row | {"unit": now[row["unit"]]}
 
 
 def positions(units: Sequence[prune.Unit], removed: Sequence[prune.Unit]) -> list[prune.Unit]:
@@ -139,6 +151,8 @@ def plans(
             order, (starts, scored) = (), contiguous(run_scores(measured, ranking, first), list(first))
         about = tuple(order), spared, blocks, fingerprint, tuple(starts), tuple(scored), settings(ranking, c)
         made.append(prune.Plan(name, *about))
+        if "iterative" in ranking.options:
+            made[-1].settings["iterative_blocks"] = most
     return {plan.criterion: plan.to_dict() for plan in made}
 
 
@@ -150,7 +164,7 @@ def settings(ranking: Ranking, c: Calibration) -> dict:
     if how.calibrated:
         told |= {"items": [item.id for item in c.items], "text_only": ranking.text_only}
     if ranking.criterion == "output_similarity":
-        told["max_new_tokens"] = c.max_new_tokens
+        told |= {"max_new_tokens": c.max_new_tokens, "embedder": getattr(c.embed, "name", "")}
     return told | ({"seed": c.seed + ranking.draw} if ranking.criterion == "random" else {})
 
 

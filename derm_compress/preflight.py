@@ -292,7 +292,10 @@ def by_stage(steps: Iterable[Step]) -> dict[str, list[Step]]:
 
 def faults(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> list[str]:
     """What cannot fit, one line each with the parameter to change."""
-    said, steps = [], Costs(p, arch, machine.device, machine.gpus).steps()
+    blocks = arch.blocks
+    wrong = [block for block in p["protected"] if not -blocks <= block < blocks]
+    said = [f"protected {wrong}: blocks are 0 to {blocks - 1}, or -1 to -{blocks} from the end"] if wrong else []
+    steps = Costs(p, arch, machine.device, machine.gpus).steps()
     for step in steps:
         gib = step.gib(step.batch)
         if gib > machine.gib:

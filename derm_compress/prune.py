@@ -30,6 +30,19 @@ def span(unit: Unit) -> tuple[int, int]:
     return first, first + (1 if part else 2)
 
 
+def _is_unit(unit, blocks: int) -> bool:
+    """Whether it names a block of the model, or the attention or MLP of one."""
+    block, dot, part = str(unit).partition(".")
+    written = isinstance(unit, str) == bool(dot) and not isinstance(unit, bool | float)
+    return written and block.isdecimal() and int(block) < blocks and (not dot or part in SUBLAYERS)
+
+
+def _repeated(order: Sequence[Unit]) -> list[Unit]:
+    """Units whose sublayers an earlier one has already."""
+    spans = [set(range(*span(unit))) for unit in order]
+    return [unit for i, unit in enumerate(order) if spans[i] & set().union(*spans[:i])]
+
+
 def name_of(sublayer: int) -> str:
     """The unit of one sublayer."""
     return f"{sublayer // 2}.{SUBLAYERS[sublayer % 2]}"
@@ -51,6 +64,19 @@ class Plan:
     starts: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
     settings: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        known = f"blocks are 0 to {self.blocks - 1}, their parts N.attention and N.mlp"
+        if wrong := [unit for unit in (*self.order, *self.starts) if not _is_unit(unit, self.blocks)]:
+            raise DermError(f"pruning plan {self.criterion}: {wrong[0]!r} is no unit; {known}")
+        if wrong := _repeated(self.order):
+            raise DermError(f"pruning plan {self.criterion}: {wrong[0]!r} stands there twice; {known}")
+        runs = [set(range(start, start + n)) for n, start in enumerate(self.starts, 1)]
+        named = {span(unit)[0] // 2 for unit in self.order}.union(*runs)
+        if wrong := sorted(named & set(self.protected) | {block for block in named if block >= self.blocks}):
+            raise DermError(
+                f"pruning plan {self.criterion}: blocks {wrong} are to go, but protected or beyond the last"
+            )
 
     @property
     def most(self) -> int:
@@ -98,13 +124,19 @@ def published() -> Plan:
 
 
 def read_plan(name: str) -> Plan:
-    """`published`, or a plan's JSON file, as stage 03 has them by name in plans.json."""
+    """`published`, a plan's JSON file, or FILE:RANKING for one of stage 03's plans.json."""
     if name == "published":
         return published()
+    file, _, ranking = (name, "", "") if Path(name).is_file() else name.rpartition(":")
     try:
-        return Plan.from_dict(json.loads(Path(name).read_text("utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DermError(f"pruning plan {name}: neither `published` nor a plan's JSON file ({error})") from error
+        told = json.loads(Path(file or name).read_text("utf-8"))
+        told = told[ranking] if ranking else told
+        if "order" not in told:
+            raise DermError(f"pruning plan {name}: holds several; name one as {name}:RANKING, of {', '.join(told)}")
+        return Plan.from_dict(told)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        told = "neither `published` nor a plan's JSON file, nor FILE:RANKING of plans.json"
+        raise DermError(f"pruning plan {name}: {told} ({type(error).__name__}: {error})") from error
 
 
 def left(blocks: int, removed: Iterable[Unit]) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -207,8 +239,19 @@ def read_plans(folder: Path, criteria: Sequence[str]) -> list[Plan]:
 
 
 def depths(of_32: Sequence[int], plan: Plan) -> list[int]:
-    """Depths of the paper's 32 blocks as the same fractions of this model's, as far as the plan reaches."""
-    return sorted({d for n in of_32 if (d := paper_depth(n, plan.blocks)) <= plan.most})
+    """Depths of the paper's 32 blocks as the same fractions of this model's, as far as the plan reaches.
+
+    Says which it does not reach; DermError if it is none.
+    """
+    asked = sorted({paper_depth(n, plan.blocks) for n in of_32})
+    found = [depth for depth in asked if depth <= plan.most]
+    if asked and not found:
+        advice = "set iterative_blocks higher" if "iterative" in plan.criterion else "set depths lower"
+        far = f"pruning plan {plan.criterion} goes as far as {plan.most} units, and depths begin at {asked[0]}"
+        raise DermError(f"{far}; {advice}")
+    if beyond := asked[len(found) :]:
+        print(f"plan {plan.criterion} goes as far as {plan.most} units: depths {beyond} are left out", flush=True)
+    return found
 
 
 def choose(scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 25.0, share: float = 1 / 3) -> dict:
@@ -226,6 +269,7 @@ def choose(scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 2
         return paper | {"why": "there are no scores, so the paper's fractions"}
     if fixed:
         depth, why = min(paper_depth(fixed, plan.blocks), most), "set by the parameter operating_blocks"
+        why += ", as far as the plan goes" if paper_depth(fixed, plan.blocks) > most else ""
     elif (above := known.get(0, floor) - floor) <= 0:
         return paper | {"why": "no score above the floor: the paper's fractions"}
     else:

@@ -148,38 +148,51 @@ def findings_calibration(results: Results) -> list[str]:
 
 
 def findings_images(results: Results) -> list[str]:
-    """Whether ranking on text alone changes the order more than another draw of pictures does.
+    """Whether ranking on text alone changes the order more than other pictures do.
 
     Halves rank on half the items, so they agree less than whole draws would: a change is claimed late rather than soon.
+    A criterion that reads no reference has one prompt a question without pictures: what one picture says is the noise
+    that such a ranking has at least.
     """
     rankings = [] if results.values is None else list(dict.fromkeys(results.values.ranking))
     pairs = [(name, f"{name}-text") for name in rankings if f"{name}-text" in rankings]
     if not pairs:
         return []
-    table, curves = tables.agreements(results), tables.calibration_sizes(results)
-    halves = curves.drop_duplicates("ranking", keep="last").set_index("ranking")
+    table = tables.agreements(results)
     rows = {name: with_own(table, name).set_index("other").loc[text] for name, text in pairs}
     told = results.criterion if results.criterion in rows else pairs[0][0]
-    said = [without_images(told, rows.pop(told), halves)]
-    changed = [words(name) for name, row in rows.items() if moved(name, row, halves)]
+    said = [without_images(told, rows.pop(told), spread(results, told))]
+    changed = [words(name) for name, row in rows.items() if moved(row, spread(results, name))]
     if rows:
         which = f" ({listed(changed)})" if changed else ""
         said.append(f"Of {len(rows)} other rankings, leaving images out so changes {len(changed)}{which}.")
     return said
 
 
-def moved(name: str, row, halves: pd.DataFrame) -> bool:
-    """Whether a ranking differs more from its image-free one than two halves of the pictures differ."""
-    return name in halves.index and row.rho < halves.rho_lo[name]
+def spread(results: Results, name: str) -> pd.Series | None:
+    """How well a ranking agrees with itself by other pictures: `which`, rho, rho_lo, rho_hi; None for too few."""
+    own, text = (results.values[results.values.ranking == ranking] for ranking in (name, f"{name}-text"))
+    if own["item"].nunique() > 1 and text["item"].nunique() == 1:
+        found = agreement.one_picture(results.values, results.protected, name)
+        told = dict(zip(("rho", "rho_lo", "rho_hi"), found, strict=True))
+        return pd.Series(told | {"which": "one picture and the others"})
+    curve = tables.calibration_sizes(results).query("ranking == @name")
+    if curve.empty:
+        return None
+    return pd.Series(dict(curve.iloc[-1]) | {"which": "two disjoint halves of the pictures"})
 
 
-def without_images(name: str, row, halves: pd.DataFrame) -> str:
+def moved(row, noise: pd.Series | None) -> bool:
+    """Whether a ranking differs more from its image-free one than rankings by other pictures differ."""
+    return noise is not None and row.rho < noise.rho_lo
+
+
+def without_images(name: str, row, noise: pd.Series | None) -> str:
     said = f"Ranked without images, {words(name)} correlates with its ranking with images at {interval(row)}"
-    if name not in halves.index:
+    if noise is None:
         return said + "."
-    more = "changes the ranking more" if moved(name, row, halves) else "does not change the ranking more"
-    half = interval(halves.loc[name])
-    return f"{said}, two disjoint halves of the pictures at {half}: leaving images out {more} than other pictures do."
+    more = "changes the ranking more" if moved(row, noise) else "does not change the ranking more"
+    return f"{said}, {noise.which} at {interval(noise)}: leaving images out {more} than other pictures do."
 
 
 def findings_criteria(results: Results) -> list[str]:

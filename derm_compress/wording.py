@@ -24,7 +24,7 @@ WAYS = {  # what a ranking's ending says: in short, and explained
 
 CRITERIA = {  # by what a ranking's blocks go
     "output_similarity": "how much the answers change without the block",
-    "perplexity": "how unlikely the whole model's answers become without the block",
+    "perplexity": "how unlikely the reference answers become without the block",
     "block_influence": "1 minus the cosine of what goes into the block and what comes out",
     "angular": "the angle between the same two at the last token",
     "taylor": "the sum of absolute weights times gradients",

@@ -114,6 +114,13 @@ def test_a_curve_without_noise_is_flat_and_one_with_noise_rises():
     assert ((curve.rho_lo < curve.rho) & (curve.rho < curve.rho_hi)).all()
 
 
+def test_one_picture_agrees_with_the_others_as_far_as_its_noise_lets_it():
+    assert agreement.one_picture(values_of(a=noisy(0)), PROTECTED, "a") == pytest.approx((1, 1, 1))
+    alone, lo, hi = agreement.one_picture(values_of(a=noisy(6, items=40)), PROTECTED, "a")
+    curve = agreement.calibration_curve(values_of(a=noisy(6, items=40)), PROTECTED, removed=4).set_index("items")
+    assert lo < alone < hi and curve.rho[1] < alone < curve.rho[20], "more than one picture against one, less than many"
+
+
 def test_pure_noise_agrees_as_chance_does():
     rng = np.random.default_rng(3)
     curve = agreement.calibration_curve(values_of(a=rng.normal(size=(BLOCKS, 60))), (), removed=3, draws=1000)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from derm_compress import criteria, dialogue, generate, models, prune
+from derm_compress.errors import DermError
 
 UNITS = [0, 3, 6, "3.attention", "3.mlp"]
 
@@ -72,6 +73,14 @@ def test_the_embedder_is_the_published_model(embed):
     same, near, far = map(embed, ["a red rash on the face", "a red spot on the face", "stock prices fell on Monday"])
     assert np.isclose(same @ same, 1, atol=1e-5) and same @ near > 0.6 > 0.2 > same @ far
     assert embed("a red rash on the face") is same
+
+
+@pytest.mark.parametrize("name", ["no/such/model", "/no/such/folder"])
+def test_a_sentence_transformer_that_is_not_there_is_one_line(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DermError, match=r"cannot be loaded \(.*\); set embedder") as error:
+        criteria.Embedder(name)("text")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("unit", [3, "3.attention", "3.mlp"])

@@ -171,7 +171,7 @@ def test_iterative_scores_what_is_left_anew_and_the_first_step_once(calibration,
     """Of the twins 3 and 4 either can go, but not both."""
     calls = scripted(monkeypatch, lambda gone, b: 9 if {*gone, b} >= {3, 4} else 1 if b in (3, 4) else b)
     names = ["block_influence", "block_influence-iterative"]
-    plans, _ = ranked(names, calibration, most=4)
+    plans, _ = ranked(names, dataclasses.replace(calibration, batch_size=6), most=4)  # both pictures at once
     once, anew = (plans[name] for name in names)
     assert once.order == (3, 4, 2, 5, 6) and once.scores == (1, 1, 2, 5, 6)
     assert anew.order == (3, 2, 5, 6) and anew.scores == (1, 2, 5, 6)
@@ -238,6 +238,9 @@ def test_plans_say_how_they_were_made_and_survive_json(calibration):
         for wrong in ({"blocks": 9, "fingerprint": "f"}, {"blocks": 8, "fingerprint": "g"}):
             with pytest.raises(DermError, match="made for a model of 8 blocks and fingerprint f, not for"):
                 plan.check(**wrong)
+    with_answers, _ = ranked(["output_similarity-iterative"], dataclasses.replace(calibration, embed=Named()))
+    told = with_answers["output_similarity-iterative"].settings
+    assert (told["embedder"], told["iterative_blocks"]) == ("by letters", 5)
     settings = plans["block_influence-text"].settings
     assert settings["items"] == ["train-00000", "train-00001"] and settings["text_only"]
     assert settings["options"] == ["text"] and "Men et al." in settings["source"] and "answers" in settings["reads"]
@@ -336,10 +339,43 @@ def test_a_stopped_ranking_goes_on_and_computes_only_what_is_missing(calibration
     assert computed == []
 
 
+def test_of_a_cut_batch_only_the_units_that_lack_a_result_are_computed(calibration, dataset, monkeypatch, tmp_path):
+    c, computed = dataclasses.replace(calibration, items=dataset.of("train")[:4], batch_size=6), []  # two items a batch
+    ranking, inner = Ranking.of("perplexity"), criteria.perplexity
+
+    def counted(c, units):
+        computed.extend(itertools.product(units, (item.id for item in c.items)))
+        return inner(c, units)
+
+    monkeypatch.setitem(
+        criteria.CRITERIA, "perplexity", dataclasses.replace(criteria.CRITERIA["perplexity"], rows=counted)
+    )
+    whole = importance.rows(ranking, c, [2, 3, 4], journal=Journal())
+    kept = Journal(tmp_path / "log.jsonl")
+    full = Journal()
+    importance.rows(ranking, c, [2, 3, 4], journal=full)
+    for key in list(full.done)[:7]:  # unit 2 of the first batch, and one answer without unit 3
+        kept.add(key, full.done[key])
+    computed.clear()
+    again = importance.rows(ranking, c, [2, 3, 4], journal=kept)
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+    one, two, three, four = (item.id for item in c.items)
+    assert set(computed) == {*itertools.product([3, 4], [one, two]), *itertools.product([2, 3, 4], [three, four])}
+
+
 def letters(text):
     """Unit vector of how often each letter occurs: likeness by degrees."""
     counts = np.bincount(np.frombuffer(f" {text}".encode(), np.uint8), minlength=256)
     return counts / np.linalg.norm(counts)
+
+
+class Named:
+    """An embedder with a name."""
+
+    name = "by letters"
+
+    def __call__(self, text):
+        return letters(text)
 
 
 def test_iterative_output_similarity_compares_with_the_whole_model(calibration):

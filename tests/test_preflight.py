@@ -114,6 +114,13 @@ def test_times_on_a_t4_follow_bytes_and_operations():
     assert told.disk_gib["original"] == pytest.approx(13.16, abs=0.01)
 
 
+def test_blocks_that_are_not_there_cannot_be_protected():
+    assert preflight.faults(values(protected=[0, -32, 31]), ARCH) == []
+    assert preflight.faults(values(protected=[0, 40, -33]), ARCH) == [
+        "protected [40, -33]: blocks are 0 to 31, or -1 to -32 from the end"
+    ]
+
+
 def test_the_runner_says_it_first_and_refuses_before_anything_is_loaded(capsys):
     notebooks = params.read_notebooks(ROOT)
     for device, wrong in (("cpu", False), ("cuda", False), ("cuda", True), ("meta", True)):

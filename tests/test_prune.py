@@ -183,6 +183,30 @@ def test_plans_that_cannot_be_applied_are_refused_in_one_line(tmp_path, capsys):
     assert "0 to 14" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("changed", "why"), [
+    ({"order": [99]}, "99 is no unit; blocks are 0 to 7"), ({"order": [-1]}, "-1 is no unit"),
+    ({"order": ["3.mpl"]}, "'3.mpl' is no unit"), ({"order": ["five"]}, "'five' is no unit"),
+    ({"order": [3.0]}, "3.0 is no unit"), ({"order": ["3"]}, "'3' is no unit"),
+    ({"order": [5, 5]}, "5 stands there twice"), ({"order": [5, "5.mlp"]}, "'5.mlp' stands there twice"),
+    ({"order": [3, 0]}, r"blocks \[0\] are to go, but protected"), ({"order": ["7.mlp"]}, r"blocks \[7\]"),
+    ({"order": [], "starts": [6, 6]}, r"blocks \[7\] are to go"), ({"order": [], "starts": [8]}, "8 is no unit"),
+])  # fmt: skip
+def test_plans_that_name_what_cannot_go_are_refused(changed, why):
+    with pytest.raises(DermError, match=f"pruning plan {PLAN.criterion}: {why}"):
+        prune.Plan.from_dict(PLAN.to_dict() | changed)
+
+
+def test_one_of_a_stages_plans_is_applied_by_its_name(tmp_path, capsys):
+    (tmp_path / "plans.json").write_text(json.dumps({plan.criterion: plan.to_dict() for plan in (PLAN, PARTS)}))
+    assert prune.read_plan(f"{tmp_path / 'plans.json'}:x-sublayers") == PARTS
+    for name, why in (
+        ("plans.json", f"name one as .*plans.json:RANKING, of {PLAN.criterion}, x"),
+        ("plans.json:y", "y"),
+    ):
+        with pytest.raises(DermError, match=why):
+            prune.read_plan(str(tmp_path / name))
+
+
 def test_a_later_step_cannot_bring_sublayers_back(recipe, store):
     halved = recipe.pruned([0, 1, 2, 5, 7], ["2.mlp", "5.attention"])
     deeper = models.materialize(halved.pruned([0, 1, 5], ["1.mlp", "5.attention"]), store)[0]
@@ -226,6 +250,16 @@ def test_the_operating_point_is_where_a_third_is_gone():
 
 def test_depths_keep_the_papers_fractions():
     assert prune.depths([2, 4, 16, 20], PLAN) == [1, 4, 5]
+
+
+def test_depths_beyond_a_plan_are_named(capsys):
+    assert prune.depths([4, 20, 24], PLAN) == [1, 5]
+    assert "goes as far as 5 units: depths [6] are left out" in capsys.readouterr().out
+    with pytest.raises(DermError, match="as far as 5 units, and depths begin at 6; set depths lower"):
+        prune.depths([24, 28], PLAN)
+    assert prune.depths([], PLAN) == []
+    far = prune.choose(scores(d0=80), PLAN, fixed=28)
+    assert far["operating"] == 5 and far["why"].endswith("operating_blocks, as far as the plan goes")
 
 
 def test_stored_plans_are_read_by_name(tmp_path):

@@ -130,6 +130,25 @@ def test_images_change_a_ranking_only_beyond_what_other_pictures_do(full, few):
     assert ranking_findings.findings_images(few) == []
 
 
+def test_three_answers_without_pictures_are_compared_with_those_about_one_picture(full):
+    """The image-free ranking is one picture's own: no more than noise, though halves agree far better."""
+    pictures = full.values[full.values.ranking == "output_similarity"]
+    rng = np.random.default_rng(5)
+    spread = pictures.value.std()
+    noisy = pictures.assign(value=pictures.value + rng.normal(0, spread, len(pictures)))
+    names, told = sorted(noisy["item"].unique()), []
+    others = full.values[~full.values.ranking.str.startswith("output_similarity")]
+    for item in names[:6]:
+        one = noisy[noisy["item"] == item].assign(ranking="output_similarity-text", item="")
+        told.append(ranking_findings.findings_images(replace(full, values=pd.concat([others, noisy, one])))[0])
+    assert all("one picture and the others at" in said for said in told)
+    assert sum("does not change the ranking more" in said for said in told) >= 5
+    back = noisy[noisy["item"] == names[0]].assign(ranking="output_similarity-text", item="")
+    back = back.assign(value=-pictures.groupby("block").value.transform("mean"))
+    (said, *_) = ranking_findings.findings_images(replace(full, values=pd.concat([others, noisy, back])))
+    assert "changes the ranking more" in said
+
+
 def test_old_runs_without_values_say_what_they_can(few):
     old = replace(few, values=None)
     assert findings.findings_importance(old) == ranking_findings.findings_order(few) + ranking_findings.findings_drafts(
