@@ -2,8 +2,8 @@
 
 The embedded base first learns one long question (name, treatment and features, these in two wordings), so that answers
 have 48 tokens or more and end by themselves. Then `ablation.written` and the loop over prune.without and
-model.generate take turns, block by block, in one thread. The last line is JSON; an item is one (block, answer). A status
-of 1 if the texts differ or the ratio is below AIM.
+model.generate take turns, block by block, in one thread. The last line is JSON; an item is one (block, answer).
+A status of 1 if the texts differ or the ratio is below AIM.
 """
 
 import ctypes
@@ -155,11 +155,9 @@ def bounds(found: dict) -> str:
     shares = {told: found[f"{kind}_of_seconds"] for kind, told in kinds.items()}
     told = ", ".join(f"{share:.0%} {what}" for what, share in sorted(shares.items(), key=lambda pair: -pair[1]))
     floor = 1 / found["block_tokens_of_loop"]
-    memory = f"{found['peak_mib']:.0f} MiB, the loop {found['loop_peak_mib']:.0f}"
-    return (
-        f"the drafts' seconds are {told}; they compute {found['block_tokens_of_loop']:.0%} of the loop's block-tokens, so "
-        f"{floor:.1f}x is the most at equal speed a token; peak {memory}"
-    )
+    computed = f"they compute {found['block_tokens_of_loop']:.0%} of the loop's block-tokens"
+    peaks = f"peak {found['peak_mib']:.0f} MiB, the loop's {found['loop_peak_mib']:.0f}"
+    return f"the drafts' seconds are {told}; {computed}, so {floor:.1f}x is the most at equal speed a token; {peaks}"
 
 
 def t4(found: dict) -> dict:

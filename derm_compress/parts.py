@@ -25,7 +25,8 @@ CAPTIONS = {  # of the tables that need another one
     "extra_agreement": "Spearman's rank correlation over unprotected blocks; 95 % interval over draws of the items",
     "extra_calibration_size": "two disjoint draws of so many pictures; 95 % of the draws lie within the brackets",
     "extra_criteria": "score before SFT with its 95 % interval, n answers",
-    "extra_criteria_tests": "the study's criterion minus its rival in points, paired, 95 % interval, p by sign flips",
+    "extra_criteria_tests": "the study's criterion minus its rival in points, paired, 95 % interval, p by sign flips; "
+    "over pictures: that another random order would differ too is not in it",
     "extra_quantization_tests": "difference: minus AWQ of the same model and width; minus 16 bits: minus the model "
     "that was quantized; points, paired, 95 % interval, p by sign flips, corrected over all of one width (Holm)",
     "extra_equal_bytes": "score with its 95 % interval; difference: minus all blocks at the budget's width, healed "
