@@ -264,6 +264,17 @@ def test_the_published_plan_needs_no_measuring(calibration):
     assert importance.similarity(measured).empty
 
 
+def test_magnitude_takes_the_lightest_blocks_first(calibration):
+    weights = [9, 8, 5, 1, 4, 2, 3, 7]
+    with torch.no_grad():
+        for block, weight in zip(models.blocks(calibration.model), weights, strict=True):
+            for parameter in block.parameters():
+                parameter.zero_()
+            block.mlp.up_proj.weight[1, 1] = -weight
+    plans, _ = ranked(["magnitude"], calibration)
+    assert plans["magnitude"].order == (3, 5, 6, 4, 2) and plans["magnitude"].scores == (1, 2, 3, 4, 5)
+
+
 def test_the_studys_own_ranking_removes_blocks():
     with pytest.raises(DermError, match="the first, last-mlp, is the study's own"):
         rankings(["last-mlp", "magnitude"])
