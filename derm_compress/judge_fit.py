@@ -42,9 +42,14 @@ def source(model: str) -> dict:
 def fit(model: str, device: str, batch: int, tokens: int) -> Fit:
     """What a model needs, by its config and the headers of its weight files, beside what is free on the device."""
     from transformers import AutoConfig
+    from transformers.quantizers import AutoHfQuantizer
 
     with readable(model):
-        config = AutoConfig.from_pretrained(**source(model)).get_text_config()
+        config = AutoConfig.from_pretrained(**source(model))
+        if packed := getattr(config, "quantization_config", None):  # AWQ needs a reader that few have installed
+            reader = AutoHfQuantizer.from_config(packed, pre_quantized=True)
+            reader.validate_environment(device_map=None if device == "cpu" else "auto")
+        config = config.get_text_config()
         weights = sum(_bytes(kind, device) * n for kind, n in _counts(model).items())
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

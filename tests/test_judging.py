@@ -324,6 +324,14 @@ class TestLocal:
         assert judge_local._answer(tasks, 4) == alone
         assert "out of GPU memory with 5 at once; going on with 2" in capsys.readouterr().out
 
+    def test_weights_in_a_format_without_a_reader_are_refused_before_anything_is_loaded(self, tmp_path):
+        folder = text_model(tmp_path / "judge")
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(DermError, match="judge …/judge cannot be loaded: .*gptqmodel"):
+            judge_fit.fit(str(folder), "cpu", 8, 1000)
+
     @pytest.mark.parametrize("says, blanks", [("no chat template", {"template": None}), ("weights are missing", {})])
     def test_what_cannot_judge_is_refused(self, says, blanks, tmp_path):
         from safetensors.torch import load_file, save_file
