@@ -400,6 +400,25 @@ class TestControls:
         assert (final.score.tolist(), final.rubric.tolist()) == ([2], [4])
         assert "1 of 20 injections" in judge_controls.findings(frame, final)[1]
 
+    def test_a_judge_that_cannot_be_read_is_not_said_to_judge_well(self, dataset):
+        with Server(lambda body: "I give it a 4.") as server:
+            chosen = model_judge(server, timeout=10.0)
+            frame = judge_controls.judged(dataset.of("test"), chosen)
+            final = chosen.judged(judge.rubric(answers("psoriasis")).assign(rubric=4))
+        said = judge_controls.findings(frame, final)
+        asked = 3 * frame.item[frame.attack.eq("")].nunique()
+        assert said[1].startswith(f"{chosen.name}: {judge_controls.UNJUDGED}; without a score: reference ({asked} of")
+        assert "wrong answer, injected (20 of 20)" in said[1] and said[1].endswith(f"; {judge_controls.NEVER}.")
+        assert "as expected" not in said[1] and "nan" not in " ".join(said)
+        assert all("0.0 % of" in line and line.endswith("from 0 pairs of scores.") for line in said[2:])
+
+    def test_a_lost_score_is_named_and_the_others_count(self, dataset):
+        frame = judge_controls.judged(dataset.of("test"), judging.choose("rubric"))
+        lost = frame.control.eq("empty") & frame.index.isin(frame.index[frame.control.eq("empty")][:1])
+        told = judge_controls.findings(frame.assign(score=frame.score.mask(lost)))[0]
+        empty = (frame.control.eq("empty") & frame["round"].eq(0)).sum()
+        assert f"without a score: empty (1 of {empty});" in told and "it misjudges name in nonsense" in told
+
     def test_with_a_model_the_earlier_stages_answers_are_judged_too(self, tmp_path):
         earlier = judge.rubric(answers("psoriasis", "melanoma").assign(variant="pruned-6"))
         earlier = pd.concat([earlier, earlier.assign(split="dev", item="d")])
