@@ -64,9 +64,14 @@ def page(lines: list, finding: str, data: pd.DataFrame | None = None) -> Drawing
 
 
 def typical_item(answers: pd.DataFrame) -> str:
-    """The item whose scores lie closest to each variant's mean: no example is picked by taste."""
-    means = answers.groupby(["item", "variant"]).score.mean().unstack()
-    return (means - means.mean()).abs().sum(axis=1).sort_index(kind="stable").idxmin()
+    """The item whose scores lie closest to each variant's mean: no example is picked by taste.
+
+    Of the items that every variant has a score for; else of those with any; without any score the first.
+    """
+    means = answers.groupby(["item", "variant"]).score.mean().unstack().sort_index(kind="stable")
+    apart = (means - means.mean()).abs().dropna(axis=1, how="all")
+    known = apart.dropna() if len(apart.dropna()) else apart.dropna(how="all")
+    return known.mean(axis=1).fillna(0).idxmin()
 
 
 @styled

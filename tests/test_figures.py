@@ -249,6 +249,15 @@ def test_the_example_is_the_most_typical_one():
     assert quotes.typical_item(pd.DataFrame(rows, columns=["item", "variant", "score"])) == "b"
 
 
+@pytest.mark.parametrize("lost, typical", [("b", "cc"), ("bc", "da"), ("abc", "dd"), ("abcd", "ba")])
+def test_an_example_without_scores_is_not_typical(lost, typical):
+    rows = [(i, v, s) for i, s in (("a", 1), ("b", 2.4), ("c", 3), ("d", 4)) for v in "xy"]
+    frame = pd.DataFrame(rows, columns=["item", "variant", "score"]).astype({"score": float})
+    half = frame.assign(score=frame.score.mask(frame["item"].isin(list(lost)) & frame.variant.eq("x")))
+    none = frame.assign(score=frame.score.mask(frame["item"].isin(list(lost))))
+    assert [quotes.typical_item(some) for some in (half, none)] == list(typical)
+
+
 def test_jupyter_gets_a_picture_with_its_text_alternative(drawn):
     data, metadata = drawn["fig6_judge_prompt"]._repr_mimebundle_()
     assert data["image/png"].startswith("iVBOR")
