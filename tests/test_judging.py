@@ -7,18 +7,22 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from judge_server import Server, pico_judge, verdict
 
-from derm_compress import dialogue, judge, judge_controls, judge_fit, judge_forms, judge_local, judging, metrics
+from derm_compress import dialogue, judge, judge_controls, judge_fit, judge_forms, judge_local, judging, metrics, params
 from derm_compress.errors import DermError
 from derm_compress.judge_forms import Reply
 from derm_compress.judge_openai import OpenAI
 
 KEY = "sk-secret-123"
+WRONG = ["", "localhost:8000", "file:///etc", f"http://u:{KEY}@a/v1", f"http://a/v1?key={KEY}", "http://[::1/v1",
+         "http://127.0.0.1:abc/v1", f"http://[::1/v1?key={KEY}", f"http://a:{KEY}/v1", "http://a:99999/v1",
+         "http://a\x00/v1", "http://\u2488/v1"]  # fmt: skip
 FAST = {"timeout": 0.4, "pause": 0.01, "attempts": 3}
 
 
@@ -234,13 +238,20 @@ class TestKey:
             list(OpenAI("m", "https://judge.example/v1").replies({"k": []}, judge_forms.form("paper")))
         assert KEY not in str(error.value)
 
-    @pytest.mark.parametrize(
-        "url", ["", "localhost:8000", "file:///etc", f"http://u:{KEY}@a/v1", f"http://a/v1?key={KEY}"]
-    )
+    @pytest.mark.parametrize("url", WRONG)
     def test_an_address_is_an_address(self, url):
         with pytest.raises(DermError, match="judge_url") as error:
             judging.choose("openai", model="m", url=url)
         assert KEY not in str(error.value)
+
+    @pytest.mark.parametrize("url", WRONG[:-2])
+    def test_an_address_is_checked_with_any_judge_before_a_notebook_holds_it(self, url):
+        known = params.known_parameters(params.read_notebooks(Path(__file__).parent.parent))
+        with pytest.raises(DermError, match="here: judge_url") as error:
+            params.check({"judge": "rubric", "judge_url": url}, known, "here")
+        assert KEY not in str(error.value)
+        for right in ("http://127.0.0.1:8000/v1", "https://judge.example/v1", "http://[::1]:8000/v1"):
+            assert params.check({"judge_url": right}, known, "here") == {"judge_url": right}
 
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>"
