@@ -308,3 +308,14 @@ def test_a_mix_of_formats_is_the_sum_of_its_blocks(llava):
     assert memory.plan_peak(llava, mix=both)["workspace"] > 0
     with pytest.raises(DermError, match="of 32 blocks"):
         memory.plan_mix(llava, [{"blocks": 30, **awq}, {"blocks": 3, **fp16}])
+
+
+def test_the_kernels_steps_are_counted_by_default_and_in_a_mix(llava):
+    four, groups = {"method": "awq", "bits": 4}, llava.decoder_linears() // 64
+    steps = memory.plan_peak(llava, int4_kernel=True, **four)["kernel_steps"]
+    assert steps * memory.GIB == 4 * groups
+    assert memory.plan_peak(llava, int4_kernel=True, group_size=128, **four)["kernel_steps"] == steps / 2
+    assert memory.plan_peak(llava, **four)["kernel_steps"] == memory.plan_peak(llava, int4_kernel=True)["kernel_steps"]
+    mix = [{"blocks": 8, **four}, {"blocks": 16, "group_size": 128, **four}, {"blocks": 4, "method": "rtn", "bits": 3}]
+    mixed = memory.plan_peak(llava, int4_kernel=True, mix=mix)["kernel_steps"]
+    assert mixed == pytest.approx(steps * (8 / 32 + 16 / 32 / 2))
