@@ -4,6 +4,7 @@ Plans are GiB by component and need no torch; `architecture` counts on the meta 
 weights. They hold tensors only: a GPU's context and its allocator's slack come on top.
 """
 
+import contextlib
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -279,7 +280,9 @@ def peak_gib(device: str = "cpu") -> float:
 
 
 def reset_peak(device: str = "cpu") -> None:
-    """Makes peak_gib start anew on a GPU, with what others left there given back; a CPU's process keeps its peak."""
+    """Makes peak_gib start anew, on a GPU with what others left there given back; a process can on Linux alone."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     if str(device).startswith("cuda"):
         import torch
 

@@ -34,7 +34,8 @@ CAPTIONS = {  # of the tables that need another one
     "chosen for being the steepest; level until: the last depth before the first whose paired interval to the "
     "unpruned one lies below 0",
     "extra_sublayers": "without single attentions or MLPs; difference: to the nearest whole-block model, paired",
-    "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
+    "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all; "
+    "its peak: while this model was timed (on Linux)",
     "extra_judges": "marks of 1 to 4 for answers whose worth is known; n answers",
     "extra_verdicts": "paper: what it claims; ours: with its 95 % interval where there are answers; verdicts by the "
     "rules above",

@@ -1,6 +1,7 @@
 """Plans against the paper's figures, real tensors and tracked allocations; latency against a clock of our own."""
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -292,6 +293,18 @@ def test_resident_memory_follows_an_allocation():
     assert after["rss_gib"] - before["rss_gib"] > 0.9 * block.nbytes / memory.GIB
     assert after["rss_peak_gib"] >= 0.99 * after["rss_gib"]
     assert memory.peak_gib() == pytest.approx(after["rss_peak_gib"], rel=0.01)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="a process keeps its peak off Linux")
+def test_a_process_peak_starts_anew_after_what_was_freed():
+    block = np.ones(2**28, dtype=np.uint8)
+    size, before = block.nbytes / memory.GIB, memory.peak_gib()
+    del block
+    assert memory.peak_gib() == pytest.approx(before, rel=0.01)
+    memory.reset_peak()
+    after = memory.resident_gib()
+    assert after["rss_peak_gib"] < before - 0.9 * size
+    assert after["rss_peak_gib"] == pytest.approx(after["rss_gib"], rel=0.05)
 
 
 def test_a_mix_of_formats_is_the_sum_of_its_blocks(llava):
