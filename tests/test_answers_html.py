@@ -62,6 +62,13 @@ def test_every_variant_of_a_run_is_a_point(results):
     assert kinds["pruned-6+sft"] == "after SFT" and kinds["pruned-6+sft|awq4"] == "pruned, SFT and quantized"
     drawing = pareto.fig_pareto(points, tables.build(results)["table4_efficiency"])
     assert len(drawing.figure.axes) == 2 and drawing.data is points
+    timed, (memory, time) = points.total_ms_per_token.notna() & points.score.notna(), drawing.figure.axes
+    share = f"{timed.sum()} of {points.score.notna().sum()} timed"
+    assert 0 < timed.sum() < len(points) and share in time.get_xlabel() and drawing.finding.endswith(share)
+    for ax, cost, best in ((memory, "vram_gib_7b", "best"), (time, "total_ms_per_token", "fastest")):
+        step = next(line for line in ax.lines if line.get_drawstyle() == "steps-post")
+        rows = points[points[best]].sort_values(cost)
+        assert len(rows) and step.get_xydata().tolist() == rows[[cost, "score"]].to_numpy().tolist()
     untimed = points.assign(total_ms_per_token=float("nan"))
     assert len(pareto.fig_pareto(untimed, tables.build(results)["table4_efficiency"]).figure.axes) == 1
 
