@@ -45,6 +45,8 @@ def test_figure_7_says_which_answers_do_not_end(results):
     depths = {0: "original", 6: "pruned-6", 10: "pruned-10"}
     page = answers_html.iterative_pruning(quotes.fig7_iterative_pruning(results.answers, depths).data)
     assert page.count("<figure class=said>") == 4 and page.count("[does not end]") == 1
+    assert page.count("<div class=answers><figure class=said><figcaption>Reference") == page.count("<h3>") == 1
+    assert page.endswith("</figure>\n</div>") and page.count("</div>") == 1  # all cards lie in one grid
     assert page.index("10 blocks removed") < page.index("[does not end]") and "100 % of all answers" in page
 
 
