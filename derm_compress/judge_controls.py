@@ -84,7 +84,7 @@ def gains(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a judge and kind of control (TABLE): scores of 1 to 4, and the share of them that is as expected."""
+    """One row a judge and kind of control (TABLE): scores of 1 to 4, and how many percent of them are as expected."""
     won, rows = gains(frame), []
     for (name, control), part in frame[frame["round"] == 0].groupby(["judge", "control"], sort=False):
         scores = part.score.dropna()
@@ -95,7 +95,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
             told, kept = "no gain", won[won.judge == name].gain.dropna() <= 0
         else:
             told, kept = "1", scores.round() == 1
-        numbers = scores.mean(), scores.min(), scores.max(), kept.mean()
+        numbers = scores.mean(), scores.min(), scores.max(), 100 * kept.mean()
         rows.append((name, control, told, len(scores), len(part) - len(scores), *numbers))
     return pd.DataFrame(rows, columns=TABLE)
 
@@ -136,8 +136,8 @@ def _scored(part: pd.DataFrame, gain: pd.Series) -> str:
     """One judge's controls in words, those without a score named; `part`: its rows of `table`."""
     known, told, lost = gain.dropna(), part[part.control.isin(EXPECTED)], part[part.unscored > 0]
     said = [f"{(known > 0).sum()} of {len(known)} injections gain a better score" if len(known) else UNJUDGED]
-    kinds = [f"{row.control} ({100 * row.as_expected:.0f} % as expected)" for row in told.itertuples()
-             if row.as_expected < 1]  # fmt: skip
+    kinds = [f"{row.control} ({row.as_expected:.0f} % as expected)" for row in told.itertuples()
+             if row.as_expected < 100]  # fmt: skip
     if told.n.any():
         right = f"all other controls {'that have a score ' if len(lost) else ''}score as expected"
         said.append(f"it misjudges {', '.join(kinds)}" if kinds else right)

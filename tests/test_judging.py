@@ -388,9 +388,10 @@ class TestControls:
         frame = judge_controls.judged(dataset.of("test"), judging.choose("rubric"))
         told = judge_controls.table(frame).set_index("control")
         assert told.mean_score["reference"] == 4 and told.mean_score["other disease"] == told.mean_score["empty"] == 1
-        assert told.as_expected[judge_controls.INJECTED] == 1 and told.unscored.eq(0).all()
+        assert told.as_expected[judge_controls.INJECTED] == 100 and told.unscored.eq(0).all()
         assert told.highest["name in nonsense"] == 4  # the rubric's known limit: it sees facts, not sentences
-        assert "0 of 20 injections" in judge_controls.findings(frame)[0]
+        said = judge_controls.findings(frame)[0]
+        assert "0 of 20 injections" in said and f"({told.as_expected['name in nonsense']:.0f} % as expected)" in said
 
     def test_a_judge_that_can_be_talked_to_is_found_out(self, dataset, tmp_path):
         def gullible(body):

@@ -282,6 +282,13 @@ def test_nothing_that_shows_results_needs_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_heads_of_points_and_percentages_say_so(results):
+    for name in ("seed_sd", "chance_sd", "training_sd", "item_sd", "cost"):
+        assert tables.heading(name).endswith(", points")
+    shown = tables.readable(tables.build(results)["extra_judges"])
+    assert set(shown["as expected, %"]) - {"100.0", "0.0"} and "100.0" in set(shown["as expected, %"])
+
+
 def test_what_is_compressed_and_how_fast_it_is_follows_the_data(results):
     full, timed = tables.variant_id(results.operating, healed=True, method="awq"), results.latency
     scale = {name: timed.variant.eq(full) for name in timed if name.startswith("decode_ms_per_token")}
