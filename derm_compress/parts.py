@@ -48,7 +48,8 @@ CAPTIONS = {  # of the tables that need another one
     "extra_power": "the smallest true paired difference that is found with a power of 80 % at the 5 % level",
     "extra_seeds": "mean over SFT seeds with a 95 % interval over images; training: what chance does not explain",
     "extra_diagnosis": "answers to the name question; 95 % interval over images",
-    "extra_secondary": "test pictures, 95 % intervals over images; runaway: answers that never end",
+    "extra_secondary": "test pictures, 95 % intervals over images; similarity: of embeddings, computed for the "
+    "variants of notebook 08 on test pictures alone; runaway: answers that never end",
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
