@@ -40,21 +40,20 @@ def case_studies(data: pd.DataFrame) -> Markup:
         cards = _card("Reference", marked(first.reference, first.reference, question))
         for row in group.itertuples():
             cards += _card(row.label + _grade(row.score), marked(row.answer, row.reference, question))
-        rows += Markup("<h3>{}</h3><div class=answers>{}</div>").format(dialogue.question(question), cards)
+        rows += _row(question, cards)
     return LEGEND + rows
 
 
 def iterative_pruning(data: pd.DataFrame) -> Markup:
-    """Figure 7's answers, a card a depth; `data` as quotes.fig7_iterative_pruning has it."""
-    cards = Markup("")
+    """Figure 7's answers, the reference first, a card a depth; `data` as quotes.fig7_iterative_pruning has it."""
+    first = data.iloc[0]
+    cards = _card("Reference", marked(first.reference, first.reference, first.question))
     for row in data.itertuples():
         head = f"{row.blocks_removed} blocks removed{_grade(row.score)}; "
         head += f"{100 * row.runaway:.0f} % of all answers do not end"
         body = marked(row.answer, row.reference, row.question)
         cards += _card(head, body + ("" if row.stopped else Markup(" <strong>[does not end]</strong>")))
-    first = data.iloc[0]
-    asked = Markup("<h3>{}</h3>").format(dialogue.question(first.question))
-    return LEGEND + asked + _card("Reference", marked(first.reference, first.reference, first.question)) + cards
+    return LEGEND + _row(first.question, cards)
 
 
 def prompt(data: pd.DataFrame) -> Markup:
@@ -64,6 +63,11 @@ def prompt(data: pd.DataFrame) -> Markup:
 
 def _grade(score) -> str:
     return "" if pd.isna(score) else f", grade {score:.0f} of 4"
+
+
+def _row(question: str, cards: Markup) -> Markup:
+    """A question's cards, side by side where there is room."""
+    return Markup("<h3>{}</h3><div class=answers>{}</div>").format(dialogue.question(question), cards)
 
 
 def _card(head: str, body: Markup) -> Markup:

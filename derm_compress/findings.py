@@ -207,16 +207,35 @@ def findings_speed(results: Results) -> list[str]:
     """Whether the smaller model is also the faster one, and what equal shapes say of the noise."""
     if results.latency is None or results.latency.empty:
         return []
-    decode, n = results.one_prompt.set_index("variant").decode_ms_per_token, results.operating
+    timed, n = results.one_prompt.set_index("variant"), results.operating
     full, plain = variant_id(n, healed=True, method="awq"), variant_id(0)
     equal = [variant_id(n), variant_id(n, healed=True)]
-    if not {full, plain, *equal} <= set(decode.index):
+    if not {full, plain, *equal} <= set(timed.index):
         return []
-    faster = "faster" if decode[full] < decode[plain] else "slower"
-    ratio = max(decode[full] / decode[plain], decode[plain] / decode[full])
-    noise = abs(decode[equal[0]] / decode[equal[1]] - 1)
+    noise = abs(timed.decode_ms_per_token[equal[0]] / timed.decode_ms_per_token[equal[1]] - 1)
     return [
-        f"A token takes {decode[full]:.1f} ms with the full pipeline and {decode[plain]:.1f} ms uncompressed: "
-        f"{ratio:.2f} times {faster} on this machine, where packed weights are unpacked at every step; the two "
-        f"unquantized models of equal shape differ by {noise:.0%}, which is noise."
+        f"A token takes {timed.decode_ms_per_token[full]:.1f} ms with the full pipeline and "
+        f"{timed.decode_ms_per_token[plain]:.1f} ms uncompressed: {_faster(timed, full, plain)}"
+        f"{_kernel(timed.get('kernel_share', {}).get(full))}; the two unquantized models of equal shape differ by "
+        f"{noise:.0%}, which is noise."
     ]
+
+
+def _faster(timed: pd.DataFrame, one: str, other: str) -> str:
+    """How many times faster one model decodes than another, if the quartiles of their repeats lie apart."""
+    ends = timed.reindex(columns=["decode_ms_per_token_lo", "decode_ms_per_token_hi"]).loc[[one, other]]
+    if ends.iloc[:, 0].max(skipna=False) <= ends.iloc[:, 1].min(skipna=False):
+        return "on this machine they do not differ by more than repeats do (their quartiles overlap)"
+    ratio = timed.decode_ms_per_token[other] / timed.decode_ms_per_token[one]
+    return f"{max(ratio, 1 / ratio):.2f} times {'faster' if ratio > 1 else 'slower'} on this machine"
+
+
+def _kernel(share: float | None) -> str:
+    """What reads the packed weights, where that was noted; share: of their linears in torch's int4 kernel."""
+    if share is None or pd.isna(share):
+        return ""
+    if share == 0:
+        return ", where packed weights are unpacked at every step"
+    if share == 1:
+        return ", where torch's int4 kernel reads packed weights"
+    return f", where torch's int4 kernel reads {share:.0%} of the packed linears and the others are unpacked each step"

@@ -24,8 +24,8 @@ import httpx
 
 from derm_compress.errors import DermError
 from derm_compress.judge_forms import Form, Reply, storable
+from derm_compress.judging import KEYS, address
 
-KEYS = ("DERM_COMPRESS_JUDGE_KEY", "OPENAI_API_KEY")
 REFUSED = {401: "wrong or missing key", 403: "no access", 404: "no such address or model"}
 AGAIN = {408, 409, 425, 429}  # with 5xx: may go well a moment later
 PATIENCE = 5  # answers in a row that no try brought a reply for: then the server is down, and the run says so
@@ -50,7 +50,11 @@ class OpenAI:
     seed: int = 0
 
     def __post_init__(self):
-        _check_url(self.url)
+        address(self.url)
+        try:
+            httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise DermError(f"judge_url is no address: {error}") from error
 
     def identity(self) -> dict:
         """What a reply depends on beside its messages; the address is no part of it."""
@@ -151,14 +155,6 @@ def _retry_after(headers: httpx.Headers) -> float:
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
     return 0.0
-
-
-def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise DermError(f"judge_url holds more than an address: no user, key or query there; a key goes into {KEYS[0]}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise DermError(f"judge_url is {url!r}; allowed: http(s)://host[:port]/path, mostly ending in /v1")
 
 
 def _key(url: str) -> str:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import pandas as pd
 
@@ -24,6 +25,7 @@ from derm_compress.plan import public
 from derm_compress.progress import track
 
 JUDGES = ("rubric", "openai", "transformers")
+KEYS = ("DERM_COMPRESS_JUDGE_KEY", "OPENAI_API_KEY")  # where a server's key is looked for, and nowhere else
 ANSWERING = ("02_finetune", "04_pruning", "05_sft", "07_quantization")  # stages whose test answers the tables show
 _WRITING = threading.Lock()
 
@@ -100,6 +102,19 @@ class ModelJudge:
                 yield Journal(path)
             finally:
                 release(lock)
+
+
+def address(url: str) -> None:
+    """DermError for a judge_url that is no http address or holds more than one: it is shown and stored, no key is."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a half IPv6 address, a port that is no number
+        raise DermError("judge_url is no address; allowed: http(s)://host[:port]/path, mostly ending in /v1") from None
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise DermError(f"judge_url holds more than an address: no user, key or query there; a key goes into {KEYS[0]}")
+    if not whole:
+        raise DermError(f"judge_url is {url!r}; allowed: http(s)://host[:port]/path, mostly ending in /v1")
 
 
 def choose(

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from derm_compress import memory, models
+from derm_compress import memory, models, packed
 from derm_compress.errors import DermError
 from derm_compress.progress import track
 from derm_compress.recipes import Recipe
@@ -27,7 +27,8 @@ def of_variants(
     """One row a variant and batch, batch 1 first: milliseconds, memory and the floor of decoding with packed weights.
 
     how: new_tokens, repeats, warmup as in measure_latency. Columns beside its own: weights_gib, read_mib (what a step
-    reads), bandwidth_gb_s (of the device, measured here), floor_ms, times_floor, and memory.resident_gib's.
+    reads), bandwidth_gb_s (of the device, measured here), floor_ms, times_floor, packed.kernel_share's, and
+    memory.resident_gib's.
     """
     if device == models.META:
         return pd.DataFrame(columns=["variant"])
@@ -47,7 +48,7 @@ def of_variants(
             floor = 1000 * read / speed
             told |= {"gpu": torch.cuda.get_device_name(device)} if str(device).startswith("cuda") else {}
             told |= {"read_mib": read / 2**20, "bandwidth_gb_s": speed / 1e9, "floor_ms": floor}
-            told["times_floor"] = told["decode_ms_per_token"] / floor
+            told |= {"times_floor": told["decode_ms_per_token"] / floor, "kernel_share": packed.kernel_share(model)}
             rows.append({"variant": row.variant, "weights_gib": stored} | told)
         models.let_go(model)
     return pd.DataFrame(rows)

@@ -4,6 +4,7 @@ Plans are GiB by component and need no torch; `architecture` counts on the meta 
 weights. They hold tensors only: a GPU's context and its allocator's slack come on top.
 """
 
+import contextlib
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from derm_compress.errors import DermError
 
 GIB = 2**30
 FP16, FP32 = 2, 4  # bytes
+GROUP = 64  # weights that share a scale, where nothing else is said
+QUESTION, ANSWER = 32, 200  # tokens of one question and of its longest answer, beside its picture's, as plans assume
 CONVERSATION = 200  # tokens of a training conversation of three turns beside its picture's, as plans assume
 REMOVED = ("blocks_removed", "attentions_removed", "mlps_removed")  # the latter two from blocks that stay
 
@@ -123,7 +126,7 @@ def llava_7b() -> Architecture:
 
 
 def plan_weights(
-    arch: Architecture, *, method: str = "fp16", bits: int = 16, group_size: int = 64, **removed: int
+    arch: Architecture, *, method: str = "fp16", bits: int = 16, group_size: int = GROUP, **removed: int
 ) -> dict[str, float]:
     """GiB of the weights by component; only the decoder blocks' linears are quantized, all else is fp16.
 
@@ -149,11 +152,23 @@ def plan_mix(arch: Architecture, mix: Sequence[dict]) -> dict[str, float]:
 
     Blocks of no part are gone. Raises DermError where there are more than the architecture has, or none.
     """
-    parts = [{**part} for part in mix]
-    planned = [plan_weights(arch, blocks_removed=arch.blocks - part.pop("blocks"), **part) for part in parts]
+    planned = [plan_weights(arch, **form) for form in _apart(arch, mix)]
     removed_by(arch, mix)
     own = ("decoder_linears", "quantization_scales", "block_norms")
     return planned[0] | {name: sum(plan[name] for plan in planned) for name in own}
+
+
+def _apart(arch: Architecture, mix: Sequence[dict]) -> list[dict]:
+    """Each part of a mix as plan_weights' `weights`, as if its blocks were all there are."""
+    forms = [{"blocks_removed": arch.blocks - part["blocks"], **part} for part in mix]
+    return [{key: value for key, value in form.items() if key != "blocks"} for form in forms]
+
+
+def _groups(arch: Architecture, form: dict) -> int:
+    """Groups of 4-bit weights; form: plan_weights' `weights`."""
+    removed = {key: form[key] for key in REMOVED if key in form}
+    sizes = arch.over_linears(lambda out, into: out * into // form.get("group_size", GROUP), **removed)
+    return sizes * (form.get("bits") == 4)
 
 
 def removed_by(arch: Architecture, mix: Sequence[dict]) -> int:
@@ -163,8 +178,8 @@ def removed_by(arch: Architecture, mix: Sequence[dict]) -> int:
 
 
 def plan_peak(
-    arch: Architecture, *, batch: int = 1, prompt_tokens: int = 64, new_tokens: int = 200, int4_kernel: bool = False,
-    mix: Sequence[dict] = (), **weights,
+    arch: Architecture, *, batch: int = 1, prompt_tokens: int = QUESTION, new_tokens: int = ANSWER,
+    int4_kernel: bool = False, mix: Sequence[dict] = (), **weights,
 ) -> dict[str, float]:  # fmt: skip
     """GiB while questions of `prompt_tokens` about one picture each are answered; `weights` as in plan_weights.
 
@@ -174,7 +189,7 @@ def plan_peak(
     decoded to fp16 where quantized: parts that peak at different times, so rather too much. Activations, with fused
     attention, the last token's logits and an MLP at least twice as wide as the residual: four tensors of the
     residual's width (embeddings, block input, residual, normed), three of the MLP's, and the picture's features; or
-    the tower's peak if larger. `int4_kernel`: torch's, which holds a bfloat16 scale and offset a group beside.
+    the tower's peak if larger. `int4_kernel`: torch's, which holds a bfloat16 scale and offset a group of 4 bits.
     """
     planned = plan_mix(arch, mix) if mix else plan_weights(arch, **weights)
     weights |= {"blocks_removed": removed_by(arch, mix)} if mix else {}
@@ -182,8 +197,7 @@ def plan_peak(
     tokens = prompt_tokens + arch.image_tokens
     attentions = arch.kept(weights.get("blocks_removed", 0)) - weights.get("attentions_removed", 0)
     decoder = tokens * (4 * arch.hidden + 3 * arch.intermediate) + arch.image_tokens * arch.hidden
-    removed = {key: weights[key] for key in REMOVED if key in weights}
-    groups = arch.over_linears(lambda out, into: out * into // weights["group_size"], **removed) if int4_kernel else 0
+    groups = sum(_groups(arch, form) for form in _apart(arch, mix) or [weights]) if int4_kernel else 0
     return planned | _gib(
         kernel_steps=2 * FP16 * groups,
         kv_cache=FP16 * 2 * arch.cache_width * attentions * batch * (tokens + new_tokens),
@@ -266,7 +280,9 @@ def peak_gib(device: str = "cpu") -> float:
 
 
 def reset_peak(device: str = "cpu") -> None:
-    """Makes peak_gib start anew on a GPU, with what others left there given back; a CPU's process keeps its peak."""
+    """Makes peak_gib start anew, on a GPU with what others left there given back; a process can on Linux alone."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     if str(device).startswith("cuda"):
         import torch
 

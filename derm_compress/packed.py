@@ -94,6 +94,12 @@ def use_kernels(model, use):
             module.kernels = use
 
 
+def kernel_share(model):
+    """Of a model's packed linears, the share that torch's int4 kernel has read; nan without any."""
+    used = [module.steps is not None for module in model.modules() if isinstance(module, PackedLinear)]
+    return sum(used) / len(used) if used else float("nan")
+
+
 def has_kernel(grid, shape, device):
     """Whether torch has an int4 kernel for a linear of `shape` on this device; on CUDA from capability 8.0 on."""
     if grid.bits != 4 or grid.group_size not in KERNEL_GROUPS:

@@ -11,7 +11,6 @@ LLAVA_7B = memory.Architecture(  # memory.llava_7b() counts the same, with torch
     vocabulary=32064, image_tokens=576, tower_values=22452224,
 )  # fmt: skip
 TOTAL, BLOCK = LLAVA_7B.parameters(), LLAVA_7B.parameters(0) - LLAVA_7B.parameters(1)
-GROUP = 64  # of the paper's 4-bit weights
 
 
 def params_b(blocks_removed: int) -> float:
@@ -35,10 +34,10 @@ def weights_gb(blocks_removed: int, method: str = "fp16") -> float:
 
 
 def peak_gib(blocks_removed: int, method: str = "fp16") -> float:
-    """Planned peak of one question with 200 new tokens."""
+    """Planned peak of one question and its longest answer."""
     return sum(memory.plan_peak(LLAVA_7B, **_form(blocks_removed, method)).values())
 
 
 def _form(blocks_removed, method):
     bits = 16 if method == "fp16" else 4
-    return {"method": method, "bits": bits, "group_size": GROUP, "blocks_removed": blocks_removed}
+    return {"method": method, "bits": bits, "group_size": memory.GROUP, "blocks_removed": blocks_removed}

@@ -12,18 +12,20 @@ KINDS = {  # label: colour, marker
     "unpruned": (DENSE, "o"), "pruned": (PRUNED, "s"), "after SFT": (SFT, "P"), "quantized": (QUANTIZED, "^"),
     "pruned and quantized": (QUANTIZED, "v"), "pruned, SFT and quantized": (QUANTIZED, "D"),
 }  # fmt: skip
-NAMES = ["variant", "kind", "score", "score_lo", "score_hi", "n", "vram_gib_7b", "total_ms_per_token", "best"]
+NAMES = ["variant", "kind", "score", "score_lo", "score_hi", "n", "vram_gib_7b", "total_ms_per_token"]
+NAMES += ["best", "fastest"]  # of what costs no more in memory, in time
 
 
 def points(results: Results) -> pd.DataFrame:
-    """Every variant on the same test questions, with its memory at 7B, its time, and whether none smaller is better."""
+    """Every variant on the same test questions, its memory at 7B, its time, and whether none cheaper is better."""
     table = results.variants.assign(kind=[kind(row) for row in results.variants.itertuples()])[["variant", "kind"]]
     empty = pd.DataFrame(columns=["variant"])
     scored = empty if results.answers is None else metrics.score_table(results.answers, ["variant"], n_boot=500)
     for frame in (scored, results.memory, results.one_prompt):
         table = table.merge((empty if frame is None else frame.drop_duplicates("variant")), on="variant", how="left")
     table = table.reindex(columns=NAMES)
-    return table.assign(best=front(table.vram_gib_7b, table.score))
+    fastest = front(table.total_ms_per_token, table.score)
+    return table.assign(best=front(table.vram_gib_7b, table.score), fastest=fastest)
 
 
 def kind(row) -> str:
@@ -49,15 +51,8 @@ def front(cost: pd.Series, score: pd.Series) -> pd.Series:
 def fig_pareto(frame: pd.DataFrame, table4: pd.DataFrame) -> Drawing:
     """All points against planned memory at 7B, and those that were timed against a token's time."""
     scored, timed = (frame.dropna(subset=["score", name]) for name in ("vram_gib_7b", "total_ms_per_token"))
-    small = scored[scored.vram_gib_7b < TARGET]
-    finding = "Scores need weights: only the paper's points are drawn"
-    if len(scored):
-        finding = f"No variant stays below {TARGET:.0f} GiB at 7B"
-    if len(small):
-        best = small.loc[small.score.idxmax()]
-        finding = (
-            f"Of {len(small)} variants below {TARGET:.0f} GiB at 7B, {best.variant} scores best: {best.score:.1f} %"
-        )
+    share = f"{len(timed)} of {frame.score.notna().sum()} timed"
+    finding = _finding(scored) + (f"; {share}" if len(timed) else "")
     figure, axes = canvas(finding, 6.6 if len(timed) else 4.2, rows=2 if len(timed) else 1, squeeze=False)
     first = axes[0, 0]
     first.axvline(TARGET, color="#999999", linewidth=1)
@@ -65,18 +60,36 @@ def fig_pareto(frame: pd.DataFrame, table4: pd.DataFrame) -> Drawing:
     first.plot(table4.paper_vram, table4.paper_score, "*", color=PAPER, mfc="white", label="paper, GB as printed")
     first.set(xlim=(0, 15), xlabel="planned weights of a 7B model, GiB")
     _scatter(first, scored, "vram_gib_7b")
-    if len(scored):
-        best = scored[scored.best].sort_values("vram_gib_7b")
-        first.step(best.vram_gib_7b, best.score, where="post", color=PAPER, linewidth=0.8, label="best for the memory")
+    _front(first, scored[scored.best], "vram_gib_7b")
     if len(timed):
-        axes[1, 0].set(xlabel="total time a token, ms, this machine", xlim=(0, 1.1 * timed.total_ms_per_token.max()))
+        most = 1.1 * timed.total_ms_per_token.max()
+        axes[1, 0].set(xlabel=f"total time a token, ms, this machine ({share})", xlim=(0, most))
         _scatter(axes[1, 0], timed, "total_ms_per_token", spread=True)
+        _front(axes[1, 0], timed[timed.fastest], "total_ms_per_token")
     for ax in axes[:, 0]:
         score_axis(ax)
     first.set_ylabel("score, %")
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return Drawing(figure, frame, finding)
+
+
+def _finding(scored: pd.DataFrame) -> str:
+    """Which of the variants that are small enough scores best."""
+    if scored.empty:
+        return "Scores need weights: only the paper's points are drawn"
+    small = scored[scored.vram_gib_7b < TARGET]
+    if small.empty:
+        return f"No variant stays below {TARGET:.0f} GiB at 7B"
+    best = small.loc[small.score.idxmax()]
+    return f"Of {len(small)} variants below {TARGET:.0f} GiB at 7B, {best.variant} scores best: {best.score:.1f} %"
+
+
+def _front(ax, rows, cost):
+    """The step along the best scores for their cost."""
+    if len(rows):
+        rows = rows.sort_values(cost)
+        ax.step(rows[cost], rows.score, where="post", color=PAPER, linewidth=0.8, label="best for the memory or time")
 
 
 def _scatter(ax, frame, cost, *, spread=False):

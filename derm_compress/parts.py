@@ -35,7 +35,8 @@ CAPTIONS = {  # of the tables that need another one
     "chosen for being the steepest; level until: the last depth before the first whose paired interval to the "
     "unpruned one lies below 0",
     "extra_sublayers": "without single attentions or MLPs; difference: to the nearest whole-block model, paired",
-    "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all",
+    "extra_measured": "weights as planned (16 bits or fewer) and as run (a CPU takes 32 for 16); one process runs all; "
+    "its peak: while this model was timed (on Linux)",
     "extra_judges": "marks of 1 to 4 for answers whose worth is known; n answers",
     "extra_verdicts": "paper: what it claims; ours: with its 95 % interval where there are answers; verdicts by the "
     "rules above",
@@ -48,7 +49,8 @@ CAPTIONS = {  # of the tables that need another one
     "extra_power": "the smallest true paired difference that is found with a power of 80 % at the 5 % level",
     "extra_seeds": "mean over SFT seeds with a 95 % interval over images; training: what chance does not explain",
     "extra_diagnosis": "answers to the name question; 95 % interval over images",
-    "extra_secondary": "test pictures, 95 % intervals over images; runaway: answers that never end",
+    "extra_secondary": "test pictures, 95 % intervals over images; similarity: of embeddings, computed for the "
+    "variants of notebook 08 on test pictures alone; runaway: answers that never end",
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
 BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]

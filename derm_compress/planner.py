@@ -19,7 +19,7 @@ TABLE = [
 ]  # fmt: skip
 LARGE, PACKED = 3.0, 0.30  # bounds of the fp16 rows in percent, of the 4-bit ones in GiB
 DIGIT = 0.1  # the last that the paper prints
-ANSWERING = {"batch": 1, "prompt_tokens": 32, "new_tokens": 200}  # the paper's longest answer to a question
+ANSWERING = {"batch": 1, "prompt_tokens": memory.QUESTION, "new_tokens": memory.ANSWER}
 TRAINING = [  # settings tried for Table 2: conversations a step, checkpointing, bytes of what is not 4-bit
     {"batch": batch, "checkpointing": kept, "rest": rest}
     for batch, kept, rest in itertools.product((1, 2, 4, 8, 16), (False, True), (2, 4))

@@ -15,6 +15,7 @@ from derm_compress.figures import QUANTIZED, Drawing, styled
 COLUMNS, ADVANCE = 76, 10 / 140  # characters of a line; inches of one at 8.5 points: whole pixels, so nothing drifts
 HEAD, QUIET, ALARM = {"fontweight": "bold"}, {"color": "#555555"}, {"color": "#b00020", "fontweight": "bold"}
 RIGHT, WRONG = {"color": QUANTIZED, "fontweight": "bold"}, {"color": "#b00020", "fontstyle": "italic"}
+LOOKS = "right facts bold and green, wrong ones red and slanted"
 
 
 def marks(text: str, reference: str, question: str) -> list[tuple[int, int, dict]]:
@@ -64,9 +65,14 @@ def page(lines: list, finding: str, data: pd.DataFrame | None = None) -> Drawing
 
 
 def typical_item(answers: pd.DataFrame) -> str:
-    """The item whose scores lie closest to each variant's mean: no example is picked by taste."""
-    means = answers.groupby(["item", "variant"]).score.mean().unstack()
-    return (means - means.mean()).abs().sum(axis=1).sort_index(kind="stable").idxmin()
+    """The item whose scores lie closest to each variant's mean: no example is picked by taste.
+
+    Of the items that every variant has a score for; else of those with any; without any score the first.
+    """
+    means = answers.groupby(["item", "variant"]).score.mean().unstack().sort_index(kind="stable")
+    apart = (means - means.mean()).abs().dropna(axis=1, how="all")
+    known = apart.dropna() if len(apart.dropna()) else apart.dropna(how="all")
+    return known.mean(axis=1).fillna(0).idxmin()
 
 
 @styled
@@ -83,7 +89,7 @@ def fig5_case_studies(answers: pd.DataFrame, cases: dict[str, str]) -> Drawing:
                 lines.append([(label + grade, QUIET)])
                 lines += flow(row.answer, lambda text, row=row: marks(text, row.reference, row.question))
         lines.append([])
-    finding = f"One typical picture ({chosen.disease.iloc[0]}): right facts bold and green, wrong ones red and slanted"
+    finding = f"One typical picture ({chosen.disease.iloc[0]}): {LOOKS}"
     names = ["label", "variant", "item", "question", "answer", "reference", "score", "why"]
     return page(lines, finding, chosen[names])
 
@@ -106,7 +112,8 @@ def fig7_iterative_pruning(answers: pd.DataFrame, depths: dict[int, str], questi
             if row.question == question:
                 head = f"{removed} blocks removed; {100 * share[variant]:.0f} % of all answers do not end"
                 lines += [[(head + ("" if row.stopped else " >> nor this one:"), QUIET if row.stopped else ALARM)]]
-                lines += [*flow(row.answer, limit=220, style={} if row.stopped else {"color": "#777777"}), []]
+                look = {"limit": 220, "style": {} if row.stopped else {"color": "#777777"}}
+                lines += [*flow(row.answer, lambda text, row=row: marks(text, row.reference, question), **look), []]
                 told = row.answer, row.reference, row.tokens, row.stopped
                 rows.append((removed, item, question, *told, share[variant], row.score))
     names = ["blocks_removed", "item", "question", "answer", "reference", "tokens", "stopped", "runaway", "score"]
@@ -117,4 +124,4 @@ def fig7_iterative_pruning(answers: pd.DataFrame, depths: dict[int, str], questi
         most = wild.loc[wild.runaway.idxmax()]
         finding = f"Answers first fail to end with {wild.blocks_removed.min()} blocks removed"
         finding += f"; with {most.blocks_removed} removed, {100 * most.runaway:.0f} % run away"
-    return page(lines, finding, data)
+    return page(lines, f"{finding}; {LOOKS}", data)

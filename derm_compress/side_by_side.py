@@ -40,16 +40,18 @@ def shapes() -> list[tuple]:
 
 
 def costs(results: Results) -> list[tuple]:
-    """Time and training memory, which neither a plan nor another machine can show."""
-    rows, taken, trained = [], results.one_prompt, results.training
+    """Training time and memory, whose settings are unknown, and latency, which the paper's machine alone can show."""
+    rows, taken, trained, testable = [], results.one_prompt, results.training, verdicts.on_papers_machine(results)
     for row in paper.table(2, operating=results.operating, deeper=results.deeper).itertuples():
         seconds, gib = _of(trained, row.variant, "seconds"), _of(trained, row.variant, "train_peak_gib")
         rows.append((2, row.paper_model, "time, s", row.paper_seconds, seconds, None, None, "", *TRAINING))
         rows.append((2, row.paper_model, "training VRAM, GB", row.paper_vram, gib, None, None, "", *TRAINING))
     for row in paper.table(4, operating=results.operating, deeper=results.deeper).itertuples():
         ms = [_of(taken, row.variant, f"total_ms_per_token{end}") for end in ("", "_lo", "_hi")]
-        told = Verdict(UNTESTED, "milliseconds of the paper's T4; ours are this machine's, with quartiles")
-        rows.append((4, row.setting, "latency, ms/token", row.paper_ms_per_token, *ms, "", *told))
+        told = "", UNTESTED, "milliseconds of the paper's T4; ours are this machine's, with quartiles"
+        if testable and ms[0] is not None:
+            told = "value", *verdicts.near(row.paper_ms_per_token, ms[0])
+        rows.append((4, row.setting, "latency, ms/token", row.paper_ms_per_token, *ms, *told))
     return rows
 
 

@@ -46,8 +46,9 @@ UNITS = {
     "apart_percent": "paper minus plan, %", "within": "within the bound", "tokens_per_second": "tokens/s, all rows",
     "read_mib": "read a step, MiB", "bandwidth_gb_s": "bandwidth, GB/s", "floor_ms": "floor, ms/token",
     "times_floor": "decode / floor", "sd": "SD over images, points", "detectable": "detectable, points",
-    "power": "power for this difference", "score_points": "score in %, or points", "seed_sd": "SD between seeds",
-    "chance_sd": "of it by the items drawn", "training_sd": "of it by training", "item_sd": "SD by items",
+    "power": "power for this difference", "score_points": "score in %, or points",
+    "seed_sd": "SD between seeds, points", "chance_sd": "of it by the items drawn, points",
+    "training_sd": "of it by training, points", "item_sd": "SD by items, points",
     "accuracy": "accuracy, %", "balanced": "mean over diseases, %", "name_exact": "name exact, %",
     "fact_f1": "fact F1, %", "similarity": "similarity, %",
 }  # fmt: skip

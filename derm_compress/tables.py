@@ -83,8 +83,9 @@ UNITS = {
     "p_all_holm": "p, all depths (Holm)", "ahead": "ahead at", "fall_from": "steepest from", "fall_to": "to",
     "fall": "fall, points", "fall_per_block": "points a block", "nearest": "nearest whole-block model",
     "nearest_params_b": "its parameters, B", "nearest_score": "its score, %", "apart": "apart, blocks",
-    "relative_error": "output error, mean over blocks", "cost": "minus 16 bits", "p_cost": "p, 16 bits",
+    "relative_error": "output error, mean over blocks", "cost": "minus 16 bits, points", "p_cost": "p, 16 bits",
     "p_cost_holm": "p, 16 bits (Holm)", "budget": "bytes of all blocks at bits", "mean_bits": "bits, mean",
+    "as_expected": "as expected, %",
     **statistics_tables.UNITS,
 }  # fmt: skip
 
@@ -326,9 +327,9 @@ def _cell(name, value, lo, hi):
     if name.split("_")[0] == "p":
         return "< 0.001" if value < 0.001 else f"{value:.2g}"
     points = (name == "ours" and not pd.isna(lo)) or name.startswith(
-        ("score", "gain", "diff", "fall", "nearest_s", "cost")
+        ("score", "gain", "diff", "fall", "nearest_s", "cost", "as_exp")
     )
-    share = name.startswith(("rho", "over", "chance", "as_exp"))
+    share = name.startswith(("rho", "over", "chance"))
     style = digits(name) if name.startswith("paper") else "%.1f" if points else "%.2f" if share else "%.4g"
     text = style % value
     return text if pd.isna(lo) else f"{text} ({style % lo} to {style % hi})"

@@ -45,6 +45,8 @@ def test_figure_7_says_which_answers_do_not_end(results):
     depths = {0: "original", 6: "pruned-6", 10: "pruned-10"}
     page = answers_html.iterative_pruning(quotes.fig7_iterative_pruning(results.answers, depths).data)
     assert page.count("<figure class=said>") == 4 and page.count("[does not end]") == 1
+    assert page.count("<div class=answers><figure class=said><figcaption>Reference") == page.count("<h3>") == 1
+    assert page.endswith("</figure>\n</div>") and page.count("</div>") == 1  # all cards lie in one grid
     assert page.index("10 blocks removed") < page.index("[does not end]") and "100 % of all answers" in page
 
 
@@ -62,6 +64,13 @@ def test_every_variant_of_a_run_is_a_point(results):
     assert kinds["pruned-6+sft"] == "after SFT" and kinds["pruned-6+sft|awq4"] == "pruned, SFT and quantized"
     drawing = pareto.fig_pareto(points, tables.build(results)["table4_efficiency"])
     assert len(drawing.figure.axes) == 2 and drawing.data is points
+    timed, (memory, time) = points.total_ms_per_token.notna() & points.score.notna(), drawing.figure.axes
+    share = f"{timed.sum()} of {points.score.notna().sum()} timed"
+    assert 0 < timed.sum() < len(points) and share in time.get_xlabel() and drawing.finding.endswith(share)
+    for ax, cost, best in ((memory, "vram_gib_7b", "best"), (time, "total_ms_per_token", "fastest")):
+        step = next(line for line in ax.lines if line.get_drawstyle() == "steps-post")
+        rows = points[points[best]].sort_values(cost)
+        assert len(rows) and step.get_xydata().tolist() == rows[[cost, "score"]].to_numpy().tolist()
     untimed = points.assign(total_ms_per_token=float("nan"))
     assert len(pareto.fig_pareto(untimed, tables.build(results)["table4_efficiency"]).figure.axes) == 1
 

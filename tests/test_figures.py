@@ -244,9 +244,30 @@ def test_right_and_wrong_facts_are_told_apart():
     assert quotes.RIGHT["fontweight"] == "bold" and quotes.WRONG["fontstyle"] == "italic"  # survive a grey print
 
 
+def test_every_answer_of_figures_5_and_7_has_its_facts_marked(results):
+    said = results.answers.assign(answer="It is psoriasis or melanoma.", reference="This is psoriasis.")
+    drawings = (
+        quotes.fig5_case_studies(said, {"Original": "original"}),
+        quotes.fig7_iterative_pruning(said, {0: "original", 10: "pruned-10"}, "name"),
+    )
+    for drawing, count in zip(drawings, (1, 2), strict=True):
+        colours = [(text.get_text(), text.get_color()) for text in drawing.figure.texts]
+        assert colours.count(("psoriasis", quotes.RIGHT["color"])) == count and quotes.LOOKS in drawing.finding
+        assert colours.count(("melanoma.", quotes.WRONG["color"])) == count
+
+
 def test_the_example_is_the_most_typical_one():
     rows = [(item, v, s) for item, s in (("a", 1), ("b", 2), ("c", 3)) for v in "xy"]
     assert quotes.typical_item(pd.DataFrame(rows, columns=["item", "variant", "score"])) == "b"
+
+
+@pytest.mark.parametrize("lost, typical", [("b", "cc"), ("bc", "da"), ("abc", "dd"), ("abcd", "ba")])
+def test_an_example_without_scores_is_not_typical(lost, typical):
+    rows = [(i, v, s) for i, s in (("a", 1), ("b", 2.4), ("c", 3), ("d", 4)) for v in "xy"]
+    frame = pd.DataFrame(rows, columns=["item", "variant", "score"]).astype({"score": float})
+    half = frame.assign(score=frame.score.mask(frame["item"].isin(list(lost)) & frame.variant.eq("x")))
+    none = frame.assign(score=frame.score.mask(frame["item"].isin(list(lost))))
+    assert [quotes.typical_item(some) for some in (half, none)] == list(typical)
 
 
 def test_jupyter_gets_a_picture_with_its_text_alternative(drawn):

@@ -7,18 +7,22 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from judge_server import Server, pico_judge, verdict
 
-from derm_compress import dialogue, judge, judge_controls, judge_fit, judge_forms, judge_local, judging, metrics
+from derm_compress import dialogue, judge, judge_controls, judge_fit, judge_forms, judge_local, judging, metrics, params
 from derm_compress.errors import DermError
 from derm_compress.judge_forms import Reply
 from derm_compress.judge_openai import OpenAI
 
 KEY = "sk-secret-123"
+WRONG = ["", "localhost:8000", "file:///etc", f"http://u:{KEY}@a/v1", f"http://a/v1?key={KEY}", "http://[::1/v1",
+         "http://127.0.0.1:abc/v1", f"http://[::1/v1?key={KEY}", f"http://a:{KEY}/v1", "http://a:99999/v1",
+         "http://a\x00/v1", "http://\u2488/v1"]  # fmt: skip
 FAST = {"timeout": 0.4, "pause": 0.01, "attempts": 3}
 
 
@@ -234,13 +238,20 @@ class TestKey:
             list(OpenAI("m", "https://judge.example/v1").replies({"k": []}, judge_forms.form("paper")))
         assert KEY not in str(error.value)
 
-    @pytest.mark.parametrize(
-        "url", ["", "localhost:8000", "file:///etc", f"http://u:{KEY}@a/v1", f"http://a/v1?key={KEY}"]
-    )
+    @pytest.mark.parametrize("url", WRONG)
     def test_an_address_is_an_address(self, url):
         with pytest.raises(DermError, match="judge_url") as error:
             judging.choose("openai", model="m", url=url)
         assert KEY not in str(error.value)
+
+    @pytest.mark.parametrize("url", WRONG[:-2])
+    def test_an_address_is_checked_with_any_judge_before_a_notebook_holds_it(self, url):
+        known = params.known_parameters(params.read_notebooks(Path(__file__).parent.parent))
+        with pytest.raises(DermError, match="here: judge_url") as error:
+            params.check({"judge": "rubric", "judge_url": url}, known, "here")
+        assert KEY not in str(error.value)
+        for right in ("http://127.0.0.1:8000/v1", "https://judge.example/v1", "http://[::1]:8000/v1"):
+            assert params.check({"judge_url": right}, known, "here") == {"judge_url": right}
 
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>"
@@ -385,9 +396,10 @@ class TestControls:
         frame = judge_controls.judged(dataset.of("test"), judging.choose("rubric"))
         told = judge_controls.table(frame).set_index("control")
         assert told.mean_score["reference"] == 4 and told.mean_score["other disease"] == told.mean_score["empty"] == 1
-        assert told.as_expected[judge_controls.INJECTED] == 1 and told.unscored.eq(0).all()
+        assert told.as_expected[judge_controls.INJECTED] == 100 and told.unscored.eq(0).all()
         assert told.highest["name in nonsense"] == 4  # the rubric's known limit: it sees facts, not sentences
-        assert "0 of 20 injections" in judge_controls.findings(frame)[0]
+        said = judge_controls.findings(frame)[0]
+        assert "0 of 20 injections" in said and f"({told.as_expected['name in nonsense']:.0f} % as expected)" in said
 
     def test_a_judge_that_can_be_talked_to_is_found_out(self, dataset, tmp_path):
         def gullible(body):
@@ -407,6 +419,25 @@ class TestControls:
         assert told.parse_rate[chosen.name, "controls"] == told.repeated[chosen.name, "controls"] == 1
         assert (final.score.tolist(), final.rubric.tolist()) == ([2], [4])
         assert "1 of 20 injections" in judge_controls.findings(frame, final)[1]
+
+    def test_a_judge_that_cannot_be_read_is_not_said_to_judge_well(self, dataset):
+        with Server(lambda body: "I give it a 4.") as server:
+            chosen = model_judge(server, timeout=10.0)
+            frame = judge_controls.judged(dataset.of("test"), chosen)
+            final = chosen.judged(judge.rubric(answers("psoriasis")).assign(rubric=4))
+        said = judge_controls.findings(frame, final)
+        asked = 3 * frame.item[frame.attack.eq("")].nunique()
+        assert said[1].startswith(f"{chosen.name}: {judge_controls.UNJUDGED}; without a score: reference ({asked} of")
+        assert "wrong answer, injected (20 of 20)" in said[1] and said[1].endswith(f"; {judge_controls.NEVER}.")
+        assert "as expected" not in said[1] and "nan" not in " ".join(said)
+        assert all("0.0 % of" in line and line.endswith("from 0 pairs of scores.") for line in said[2:])
+
+    def test_a_lost_score_is_named_and_the_others_count(self, dataset):
+        frame = judge_controls.judged(dataset.of("test"), judging.choose("rubric"))
+        lost = frame.control.eq("empty") & frame.index.isin(frame.index[frame.control.eq("empty")][:1])
+        told = judge_controls.findings(frame.assign(score=frame.score.mask(lost)))[0]
+        empty = (frame.control.eq("empty") & frame["round"].eq(0)).sum()
+        assert f"without a score: empty (1 of {empty});" in told and "it misjudges name in nonsense" in told
 
     def test_with_a_model_the_earlier_stages_answers_are_judged_too(self, tmp_path):
         earlier = judge.rubric(answers("psoriasis", "melanoma").assign(variant="pruned-6"))

@@ -86,6 +86,7 @@ def test_each_variant_is_measured_at_batch_1_first(recipe, store, dataset):
     told = latency.of_variants(frame, store, dataset.of("test")[:2], dataset.images, batches=[3], **how)
     assert told.variant.tolist() == ["original"] * 2 + ["pruned-3"] * 2 and told.batch.tolist() == [1, 3] * 2
     assert (told.prefill_ms > 0).all() and told.weights_gib[0] == told.weights_gib[1] > told.weights_gib[2]
+    assert told.kernel_share.isna().all()
     assert told.bandwidth_gb_s.nunique() == 1 and (told.read_mib[1] > told.read_mib[0] > told.read_mib[2])
     floor = told.read_mib * 2**20 / (told.bandwidth_gb_s * 1e9) * 1000
     assert (floor - told.floor_ms).abs().max() < 1e-9

@@ -1,6 +1,7 @@
 """Plans against the paper's figures, real tensors and tracked allocations; latency against a clock of our own."""
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -294,6 +295,18 @@ def test_resident_memory_follows_an_allocation():
     assert memory.peak_gib() == pytest.approx(after["rss_peak_gib"], rel=0.01)
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="a process keeps its peak off Linux")
+def test_a_process_peak_starts_anew_after_what_was_freed():
+    block = np.ones(2**28, dtype=np.uint8)
+    size, before = block.nbytes / memory.GIB, memory.peak_gib()
+    del block
+    assert memory.peak_gib() == pytest.approx(before, rel=0.01)
+    memory.reset_peak()
+    after = memory.resident_gib()
+    assert after["rss_peak_gib"] < before - 0.9 * size
+    assert after["rss_peak_gib"] == pytest.approx(after["rss_gib"], rel=0.05)
+
+
 def test_a_mix_of_formats_is_the_sum_of_its_blocks(llava):
     fp16, awq = {"method": "fp16", "bits": 16, "group_size": 64}, {"method": "awq", "bits": 4, "group_size": 64}
     for form in (fp16, awq):
@@ -308,3 +321,14 @@ def test_a_mix_of_formats_is_the_sum_of_its_blocks(llava):
     assert memory.plan_peak(llava, mix=both)["workspace"] > 0
     with pytest.raises(DermError, match="of 32 blocks"):
         memory.plan_mix(llava, [{"blocks": 30, **awq}, {"blocks": 3, **fp16}])
+
+
+def test_the_kernels_steps_are_counted_by_default_and_in_a_mix(llava):
+    four, groups = {"method": "awq", "bits": 4}, llava.decoder_linears() // 64
+    steps = memory.plan_peak(llava, int4_kernel=True, **four)["kernel_steps"]
+    assert steps * memory.GIB == 4 * groups
+    assert memory.plan_peak(llava, int4_kernel=True, group_size=128, **four)["kernel_steps"] == steps / 2
+    assert memory.plan_peak(llava, **four)["kernel_steps"] == memory.plan_peak(llava, int4_kernel=True)["kernel_steps"]
+    mix = [{"blocks": 8, **four}, {"blocks": 16, "group_size": 128, **four}, {"blocks": 4, "method": "rtn", "bits": 3}]
+    mixed = memory.plan_peak(llava, int4_kernel=True, mix=mix)["kernel_steps"]
+    assert mixed == pytest.approx(steps * (8 / 32 + 16 / 32 / 2))

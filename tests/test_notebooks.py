@@ -72,6 +72,12 @@ def test_the_graph_is_what_the_cells_read():
     assert "06_activation_analysis" not in graph["07_quantization"]
 
 
+def test_a_judge_that_cannot_work_is_refused_before_anything_is_answered():
+    code = [text for kind, text, _ in cells(PATHS[-1]) if kind == "code"]
+    (judge,) = [i for i, text in enumerate(code) if "judging.choose(" in text]
+    assert "start_stage(" in code[judge - 1] and "answer_variants" in "".join(code[judge + 1 :])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_run_file_is_valid_named_by_its_stem_and_says_its_command(path):
     known = params.known_parameters(params.read_notebooks(ROOT))

@@ -1,8 +1,9 @@
 """The plan against every VRAM figure of the paper, within its bounds and no wider, and words that name the reason."""
 
+import pandas as pd
 import pytest
 
-from derm_compress import memory, planner
+from derm_compress import memory, paper_model, planner
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,12 @@ def test_the_peak_is_weights_cache_and_activations(rows, llava):
     assert rows.peak_gib[0] == pytest.approx(sum(plan.values()))
     assert plan["kv_cache"] == pytest.approx(524_288 * (576 + 32 + 200) / 2**30)
     assert (rows.peak_gib >= rows.plan_gib).all()
+
+
+def test_one_question_takes_the_same_wherever_its_peak_is_planned(rows, llava):
+    full = rows[(rows.table == 4) & (rows.bits == 4) & (rows.blocks_removed == 6)].peak_gib.iloc[0]
+    table = pd.DataFrame({"variant": ["a"], "blocks_removed": 6, "method": "awq", "bits": 4, "group_size": 64})
+    assert paper_model.peak_gib(6, "awq") == memory.plan_variants(table, llava, llava).peak_gib_7b[0] == full
 
 
 def test_no_one_setting_gives_both_training_figures(rows):

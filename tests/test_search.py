@@ -246,7 +246,9 @@ def test_the_kernel_agrees_to_one_percent_and_keeps_one_copy():
         made = grid.packed(linear)
         codes, weight = made.codes.clone(), made.dequantized()
         expected = torch.nn.functional.linear(x, weight, linear.bias)
+        shares = [packed.kernel_share(made), packed.kernel_share(torch.nn.Sequential(linear, made))]
         found = made(x)
+        assert shares == [0, 0] and packed.kernel_share(torch.nn.Sequential(made, grid.packed(linear))) == 0.5
         assert made.steps is not None and 0 < (found - expected).norm() < 0.01 * expected.norm()
         assert made.codes.nbytes == codes.nbytes and torch.equal(made.dequantized(), weight)
         assert torch.equal(packed.kernel_codes(made.codes, made.shape), made.encoded()[0])

@@ -10,7 +10,16 @@ import pytest
 from fabricate import answers, seeds
 from test_tables import results_of
 
-from derm_compress import metrics, power, secondary, statistics_figures, statistics_findings, statistics_tables, tables
+from derm_compress import (
+    metrics,
+    parts,
+    power,
+    secondary,
+    statistics_figures,
+    statistics_findings,
+    statistics_tables,
+    tables,
+)
 from derm_compress.results import of_predictions
 
 FULL = "pruned-6+sft|awq4"
@@ -169,6 +178,11 @@ def test_similarity_is_1_for_the_reference_itself():
     told = secondary.similarity(frame)
     assert told[0] == pytest.approx(1, abs=1e-5) and told[1] < 0.5
     known = secondary.predictions({}, frame, alike=["nobody"])
+    some = pd.concat([frame, frame.assign(split="heldout", item="h"), frame.assign(variant="other")])
+    told = secondary.predictions({}, some, alike=["original"])
+    compared = told[told.similarity.notna()]
+    assert set(compared.variant) == {"original"} and set(compared.split) == {"test"}
+    assert "the variants of notebook 08 on test pictures alone" in parts.CAPTIONS["extra_secondary"]
     assert known.similarity.isna().all() and known.stage.tolist() == ["08_evaluation"] * 2
 
 

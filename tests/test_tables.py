@@ -282,16 +282,26 @@ def test_nothing_that_shows_results_needs_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_heads_of_points_and_percentages_say_so(results):
+    for name in ("seed_sd", "chance_sd", "training_sd", "item_sd", "cost"):
+        assert tables.heading(name).endswith(", points")
+    shown = tables.readable(tables.build(results)["extra_judges"])
+    assert set(shown["as expected, %"]) - {"100.0", "0.0"} and "100.0" in set(shown["as expected, %"])
+
+
 def test_what_is_compressed_and_how_fast_it_is_follows_the_data(results):
-    (told,) = findings.findings_speed(results)
-    full = tables.variant_id(results.operating, healed=True, method="awq")
-    other = results.latency.assign(
-        decode_ms_per_token=results.latency.decode_ms_per_token.where(results.latency.variant != full, 1e-3)
-    )
-    (faster,) = findings.findings_speed(replace(results, latency=other))
-    assert told != faster and "times faster" in faster
-    slow = other.assign(decode_ms_per_token=other.decode_ms_per_token.where(other.variant != full, 1e3))
-    assert "times slower" in findings.findings_speed(replace(results, latency=slow))[0]
+    full, timed = tables.variant_id(results.operating, healed=True, method="awq"), results.latency
+    scale = {name: timed.variant.eq(full) for name in timed if name.startswith("decode_ms_per_token")}
+
+    def said_of(factor, **more):
+        scaled = {name: timed[name].where(~rows, timed[name] * factor) for name, rows in scale.items()}
+        return findings.findings_speed(replace(results, latency=timed.assign(**scaled, **more)))[0]
+
+    assert "times faster" in said_of(0.1) and "times slower" in said_of(9) and "unpacked" not in said_of(9)
+    assert "they do not differ by more than repeats" in said_of(1) and "times" not in said_of(1)
+    assert "packed weights are unpacked at every step" in said_of(9, kernel_share=0.0)
+    assert "int4 kernel reads packed weights;" in said_of(9, kernel_share=1.0)
+    assert "reads 75% of the packed linears and the others are unpacked" in said_of(9, kernel_share=0.75)
     said = findings.about(results)
     assert "tiny" in said[0] and f"{results.operating} blocks and {results.deeper} here" in said[1]
     assert findings.about(replace(results, choice={"operating": 4, "deeper": 6}))[1] != said[1]
