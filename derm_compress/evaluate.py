@@ -39,8 +39,8 @@ def each_model(
 ) -> Iterator[tuple[str, object, object]]:
     """(variant, model, processor) for every row; rows that differ in their last step alone share what is before it.
 
-    A GPU holds one model at a time, which is of no use after its turn; to be quantized it is made anew there. wide:
-    over all GPUs. Models without values have nothing to say: none is given.
+    A model is empty after its turn, before the next one is made; on a GPU it is made anew to be quantized. wide: over
+    all GPUs. Models without values have nothing to say: none is given.
     """
     if device == models.META:
         return
@@ -63,6 +63,8 @@ def each_model(
         removed = prune.step_units(last, prefix.kept()) if last["step"] == "prune" else []
         with prune.without(model, removed):
             yield row.variant, model, processor
+        if model is not held[1][0]:
+            models.let_go(model)
     if held[0]:
         models.let_go(held[1][0])
 

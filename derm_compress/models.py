@@ -71,9 +71,10 @@ def has_values(model: LlavaForConditionalGeneration) -> bool:
 
 
 def let_go(model) -> None:
-    """Give back a GPU's memory though names may still hold the model, which is of no use afterwards."""
-    if model.device.type == "cuda":
-        model.to(META)
+    """Give back a model's memory though names may still hold it: it is empty and of no use afterwards."""
+    for module in list(model.modules()):
+        for held in (module._modules, module._parameters, module._buffers):
+            held.clear()
 
 
 def beside(device: str) -> str:
