@@ -143,6 +143,11 @@ def test_other_parts_are_quantized_where_asked():
         ({"block_bits": {9: 2}}, "for blocks \\[9\\]; the model has 4"),
         ({"block_bits": {0: 5}}, "not 5 bits"),
         ({"parts": ("ear",)}, "no part \\['ear'\\]"),
+        ({"keep": "31.*"}, "keep is '31.\\*'; write a list"),
+        ({"parts": "decoder"}, "parts is 'decoder'; write a list"),
+        ({"keep": ("2.*", "down_proj")}, "keep has 'down_proj', which no linear is called"),
+        ({"keep": ("*",)}, "leaves every linear as it is"),
+        ({"block_bits": dict.fromkeys(range(4), 16)}, "leaves every linear as it is"),
     ],
 )
 def test_wrong_exceptions_are_refused(model, wrong, said):
