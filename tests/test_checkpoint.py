@@ -164,3 +164,21 @@ def test_incomplete_and_foreign_folders_are_refused(pico, recipe, store, tmp_pat
         checkpoint.load(tmp_path / "out")
     with pytest.raises(DermError, match="LLM.int8"):
         checkpoint.save(made(pico, {"method": "llm_int8", "bits": 8}), tmp_path)
+
+
+@pytest.mark.parametrize("part", ("projector", "head"))
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 4), ("rtn", 8), ("bitsandbytes", 4)])
+def test_a_folder_with_another_part_alone_quantized_is_read_in_any_precision(pico, tmp_path, method, bits, part):
+    ids = torch.full((1, 36), pico[0].config.image_token_index)
+    feed = {"input_ids": ids, "pixel_values": torch.ones(1, 3, 72, 72)}
+    model = made(pico, {"method": method, "bits": bits, "parts": (part,)}, packed=True)
+    checkpoint.save(model, tmp_path)
+    pico[1].save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = {name: t.half() if name.endswith(".bias") else t for name, t in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    found, _ = checkpoint.load(tmp_path)
+    assert quantize.quantized_linears(found)[part] > 0 == quantize.quantized_linears(found)["decoder"]
+    with torch.no_grad():
+        expected, logits_there = (one(**feed).logits for one in (model, found))
+    assert torch.allclose(logits_there, expected, atol=1e-2)
