@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from small_llava import batch, collect_all, small_llava
 
-from derm_compress import awq, calibration, generate, grids, models, packed, quantize, search
+from derm_compress import awq, calibration, generate, grids, models, packed, prune, quantize, search
 from derm_compress.calibration import InputStatistics
 from derm_compress.errors import DermError
 from derm_compress.grids import IntegerGrid, NF4Grid
@@ -242,6 +242,33 @@ def test_autoawq_chooses_through_the_same_call(model, tmp_path):
     found = quantize.quantize(copy.deepcopy(model), method="autoawq", clip=True, scales=tensors, **PLAIN)
     plain = quantized(model, "rtn")
     assert first_error(model, found) < first_error(model, plain)
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "said"),
+    [
+        ({"group_size": 48}, False, "48 does not divide"),
+        ({"keep": ("2.*",)}, False, "whole blocks at one width"),
+        ({"block_bits": {1: 4}}, False, "whole blocks at one width"),
+        ({}, True, "autoawq weighs all tokens alike; set answer_weight to 1"),
+    ],
+)
+def test_what_autoawq_does_not_know_is_refused_before_any_forward(model, monkeypatch, form, weights, said):
+    monkeypatch.setattr(calibration, "enter", lambda *_: pytest.fail("a forward"))
+    feeds = [feed | {"token_weights": torch.ones(feed["input_ids"].shape)} if weights else feed for feed in BATCHES]
+    forms = {"ours": quantize.Form("awq", 4, 64), "theirs": quantize.Form("autoawq", 4, **{"group_size": 64} | form)}
+    with pytest.raises(DermError, match=said):
+        search.search_forms(model, feeds, forms)
+
+
+def test_a_model_without_some_sublayers_is_searched_and_quantized(model):
+    cut = copy.deepcopy(model)
+    prune.apply(cut, [0, 1, 3], ["0.mlp", "1.attention"])
+    found = quantized(cut, bits=3, clip=True)
+    assert quantize.quantized_linears(found)["decoder"] == 4 + 3 + 7
+    assert 0 < quantize.block_errors(cut, found, BATCHES)[-1]["relative_error"] < 1
+    with pytest.raises(DermError, match="whole blocks"):
+        search.search_one(cut, BATCHES, method="autoawq", **PLAIN)
 
 
 @pytest.mark.skipif(not packed.cpu_block(), reason="torch has no int4 kernel for this CPU")
