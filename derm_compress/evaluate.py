@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -201,8 +202,11 @@ def search_scales(
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
     needed = {name: found for name in wanted.source.unique() if (found := forms.calibrations(wanted, name))}
     needed = {} if device == models.META else needed
+    every = [json.loads(step) for step in wanted.step]
+    forms.check_groups(every, {})
     for name, row in track(list(recipes.named(sources, needed).set_index("variant").iterrows()), "scales searched"):
         model, processor = models.materialize(Recipe.from_json(row.recipe), store, **home)
+        forms.check_groups(every, models.inputs(model))
         for text_only, steps in needed[name].items():
             how = {"text_only": text_only, "answer_weight": answer_weight}
             kept = scratch and Path(scratch) / digest([row.recipe, steps, how, batch_size, [i.id for i in items]])[:16]
@@ -214,13 +218,17 @@ def search_scales(
                 ),
                 batch_size, f"scales of {name}",
             )  # fmt: skip
-            for form, (tensors, rows) in found.items():
-                (folder / form).mkdir(exist_ok=True)
-                save_file(tensors, folder / form / f"{name}.safetensors")
-                told = pd.DataFrame(rows, columns=search.ROWS).astype(dict.fromkeys(search.ROWS[2:], float))
-                frames.append(_original_blocks(told, sources, name).assign(form=form))
+            frames += [_keep(folder, form, sources, name, *told) for form, told in found.items()]
         models.let_go(model)
     _joined(frames, [*search.ROWS, "variant", "form"]).to_parquet(folder / "search.parquet", index=False)
+
+
+def _keep(folder: Path, form: str, sources: pd.DataFrame, name: str, tensors: dict, rows: list[dict]) -> pd.DataFrame:
+    """Writes what a form's search found; its rows with original blocks."""
+    (folder / form).mkdir(exist_ok=True)
+    save_file(tensors, folder / form / f"{name}.safetensors")
+    told = pd.DataFrame(rows, columns=search.ROWS).astype(dict.fromkeys(search.ROWS[2:], float))
+    return _original_blocks(told, sources, name).assign(form=form)
 
 
 def scaled_channels(

@@ -16,6 +16,7 @@ from derm_compress.recipes import Recipe, variant
 
 SCALED = ("awq", "awq_nf4", "autoawq")  # methods whose scales are searched
 WIDTHS = {"bitsandbytes": (4,), "awq_nf4": (4,), "autoawq": (4,), "llm_int8": (8,)}  # of those that have one alone
+BLOCKS = dict.fromkeys(("bitsandbytes", "awq_nf4"), (32, 64, 128, 256))  # group sizes of those that have not all
 METHODS = ("awq", "autoawq", "rtn", "rtn_symmetric", "bitsandbytes", "awq_nf4", "hqq", "llm_int8")
 COMMON = ("awq", "bitsandbytes", "rtn", "rtn_symmetric")  # of the paper's Tables 3 and 5
 TEXT, MIXED = "text", "mixed"
@@ -56,6 +57,18 @@ def forms(names: Iterable[str], bits: int | Sequence[int], group_size: int, *, l
             step = {"method": method, "bits": width, "group_size": group_size, **given, **dict.fromkeys(ways, True)}
             found[form_name(step, label)] = step
     return found
+
+
+def check_groups(steps: Iterable[dict], inputs: dict[str, int]) -> None:
+    """DermError for a group size that a step's method has not, or that does not divide the linears' inputs, by name."""
+    for step in steps:
+        method, size = step["method"], step["group_size"]
+        if size not in BLOCKS.get(method, (size,)):
+            raise DermError(f"group_size: {method} has blocks of {', '.join(map(str, BLOCKS[method]))}, not of {size}")
+        odd = [] if method == "llm_int8" else [name for name, into in inputs.items() if into % size]
+        if odd:
+            told = f"the {inputs[odd[0]]} inputs of {odd[0]}"
+            raise DermError(f"group_size: {size} does not divide {told}; use a divisor")
 
 
 def _plain(value):

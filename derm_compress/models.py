@@ -48,6 +48,11 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: there[name] for name in names if name in there}
 
 
+def inputs(model: LlavaForConditionalGeneration) -> dict[str, int]:
+    """How many inputs each linear of a block has, by name; the same in all blocks that have it."""
+    return {name: linear.in_features for block in blocks(model) for name, linear in linears(block).items()}
+
+
 def parts(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
     """Vision tower, projector, decoder and head by name."""
     inner = model.model

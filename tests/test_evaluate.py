@@ -104,6 +104,15 @@ def test_quantized_variants_run_from_search_to_errors(recipe, store, dataset, tm
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("size", "names"), [(48, ["awq", "rtn"]), (16, ["awq", "bitsandbytes"])])
+def test_group_sizes_are_refused_before_a_search(recipe, store, dataset, tmp_path, monkeypatch, size, names):
+    monkeypatch.setattr(evaluate.search, "search_forms", lambda *_, **__: pytest.fail("a search"))
+    how = {"items": dataset.of("train")[:1], "images": dataset.images, "batch_size": 3, "device": "cpu"}
+    frame = variants(recipe)[:1]
+    with pytest.raises(DermError, match="group_size: "):
+        evaluate.search_scales(tmp_path, forms.asked(frame.variant, names, 4, size), frame, store, **how)
+
+
 def test_activations_carry_original_block_numbers(recipe, store, dataset):
     frame = variants(recipe)[:3]
     how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": "cpu"}

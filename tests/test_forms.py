@@ -57,7 +57,7 @@ def known():
     for n in (7, 8, 15):
         kept = [b for b in range(32) if b not in ORDER[:n]]
         rows.append(recipes.variant(f"pruned-{n}", original.pruned(kept), criterion="angular"))
-    healed = [row | {"variant": row["variant"] + "+sft", "healed": True} for row in rows[:3]]
+    healed = [row | {"variant": row["variant"] + "+sft", "healed": True} for row in rows]
     return pd.DataFrame(rows + healed)
 
 
@@ -74,8 +74,44 @@ def test_equal_bytes_are_equal_to_two_percent():
     assert [n for b, n, _ in told if b == 2] == [0, 7, 8, 15] and told[-1] == (2, 15, 4)
     assert set(made.variant[made.healed]) == {
         "original+sft|awq3", "original+sft|awq2-mixed", "pruned-7+sft|awq4", "pruned-8+sft|awq4",
-        "original+sft|awq2", "pruned-7+sft|awq2-mixed", "pruned-8+sft|awq2-mixed",
+        "original+sft|awq2", "pruned-7+sft|awq2-mixed", "pruned-8+sft|awq2-mixed", "pruned-15+sft|awq4",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("depths", "budgets_", "gone", "said"),
+    [
+        ([9], [3], [], "no pruned-9; add its depth to depths"),
+        ([8], [3], ["pruned-8+sft"], "no pruned-8\\+sft; add its depth to sft_depths"),
+        ([8], [], [], "set bits to several"),
+        ([8], [8], [], "set bits to several"),
+    ],
+)
+def test_a_table_of_equal_bytes_that_would_lack_models_names_the_parameter(depths, budgets_, gone, said):
+    there = known()
+    with pytest.raises(DermError, match=said):
+        budgets.wanted(there[~there.variant.isin(gone)], ORDER, depths, budgets_, 64)
+    unhealed = there[~there.healed]
+    assert set(budgets.wanted(unhealed, ORDER, [8], [3], 64).source) == {"original", "pruned-8"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("awq", 48, "48 does not divide the 64 inputs of q_proj"),
+        ("bitsandbytes", 16, "bitsandbytes has blocks of 32, 64, 128, 256, not of 16"),
+        ("awq_nf4", 512, "not of 512"),
+        ("llm_int8", 48, None),
+        ("rtn", 32, None),
+    ],
+)
+def test_group_sizes_are_checked_without_a_model(name, size, said):
+    steps = forms.forms([name], 4, size).values()
+    if said is None:
+        forms.check_groups(steps, {"q_proj": 64})
+    else:
+        with pytest.raises(DermError, match=said):
+            forms.check_groups(steps, {"q_proj": 64})
 
 
 def test_what_the_plan_removes_last_gets_the_wider_codes():
