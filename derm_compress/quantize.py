@@ -14,10 +14,9 @@ from torch import nn
 from derm_compress import awq, models
 from derm_compress.activations import tap
 from derm_compress.errors import DermError
-from derm_compress.forms import TAKES, WIDTHS
+from derm_compress.forms import BLOCKS, TAKES, WIDTHS
 from derm_compress.grids import PLANES, HQQGrid, Int8Grid, IntegerGrid, NF4Grid
 
-NF4_BLOCKS = (32, 64, 128, 256)
 KEPT = 16  # "bits" of a linear that stays as it is
 METHODS = {  # the kind of grid, and who chooses its scales
     "awq": ("integer", "search"),
@@ -67,7 +66,7 @@ class Form:
 
     def _check(self, bits):
         has = WIDTHS.get(self.method, tuple(PLANES))
-        sizes = NF4_BLOCKS if self.kind == "nf4" else None
+        sizes = BLOCKS.get(self.method)
         if bits not in has or (sizes and self.group_size not in sizes):
             told = f"{has[0]} bits" if len(has) == 1 else f"bits of {has}"
             told += f" in blocks of {sizes}" if sizes else ""
@@ -214,7 +213,10 @@ def _replace(target, clip, packed):
     if packed or isinstance(grid, Int8Grid):
         setattr(target.parent, target.attribute, grid.packed(linear, ends))
     else:
-        linear.weight.copy_(grid.rounded(linear.weight, ends))
+        rounded = grid.rounded(linear.weight, ends).to(linear.weight.dtype)
+        if not torch.isfinite(rounded).all():
+            raise DermError(f"quantize: rounded weights of {target.name} overflow {rounded.dtype}; quantize in fp32")
+        linear.weight.copy_(rounded)
     target.linear.grid = grid
 
 
