@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from derm_compress.errors import DermError
+from derm_compress.memory import OVERHEAD
 from derm_compress.recipes import Recipe, variant
 
 SCALED = ("awq", "awq_nf4", "autoawq")  # methods whose scales are searched
@@ -93,11 +94,20 @@ def quantizer_name(step: dict, label: str = "") -> str:
 
 
 def stored_as(step: dict, blocks: int) -> dict:
-    """method, bits and group_size of the format that memory.plan_weights plans; bits are the mean over the blocks."""
-    own = {int(block): bits for block, bits in step.get("block_bits", {}).items()}
-    mean = (sum(own.values()) + (blocks - len(own)) * step["bits"]) / blocks
+    """method, bits and group_size of the format that memory.plan_weights plans; bits are the mean over the blocks.
+
+    Where blocks stay at 16 bits, the group size is the one at which all blocks' scales would take what the others' do.
+    Not counted: linears that `keep` leaves as they are, and `parts` beyond the decoder.
+    """
     method = step["method"] + "_double" * bool(step.get("double"))
-    return {"method": method, "bits": int(mean) if mean == int(mean) else mean, "group_size": step["group_size"]}
+    own = {int(block): bits for block, bits in step.get("block_bits", {}).items()}
+    widths = [own.get(block, step["bits"]) for block in range(blocks)]
+    rounded, mean, size = [bits for bits in widths if bits < 16], sum(widths) / blocks, step["group_size"]
+    if not rounded:
+        return {"method": "fp16", "bits": 16, "group_size": 0}
+    if scales := sum(OVERHEAD[method](bits, size) for bits in rounded) / blocks if len(rounded) < blocks else 0:
+        size = OVERHEAD[method](mean, 1) / scales
+    return {"method": method, "bits": int(mean) if mean == int(mean) else mean, "group_size": size}
 
 
 def asked(sources: Iterable[str], names: Iterable[str], bits, group_size: int, *, label="", **options) -> pd.DataFrame:

@@ -29,6 +29,20 @@ def test_mixed_forms_need_a_label_and_count_their_mean():
         forms.forms(["rtn"], 4, 64, block_bits={0: 2})
 
 
+@pytest.mark.parametrize("method", ("awq", "rtn_symmetric", "hqq", "bitsandbytes", "llm_int8"))
+def test_blocks_left_at_16_bits_have_no_scales_in_the_plan(method):
+    bits, arch = 8 if method == "llm_int8" else 4, memory.llava_7b()
+    form = {"method": method, "bits": bits, "group_size": 64}
+    stored = forms.stored_as(form | {"block_bits": {0: 16, 3: 16, 4: 16}}, 32)
+    mixed = memory.plan_mix(arch, [{"blocks": 3, "method": "fp16", "bits": 16}, {"blocks": 29, **form}])
+    planned = memory.plan_weights(arch, **stored)
+    scales = planned.pop("quantization_scales"), mixed.pop("quantization_scales")
+    assert planned == pytest.approx(mixed) and stored["bits"] == (29 * bits + 48) / 32
+    more = 32 / 29 if method == "llm_int8" else 1  # of whole rows: three blocks' too many
+    assert scales[0] == pytest.approx(scales[1] * more)
+    assert forms.stored_as(form | {"block_bits": dict.fromkeys(range(4), 16)}, 4)["method"] == "fp16"
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

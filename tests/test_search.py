@@ -1,6 +1,7 @@
 """Searches over a decoder: clipping, the duo form, exceptions, mixed widths, resuming, token weights, references."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -90,6 +91,14 @@ def test_clipping_and_the_duo_form_lower_the_decoders_error(model):
     assert clip < plain and duo != plain
     rtn, clipped = (first_error(model, quantized(model, "rtn", 3, clip=c)) for c in (False, True))
     assert clipped < rtn
+
+
+def test_plain_rounding_is_exponent_0_and_none_of_the_duo_form():
+    weight = torch.randint(0, 16, (32, 128), generator=rng(0)).float()
+    weight.view(32, 2, 64)[..., :2] = torch.tensor([0.0, 15.0])  # on the grid already
+    inputs = InputStatistics.of(torch.randn(300, 128, generator=rng(1)))
+    (s, alpha, *_), (duo_s, none, *_) = (awq.search_scale(weight, inputs, IntegerGrid(4, 64), duo=d) for d in (0, 1))
+    assert alpha == 0 and math.isnan(none) and torch.equal(s, duo_s) and (s == 1).all()
 
 
 def test_packed_and_unpacked_are_the_same_numbers_when_clipped(model):
