@@ -243,8 +243,13 @@ def scaled_channels(
     for name, model, processor in each_model(sources, store, device, "channels"):
         found = load_file(Path(scales) / form / f"{name}.safetensors")
         groups = {key: linears[0] for key, (_, linears) in awq.scale_groups(model).items() if key in found}
-        batches = _batches(processor, model, items, images, batch_size)
-        for key, peak in activations.input_peaks(model, batches, groups).items():
+        peaks = oom.halved(
+            lambda size, on=(processor, model), groups=groups: activations.input_peaks(
+                on[1], _batches(*on, items, images, size), groups
+            ),
+            batch_size, f"channels of {name}",
+        )  # fmt: skip
+        for key, peak in peaks.items():
             block, group = key.split(".")
             told = {"peak": peak.numpy(), "scale": found[key].numpy(), "channel": np.arange(len(peak))}
             frames.append(_original_blocks(pd.DataFrame({"block": int(block), "group": group, **told}), sources, name))
