@@ -19,7 +19,7 @@ OUTLIER_FACTOR = 6.0  # as notebook 06 counts them: peaks over so many times the
 
 
 def findings_activations(results: Results) -> list[str]:
-    """Where each variant's outliers sit, from stage 06's statistics, and whether they are the first variant's."""
+    """Where each variant's outliers sit, whether they are the first variant's, and whom Figure 4 leaves out."""
     if results.statistics is None or results.statistics.empty:
         return [] if results.statistics is None else ["Activations need weights."]
     said, told, moved = [], [], 0
@@ -38,7 +38,17 @@ def findings_activations(results: Results) -> list[str]:
         moved += differ
     whether = "change" if moved else "do not change"
     closing = f"So pruning and healing {whether} which of the shared projections have outlier channels: "
-    return said + ([closing + "; ".join(told) + "."] if told else [])
+    return said + ([closing + "; ".join(told) + "."] if told else []) + left_out_of_figure_4(results)
+
+
+def left_out_of_figure_4(results: Results) -> list[str]:
+    """Which of stage 06's variants lack the block that Figure 4 shows."""
+    names, shown = list(dict.fromkeys(results.statistics.variant)), results.figure4
+    if shown is None or not (gone := [name for name in names if name not in set(shown.variant)]):
+        return []
+    block = f"Block {shown.block.iloc[0]} ({shown.block.iloc[0] + 1} counted from 1)" if len(shown) else "The block"
+    them = "it" if len(gone) == 1 else "them"
+    return [f"{block} of Figure 4 is gone in {joined(gone)}: the figure leaves {them} out."]
 
 
 def findings_outliers(results: Results) -> list[str]:

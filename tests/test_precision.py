@@ -177,6 +177,21 @@ def test_scales_of_outlier_channels_are_told_apart():
     assert "multiplies" not in quiet[0]
 
 
+def test_models_without_figure_4s_block_are_named():
+    files = fabricate.stage_files()["06_activation_analysis"]
+    surface, told = files["figure4"].assign(block=29), quantization_findings.findings_activations
+    (said,) = [text for text in told(tables.Results(**files | {"figure4": surface})) if "Figure 4" in text]
+    assert said == (
+        "Block 29 (30 counted from 1) of Figure 4 is gone in pruned-6 and pruned-6+sft: the figure leaves them out."
+    )
+    everywhere = pd.concat([surface.assign(variant=name) for name in SOURCES])
+    assert "Figure 4" not in " ".join(told(tables.Results(**files | {"figure4": everywhere})))
+    assert (
+        "The block of Figure 4 is gone in original, pruned-6 and pruned-6+sft"
+        in told(tables.Results(**files | {"figure4": surface[:0]}))[-1]
+    )
+
+
 def test_outliers_and_tails_of_every_projection_are_told():
     files = fabricate.stage_files()["06_activation_analysis"]
     said = quantization_findings.findings_outliers(tables.Results(statistics=files["statistics"]))
