@@ -1,10 +1,10 @@
 """AWQ by this package against AutoAWQ 0.2.9's own quantizer: CPU seconds and error, in one process on one thread.
 
 Both get the same calibration tokens and choose s = s_X^alpha (Eq. 8, 20 alphas) for the same groups; on the tiny model
-both also clip. Times run from tokens to rounded fp32 weights; AutoAWQ is spared its packing. `error` is the relative L2
-error of the last hidden states on held-out inputs, `rtn_error` that of plain asymmetric rounding, `ratio` AutoAWQ's
-seconds over ours. Last line: one JSON object; a status of 1 if a ratio is below its limit, or our error above theirs or
-rounding's.
+both also clip, though not alike: AutoAWQ shrinks |w| symmetrically, this package tries both ends apart. Times run from
+tokens to rounded fp32 weights; AutoAWQ is spared its packing. `error` is the relative L2 error of the hidden states
+after the final norm on held-out inputs, `rtn_error` that of plain asymmetric rounding, `ratio` AutoAWQ's seconds over
+ours. Last line: one JSON object; a status of 1 if a ratio is below its limit, or our error above theirs or rounding's.
 """
 
 import contextlib
@@ -67,9 +67,9 @@ def compare(model, tokens, held_out, *, clip, repeats=5):
 
 
 def last_hidden(model, batches):
-    """What the last block writes, [real tokens, channels]."""
+    """Hidden states after the final norm, [real tokens, channels]."""
     seen = []
-    activations.tap(model, batches, {"": models.blocks(model)[-1]}, lambda _, x: seen.append(x))
+    activations.tap(model, batches, {"": models.decoder(model).norm}, lambda _, x: seen.append(x))
     return torch.cat(seen)
 
 

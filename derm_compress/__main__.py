@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", help="write a model of a run as an ordinary model folder")
     export.add_argument("model", help="RUN/STAGE[/NAME], without NAME the operating point")
     export.add_argument("path", type=Path)
+    export.add_argument("--half", action="store_true", help="unquantized weights in fp16, as readers of AWQ expect")
     export.set_defaults(command=export_command)
     prune = add("prune", help="write a model folder without some of its blocks, by a pruning plan")
     prune.add_argument("model", help="a model folder, a hub id, or tiny")
@@ -112,7 +113,7 @@ def export_command(a) -> int:
     from derm_compress import cards, models
 
     known = cards.facts(recipe, store.root.parent, a.model.split("/")[0])
-    models.export_model(recipe, store, a.path, known=known)
+    models.export_model(recipe, store, a.path, known=known, half=a.half)
     return written(a)
 
 

@@ -3,6 +3,8 @@
 Eq. 7's square is tr(D H D^T) for a weight error D [out, in] and H = X^T X, so that tokens are read once.
 """
 
+import math
+
 import torch
 
 from derm_compress import models
@@ -61,7 +63,8 @@ def search_scale(weight, inputs, grid, *, duo=False, sample=SAMPLE):
     """Eq. 8's s that minimises Eq. 7 for weight [out, in]: s, alpha, loss, loss of plain rounding (s = 1).
 
     Losses are relative: the square of Eq. 7 over ||X W^T||^2. Of more than `sample` rows, evenly spaced ones choose
-    FINALISTS, which all rows then decide between.
+    FINALISTS, which all rows then decide between. Where plain rounding is best alpha is 0; of the duo form, in which
+    no exponent stands for it, NaN.
     """
     magnitude = weight_magnitude(weight, grid.group_size) if duo else None
     alphas = torch.tensor(ALPHAS, device=weight.device)
@@ -74,7 +77,7 @@ def search_scale(weight, inputs, grid, *, duo=False, sample=SAMPLE):
     losses = scale_losses(weight, tried, inputs, grid) / total_output(weight, inputs)
     best = int(losses[1:].argmin())
     if losses[0] < losses[1 + best]:
-        return plain[0], 0.0, losses[0].item(), losses[0].item()
+        return plain[0], math.nan if duo else 0.0, losses[0].item(), losses[0].item()
     return tried[1 + best], ALPHAS[int(order[best])], losses[1 + best].item(), losses[0].item()
 
 

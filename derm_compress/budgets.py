@@ -55,6 +55,22 @@ def important(kept: Sequence[int], order: Sequence[int], count: int) -> list[int
     return sorted(by_rank[len(kept) - count :])
 
 
+def check(depths: Sequence[int], budgets: Sequence[int]) -> None:
+    """DermError where there are depths and no budget that fewer blocks could share."""
+    if depths and not any(budget < WIDEST for budget in budgets):
+        raise DermError("equal_bytes: no narrower width sets a budget; set bits to several, as [4, 3, 2], or no depths")
+
+
+def _sources(known: pd.DataFrame, n: int) -> list:
+    """The model without n blocks, before and after SFT where the original is known after it; DermError for none."""
+    plain, there = f"pruned-{n}" if n else ORIGINAL, set(known.variant)
+    asked = [plain, plain + HEALED] if ORIGINAL + HEALED in there else [plain]
+    for name, parameter in zip(asked, ("depths", "sft_depths"), strict=False):
+        if name not in there:
+            raise DermError(f"equal_bytes: there is no {name}; add its depth to {parameter}, or leave it out here")
+    return list(named(known, asked).itertuples())
+
+
 def wanted(
     known: pd.DataFrame, order: Sequence[int], depths: Sequence[int], budgets: Sequence[int], group_size: int
 ) -> pd.DataFrame:
@@ -62,13 +78,13 @@ def wanted(
 
     depths: blocks removed, of 32, by the study's own plan, whose `order` says what matters least.
     """
+    check(depths, budgets)
     rows = [pd.DataFrame(columns=COLUMNS)]
     original = Recipe.from_json(named(known, [ORIGINAL]).recipe[0])
     removed = sorted({paper_depth(n, original.blocks) for n in depths})
     for budget in budgets:
         for n in [0, *removed] if removed else []:
-            plain = f"pruned-{n}" if n else ORIGINAL
-            for source in named(known, [v for v in (plain, plain + HEALED) if v in set(known.variant)]).itertuples():
+            for source in _sources(known, n):
                 kept = Recipe.from_json(source.recipe).kept()
                 for one in widths(budget, original.blocks, len(kept), group_size):
                     rows.append(_asked(source.variant, kept, order, one, group_size).assign(budget=budget))

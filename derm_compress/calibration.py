@@ -192,7 +192,8 @@ def enter(model, batch, index, folder):
 @torch.no_grad()
 def _through(block, passes, *, watch):
     """Send every batch through a block; {group: InputSums} of what its linears read."""
-    sums, device, weight = {group: InputSums() for group in GROUPS} if watch else {}, None, None
+    there, weight = models.linears(block), None  # fewer where a sublayer was removed
+    sums = {group: InputSums() for group, (_, names) in GROUPS.items() if watch and names[0] in there}
 
     def listen(group):
         def hook(_, args):
@@ -204,7 +205,7 @@ def _through(block, passes, *, watch):
 
         return hook
 
-    handles = [block.get_submodule(GROUPS[g][1][0]).register_forward_pre_hook(listen(g)) for g in sums]
+    handles = [there[GROUPS[g][1][0]].register_forward_pre_hook(listen(g)) for g in sums]
     device = next(block.parameters()).device
     try:
         for one in passes:

@@ -15,6 +15,7 @@ NOT_PLAIN = (
     "plain Transformers cannot open this folder, as blocks lack their attention or MLP: "
     "use derm_compress.models.load_base(folder)"
 )
+HALF = "- what is not quantized is in half precision (float16); the run's scores are of single precision on a CPU"
 WEIGHTS = {  # licence of a base, by its name: the tag that the hub knows, and what it says
     "tiny": ("apache-2.0", "The base is the tiny model of derm_compress, under Apache-2.0 like its code."),
     "pico": ("apache-2.0", "The base has random weights; nobody's licence binds them."),
@@ -65,13 +66,15 @@ def _stored(artifacts, run, stage, name):
     return path if path.is_file() else None
 
 
-def model_card(recipe: Recipe, left: int, packed: bool = False, known: Facts = Facts()) -> str:  # noqa: B008 (frozen)
+def model_card(
+    recipe: Recipe, left: int, packed: bool = False, known: Facts = Facts(), half: bool = False  # noqa: B008 (frozen)
+) -> str:  # fmt: skip
     """README.md of an exported folder, from its recipe and what the run knows; `left`: decoder blocks."""
     base = Path(recipe.base).name
     tag, licence = WEIGHTS.get(base, UNKNOWN)
     data = DATA.get(known.source, "The export does not know the data: see the run's stage 01.")
     sections = {
-        "How it was made": "\n".join(made(recipe, packed)),
+        "How it was made": "\n".join(made(recipe, packed) + [HALF] * half),
         "Intended use": "Research on compressing multimodal models: what pruning, healing and quantizing cost. It "
         "answers three questions about a skin picture: name, treatment and clinical feature.",
         "Not a medical device": "Not for diagnosis, triage or treatment, nor for advice to anyone. Nobody has tested "

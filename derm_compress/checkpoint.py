@@ -136,12 +136,14 @@ def load(path, device="cpu"):
 def _load_bitsandbytes(path, told, device):
     from bitsandbytes.nn import Linear4bit
 
-    dtype = torch.float32 if str(device) == "cpu" else torch.float16
+    dtype = models.half(str(device))
     model, info = LlavaForConditionalGeneration.from_pretrained(
         path, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", output_loading_info=True
     )
     if missing := sorted(info["missing_keys"]):
         raise DermError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data  # not 4-bit codes
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # as grids.NF4Grid.packed says
@@ -157,9 +159,10 @@ def _load_bitsandbytes(path, told, device):
 def _load_packed(path, told, device):
     from accelerate import init_empty_weights
 
-    tensors = {}
+    tensors, dtype = {}, models.half(str(device))
     for file in sorted(path.glob("*.safetensors")):
         tensors |= {_memory_name(name): tensor for name, tensor in load_file(file).items()}
+    tensors |= {name: tensor.to(dtype) for name, tensor in tensors.items() if name.endswith(".bias")}
     with init_empty_weights():
         config = AutoConfig.from_pretrained(path)
         config._attn_implementation = "sdpa"
@@ -167,7 +170,6 @@ def _load_packed(path, told, device):
     made = _gemm_modules(tensors, told) if told["quant_method"] == "awq" else _own_modules(tensors, told)
     for name, module in made.items():
         model.set_submodule(name, module)
-    dtype = torch.float32 if str(device) == "cpu" else torch.float16
     rest = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     missing, unexpected = model.load_state_dict(rest, strict=False, assign=True)
     inside = {f"{name}.{own}" for name in made for own in ("codes", "scales", "zeros", "bias")}
@@ -226,7 +228,7 @@ def _check_counts(model, path, names, skipped):
         expected = len(set(linears) & names)
         if part == "decoder" and skipped is not None:
             expected = sum(not _is_skipped(name, skipped) for name in linears)
-        if counts[part] != expected or not counts["decoder"]:
+        if counts[part] != expected or not any(counts.values()):
             raise DermError(f"model {path}: {counts[part]} linears of its {part} are quantized, not {expected}")
 
 

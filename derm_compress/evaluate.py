@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def each_model(
 ) -> Iterator[tuple[str, object, object]]:
     """(variant, model, processor) for every row; rows that differ in their last step alone share what is before it.
 
-    A GPU holds one model at a time, which is of no use after its turn; to be quantized it is made anew there. wide:
-    over all GPUs. Models without values have nothing to say: none is given.
+    A model is empty after its turn, before the next one is made; on a GPU it is made anew to be quantized. wide: over
+    all GPUs. Models without values have nothing to say: none is given.
     """
     if device == models.META:
         return
@@ -63,6 +64,8 @@ def each_model(
         removed = prune.step_units(last, prefix.kept()) if last["step"] == "prune" else []
         with prune.without(model, removed):
             yield row.variant, model, processor
+        if model is not held[1][0]:
+            models.let_go(model)
     if held[0]:
         models.let_go(held[1][0])
 
@@ -199,8 +202,11 @@ def search_scales(
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
     needed = {name: found for name in wanted.source.unique() if (found := forms.calibrations(wanted, name))}
     needed = {} if device == models.META else needed
+    every = [json.loads(step) for step in wanted.step]
+    forms.check_groups(every, {})
     for name, row in track(list(recipes.named(sources, needed).set_index("variant").iterrows()), "scales searched"):
         model, processor = models.materialize(Recipe.from_json(row.recipe), store, **home)
+        forms.check_groups(every, models.inputs(model))
         for text_only, steps in needed[name].items():
             how = {"text_only": text_only, "answer_weight": answer_weight}
             kept = scratch and Path(scratch) / digest([row.recipe, steps, how, batch_size, [i.id for i in items]])[:16]
@@ -212,13 +218,17 @@ def search_scales(
                 ),
                 batch_size, f"scales of {name}",
             )  # fmt: skip
-            for form, (tensors, rows) in found.items():
-                (folder / form).mkdir(exist_ok=True)
-                save_file(tensors, folder / form / f"{name}.safetensors")
-                told = pd.DataFrame(rows, columns=search.ROWS).astype(dict.fromkeys(search.ROWS[2:], float))
-                frames.append(_original_blocks(told, sources, name).assign(form=form))
+            frames += [_keep(folder, form, sources, name, *told) for form, told in found.items()]
         models.let_go(model)
     _joined(frames, [*search.ROWS, "variant", "form"]).to_parquet(folder / "search.parquet", index=False)
+
+
+def _keep(folder: Path, form: str, sources: pd.DataFrame, name: str, tensors: dict, rows: list[dict]) -> pd.DataFrame:
+    """Writes what a form's search found; its rows with original blocks."""
+    (folder / form).mkdir(exist_ok=True)
+    save_file(tensors, folder / form / f"{name}.safetensors")
+    told = pd.DataFrame(rows, columns=search.ROWS).astype(dict.fromkeys(search.ROWS[2:], float))
+    return _original_blocks(told, sources, name).assign(form=form)
 
 
 def scaled_channels(
@@ -233,8 +243,13 @@ def scaled_channels(
     for name, model, processor in each_model(sources, store, device, "channels"):
         found = load_file(Path(scales) / form / f"{name}.safetensors")
         groups = {key: linears[0] for key, (_, linears) in awq.scale_groups(model).items() if key in found}
-        batches = _batches(processor, model, items, images, batch_size)
-        for key, peak in activations.input_peaks(model, batches, groups).items():
+        peaks = oom.halved(
+            lambda size, on=(processor, model), groups=groups: activations.input_peaks(
+                on[1], _batches(*on, items, images, size), groups
+            ),
+            batch_size, f"channels of {name}",
+        )  # fmt: skip
+        for key, peak in peaks.items():
             block, group = key.split(".")
             told = {"peak": peak.numpy(), "scale": found[key].numpy(), "channel": np.arange(len(peak))}
             frames.append(_original_blocks(pd.DataFrame({"block": int(block), "group": group, **told}), sources, name))

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from derm_compress.errors import DermError
+from derm_compress.memory import OVERHEAD
 from derm_compress.recipes import Recipe, variant
 
 SCALED = ("awq", "awq_nf4", "autoawq")  # methods whose scales are searched
 WIDTHS = {"bitsandbytes": (4,), "awq_nf4": (4,), "autoawq": (4,), "llm_int8": (8,)}  # of those that have one alone
+BLOCKS = dict.fromkeys(("bitsandbytes", "awq_nf4"), (32, 64, 128, 256))  # group sizes of those that have not all
 METHODS = ("awq", "autoawq", "rtn", "rtn_symmetric", "bitsandbytes", "awq_nf4", "hqq", "llm_int8")
 COMMON = ("awq", "bitsandbytes", "rtn", "rtn_symmetric")  # of the paper's Tables 3 and 5
 TEXT, MIXED = "text", "mixed"
@@ -58,6 +60,18 @@ def forms(names: Iterable[str], bits: int | Sequence[int], group_size: int, *, l
     return found
 
 
+def check_groups(steps: Iterable[dict], inputs: dict[str, int]) -> None:
+    """DermError for a group size that a step's method has not, or that does not divide the linears' inputs, by name."""
+    for step in steps:
+        method, size = step["method"], step["group_size"]
+        if size not in BLOCKS.get(method, (size,)):
+            raise DermError(f"group_size: {method} has blocks of {', '.join(map(str, BLOCKS[method]))}, not of {size}")
+        odd = [] if method == "llm_int8" else [name for name, into in inputs.items() if into % size]
+        if odd:
+            told = f"the {inputs[odd[0]]} inputs of {odd[0]}"
+            raise DermError(f"group_size: {size} does not divide {told}; use a divisor")
+
+
 def _plain(value):
     """A value as JSON gives it back."""
     return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
@@ -80,11 +94,20 @@ def quantizer_name(step: dict, label: str = "") -> str:
 
 
 def stored_as(step: dict, blocks: int) -> dict:
-    """method, bits and group_size of the format that memory.plan_weights plans; bits are the mean over the blocks."""
-    own = {int(block): bits for block, bits in step.get("block_bits", {}).items()}
-    mean = (sum(own.values()) + (blocks - len(own)) * step["bits"]) / blocks
+    """method, bits and group_size of the format that memory.plan_weights plans; bits are the mean over the blocks.
+
+    Where blocks stay at 16 bits, the group size is the one at which all blocks' scales would take what the others' do.
+    Not counted: linears that `keep` leaves as they are, and `parts` beyond the decoder.
+    """
     method = step["method"] + "_double" * bool(step.get("double"))
-    return {"method": method, "bits": int(mean) if mean == int(mean) else mean, "group_size": step["group_size"]}
+    own = {int(block): bits for block, bits in step.get("block_bits", {}).items()}
+    widths = [own.get(block, step["bits"]) for block in range(blocks)]
+    rounded, mean, size = [bits for bits in widths if bits < 16], sum(widths) / blocks, step["group_size"]
+    if not rounded:
+        return {"method": "fp16", "bits": 16, "group_size": 0}
+    if scales := sum(OVERHEAD[method](bits, size) for bits in rounded) / blocks if len(rounded) < blocks else 0:
+        size = OVERHEAD[method](mean, 1) / scales
+    return {"method": method, "bits": int(mean) if mean == int(mean) else mean, "group_size": size}
 
 
 def asked(sources: Iterable[str], names: Iterable[str], bits, group_size: int, *, label="", **options) -> pd.DataFrame:

@@ -72,15 +72,16 @@ def calibration_batches(
         pictures = None if text_only else images[[i.row for i, _ in part]]
         batch = prepare(processor, texts, pictures, device)
         if answer_weight != 1:
-            batch["token_weights"] = _token_weights(processor, batch["input_ids"], told, answer_weight)
+            batch["token_weights"] = _token_weights(processor, batch["input_ids"], texts, told, answer_weight)
         yield batch
 
 
-def _token_weights(processor, ids, told: Sequence[str], weight: float):
-    """1 for every token [rows, tokens], `weight` for those of the answers `told`, which end the rows."""
+def _token_weights(processor, ids, texts: Sequence[str], told: Sequence[str], weight: float):
+    """1 for every token [rows, tokens], `weight` for those of the answers `told`, which end the texts."""
     weights = torch.ones(ids.shape, device=ids.device)
-    for row, text in zip(weights, told, strict=True):
-        length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    for row, text, answered in zip(weights, texts, told, strict=True):
+        places = processor.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        length = sum(end > len(text) - len(answered) for _, end in places)
         row[len(row) - length :] = weight
     return weights
 

@@ -162,8 +162,9 @@ class Int8Grid:
 
         form = {"has_fp16_weights": False, "threshold": self.threshold}
         made = Linear8bitLt(linear.in_features, linear.out_features, bias=False, device="meta", **form)
-        made.weight = Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
-        made.weight, made.bias = made.weight.to(linear.weight.device), linear.bias
+        weight = linear.weight.data.cpu().clone()  # on the way to a GPU it quantizes only what lies on the CPU
+        made.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(linear.weight.device)
+        made.bias = linear.bias
         return made
 
 

@@ -48,6 +48,11 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: there[name] for name in names if name in there}
 
 
+def inputs(model: LlavaForConditionalGeneration) -> dict[str, int]:
+    """How many inputs each linear of a block has, by name; the same in all blocks that have it."""
+    return {name: linear.in_features for block in blocks(model) for name, linear in linears(block).items()}
+
+
 def parts(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
     """Vision tower, projector, decoder and head by name."""
     inner = model.model
@@ -71,9 +76,10 @@ def has_values(model: LlavaForConditionalGeneration) -> bool:
 
 
 def let_go(model) -> None:
-    """Give back a GPU's memory though names may still hold the model, which is of no use afterwards."""
-    if model.device.type == "cuda":
-        model.to(META)
+    """Give back a model's memory though names may still hold it: it is empty and of no use afterwards."""
+    for module in list(model.modules()):
+        for held in (module._modules, module._parameters, module._buffers):
+            held.clear()
 
 
 def beside(device: str) -> str:
@@ -259,17 +265,30 @@ def materialize(
 
 
 def export_model(
-    recipe_json: str, store, path: Path, packed: bool = True, device: str = "cpu", known: cards.Facts | None = None
-) -> Path:
+    recipe_json: str, store, path: Path, packed: bool = True, device: str = "cpu", known: cards.Facts | None = None,
+    half: bool = False,
+) -> Path:  # fmt: skip
     """Write a model folder and its card (`known`: what it says beside the recipe). Plain `from_pretrained` opens it,
     but for integer grids, which checkpoint.load opens (and, of 4 bits, readers of AWQ), and for absent sublayers, which
     load_base opens (Transformers would fill them with random weights); packed=False writes a quantized variant with
-    its dequantized weights instead."""
+    its dequantized weights instead. half: what is not quantized in fp16, as readers of AWQ expect it; by default it
+    stays as it was computed with."""
     check_new(path)
     recipe = Recipe.from_json(recipe_json)
     packed = packed and any(step["step"] == "quantize" for step in recipe.steps)
     model, processor = materialize(recipe, store, device, packed=packed)
-    return write_folder(Path(path), model, processor, recipe, packed=packed, known=known)
+    if half:
+        to_half(model)
+    return write_folder(Path(path), model, processor, recipe, packed=packed, known=known, half=half)
+
+
+def to_half(model) -> None:
+    """Make what is not quantized fp16, in place, and say so in the config; DermError where a weight overflows."""
+    model.half()
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config.dtype = torch.float16
+    if large := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise DermError(f"export: {large[0]} overflows torch.float16; export without --half")
 
 
 def check_new(path: Path) -> None:
@@ -277,13 +296,15 @@ def check_new(path: Path) -> None:
         raise DermError(f"export: {path} exists and is not empty; name a new folder")
 
 
-def write_folder(path: Path, model, processor, recipe: Recipe, *, packed: bool = False, known=None) -> Path:
+def write_folder(
+    path: Path, model, processor, recipe: Recipe, *, packed: bool = False, known=None, half: bool = False
+) -> Path:
     """A model folder of what a recipe has made, with its card; whole or not at all."""
     with atomic(path) as draft:
         draft.mkdir()
         _save(model, draft, packed)
         processor.save_pretrained(draft)
-        card = cards.model_card(recipe, len(blocks(model)), packed, known or cards.Facts())
+        card = cards.model_card(recipe, len(blocks(model)), packed, known or cards.Facts(), half)
         (draft / "README.md").write_text(card, encoding="utf-8")
     return path
 

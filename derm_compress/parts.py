@@ -29,6 +29,8 @@ CAPTIONS = {  # of the tables that need another one
     "over pictures: that another random order would differ too is not in it",
     "extra_quantization_tests": "difference: minus AWQ of the same model and width; minus 16 bits: minus the model "
     "that was quantized; points, paired, 95 % interval, p by sign flips, corrected over all of one width (Holm)",
+    "extra_errors": "relative error of each block's output by method, on training pictures that no search saw; "
+    "blocks are counted as in the unpruned model",
     "extra_equal_bytes": "score with its 95 % interval; difference: minus all blocks at the budget's width, healed "
     "alike, paired; where two widths are mixed, the blocks that the plan would remove last get the wider one",
     "extra_cliffs": "the steepest fall between neighbouring depths, per block; its interval is of the step that was "

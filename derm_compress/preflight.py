@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from derm_compress import cost, dialogue, forms, memory
+from derm_compress import budgets, cost, dialogue, forms, memory
 from derm_compress.errors import DermError
 from derm_compress.memory import CONVERSATION, FP16, FP32, GIB, Architecture
 from derm_compress.rankings import CALIBRATED, Ranking, rankings
@@ -348,15 +348,21 @@ def here(device: str) -> Machine:
 def foresee(plan, *, refuse: bool) -> None:
     """Prints what the stages of a run will need; before a GPU is asked for it, DermError where that is not to be had.
 
-    plan: plan.Plan. Nothing is said of a run on a CPU. A judging model is told by the headers of its weights; its hours
-    are not planned.
+    plan: plan.Plan. Nothing is said of a run on a CPU, whose shapes are not read either. A judging model is told by the
+    headers of its weights; its hours are not planned.
     """
-    values, device = plan.values, plan.values.get("device", "cpu")
-    if device == "cpu" or (device == "meta" and refuse):  # of shapes without weights the report says it
+    values, device = plan.values, plan.values["device"]
+    if refuse:
+        check_forms(values)
+    if device == "cpu":
         return
     from derm_compress import judging, models
 
     arch = memory.architecture(models.config_of(values["model"]))
+    if refuse:
+        check_forms(values, arch)
+    if device == "meta" and refuse:  # the report says it
+        return
     machine = here(device)
     print(f"{plan.run}, {says(values, arch, machine)}", flush=True)
     if device == "cuda" and refuse:
@@ -366,6 +372,15 @@ def foresee(plan, *, refuse: bool) -> None:
             judging.choose("transformers", model=values["judge_model"], **how).foresee()
     for fault in faults(values, arch, machine):
         print(fault, flush=True)
+
+
+def check_forms(p: dict, arch: Architecture | None = None) -> None:
+    """DermError for quantizers that stage 07 would refuse, on an architecture or on any."""
+    inputs = {name: into for name, (_, into) in arch.linears.items()} if arch else {}
+    steps = [*forms.forms(p["methods"], p["bits"], p["group_size"]).values()]
+    steps += [{"method": budgets.METHOD, "group_size": p["group_size"]}] * bool(p["equal_bytes"])
+    forms.check_groups(steps, inputs)
+    budgets.check(p["equal_bytes"], p["bits"][1:])
 
 
 def check(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> None:

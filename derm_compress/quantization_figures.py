@@ -11,6 +11,7 @@ from derm_compress import precision
 from derm_compress.figures import DENSE, PRUNED, QUANTIZED, SFT, Drawing, canvas, styled
 from derm_compress.quantization_findings import main_models, plain_awq, quantizer
 from derm_compress.ranking_figures import LINES
+from derm_compress.wording import joined
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GROUPS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
@@ -74,30 +75,50 @@ def fig_alpha(search: pd.DataFrame, sources: list[str]) -> Drawing:
 
 
 @styled
-def fig_errors(errors: pd.DataFrame, tests: pd.DataFrame, source: str) -> Drawing:
-    """Output errors of one model's blocks by method, and every model's mean error beside the score that it costs."""
+def fig_errors(errors: pd.DataFrame, tests: pd.DataFrame, sources: list[str]) -> Drawing:
+    """Output errors of each model's blocks by method, and every model's mean error beside the score that it costs."""
     mean = errors.groupby("variant").relative_error.mean()
-    shown = tests.assign(error=tests.variant.map(mean)).dropna(subset=["error"])
-    width = shown.bits[shown.method == "awq"].max()
-    own = shown[(shown.variant.str.split("|").str[0] == source) & (shown.bits == width)].sort_values("error")
-    least = f"{quantizer(own.method.iloc[0])} has the smallest output error" if len(own) else "output errors"
-    finding = f"{least} on {source}; above, block by block, below, beside what it costs"
-    figure, (left, right) = canvas(finding, 6.4, rows=2)
-    for row, (colour, _, dash) in zip(own.itertuples(), LINES + [(DENSE, "o", ":")] * len(own), strict=False):
-        line = errors[errors.variant == row.variant]
-        left.plot(line.block, line.relative_error, dash, color=colour, linewidth=1.1, label=quantizer(row.method))
-    left.set(yscale="log", xlabel="block", ylabel="relative error")
-    if len(own):
-        left.legend(ncols=3, fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.08, -0.2))
-    scored = shown.dropna(subset=["cost"])
-    for (bits, rows), (colour, marker, _) in zip(scored.groupby("bits"), LINES, strict=False):
-        right.plot(rows.error, rows.cost, marker, color=colour, ms=5, label=f"{bits} bits")
-    right.axhline(0, color=DENSE, linewidth=0.8)
-    right.set(xscale="log", xlabel="relative error, mean over blocks", ylabel="points against 16 bits")
-    right.legend(ncols=4, loc="upper left", bbox_to_anchor=(-0.08, -0.2))
-    for axis in (left.yaxis, right.xaxis):
-        plain_numbers(axis)
+    shown = tests.assign(error=tests.variant.map(mean), source=tests.variant.str.split("|").str[0])
+    shown = shown.dropna(subset=["error"]).sort_values("error")
+    width = max(shown.bits[shown.method == "awq"], default=shown.bits.max())
+    own = {s: rows for s in sources if len(rows := shown[(shown.source == s) & (shown.bits == width)])}
+    best: dict[str, list[str]] = {}
+    for name, rows in own.items():
+        best.setdefault(quantizer(rows.method.iloc[0]), []).append(name)
+    least = ", ".join(f"{method} on {joined(names)}" for method, names in best.items())
+    finding = f"{f'smallest output error: {least}' if own else 'output errors'}; below, beside what they cost"
+    figure, axes = canvas(finding, 3.8 + 1.9 * len(own), rows=len(own) + 1, squeeze=False)
+    *panels, cost = axes[:, 0]
+    for axis, name in zip(panels, own, strict=True):
+        axis.set_title(f"{name}, {width} bits", loc="left", fontsize=8.5)
+    _by_block(panels, list(own.values()), errors)
+    _beside_cost(cost, shown.dropna(subset=["cost"]))
     return Drawing(figure, shown[["variant", "method", "bits", "error", "cost"]], finding)
+
+
+def _by_block(panels, models: list[pd.DataFrame], errors: pd.DataFrame) -> None:
+    methods = list(dict.fromkeys(method for rows in models for method in rows.method))
+    looks, named = dict(zip(methods, LINES + [(DENSE, "o", ":")] * len(methods), strict=False)), {}
+    for axis, rows in zip(panels, models, strict=True):
+        for row in rows.itertuples():
+            line, (colour, _, dash) = errors[errors.variant == row.variant].sort_values("block"), looks[row.method]
+            (named[quantizer(row.method)],) = axis.plot(
+                line.block, line.relative_error, dash, color=colour, linewidth=1.1
+            )
+        axis.set(yscale="log", ylabel="relative error")
+        plain_numbers(axis.yaxis)
+    for axis in panels[-1:]:
+        axis.set_xlabel("block")
+        axis.legend(named.values(), named, ncols=3, fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.08, -0.25))
+
+
+def _beside_cost(axis, scored: pd.DataFrame) -> None:
+    for (bits, rows), (colour, marker, _) in zip(scored.groupby("bits"), LINES, strict=False):
+        axis.plot(rows.error, rows.cost, marker, color=colour, ms=5, label=f"{bits} bits")
+    axis.axhline(0, color=DENSE, linewidth=0.8)
+    axis.set(xscale="log", xlabel="relative error, mean over blocks", ylabel="points against 16 bits")
+    axis.legend(ncols=4, loc="upper left", bbox_to_anchor=(-0.08, -0.2))
+    plain_numbers(axis.xaxis)
 
 
 def mixed(method: str) -> str:
@@ -140,7 +161,7 @@ def drawings(results, built: dict[str, pd.DataFrame]) -> dict[str, Drawing]:
         drawn["extra_activations"] = fig_activation_map(results.statistics)
     if results.errors is not None and len(results.errors) and "extra_quantization_tests" in built:
         tests = precision.method_tests(results.answers, results.variants)
-        drawn["extra_errors"] = fig_errors(results.errors, tests, full[-1])
+        drawn["extra_errors"] = fig_errors(results.errors, tests, full)
     if results.search is not None and plain_awq(results.search):
         drawn["extra_alpha"] = fig_alpha(results.search, full)
     if "extra_equal_bytes" in built:

@@ -19,7 +19,7 @@ OUTLIER_FACTOR = 6.0  # as notebook 06 counts them: peaks over so many times the
 
 
 def findings_activations(results: Results) -> list[str]:
-    """Where each variant's outliers sit, from stage 06's statistics, and whether they are the first variant's."""
+    """Where each variant's outliers sit, whether they are the first variant's, and whom Figure 4 leaves out."""
     if results.statistics is None or results.statistics.empty:
         return [] if results.statistics is None else ["Activations need weights."]
     said, told, moved = [], [], 0
@@ -38,7 +38,17 @@ def findings_activations(results: Results) -> list[str]:
         moved += differ
     whether = "change" if moved else "do not change"
     closing = f"So pruning and healing {whether} which of the shared projections have outlier channels: "
-    return said + ([closing + "; ".join(told) + "."] if told else [])
+    return said + ([closing + "; ".join(told) + "."] if told else []) + left_out_of_figure_4(results)
+
+
+def left_out_of_figure_4(results: Results) -> list[str]:
+    """Which of stage 06's variants lack the block that Figure 4 shows."""
+    names, shown = list(dict.fromkeys(results.statistics.variant)), results.figure4
+    if shown is None or not (gone := [name for name in names if name not in set(shown.variant)]):
+        return []
+    block = f"Block {shown.block.iloc[0]} ({shown.block.iloc[0] + 1} counted from 1)" if len(shown) else "The block"
+    them = "it" if len(gone) == 1 else "them"
+    return [f"{block} of Figure 4 is gone in {joined(gone)}: the figure leaves {them} out."]
 
 
 def findings_outliers(results: Results) -> list[str]:
@@ -218,15 +228,30 @@ def errors_beside_scores(tests: pd.DataFrame, results: Results) -> list[str]:
         return []
     errors = results.errors.groupby("variant").relative_error.mean()
     table = tests.assign(error=tests.variant.map(errors)).dropna(subset=["error", "cost"])
+    said = awq_beside_rounding(tests.assign(error=tests.variant.map(errors)))
     rank = -table.error.rank().corr(table.cost.rank()) if len(table) > 2 else np.nan
     if np.isnan(rank):
-        return []
+        return said
     least, most = table.loc[table.error.idxmin()], table.loc[table.error.idxmax()]
     ends = [f"{row.error:.3f} ({quantizer(row.method)}, {row.bits} bits)" for row in (least, most)]
-    return [
+    return said + [
         f"Relative error of a block's output, mean over blocks: {ends[0]} to {ends[1]}; over {len(table)} quantized "
         f"models it correlates in rank with the score lost at {rank:.2f}."
     ]
+
+
+def awq_beside_rounding(table: pd.DataFrame) -> list[str]:
+    """Whether AWQ's output error lies below plain rounding's, model by model, at the widest width of both."""
+    table = table.dropna(subset=["error"]).assign(source=table.variant.str.split("|").str[0])
+    awq, plain = (table[table.method == name] for name in ("awq", "rtn"))
+    both = awq.merge(plain[["source", "bits", "error"]], on=["source", "bits"], suffixes=("", "_rtn"))
+    both = both.sort_values("bits", ascending=False, kind="stable").drop_duplicates("source")
+    told = [
+        f"{'below' if row.error < row.error_rtn else 'above' if row.error > row.error_rtn else 'at'} it for "
+        f"{model(row)} ({row.error:.4f} and {row.error_rtn:.4f}, {row.bits} bits)"
+        for row in both.itertuples()
+    ]
+    return [f"AWQ's mean output error beside plain rounding's lies {joined(told)}."] if told else []
 
 
 def findings_scales(results: Results) -> list[str]:

@@ -14,10 +14,9 @@ from torch import nn
 from derm_compress import awq, models
 from derm_compress.activations import tap
 from derm_compress.errors import DermError
-from derm_compress.forms import TAKES, WIDTHS
+from derm_compress.forms import BLOCKS, TAKES, WIDTHS
 from derm_compress.grids import PLANES, HQQGrid, Int8Grid, IntegerGrid, NF4Grid
 
-NF4_BLOCKS = (32, 64, 128, 256)
 KEPT = 16  # "bits" of a linear that stays as it is
 METHODS = {  # the kind of grid, and who chooses its scales
     "awq": ("integer", "search"),
@@ -58,6 +57,8 @@ class Form:
             has = [option for option, methods in TAKES.items() if self.method in methods and hasattr(self, option)]
             told = f"{self.method} has no {' or '.join(foreign)}"
             raise DermError(f"quantize: {told}; options of it: {', '.join(has) or 'none'}")
+        if texts := [name for name in ("keep", "parts") if isinstance(getattr(self, name), str)]:
+            raise DermError(f"quantize: {texts[0]} is {getattr(self, texts[0])!r}; write a list, also of one")
         blocks = {int(block): bits for block, bits in self.block_bits.items()}  # JSON's keys are strings
         object.__setattr__(self, "block_bits", blocks)
         for bits in {self.bits, *blocks.values()} - {KEPT}:
@@ -65,7 +66,7 @@ class Form:
 
     def _check(self, bits):
         has = WIDTHS.get(self.method, tuple(PLANES))
-        sizes = NF4_BLOCKS if self.kind == "nf4" else None
+        sizes = BLOCKS.get(self.method)
         if bits not in has or (sizes and self.group_size not in sizes):
             told = f"{has[0]} bits" if len(has) == 1 else f"bits of {has}"
             told += f" in blocks of {sizes}" if sizes else ""
@@ -122,24 +123,40 @@ class Target:
 
 
 def targets(model, form):
-    """The linears that a form quantizes; DermError where inputs are not whole groups, or weights no numbers."""
+    """The linears that a form quantizes; DermError where it fits another model, or weights are no numbers."""
+    _check_places(model, form)
+    found = []
+    for part, block, name, parent in _linears(model, form.parts):
+        where, grid = _place(block, name), form.grid(block)
+        if grid is not None and not any(fnmatch(where, pattern) for pattern in form.keep):
+            found.append(Target(part, where, parent, name.rpartition(".")[2], grid))
+            _check_weight(found[-1], where if block is None else f"block {block} {name}")
+    if not found:
+        raise DermError("quantize: the form leaves every linear as it is; see its block_bits, keep and parts")
+    return found
+
+
+def _check_places(model, form):
     if gone := set(form.parts) - set(models.parts(model)):
         raise DermError(f"quantize: no part {sorted(gone)}; parts are {', '.join(models.parts(model))}")
     if beyond := [b for b in form.block_bits if not 0 <= b < len(models.blocks(model))]:
         raise DermError(f"quantize: bits are given for blocks {beyond}; the model has {len(models.blocks(model))}")
-    found = []
-    for part, block, name, parent in _linears(model, form.parts):
-        where, grid = name if block is None else f"{block}.{name}", form.grid(block)
-        if grid is None or any(fnmatch(where, pattern) for pattern in form.keep):
-            continue
-        found.append(Target(part, where, parent, name.rpartition(".")[2], grid))
-        if not torch.isfinite(found[-1].linear.weight).all():
-            raise DermError(f"quantize: weights of {where} are NaN, infinite or both; check the model's files")
-        into, size = found[-1].linear.in_features, getattr(grid, "group_size", 1)
-        if size < 1 or into % size:
-            what = name if block is None else f"block {block} {name}"
-            raise DermError(f"quantize: group size {size} does not divide the {into} inputs of {what}; use a divisor")
-    return found
+    places = [_place(block, name) for _, block, name, _ in _linears(model, form.parts)]
+    if unmet := [pattern for pattern in form.keep if not any(fnmatch(place, pattern) for place in places)]:
+        like = ", ".join(places[:1])
+        raise DermError(f"quantize: keep has {unmet[0]!r}, which no linear is called; names are like {like}")
+
+
+def _check_weight(target, what):
+    if not torch.isfinite(target.linear.weight).all():
+        raise DermError(f"quantize: weights of {target.name} are NaN, infinite or both; check the model's files")
+    into, size = target.linear.in_features, getattr(target.grid, "group_size", 1)
+    if size < 1 or into % size:
+        raise DermError(f"quantize: group size {size} does not divide the {into} inputs of {what}; use a divisor")
+
+
+def _place(block, name):
+    return name if block is None else f"{block}.{name}"
 
 
 def _linears(model, parts):
@@ -196,7 +213,10 @@ def _replace(target, clip, packed):
     if packed or isinstance(grid, Int8Grid):
         setattr(target.parent, target.attribute, grid.packed(linear, ends))
     else:
-        linear.weight.copy_(grid.rounded(linear.weight, ends))
+        rounded = grid.rounded(linear.weight, ends).to(linear.weight.dtype)
+        if not torch.isfinite(rounded).all():
+            raise DermError(f"quantize: rounded weights of {target.name} overflow {rounded.dtype}; quantize in fp32")
+        linear.weight.copy_(rounded)
     target.linear.grid = grid
 
 

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from derm_compress import calibration, models
+from derm_compress import calibration, models, prune, quantize
 from derm_compress.errors import DermError
 
 
@@ -73,16 +73,23 @@ def _ends(weight, bound, group_size):
     return (bound.float().to(largest.device) / largest).clamp(max=1).cpu()
 
 
+def check(model, batches, form):
+    """DermError, before anything is computed, for what AutoAWQ's quantizer does not know."""
+    if form.block_bits or form.keep or form.parts != ("decoder",) or prune.lacking(model):
+        raise DermError("quantize: autoawq takes whole blocks at one width, all of them; use awq for exceptions")
+    if any("token_weights" in batch for batch in batches):
+        raise DermError("quantize: autoawq weighs all tokens alike; set answer_weight to 1, or leave autoawq out")
+    quantize.targets(model, form)
+
+
 def search(model, batches, form):
-    """(tensors, rows) as search.search gives them, chosen by AutoAWQ's quantizer on a copy of the model.
+    """(tensors, rows) as search.search gives them, chosen by AutoAWQ's quantizer on a copy of what check() lets pass.
 
     It knows no padding: every prompt is cut to the shortest one's length.
     """
     model = copy.deepcopy(model)
     one = calibration.enter(model, equal_rows(batches), 0, None)
     how = {"bits": form.bits, "group_size": form.group_size, "duo": form.duo, "clip": form.clip}
-    if form.block_bits or form.keep or form.parts != ("decoder",):
-        raise DermError("quantize: autoawq takes the whole decoder at one width here; use awq for exceptions")
     reference = quantizer(model, one.hidden, one.others(model.device)[0], **how)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         reference.quantize()

@@ -25,10 +25,10 @@ def run(params_files, only=None, from_=None, sets=None, force=False, list_=False
     plans = [plan_run(Path(path), sets or {}, root, notebooks) for path in params_files]
     if len({plan.folder for plan in plans}) < len(plans):
         raise DermError(f"two parameter files make one run: {', '.join(plan.run for plan in plans)}")
-    if any(plan.values.get("device", "cpu") != "cpu" for plan in plans):
-        from derm_compress import preflight  # pandas, which a study on a CPU does without
+    for plan in plans:
+        if "methods" in plan.values:
+            from derm_compress import preflight  # pandas, which other notebooks may do without
 
-        for plan in plans:
             preflight.foresee(plan, refuse=not list_)
     if list_:
         for plan, stage in [(plan, stage) for plan in plans for stage in stages]:

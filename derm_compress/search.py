@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from derm_compress import awq, calibration, models, quantize
+from derm_compress import awq, calibration, models, quantize, reference
 from derm_compress.artifacts import atomic
 
 ROWS = ["block", "group", "alpha", "loss", "loss_rtn"]
@@ -43,10 +43,10 @@ def search_forms(model, batches, forms, *, device=None, scratch=None):
     theirs = {name: form for name, form in forms.items() if quantize.METHODS[form.method][1] == "autoawq"}
     ours = {name: form for name, form in forms.items() if name not in theirs}
     batches = list(batches) if theirs else batches  # read again for each of them
+    for form in theirs.values():
+        reference.check(model, batches, form)
     found = search(model, batches, ours, device=device, scratch=scratch) if ours else {}
     for name, form in theirs.items():
-        from derm_compress import reference
-
         found[name] = reference.search(model, batches, form)
     return found
 

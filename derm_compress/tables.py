@@ -40,6 +40,7 @@ COLUMNS = {  # what the paper gives stands beside what is ours
         "difference", "difference_lo", "difference_hi", "p", "p_holm", *SIZE, "paper_notes",
     ],
     "extra_quantization_tests": precision.TESTS[1:],
+    "extra_errors": ["blocks_removed", "healed", "bits", "block"],  # and a column a method
     "extra_equal_bytes": [
         "budget", *precision.MODEL[1:], "method", "mean_bits", *SCORE, *precision.CHANGE, "p_holm",
         *SIZE[1:2], *SIZE[4:6],
@@ -66,6 +67,7 @@ COUNTS = (
     "ahead", "fall_from", "fall_to", "level_until", "budget",
     *statistics_tables.COUNTS,
 )  # fmt: skip
+ERROR = "error_"  # before a method's name
 BASELINES = ("base", "original", "blank", "shuffled")
 UNITS = {
     "score": "score, %", "score_before": "score before, %", "score_after": "score after, %",
@@ -99,8 +101,8 @@ def items_hash(items: pd.DataFrame) -> str:
 
 def build(results: Results) -> dict[str, pd.DataFrame]:
     """{stem: table} of everything that the results suffice for."""
-    makers = (table1, table2, table3, table4, table5, quantization_tests, equal_bytes, agreements, calibration_sizes)
-    makers += (criteria, criteria_tests, cliffs, sublayers, running, baselines, judges)
+    makers = (table1, table2, table3, table4, table5, quantization_tests, block_errors, equal_bytes)
+    makers += (agreements, calibration_sizes, criteria, criteria_tests, cliffs, sublayers, running, baselines, judges)
     makers += statistics_tables.MAKERS
     ready = {stem: make for stem, make in zip(COLUMNS, makers, strict=True) if needed(make, results) is not None}
     made = {stem: make(results) for stem, make in ready.items()}
@@ -112,12 +114,14 @@ def needed(make, results: Results):
     special = {agreements: results.values, calibration_sizes: results.values, judges: results.judge_controls}
     special |= dict.fromkeys(statistics_tables.MAKERS, results)  # they know themselves
     special |= {quantization_tests: results.answers, equal_bytes: results.equal_bytes}
+    special |= {block_errors: None if results.variants is None else results.errors}
     return special.get(make, results.variants)
 
 
 def tidy(frame: pd.DataFrame, stem: str) -> pd.DataFrame:
     """The table's columns in order, absent ones empty; counts stay whole numbers beside empty cells."""
-    frame = frame.reindex(columns=COLUMNS[stem]).reset_index(drop=True)
+    methods = [name for name in frame if name.startswith(ERROR)]
+    frame = frame.reindex(columns=[*COLUMNS[stem], *methods]).reset_index(drop=True)
     return frame.astype(dict.fromkeys((name for name in COUNTS if name in frame), "Int64"))
 
 
@@ -161,6 +165,14 @@ def quantization_tests(results: Results) -> pd.DataFrame:
     if results.variants is None:
         return pd.DataFrame()
     return precision.method_tests(results.answers, results.variants)
+
+
+def block_errors(results: Results) -> pd.DataFrame:
+    """Output errors of the own models' blocks, by original indices, the methods side by side."""
+    table = precision.quantized(results.variants).merge(results.errors, on="variant")
+    wide = table.pivot(index=COLUMNS["extra_errors"], columns="method", values="relative_error")
+    wide = wide[list(dict.fromkeys(table.method))].add_prefix(ERROR).reset_index()
+    return wide.sort_values(COLUMNS["extra_errors"], ascending=[True, True, False, True])
 
 
 def equal_bytes(results: Results) -> pd.DataFrame:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from derm_compress import checkpoint, gemm, models, packed, quantize
+from derm_compress import checkpoint, gemm, memory, models, packed, quantize
 from derm_compress.errors import DermError
 from derm_compress.grids import IntegerGrid
 from derm_compress.packed import PackedLinear
+from derm_compress.recipes import Recipe
 from derm_compress.search import search_one
 
 IDS = torch.arange(5, 25).view(1, -1)
@@ -164,3 +165,57 @@ def test_incomplete_and_foreign_folders_are_refused(pico, recipe, store, tmp_pat
         checkpoint.load(tmp_path / "out")
     with pytest.raises(DermError, match="LLM.int8"):
         checkpoint.save(made(pico, {"method": "llm_int8", "bits": 8}), tmp_path)
+
+
+@pytest.mark.parametrize("part", ("projector", "head"))
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 4), ("rtn", 8), ("bitsandbytes", 4)])
+def test_a_folder_with_another_part_alone_quantized_is_read_in_any_precision(pico, tmp_path, method, bits, part):
+    ids = torch.full((1, 36), pico[0].config.image_token_index)
+    feed = {"input_ids": ids, "pixel_values": torch.ones(1, 3, 72, 72)}
+    model = made(pico, {"method": method, "bits": bits, "parts": (part,)}, packed=True)
+    checkpoint.save(model, tmp_path)
+    pico[1].save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = {name: t.half() if name.endswith(".bias") else t for name, t in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    found, _ = checkpoint.load(tmp_path)
+    assert quantize.quantized_linears(found)[part] > 0 == quantize.quantized_linears(found)["decoder"]
+    with torch.no_grad():
+        expected, logits_there = (one(**feed).logits for one in (model, found))
+    assert torch.allclose(logits_there, expected, atol=1e-2)
+
+
+HALVED = {
+    "awq_layout": {"method": "rtn", "bits": 4},
+    "own_layout": {"method": "rtn", "bits": 3},
+    "nf4": {"method": "bitsandbytes", "bits": 4},
+}
+
+
+@pytest.mark.parametrize("name", [*HALVED, "unquantized"])
+def test_a_half_export_is_as_large_as_planned_and_answers_alike(store, tmp_path, name):
+    base, _ = models.load_base("tiny")
+    recipe = Recipe("tiny", models.fingerprint(base), 32).pruned(range(24))
+    recipe = recipe.then("quantize", group_size=64, **HALVED[name]) if name in HALVED else recipe
+    for folder, half in (("full", False), ("half", True)):
+        models.export_model(recipe.to_json(), store, tmp_path / folder, half=half)
+    told = [json.loads((tmp_path / folder / "config.json").read_text())["dtype"] for folder in ("full", "half")]
+    assert told == ["float32", "float16"]
+    assert ["half precision" in (tmp_path / f / "README.md").read_text() for f in ("full", "half")] == [False, True]
+    full, half = (checkpoint.load(tmp_path / folder)[0] for folder in ("full", "half"))
+    for model in (full, half):
+        packed.use_kernels(model, False)
+    assert (logits(half) - logits(full)).norm() < 0.02 * logits(full).norm()
+    plan = memory.plan_weights(memory.architecture(base.config), blocks_removed=8, **_format(recipe.steps[-1]))
+    stored = [t for f in (tmp_path / "half").glob("*.safetensors") for t in load_file(f).values()]
+    assert sum(t.nbytes for t in stored) == pytest.approx(sum(plan.values()) * 2**30, rel=0.02)
+
+
+def _format(step):
+    return {key: step[key] for key in ("method", "bits", "group_size") if key in step}
+
+
+def test_weights_that_overflow_half_precision_are_not_exported_in_it(pico):
+    pico[0].lm_head.weight.data[0, 0] = 1e5
+    with pytest.raises(DermError, match="lm_head.weight overflows torch.float16; export without --half"):
+        models.to_half(pico[0])

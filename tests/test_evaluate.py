@@ -35,6 +35,32 @@ def test_every_model_is_the_one_its_recipe_says(recipe, store):
     assert seen["pruned-3"][0] == [whole[i] for i in (0, 1, 4, 6, 7)]
 
 
+@pytest.fixture
+def alive(monkeypatch):
+    """How many models that were made before still hold weights, at each load."""
+    made, counts, real = [], [], models.materialize
+
+    def load(*args, **kwargs):
+        counts.append(sum(any(True for _ in model.parameters()) for model in made))
+        made.append((found := real(*args, **kwargs))[0])
+        return found
+
+    monkeypatch.setattr(models, "materialize", load)
+    return counts
+
+
+def test_a_model_is_let_go_before_the_next_is_loaded(recipe, store, dataset, tmp_path, monkeypatch, alive):
+    frame, images = variants(recipe)[:2], dataset.images
+    how = {"items": dataset.of("train")[:1], "images": images, "batch_size": 3, "device": "cpu"}
+    evaluate.search_scales(tmp_path, forms.asked(frame.variant, ["awq"], 4, 64), frame, store, **how)
+    assert alive == [0, 0]
+    monkeypatch.setattr(evaluate, "COPIED", 0)  # quantized models are made anew, as large ones are
+    alive.clear()
+    rounded = forms.quantized(frame[:1], forms.asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], 4, 64), "")
+    assert len(list(evaluate.each_model(rounded, store, "cpu", "x"))) == 3
+    assert alive == [0, 1, 1, 1]  # beside the source that they share
+
+
 def test_shared_prefix_equals_materialized_alone(recipe, store, dataset):
     frame = variants(recipe)
     items = dataset.of("test")[:2]
@@ -76,6 +102,15 @@ def test_quantized_variants_run_from_search_to_errors(recipe, store, dataset, tm
     recipe_of = quantized.set_index("variant").recipe
     one, two = (models.materialize(recipes.Recipe.from_json(recipe_of["original|awq3"]), store)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("size", "names"), [(48, ["awq", "rtn"]), (16, ["awq", "bitsandbytes"])])
+def test_group_sizes_are_refused_before_a_search(recipe, store, dataset, tmp_path, monkeypatch, size, names):
+    monkeypatch.setattr(evaluate.search, "search_forms", lambda *_, **__: pytest.fail("a search"))
+    how = {"items": dataset.of("train")[:1], "images": dataset.images, "batch_size": 3, "device": "cpu"}
+    frame = variants(recipe)[:1]
+    with pytest.raises(DermError, match="group_size: "):
+        evaluate.search_scales(tmp_path, forms.asked(frame.variant, names, 4, size), frame, store, **how)
 
 
 def test_activations_carry_original_block_numbers(recipe, store, dataset):

@@ -29,6 +29,20 @@ def test_mixed_forms_need_a_label_and_count_their_mean():
         forms.forms(["rtn"], 4, 64, block_bits={0: 2})
 
 
+@pytest.mark.parametrize("method", ("awq", "rtn_symmetric", "hqq", "bitsandbytes", "llm_int8"))
+def test_blocks_left_at_16_bits_have_no_scales_in_the_plan(method):
+    bits, arch = 8 if method == "llm_int8" else 4, memory.llava_7b()
+    form = {"method": method, "bits": bits, "group_size": 64}
+    stored = forms.stored_as(form | {"block_bits": {0: 16, 3: 16, 4: 16}}, 32)
+    mixed = memory.plan_mix(arch, [{"blocks": 3, "method": "fp16", "bits": 16}, {"blocks": 29, **form}])
+    planned = memory.plan_weights(arch, **stored)
+    scales = planned.pop("quantization_scales"), mixed.pop("quantization_scales")
+    assert planned == pytest.approx(mixed) and stored["bits"] == (29 * bits + 48) / 32
+    more = 32 / 29 if method == "llm_int8" else 1  # of whole rows: three blocks' too many
+    assert scales[0] == pytest.approx(scales[1] * more)
+    assert forms.stored_as(form | {"block_bits": dict.fromkeys(range(4), 16)}, 4)["method"] == "fp16"
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -57,7 +71,7 @@ def known():
     for n in (7, 8, 15):
         kept = [b for b in range(32) if b not in ORDER[:n]]
         rows.append(recipes.variant(f"pruned-{n}", original.pruned(kept), criterion="angular"))
-    healed = [row | {"variant": row["variant"] + "+sft", "healed": True} for row in rows[:3]]
+    healed = [row | {"variant": row["variant"] + "+sft", "healed": True} for row in rows]
     return pd.DataFrame(rows + healed)
 
 
@@ -74,8 +88,44 @@ def test_equal_bytes_are_equal_to_two_percent():
     assert [n for b, n, _ in told if b == 2] == [0, 7, 8, 15] and told[-1] == (2, 15, 4)
     assert set(made.variant[made.healed]) == {
         "original+sft|awq3", "original+sft|awq2-mixed", "pruned-7+sft|awq4", "pruned-8+sft|awq4",
-        "original+sft|awq2", "pruned-7+sft|awq2-mixed", "pruned-8+sft|awq2-mixed",
+        "original+sft|awq2", "pruned-7+sft|awq2-mixed", "pruned-8+sft|awq2-mixed", "pruned-15+sft|awq4",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("depths", "budgets_", "gone", "said"),
+    [
+        ([9], [3], [], "no pruned-9; add its depth to depths"),
+        ([8], [3], ["pruned-8+sft"], "no pruned-8\\+sft; add its depth to sft_depths"),
+        ([8], [], [], "set bits to several"),
+        ([8], [8], [], "set bits to several"),
+    ],
+)
+def test_a_table_of_equal_bytes_that_would_lack_models_names_the_parameter(depths, budgets_, gone, said):
+    there = known()
+    with pytest.raises(DermError, match=said):
+        budgets.wanted(there[~there.variant.isin(gone)], ORDER, depths, budgets_, 64)
+    unhealed = there[~there.healed]
+    assert set(budgets.wanted(unhealed, ORDER, [8], [3], 64).source) == {"original", "pruned-8"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("awq", 48, "48 does not divide the 64 inputs of q_proj"),
+        ("bitsandbytes", 16, "bitsandbytes has blocks of 32, 64, 128, 256, not of 16"),
+        ("awq_nf4", 512, "not of 512"),
+        ("llm_int8", 48, None),
+        ("rtn", 32, None),
+    ],
+)
+def test_group_sizes_are_checked_without_a_model(name, size, said):
+    steps = forms.forms([name], 4, size).values()
+    if said is None:
+        forms.check_groups(steps, {"q_proj": 64})
+    else:
+        with pytest.raises(DermError, match=said):
+            forms.check_groups(steps, {"q_proj": 64})
 
 
 def test_what_the_plan_removes_last_gets_the_wider_codes():

@@ -1,6 +1,8 @@
+import published_llava
 import torch
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from derm_compress import generate
+from derm_compress import dialogue, generate
 from derm_compress.artifacts import Journal
 
 HOW = {"batch_size": 5, "max_new_tokens": 4}
@@ -65,3 +67,16 @@ def test_calibration_reads_prompts_with_their_reference(pico, dataset):
     )
     texts = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
     assert len(texts) == 3 and all(t.rstrip().endswith(".") for t in texts)
+
+
+def test_answers_weigh_more_by_a_llama_tokenizer_too(dataset, tmp_path):
+    published_llava.write_processor(tmp_path, size=72)
+    processor, items = AutoProcessor.from_pretrained(tmp_path), dataset.of("train")[:2]
+    processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=published_llava.tokenizer(), pad_token="<pad>")
+    (batch,) = generate.calibration_batches(
+        processor, items, dataset.images, batch_size=6, device="cpu", answer_weight=4.0
+    )
+    asked = [dialogue.reference(item.disease, item.facts, kind) for item in items for kind in dialogue.QUESTIONS]
+    for row, weights, told in zip(batch["input_ids"], batch["token_weights"], asked, strict=True):
+        assert processor.tokenizer.decode(row[weights == 4]).strip() == told
+        assert processor.tokenizer.decode(row[weights == 1]).endswith("ASSISTANT:")

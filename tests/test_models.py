@@ -104,9 +104,11 @@ def test_the_export_command_says_what_plain_transformers_cannot_open(recipe, sto
     for name, absent in (("whole", []), ("parts", ["2.mlp"])):
         found = recipe.pruned([0, 1, 2, 7], absent).to_json(), store
         monkeypatch.setattr("derm_compress.plan.find_recipe", lambda _, found=found: found)
-        assert main(["export", f"pico/{name}", str(tmp_path / name)]) == 0
+        assert main(["export", f"pico/{name}", str(tmp_path / name), *["--half"] * bool(absent)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"pico/{n} -> {tmp_path / n}" for n in ("whole", "parts")] + [cards.NOT_PLAIN]
+    told = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("whole", "parts")]
+    assert [config["dtype"] for config in told] == ["float32", "float16"]
 
 
 def adapter(folder, model, names):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from derm_compress import evaluate, finetune, generate, models, oom, recipes
 from derm_compress.errors import DermError
@@ -63,20 +64,27 @@ def test_answers_go_on_with_smaller_batches(pico, dataset, monkeypatch, capsys):
     assert "out of GPU memory with 4 at once; going on with 2" in capsys.readouterr().out
 
 
-def test_calibration_goes_on_with_smaller_batches(recipe, store, dataset, monkeypatch):
-    known = recipes.pruned(recipe, [], [])
+@pytest.mark.parametrize("what", ("activation_statistics", "input_peaks"))
+def test_calibration_goes_on_with_smaller_batches(recipe, store, dataset, tmp_path, monkeypatch, what):
+    known, real = recipes.pruned(recipe, [], []), getattr(evaluate.activations, what)
+    (tmp_path / "awq4").mkdir()
+    save_file({"2.qkv": torch.ones(64)}, tmp_path / "awq4" / "original.safetensors")
     how = {"items": dataset.of("train")[:2], "images": dataset.images, "device": "cpu"}
-    whole = evaluate.activation_statistics(known, store, batch_size=2, **how)
-    real = evaluate.activations.activation_statistics
 
-    def small(model, batches):
+    def measured(size):
+        if what == "input_peaks":
+            return evaluate.scaled_channels(tmp_path, "awq4", known, store, batch_size=size, **how)
+        return evaluate.activation_statistics(known, store, batch_size=size, **how)
+
+    def small(model, batches, *others):
         batches = list(batches)
         if len(batches[0]["input_ids"]) > 2:
             raise torch.OutOfMemoryError
-        return real(model, batches)
+        return real(model, batches, *others)
 
-    monkeypatch.setattr(evaluate.activations, "activation_statistics", small)
-    assert evaluate.activation_statistics(known, store, batch_size=4, **how).equals(whole)
+    whole = measured(2)
+    monkeypatch.setattr(evaluate.activations, what, small)
+    assert len(whole) and measured(4).equals(whole)
 
 
 def test_training_says_what_to_set(dataset, tmp_path, monkeypatch):

@@ -133,6 +133,39 @@ def test_equal_bytes_are_compared_with_all_blocks_at_the_budget(paper):
     assert quantization_findings.findings_equal_bytes(dataclasses.replace(paper, equal_bytes=None)) == []
 
 
+def with_errors(results, factor):
+    """A block's error is 0.1 a method, AWQ's `factor` of it, and twice that in block 1."""
+    table = results.variants[results.variants.bits < 16]
+    first = np.where(table.quantizer == "awq", 0.1 * factor, 0.1)
+    each = [pd.DataFrame({"variant": table.variant, "block": b, "relative_error": first * (1 + b)}) for b in (0, 1)]
+    return dataclasses.replace(results, errors=pd.concat(each))
+
+
+def test_awqs_error_is_told_beside_plain_roundings_for_each_model(alike):
+    for factor, word in ((0.5, "below"), (2, "above"), (1, "at")):
+        said = quantization_findings.findings_quantization(with_errors(alike, factor))
+        (told,) = [text for text in said if text.startswith("AWQ's mean output error")]
+        models = ("the unpruned model", "without 6 blocks before SFT", "without 6 blocks after SFT")
+        assert told.count(f"{word} it for") == 3 and all(name in told for name in models)
+        assert told.count(f"({0.15 * factor:.4f} and 0.1500, 4 bits)") == 3
+
+
+def test_errors_by_block_are_drawn_for_all_main_models_and_stand_in_a_table(paper):
+    results = with_errors(paper, 0.5)
+    tests = precision.method_tests(results.answers, results.variants)
+    drawing = quantization_figures.fig_errors(results.errors, tests, list(SOURCES))
+    panels = drawing.figure.axes
+    assert [axis.get_title(loc="left") for axis in panels] == [f"{name}, 4 bits" for name in SOURCES] + [""]
+    assert all(len(axis.lines) == 7 for axis in panels[:3])
+    assert drawing.finding.startswith("smallest output error: AWQ on original, pruned-6 and pruned-6+sft")
+    table = tables.build(results)["extra_errors"]
+    names = ("awq", "awq-text", "autoawq", *FREE)
+    assert len(table) == 3 * 3 * 2 and set(table.columns[4:]) == {f"error_{name}" for name in names}
+    row = table[(table.blocks_removed == 6) & table.healed & (table.bits == 3) & (table.block == 1)]
+    assert row.error_awq.tolist() == [0.1] and row.error_rtn.tolist() == [0.2]
+    assert "0.2000" in tables.to_csv(row) and "error rtn symmetric" in tables.readable(table)
+
+
 def test_scales_of_outlier_channels_are_told_apart():
     assert quantization_findings.OUTLIER_FACTOR == activations.OUTLIER_FACTOR
     frame = pd.DataFrame({"variant": "original", "block": 0, "group": "qkv", "channel": range(64)})
@@ -142,6 +175,21 @@ def test_scales_of_outlier_channels_are_told_apart():
     assert f"by {2 ** (63 / 64):.2f}, all others' by {2 ** (-1 / 64):.2f}" in said and "in rank at 1.00" in said
     quiet = quantization_findings.findings_channels(tables.Results(channels=frame.assign(peak=range(1, 65))))
     assert "multiplies" not in quiet[0]
+
+
+def test_models_without_figure_4s_block_are_named():
+    files = fabricate.stage_files()["06_activation_analysis"]
+    surface, told = files["figure4"].assign(block=29), quantization_findings.findings_activations
+    (said,) = [text for text in told(tables.Results(**files | {"figure4": surface})) if "Figure 4" in text]
+    assert said == (
+        "Block 29 (30 counted from 1) of Figure 4 is gone in pruned-6 and pruned-6+sft: the figure leaves them out."
+    )
+    everywhere = pd.concat([surface.assign(variant=name) for name in SOURCES])
+    assert "Figure 4" not in " ".join(told(tables.Results(**files | {"figure4": everywhere})))
+    assert (
+        "The block of Figure 4 is gone in original, pruned-6 and pruned-6+sft"
+        in told(tables.Results(**files | {"figure4": surface[:0]}))[-1]
+    )
 
 
 def test_outliers_and_tails_of_every_projection_are_told():

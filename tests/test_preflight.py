@@ -135,6 +135,22 @@ def test_the_runner_says_it_first_and_refuses_before_anything_is_loaded(capsys):
         assert ("set batch_size: " in said) == (device == "meta")
 
 
+@pytest.mark.parametrize(
+    ("device", "wrong", "said"),
+    [
+        ("cpu", {"group_size": 16}, "bitsandbytes has blocks of 32"),
+        ("cpu", {"equal_bytes": [8], "bits": [4]}, "set bits to several"),
+        ("meta", {"group_size": 48, "methods": ["rtn"]}, "48 does not divide the 4096 inputs of self_attn.q_proj"),
+        ("cuda", {"group_size": 48, "methods": ["llm_int8"], "equal_bytes": [8], "bits": [4, 3]}, "48 does not"),
+    ],
+)
+def test_quantizers_that_stage_07_would_refuse_are_refused_first(device, wrong, said):
+    asked = plan.make_plan(ROOT, params.read_notebooks(ROOT), values(run="x", device=device, **wrong))
+    with pytest.raises(DermError, match=said):
+        preflight.foresee(asked, refuse=True)
+    preflight.foresee(asked, refuse=False)
+
+
 def test_a_notebook_run_alone_refuses_too(monkeypatch, tmp_path):
     schema = params.read_notebooks(ROOT)["02_finetune"].schema
     cell = {name: known.default for name, known in schema.items()} | values()

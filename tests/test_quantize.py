@@ -401,6 +401,16 @@ def test_scales_that_overflow_half_precision_are_refused():
         awq.fold_scales(model, scales)
 
 
+def test_rounded_weights_that_overflow_half_precision_are_refused():
+    model = small_llava(1).half()
+    weight = models.blocks(model)[0].mlp.up_proj.weight.data
+    weight[0, :2] = torch.tensor([-65504.0, 500.0])  # 15 steps of 4400, which fp16 does not hold
+    before = weight.clone()
+    with pytest.raises(DermError, match="rounded weights of 0.mlp.up_proj overflow torch.float16"):
+        quantize.quantize(model, method="rtn", bits=4, group_size=64)
+    assert torch.equal(weight, before)
+
+
 def test_depths_must_agree():
     with pytest.raises(DermError, match="1 and 2 blocks"):
         quantize.block_errors(small_llava(1), small_llava(2), [batch()])

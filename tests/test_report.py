@@ -57,7 +57,7 @@ def test_everything_is_there_and_small(home):
              "extra_criteria", "extra_criteria_tests", "extra_cliffs", "extra_agreement", "extra_calibration_size",
              "extra_measured", "extra_baselines", "extra_judges", "extra_verdicts", "extra_side_by_side",
              "extra_contradictions", "extra_planner", "extra_latency", "extra_quantization_tests", "extra_equal_bytes",
-             "extra_comparisons", "extra_power", "extra_diagnosis", "extra_secondary"}  # fmt: skip
+             "extra_errors", "extra_comparisons", "extra_power", "extra_diagnosis", "extra_secondary"}  # fmt: skip
     assert {path.name for path in (home / "tables").iterdir()} == {f"{s}.{end}" for s in stems for end in ("csv", "md")}
     figures = {path.name for path in (home / "figures").iterdir()}
     assert {f"{stem}.{end}" for stem in report.PARTS if stem[:3] == "fig" for end in ("png", "svg")} <= figures

@@ -1,13 +1,14 @@
 """Searches over a decoder: clipping, the duo form, exceptions, mixed widths, resuming, token weights, references."""
 
 import copy
+import math
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from small_llava import batch, collect_all, small_llava
 
-from derm_compress import awq, calibration, generate, grids, models, packed, quantize, search
+from derm_compress import awq, calibration, generate, grids, models, packed, prune, quantize, search
 from derm_compress.calibration import InputStatistics
 from derm_compress.errors import DermError
 from derm_compress.grids import IntegerGrid, NF4Grid
@@ -92,6 +93,14 @@ def test_clipping_and_the_duo_form_lower_the_decoders_error(model):
     assert clipped < rtn
 
 
+def test_plain_rounding_is_exponent_0_and_none_of_the_duo_form():
+    weight = torch.randint(0, 16, (32, 128), generator=rng(0)).float()
+    weight.view(32, 2, 64)[..., :2] = torch.tensor([0.0, 15.0])  # on the grid already
+    inputs = InputStatistics.of(torch.randn(300, 128, generator=rng(1)))
+    (s, alpha, *_), (duo_s, none, *_) = (awq.search_scale(weight, inputs, IntegerGrid(4, 64), duo=d) for d in (0, 1))
+    assert alpha == 0 and math.isnan(none) and torch.equal(s, duo_s) and (s == 1).all()
+
+
 def test_packed_and_unpacked_are_the_same_numbers_when_clipped(model):
     scales = search.search_one(model, BATCHES, clip=True, **PLAIN)[0]
     how = {"method": "awq", "clip": True, "scales": scales, **PLAIN}
@@ -143,6 +152,11 @@ def test_other_parts_are_quantized_where_asked():
         ({"block_bits": {9: 2}}, "for blocks \\[9\\]; the model has 4"),
         ({"block_bits": {0: 5}}, "not 5 bits"),
         ({"parts": ("ear",)}, "no part \\['ear'\\]"),
+        ({"keep": "31.*"}, "keep is '31.\\*'; write a list"),
+        ({"parts": "decoder"}, "parts is 'decoder'; write a list"),
+        ({"keep": ("2.*", "down_proj")}, "keep has 'down_proj', which no linear is called"),
+        ({"keep": ("*",)}, "leaves every linear as it is"),
+        ({"block_bits": dict.fromkeys(range(4), 16)}, "leaves every linear as it is"),
     ],
 )
 def test_wrong_exceptions_are_refused(model, wrong, said):
@@ -237,6 +251,33 @@ def test_autoawq_chooses_through_the_same_call(model, tmp_path):
     found = quantize.quantize(copy.deepcopy(model), method="autoawq", clip=True, scales=tensors, **PLAIN)
     plain = quantized(model, "rtn")
     assert first_error(model, found) < first_error(model, plain)
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "said"),
+    [
+        ({"group_size": 48}, False, "48 does not divide"),
+        ({"keep": ("2.*",)}, False, "whole blocks at one width"),
+        ({"block_bits": {1: 4}}, False, "whole blocks at one width"),
+        ({}, True, "autoawq weighs all tokens alike; set answer_weight to 1"),
+    ],
+)
+def test_what_autoawq_does_not_know_is_refused_before_any_forward(model, monkeypatch, form, weights, said):
+    monkeypatch.setattr(calibration, "enter", lambda *_: pytest.fail("a forward"))
+    feeds = [feed | {"token_weights": torch.ones(feed["input_ids"].shape)} if weights else feed for feed in BATCHES]
+    forms = {"ours": quantize.Form("awq", 4, 64), "theirs": quantize.Form("autoawq", 4, **{"group_size": 64} | form)}
+    with pytest.raises(DermError, match=said):
+        search.search_forms(model, feeds, forms)
+
+
+def test_a_model_without_some_sublayers_is_searched_and_quantized(model):
+    cut = copy.deepcopy(model)
+    prune.apply(cut, [0, 1, 3], ["0.mlp", "1.attention"])
+    found = quantized(cut, bits=3, clip=True)
+    assert quantize.quantized_linears(found)["decoder"] == 4 + 3 + 7
+    assert 0 < quantize.block_errors(cut, found, BATCHES)[-1]["relative_error"] < 1
+    with pytest.raises(DermError, match="whole blocks"):
+        search.search_one(cut, BATCHES, method="autoawq", **PLAIN)
 
 
 @pytest.mark.skipif(not packed.cpu_block(), reason="torch has no int4 kernel for this CPU")
