@@ -109,7 +109,11 @@ def attach(model, training: Training):
     quantize.quantize(model, method="bitsandbytes", bits=4, group_size=64, packed=True)
     config = LoraConfig(r=training.rank, lora_alpha=training.alpha, target_modules=TARGETS, lora_dropout=0.0)
     torch.manual_seed(training.seed)
-    tuned = get_peft_model(model, config)
+    model.is_loaded_in_4bit = True  # else peft asks torchao, too, and refuses the one that Kaggle's image has
+    try:
+        tuned = get_peft_model(model, config)
+    finally:
+        del model.is_loaded_in_4bit
     astray = [n for n, p in tuned.named_parameters() if p.requires_grad and "language_model" not in n]
     if astray:
         raise DermError(f"finetune: adapters outside the decoder, first {astray[0]}; check the target names")

@@ -67,6 +67,25 @@ def test_adapters_sit_on_the_decoder_alone_over_nf4(pico):
     assert counts["decoder"] == 56 and sum(counts.values()) == 56
 
 
+def test_an_old_torchao_beside_it_is_not_asked(pico, tmp_path, monkeypatch):
+    """peft refuses any below 0.16 as soon as a linear gets that far; Kaggle's image has 0.10."""
+    from peft import import_utils
+
+    told = tmp_path / "torchao-0.10.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n")
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    import_utils.is_torchao_available.cache_clear()
+    with pytest.raises(ImportError, match=r"torchao. Found version 0\.10"):
+        import_utils.is_torchao_available()
+    tuned = finetune.attach(pico[0], TRAINING)
+    tuned.save_pretrained(tmp_path / "adapter")
+    linear = models.linears(models.blocks(tuned.get_base_model())[0])["mlp.up_proj"]
+    assert type(linear).__module__ == "peft.tuners.lora.bnb" and not hasattr(pico[0], "is_loaded_in_4bit")
+
+
 def test_training_lowers_the_loss_and_is_repeatable(dataset, tmp_path):
     longer = finetune.Training(rank=8, alpha=16, learning_rate=1e-2, steps=12, batch_size=4, seed=0)
     _, one = trained(dataset, tmp_path, longer, "one")
