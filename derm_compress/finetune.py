@@ -243,7 +243,6 @@ def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
 
     torch.set_num_threads(1)
     dataset = load_dataset(data)
-    memory.reset_peak(job.device)
     model, processor = models.materialize(Recipe.from_json(job.recipe), store, job.device)
     planned = planned_peak(model, processor, dataset.of("train"), dataset.images, job.training)
     tuned, curve, seconds = train(

@@ -238,6 +238,7 @@ def materialize(
     """Make the variant of a recipe; `store.resolve(ref)` finds adapter and scale files. Merged, never left as LoRA."""
     from derm_compress import finetune, prune, quantize
 
+    memory.reset_peak(device)  # a GPU has room for one model, and none for what is left of the last
     model, processor = load_base(recipe.base, device, dtype)
     if (found := fingerprint(model)) != recipe.fingerprint:
         raise DermError(f"model {recipe.base}: fingerprint {found}, but the recipe was made for {recipe.fingerprint}")

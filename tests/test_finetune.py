@@ -1,6 +1,8 @@
+import gc
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -84,6 +86,30 @@ def test_an_old_torchao_beside_it_is_not_asked(pico, tmp_path, monkeypatch):
     tuned.save_pretrained(tmp_path / "adapter")
     linear = models.linears(models.blocks(tuned.get_base_model())[0])["mlp.up_proj"]
     assert type(linear).__module__ == "peft.tuners.lora.bnb" and not hasattr(pico[0], "is_loaded_in_4bit")
+
+
+def test_a_trained_model_is_gone_as_soon_as_it_is_let_go(dataset, tmp_path):
+    """On a GPU the next one is loaded at once, and both have no room."""
+    gc.collect()
+    gc.disable()
+    try:
+        tuned, _ = trained(dataset, tmp_path)
+        block = models.blocks(tuned.get_base_model())[0]
+        held = [weakref.ref(linear.base_layer.weight) for linear in models.linears(block).values()]
+        assert len(held) == 7 and all(ref() is not None for ref in held)
+        del tuned, block
+        assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()
+
+
+def test_a_gpu_is_emptied_before_a_model_is_loaded_on_it(recipe, store, monkeypatch):
+    seen = []
+    monkeypatch.setattr(models.memory, "reset_peak", seen.append)
+    monkeypatch.setattr(models, "load_base", lambda name, *where: seen.append(name))
+    with pytest.raises(TypeError):
+        models.materialize(recipe, store, "cuda")
+    assert seen == ["cuda", "pico"]
 
 
 def test_training_lowers_the_loss_and_is_repeatable(dataset, tmp_path):
