@@ -92,6 +92,13 @@ def link(path: Path, target: Path | None) -> None:
         path.symlink_to(target, target_is_directory=True)
 
 
+def add_lines(source: str, target: str) -> None:
+    """Copies the whole lines of a file; a file that is there keeps its own."""
+    held = [path.read_bytes() for path in (Path(source), Path(target)) if path.exists()]
+    lines = [line for text in held for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+    Path(target).write_bytes(b"".join(dict.fromkeys(lines)))
+
+
 def lay_out(root: Path) -> dict[str, str]:
     """The project folder on scratch space, linked to what is mounted and to what is saved; what was found."""
     for name in ("notebooks", "params"):
@@ -103,9 +110,10 @@ def lay_out(root: Path) -> dict[str, str]:
     link(root / "data" / "dermnet", pictures)
     link(root / "llava-hf" / "llava-1.5-7b-hf", model)
     for artifacts in earlier:  # which run made what, and what judges said: small
-        for name in ("runs", "judged"):
+        for name, copy in (("runs", shutil.copy2), ("judged", add_lines)):
             if (artifacts / name).is_dir():
-                shutil.copytree(artifacts / name, WORKING / "artifacts" / name, dirs_exist_ok=True)
+                where = WORKING / "artifacts" / name
+                shutil.copytree(artifacts / name, where, dirs_exist_ok=True, copy_function=copy)
     os.environ["DERM_COMPRESS_STORES"] = os.pathsep.join(str(artifacts / "store") for artifacts in earlier)
     found = {"DermNet": pictures or "not attached", "model": model or "from the hub"}
     return {name: str(path) for name, path in found.items()} | {"earlier": f"{len(earlier)} folders of artifacts"}

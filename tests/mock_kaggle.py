@@ -110,6 +110,12 @@ def keys_of(working: Path) -> dict[str, str]:
     return {path.stem: json.loads(path.read_text())["key"] for path in notes}
 
 
+def manifests(working: Path) -> dict[str, str]:
+    """What is finished in a session's own store, with the time when it was."""
+    found = sorted(working.glob("artifacts/store/*/*/manifest.json"))
+    return {path.parent.parent.name: path.read_text() for path in found}
+
+
 def main(top: Path) -> None:
     from derm_compress import kaggle
 
@@ -152,8 +158,9 @@ def main(top: Path) -> None:
     before, after = keys_of(one.root / "working"), keys_of(two.root / "working")
     assert list(after) == stages, f"stages of the second session: {list(after)}"
     assert before == {stage: after[stage] for stage in before} and list(before) == stages[:4], (before, after)
-    made = sorted(path.parent.parent.name for path in two.root.glob("working/artifacts/store/*/*/manifest.json"))
-    assert made == stages[4:], f"computed again: {made}"
+    held, again = (manifests(session.root / "working") for session in (one, two))
+    assert list(held) == stages[:4] and list(again) == stages, (list(held), list(again))
+    assert held == {stage: again[stage] for stage in held}, "computed again"
     for session in (one, two):
         size = sum(p.stat().st_size for p in (session.root / "working").rglob("*") if p.is_file())
         assert size < DISK, f"{size:,} bytes in the working folder"

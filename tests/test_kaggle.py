@@ -199,6 +199,30 @@ class TestMounted:
         store.commit("01_a", "k1", {})
         assert store.complete("01_a", "k1") and (below.own("01_a", "k1") / "x.json").read_text() == "2"
 
+    def test_what_is_adopted_stands_alone(self, stores):
+        store, below = stores
+        for path in below.root.rglob("*"):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        for stage, key in (("01_a", "k1"), ("02_b", "k2"), ("03_c", "none")):
+            store.adopt(stage, key)
+        alone = artifacts.Store(store.root)
+        assert alone.complete("01_a", "k1") and not alone.own("03_c", "none").exists()
+        folder, _ = alone.begin("02_b", "k2")
+        journal = artifacts.Journal(folder / "journal" / "j.jsonl")
+        journal.add("two", 2)
+        assert journal.done == {"one": 1, "two": 2}
+        for path in below.root.rglob("*"):
+            path.chmod(0o755)
+
+    def test_of_several_the_furthest_is_gone_on_with(self, stores, tmp_path):
+        further = artifacts.Store(tmp_path / "further", [tmp_path / "mounted"])
+        work, _ = further.begin("02_b", "k2")
+        artifacts.Journal(work / "journal" / "j.jsonl").add("two", 2)
+        for roots in (["mounted", "further"], ["further", "mounted"]):
+            store = artifacts.Store(tmp_path / f"own-{roots[0]}", [tmp_path / root for root in roots])
+            folder, _ = store.begin("02_b", "k2")
+            assert artifacts.Journal(folder / "journal" / "j.jsonl").done == {"one": 1, "two": 2}
+
     def test_it_cannot_be_forced_away(self, stores):
         with pytest.raises(DermError, match="detach"):
             stores[0].discard("01_a", "k1")
@@ -229,11 +253,31 @@ def test_a_packed_run_is_not_computed_again(packed, tmp_path):
     said = mounting(root, packed, "run", "params/tiny.yaml", "--list").stdout.splitlines()
     assert len(said) == 3 and all(line.endswith("cached") for line in said)
     assert mounting(root, packed, "run", "params/tiny.yaml").returncode == 0
-    assert not list((root / "artifacts" / "store").glob("0*/*/manifest.json"))
+    for manifest in (packed / "artifacts" / "store").glob("0*/*/manifest.json"):
+        assert (root / manifest.relative_to(packed)).read_bytes() == manifest.read_bytes()
     again = mounting(root, packed, "pack", "tiny", str(tmp_path / "again"))
     assert again.returncode == 0 and len(list((tmp_path / "again").rglob("manifest.json"))) == 3
     forced = mounting(root, packed, "run", "params/tiny.yaml", "--force")
     assert forced.returncode == 2 and "detach" in forced.stderr
+
+
+def test_the_last_of_three_sessions_needs_the_second_alone(tmp_path):
+    roots = [toy.project(tmp_path / name) for name in ("one", "two", "three")]
+    assert toy.call(roots[0], "run", "params/tiny.yaml", "--only", "01").returncode == 0
+    assert mounting(roots[1], roots[0], "run", "params/tiny.yaml", "--only", "02").returncode == 0
+    listed = mounting(roots[2], roots[1], "run", "params/tiny.yaml", "--list").stdout.splitlines()
+    assert [line.split()[-1] for line in listed] == ["cached", "cached", "compute"]
+    assert mounting(roots[2], roots[1], "run", "params/tiny.yaml").returncode == 0
+    stores = [sorted(root.glob("artifacts/store/0*/*/manifest.json")) for root in roots]
+    assert list(map(len, stores)) == [1, 2, 3]
+    assert len({found[0].read_bytes() for found in stores}) == 1
+
+
+def test_what_judges_said_in_several_sessions_is_put_together(tmp_path):
+    for name, text in (("a", '["q1", 1]\n["q2", 2]\n["cut'), ("b", '["q1", 1]\n["q3", 3]\n')):
+        (tmp_path / name).write_text(text)
+        kaggle_setup.add_lines(str(tmp_path / name), str(tmp_path / "all"))
+    assert artifacts.Journal(tmp_path / "all").done == {"q1": 1, "q2": 2, "q3": 3}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms on this system")
