@@ -37,8 +37,10 @@ scripts = [path for depth in ("*", "*/*/*") for path in inputs.glob(f"{{depth}}/
 assert scripts, "attach the data set {name}"
 runpy.run_path(str(scripts[0]), run_name="__main__")
 words = ["run", os.environ["DERM_COMPRESS_PARAMS"], "--hours", "{hours}"]
-done = subprocess.run([sys.executable, "-m", "derm_compress", *words], cwd=os.environ["DERM_COMPRESS_ROOT"])
-sys.exit(0 if done.returncode == 130 else done.returncode)  # 130: out of time, and what is finished is saved
+done = subprocess.run([sys.executable, "-m", "derm_compress", *words], cwd=os.environ["DERM_COMPRESS_ROOT"]).returncode
+if done == 130:
+    print("OUT OF TIME: what is kept is saved; attach this kernel's output to it and run it again", flush=True)
+sys.exit(0 if done == 130 else done)
 '''
 
 

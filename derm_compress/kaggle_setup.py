@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ INPUT, WORKING, SCRATCH = KAGGLE / "input", KAGGLE / "working", KAGGLE / "temp"
 DEEPEST = 7  # input/models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
 PICTURES = "Acne and Rosacea Photos"  # one of DermNet's folders
 PARAMS = "kaggle-t4"
+HOURS = 11.3  # of a session, as preflight.SESSION: Kaggle gives 12
 BLOCKS = 32  # of LLaVA-1.5-7B; fewer are what pruning leaves
 
 
@@ -119,6 +121,26 @@ def lay_out(root: Path) -> dict[str, str]:
     return {name: str(path) for name, path in found.items()} | {"earlier": f"{len(earlier)} folders of artifacts"}
 
 
+def age() -> float:
+    """Seconds since this process began; 0 where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def end_after(hours: float) -> None:
+    """Ends the cell that runs so long after this process began, by sys.exit(0): no failure to papermill."""
+
+    def end(*_) -> None:
+        print(f"OUT OF TIME after {hours:g} hours: what is kept is saved; attach it and go on from there", flush=True)
+        sys.exit(0)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, 3600 * hours - age()))
+
+
 def main() -> None:
     root, site = SCRATCH / "derm_compress", SCRATCH / "site-packages"
     installed = install(site)
@@ -138,6 +160,8 @@ def main() -> None:
         "saved in": str(WORKING),
     }
     print("\n".join(f"{name:10}  {value}" for name, value in told.items()), flush=True)
+    if "ipykernel" in sys.modules:  # a notebook; the study as a script has its own limit
+        end_after(HOURS)
 
 
 if __name__ == "__main__":

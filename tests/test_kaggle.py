@@ -13,7 +13,7 @@ import toy
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from derm_compress import artifacts, kaggle, kaggle_setup, keys, params
+from derm_compress import artifacts, kaggle, kaggle_setup, keys, params, preflight
 from derm_compress.errors import DermError
 
 ROOT = Path(__file__).parent.parent
@@ -271,6 +271,31 @@ def test_the_last_of_three_sessions_needs_the_second_alone(tmp_path):
     stores = [sorted(root.glob("artifacts/store/0*/*/manifest.json")) for root in roots]
     assert list(map(len, stores)) == [1, 2, 3]
     assert len({found[0].read_bytes() for found in stores}) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms on this system")
+def test_out_of_hours_a_notebook_ends_and_is_no_failure(tmp_path):
+    start = "from derm_compress import kaggle_setup as k\nk.end_after((k.age() + 1) / 3600)"
+    cells = [toy.cell(text) for text in (start, "import time\ntime.sleep(60)", "print('never')")]
+    book, out = toy.notebook(tmp_path / "a.ipynb", *cells), tmp_path / "out.ipynb"
+    words = [sys.executable, "-m", "papermill", book, out, "-k", "python3", "--cwd", ROOT]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    told = [json.dumps(cell["outputs"]) for cell in json.loads(out.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert "OUT OF TIME" in told[1] and "SystemExit" in told[1] and "never" not in told[2]
+    assert kaggle_setup.HOURS == preflight.SESSION
+
+
+def test_the_study_out_of_hours_is_no_failure_and_says_so(built, tmp_path):
+    script = (built / "kernels" / "study" / "study.py").read_text()
+    (tmp_path / "input" / "data").mkdir(parents=True)
+    (tmp_path / "input" / "data" / "kaggle_setup.py").touch()
+    (tmp_path / "derm_compress.py").write_text("import os, sys; sys.exit(int(os.environ['CODE']))")
+    for code, ends in ((130, 0), (1, 1), (0, 0)):
+        env = toy.environment(tmp_path) | {"KAGGLE_ROOT": str(tmp_path), "CODE": str(code)}
+        env |= {"DERM_COMPRESS_ROOT": str(tmp_path), "DERM_COMPRESS_PARAMS": "x.yaml"}
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+        assert done.returncode == ends and ("OUT OF TIME" in done.stdout) == (code == 130), done.stderr
 
 
 def test_what_judges_said_in_several_sessions_is_put_together(tmp_path):
