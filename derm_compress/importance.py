@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from derm_compress import models, prune
+from derm_compress import models, oom, prune
 from derm_compress.criteria import CRITERIA, Calibration, original_answers
 from derm_compress.errors import DermError
 from derm_compress.progress import track
@@ -42,24 +42,34 @@ def rows(ranking: Ranking, c: Calibration, units: Sequence[prune.Unit], *, journ
     c = dataclasses.replace(c, items=c.items[:1] if alike else c.items)
     wanted = list(itertools.product(units, [""] if alike else [item.id for item in c.items], how.questions))
     state = f"{ranking.base()} without {list(removed)}:"
-    missing = [key for key in wanted if f"{state} {key}" not in journal.done]
-    if missing:
-        todo = [unit for unit in units if unit in {unit for unit, *_ in missing}]
-        asked = {item for _, item, _ in missing}
-        whole = [part for part in c.batches() if alike or any(item.id in asked for item in part)]  # the same batches
-        c = dataclasses.replace(c, items=[item for part in whole for item in part])
-        now = dict(zip(positions(todo, removed), todo, strict=True))
-        total = len(todo) * len(c.items) * len(how.questions)
-        for row in track(how.rows(c, list(now)), f"{ranking.base()}: results by unit and picture", total):
-            row |= {"unit": now[row["unit"]]} | ({"item": ""} if alike else {})
-            if not math.isfinite(row["value"]):
-                raise DermError(
-                    f"ranking {ranking.name}: unit {row['unit']} gives {row['value']}; check the model's weights"
-                )
-            key = f"{state} {(row['unit'], row['item'], row.get('question', ''))}"
-            if key not in journal.done:
-                journal.add(key, row)
+
+    def fill(batch_size: int) -> None:
+        missing = [key for key in wanted if f"{state} {key}" not in journal.done]
+        if missing:
+            _fill(ranking, dataclasses.replace(c, batch_size=batch_size), missing, state, journal, units, removed)
+
+    oom.halved(fill, c.batch_size, f"ranking {ranking.name}")
     return pd.DataFrame([journal.done[f"{state} {key}"] for key in wanted])
+
+
+def _fill(ranking: Ranking, c: Calibration, missing: list[tuple], state: str, journal, units, removed) -> None:
+    """Puts rows of units that have any missing into the journal."""
+    how, alike = CRITERIA[ranking.criterion], not missing[0][1]
+    todo = [unit for unit in units if unit in {unit for unit, *_ in missing}]
+    asked = {item for _, item, _ in missing}
+    whole = [part for part in c.batches() if alike or any(item.id in asked for item in part)]  # the same batches
+    c = dataclasses.replace(c, items=[item for part in whole for item in part])
+    now = dict(zip(positions(todo, removed), todo, strict=True))
+    total = len(todo) * len(c.items) * len(how.questions)
+    for row in track(how.rows(c, list(now)), f"{ranking.base()}: results by unit and picture", total):
+        row |= {"unit": now[row["unit"]]} | ({"item": ""} if alike else {})
+        if not math.isfinite(row["value"]):
+            raise DermError(
+                f"ranking {ranking.name}: unit {row['unit']} gives {row['value']}; check the model's weights"
+            )
+        key = f"{state} {(row['unit'], row['item'], row.get('question', ''))}"
+        if key not in journal.done:
+            journal.add(key, row)
 
 
 def positions(units: Sequence[prune.Unit], removed: Sequence[prune.Unit]) -> list[prune.Unit]:
@@ -177,7 +187,11 @@ def whole_answers(ranking: Ranking, c: Calibration, journal) -> dict[tuple[str, 
     """The whole model's answers by (item, question), kept in the journal."""
     key = f"{ranking.base()}: answers of the whole model"
     if key not in journal.done:
-        told = original_answers(dataclasses.replace(c, text_only=ranking.text_only))
+        c = dataclasses.replace(c, text_only=ranking.text_only)
+        told = oom.halved(
+            lambda size: original_answers(dataclasses.replace(c, batch_size=size)),
+            c.batch_size, f"ranking {ranking.name}",
+        )  # fmt: skip
         journal.add(key, [[*asked, text] for asked, text in told.items()])
     return {(item, question): text for item, question, text in journal.done[key]}
 

@@ -22,7 +22,7 @@ DEEPEST = 7  # input/models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
 PICTURES = "Acne and Rosacea Photos"  # one of DermNet's folders
 PARAMS = "kaggle-t4"
 HOURS = 11.3  # of a session, as preflight.SESSION: Kaggle gives 12
-BLOCKS = 32  # of LLaVA-1.5-7B; fewer are what pruning leaves
+BLOCKS = int(os.environ.get("DERM_COMPRESS_BLOCKS", 32))  # of LLaVA-1.5-7B; fewer are what pruning leaves
 
 
 def folders(top: Path, depth: int = DEEPEST) -> Iterator[Path]:
