@@ -48,7 +48,7 @@ class Session:
             (top / name).mkdir(parents=True)
         mine = {"KAGGLE_ROOT": str(top), "KAGGLE_KERNEL_RUN_TYPE": "Batch", "DERM_COMPRESS_PARAMS": str(params)}
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DERM_COMPRESS_ROOT", "HF_HOME")}
-        self.env = clean | mine | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.env = clean | mine | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DERM_COMPRESS_BLOCKS": "8"}
 
     def attach(self, folder: Path, where: str) -> None:
         shutil.copytree(folder, self.root / "input" / where)

@@ -9,6 +9,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from derm_compress import data, dialogue, finetune, models, quantize
 from derm_compress.errors import DermError
@@ -143,6 +144,41 @@ def test_a_cut_training_goes_on_to_the_same_adapter(dataset, tmp_path, monkeypat
     assert files[0] == files[1]
 
 
+def overflowing(monkeypatch, steps):
+    """Gradients that are not finite at these steps."""
+    real, calls = torch.nn.utils.clip_grad_norm_, iter(range(10**6))
+
+    def clip(*words):
+        norm = real(*words)
+        return norm * torch.inf if next(calls) in steps else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+
+
+def test_steps_that_overflow_are_counted_and_a_checkpoint_needs_none(dataset, tmp_path, monkeypatch):
+    model, processor = models.load_base("pico")
+    where = {"checkpoint": tmp_path / "c", "what": "x"}
+    overflowing(monkeypatch, (0, 1))
+    _, curve, told = finetune.train(model, processor, dataset.of("train"), dataset.images, TRAINING, **where)
+    assert told["skipped"] == 2 and len(curve) == 4 and told["seconds"] > 0
+    assert not any(name.startswith("exp_avg") for name in load_file(tmp_path / "c"))  # of step 2: none was taken yet
+    overflowing(monkeypatch, ())
+    model, processor = models.load_base("pico")
+    _, again, told = finetune.train(model, processor, dataset.of("train"), dataset.images, TRAINING, **where)
+    assert told["skipped"] == 2 and again.equals(curve)
+
+
+def test_a_training_that_overflows_is_refused(dataset, tmp_path, monkeypatch):
+    overflowing(monkeypatch, range(100))
+    with pytest.raises(DermError, match="x: gradients of 4 of 4 steps were not finite; set the learning rate lower"):
+        trained(dataset, tmp_path, name="x")
+    finetune._check_skipped(9, 20, 50, "x")
+    finetune._check_skipped(100, 900, 1000, "x")
+    for skipped, steps in ((10, 50), (101, 1000)):
+        with pytest.raises(DermError, match="not finite"):
+            finetune._check_skipped(skipped, 900, steps, "x")
+
+
 def test_merged_equals_unmerged_on_the_unquantized_base(dataset, tmp_path, pico):
     from peft import PeftModel
 
@@ -212,6 +248,7 @@ def test_jobs_run_side_by_side_and_are_kept(dataset, recipe, store, tmp_path):
     curves = finetune.read_curves(tmp_path / "out", ["original", "pruned-4"])
     assert curves.groupby("variant").size().to_dict() == {"original": 1, "pruned-4": 1}
     told = finetune.measured(scratch, ["original", "pruned-4"])
+    assert told.skipped.tolist() == [0, 0]
     assert told.variant.tolist() == ["original+sft", "pruned-4+sft"] and (told.measured_peak_gib > 0.1).all()
     small, smaller = told.train_peak_gib  # planned: tensors of a pico model, not the process
     assert 0.1 > small > smaller > 0
