@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,9 @@ from derm_compress.errors import DermError
 from derm_compress.progress import track
 from derm_compress.recipes import Recipe, adapter_digest, healed_name
 
-if TYPE_CHECKING:  # data needs scipy, which a machine that only trains may lack
+if TYPE_CHECKING:  # data needs scipy and pandas, which a machine that only rehearses may lack
+    import pandas as pd
+
     from derm_compress.data import Item
 
 FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of two changes no digit
@@ -132,6 +133,8 @@ def train(
 
     skipped: steps not taken since gradients were not finite; DermError for more than a tenth of all, or for all.
     """
+    import pandas as pd
+
     tuned = attach(model, training)
     if model.device.type == "cuda":
         save_memory(model)
@@ -274,6 +277,8 @@ def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
 
 def plan(folder: Path, job: Job, *, scratch: Path) -> None:
     """What `run` leaves of a model without values: an adapter without tensors, no curve, the planned peak."""
+    import pandas as pd
+
     recipe, asked = Recipe.from_json(job.recipe), job.training
     folder.mkdir()
     save_file({}, folder / "adapter_model.safetensors")
@@ -334,11 +339,15 @@ def _run_one(job: Job, *, scratch: Path, **where) -> None:
 
 def read_curves(folder: Path, variants: Sequence[str]) -> pd.DataFrame:
     """Loss curves of fine-tunes kept as folder/<variant>: variant, step, loss."""
+    import pandas as pd
+
     frames = [pd.read_parquet(Path(folder) / v / "curve.parquet").assign(variant=v) for v in variants]
     return pd.concat(frames, ignore_index=True)[["variant", "step", "loss"]]
 
 
 def measured(scratch: Path, variants: Sequence[str]) -> pd.DataFrame:
     """Of fine-tunes: variant (as healed), seconds, train_peak_gib (planned), measured_peak_gib (CPU: the process's)."""
+    import pandas as pd
+
     rows = [{"variant": healed_name(v)} | json.loads((scratch / f"{v}.json").read_text()) for v in variants]
     return pd.DataFrame(rows).astype({"seconds": float})

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
@@ -19,6 +18,8 @@ from derm_compress.progress import track
 from derm_compress.recipes import Recipe
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from derm_compress.data import Item
 
 
@@ -33,6 +34,8 @@ def of_variants(
     decoded for every token), and memory.resident_gib's. Batches that exceed a GPU's memory have no row. The journal
     keeps what was measured of each variant.
     """
+    import pandas as pd  # a machine that only rehearses may lack it
+
     if device == models.META:
         return pd.DataFrame(columns=["variant"])
     journal = journal or Journal()
