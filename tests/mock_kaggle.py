@@ -83,6 +83,8 @@ def environment(folder: Path) -> Path:
     venv.create(folder, with_pip=False, symlinks=True)
     site = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
     Path(site, "installed.pth").write_text(sysconfig.get_path("purelib") + "\n")  # runs no .pth of that folder
+    (folder / "share" / "jupyter").mkdir(parents=True)
+    (folder / "share" / "jupyter" / "nbconvert").symlink_to(Path(sys.prefix, "share", "jupyter", "nbconvert"))
     python = folder / "bin" / "python"
     found = subprocess.run([python, "-c", "import derm_compress"], cwd=folder, capture_output=True, env={})
     assert found.returncode, "the mock must not see an installed derm_compress"
