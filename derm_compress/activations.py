@@ -1,10 +1,16 @@
 """What flows through the decoder: a tap on a model's real tokens, and statistics of its projections."""
 
-import pandas as pd
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from derm_compress import models
 from derm_compress.errors import DermError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STATISTICS = ["mean_abs", "p99", "max", "kurtosis", "outlier_channels"]
 OUTLIER_FACTOR = 6.0  # a channel is an outlier if its max |x| exceeds this many times the median channel's
@@ -91,12 +97,15 @@ def activation_statistics(model, batches) -> pd.DataFrame:
 
     Blocks count within the given model. Outlier rule: a channel's max |x| > 6 x the median channel's max |x|.
     """
+    import pandas as pd
+
     watched = projections(model)
     summaries = {key: Summary() for key in watched}
     tap(model, batches, watched, lambda key, x: summaries[key].add(x))
     for (block, name), summary in summaries.items():
         if not torch.isfinite(summary.powers).all():
             raise DermError(f"activations: NaN or infinite outputs of block {block} {name}; check its dtype")
+
     return pd.DataFrame([{"block": b, "projection": p} | s.row() for (b, p), s in summaries.items()])
 
 

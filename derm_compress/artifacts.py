@@ -74,6 +74,22 @@ def atomic(path: Path):
         remove(part)
 
 
+def copy(folder: Path, path: Path) -> None:
+    """The folder as `path`: whole or not at all, and not read-only where the folder is."""
+    with atomic(path) as part:
+        shutil.copytree(folder, part, copy_function=shutil.copyfile)
+        for inner in [part, *part.rglob("*")]:
+            inner.chmod(0o755 if inner.is_dir() else 0o644)
+
+
+def reached(work: Path) -> tuple[int, ...]:
+    """How far a work folder has come: results, lines of journals, files, bytes."""
+    files = [path for path in work.rglob("*") if path.is_file()]
+    lines = sum(path.read_bytes().count(b"\n") for path in files if path.suffix == ".jsonl")
+    results = sum(path.relative_to(work).parts[0] != "journal" for path in files)
+    return results, lines, len(files), sum(path.stat().st_size for path in files)
+
+
 def _plain(value):
     if hasattr(value, "tolist"):  # numpy's scalars and arrays
         return value.tolist()
@@ -237,13 +253,21 @@ class Store:
         return work, False
 
     def _go_on(self, stage: str, key: str) -> None:
-        """Copies what a mounted store has begun, unless this one has begun as well."""
+        """Copies the furthest of what mounted stores have begun, unless this one has begun as well."""
         begun = [root / stage / f"{key}.work" for root in self.mounted]
-        for found in [path for path in begun if path.is_dir()][:1]:
-            if not self.work(stage, key).exists():
-                print(f"{stage}: goes on from {shown(found)}", flush=True)
-                with atomic(self.work(stage, key)) as part:
-                    shutil.copytree(found, part, copy_function=shutil.copyfile)
+        found = max((path for path in begun if path.is_dir()), key=reached, default=None)
+        if found and not self.work(stage, key).exists():
+            print(f"{stage}: goes on from {shown(found)}", flush=True)
+            copy(found, self.work(stage, key))
+
+    def adopt(self, stage: str, key: str) -> None:
+        """Copies what mounted stores have of an artifact, finished or begun: this one then stands without them."""
+        if not self.mounted or self.own(stage, key).is_dir():
+            return
+        if self.complete(stage, key):
+            copy(self.entry(stage, key), self.own(stage, key))
+        else:
+            self._go_on(stage, key)
 
     def commit(self, stage: str, key: str, made: dict) -> None:
         """Turns the work folder into the artifact: manifest last, then one rename.

@@ -87,7 +87,7 @@ def collect(model, batches, *, device=None, folder=None, skip=()):
 
     Batches are the processor's output; positions outside the attention mask do not count, and token_weights, if a
     batch has them, weigh the others. device: where blocks run, one at a time, if it is not the model's. folder: where
-    hidden states wait. skip: blocks that run but yield {} (their results are kept from before).
+    hidden states wait until the end. skip: blocks that run but yield {} (their results are kept from before).
     """
     training, home = model.training, model.device
     device = torch.device(device or home)
@@ -103,6 +103,8 @@ def collect(model, batches, *, device=None, folder=None, skip=()):
                 yield index, _checked(index, sums)
     finally:
         model.train(training)
+        for passing in folder.glob("batch-*") if folder else ():
+            passing.unlink()
 
 
 def _around(model):

@@ -27,6 +27,7 @@ class Device:
 
 
 T4 = Device("T4", flops=65e12, bandwidth=320e9)
+DECODED = 34.5  # bytes moved for each weight of a packed linear that is decoded (packed.PackedLinear.dequantized)
 UNREAD = ("vision_tower", "projector", "embedding")  # by a decoding step, but for a row a token of the last
 
 
@@ -86,6 +87,11 @@ def decode_seconds(
     flops = batch * (reading_flops(arch, width, before=middle, blocks=kept) + head_flops(arch, width))
     moved = decode_bytes(arch, batch=batch, before=middle, **weights) / (device.bandwidth * device.decode)
     return tokens * max(moved, flops / (device.flops * device.prefill))
+
+
+def unpacking_seconds(arch: Architecture, device: Device) -> float:
+    """To decode all packed weights once, as every token does where no kernel reads their codes: none on a T4."""
+    return DECODED * arch.decoder_linears() / (device.bandwidth * device.decode)
 
 
 def importance_seconds(

@@ -179,9 +179,14 @@ def activation_surface(
         index = max(0, round(block / 32 * recipe.blocks) - 1)
         if index not in recipe.kept():
             continue
-        batch = next(iter(_batches(processor, model, items[:1], images, batch_size)))
         position = recipe.kept().index(index)
-        values = np.abs(activations.projection_output(model, batch, position, projection))
+        values = oom.halved(
+            lambda size, on=(processor, model), at=position: activations.projection_output(
+                on[1], next(iter(_batches(*on, items[:1], images, size))), at, projection
+            ),
+            batch_size, f"Figure 4 of {name}",
+        )  # fmt: skip
+        values = np.abs(values)
         token, channel = np.indices(values.shape)
         told = {"token": token.ravel(), "channel": channel.ravel(), "value": values.ravel().astype(np.float32)}
         frames.append(pd.DataFrame({"variant": name, "block": index, "projection": projection, **told}))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,9 @@ from derm_compress.errors import DermError
 from derm_compress.progress import track
 from derm_compress.recipes import Recipe, adapter_digest, healed_name
 
-if TYPE_CHECKING:  # data needs scipy, which a machine that only trains may lack
+if TYPE_CHECKING:  # data needs scipy and pandas, which a machine that only rehearses may lack
+    import pandas as pd
+
     from derm_compress.data import Item
 
 FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of two changes no digit
@@ -109,7 +110,11 @@ def attach(model, training: Training):
     quantize.quantize(model, method="bitsandbytes", bits=4, group_size=64, packed=True)
     config = LoraConfig(r=training.rank, lora_alpha=training.alpha, target_modules=TARGETS, lora_dropout=0.0)
     torch.manual_seed(training.seed)
-    tuned = get_peft_model(model, config)
+    model.is_loaded_in_4bit = True  # else peft asks torchao, too, and refuses the one that Kaggle's image has
+    try:
+        tuned = get_peft_model(model, config)
+    finally:
+        del model.is_loaded_in_4bit
     astray = [n for n, p in tuned.named_parameters() if p.requires_grad and "language_model" not in n]
     if astray:
         raise DermError(f"finetune: adapters outside the decoder, first {astray[0]}; check the target names")
@@ -124,13 +129,18 @@ def save_memory(model) -> None:
 def train(
     model, processor, items: Sequence[Item], images: np.ndarray, training: Training, *, checkpoint: Path, what: str
 ):
-    """QLoRA steps, going on from the checkpoint if there is one; returns the peft model, the curve and seconds."""
+    """QLoRA steps, going on from the checkpoint if there is one; the peft model, the curve, and {seconds, skipped}.
+
+    skipped: steps not taken since gradients were not finite; DermError for more than a tenth of all, or for all.
+    """
+    import pandas as pd
+
     tuned = attach(model, training)
     if model.device.type == "cuda":
         save_memory(model)
     weights = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=training.learning_rate, weight_decay=0.0)
-    done, curve, seconds = _resume(checkpoint, weights, optimizer)
+    done, curve, told = _resume(checkpoint, weights, optimizer)
     scale = FP16_SCALE if model.dtype == torch.float16 else 1
     tuned.train()
     for step in track(range(done, training.steps), what, total=training.steps - done):
@@ -146,14 +156,23 @@ def train(
             (scale * loss).backward()
             for weight in weights.values():
                 weight.grad.div_(scale)
-            norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            if norm.isfinite():  # half precision may overflow now and then
+            finite = bool(torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).isfinite())
+            if finite:  # half precision may overflow now and then
                 optimizer.step()
         curve.append((step, loss.item()))
-        seconds += time.perf_counter() - began
+        told["skipped"] += not finite
+        _check_skipped(told["skipped"], step + 1, training.steps, what)
+        told["seconds"] += time.perf_counter() - began
         if (step + 1) % training.checkpoint_every == 0 and step + 1 < training.steps:
-            _checkpoint(checkpoint, weights, optimizer, curve, seconds)
-    return tuned.eval(), pd.DataFrame(curve, columns=["step", "loss"]), seconds
+            _checkpoint(checkpoint, weights, optimizer, curve, told)
+    return tuned.eval(), pd.DataFrame(curve, columns=["step", "loss"]), told
+
+
+def _check_skipped(skipped: int, done: int, steps: int, what: str) -> None:
+    if skipped > max(9, steps / 10) or skipped == steps:
+        raise DermError(
+            f"{what}: gradients of {skipped} of {done} steps were not finite; set the learning rate lower and run again"
+        )
 
 
 def _schedule(step: int, steps: int, warmup: float = 0.05) -> float:
@@ -163,31 +182,32 @@ def _schedule(step: int, steps: int, warmup: float = 0.05) -> float:
     return 0.1 + 0.45 * (1 + np.cos(np.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _checkpoint(path: Path, weights: dict, optimizer, curve: list, seconds: float) -> None:
-    """Adapters and Adam's moments as safetensors, replaced at once."""
+def _checkpoint(path: Path, weights: dict, optimizer, curve: list, told: dict) -> None:
+    """Adapters and Adam's moments, if a step was taken, as safetensors, replaced at once."""
     tensors = {}
     for name, weight in weights.items():
         tensors[f"w.{name}"] = weight.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("exp_avg", "exp_avg_sq") if optimizer.state[weight] else ():
             tensors[f"{moment}.{name}"] = optimizer.state[weight][moment]
     draft = path.with_suffix(".part")
-    save_file(tensors, draft, metadata={"curve": json.dumps(curve), "seconds": str(seconds)})
+    save_file(tensors, draft, metadata={"curve": json.dumps(curve), "told": json.dumps(told)})
     draft.replace(path)
 
 
-def _resume(path: Path, weights: dict, optimizer) -> tuple[int, list, float]:
+def _resume(path: Path, weights: dict, optimizer) -> tuple[int, list, dict]:
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
-            told = file.metadata()
+            kept = {name: json.loads(text) for name, text in file.metadata().items()}
     except (FileNotFoundError, SafetensorError):  # none yet, or cut short by a power failure
-        return 0, [], 0.0
-    curve = [tuple(pair) for pair in json.loads(told["curve"])]
+        return 0, [], {"seconds": 0.0, "skipped": 0}
+    curve, told = [tuple(pair) for pair in kept["curve"]], kept["told"]
     for name, weight in weights.items():
         weight.data.copy_(tensors[f"w.{name}"])
-        moments = {m: tensors[f"{m}.{name}"].to(weight.device) for m in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[weight] = {"step": torch.tensor(float(len(curve))), **moments}
-    return len(curve), curve, float(told["seconds"])
+        if taken := len(curve) - told["skipped"]:
+            moments = {m: tensors[f"{m}.{name}"].to(weight.device) for m in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[weight] = {"step": torch.tensor(float(taken)), **moments}
+    return len(curve), curve, told
 
 
 def merge_adapter(model, folder: Path, step: dict, *, kept: tuple[int, ...], absent: tuple[str, ...] = ()) -> None:
@@ -239,10 +259,9 @@ def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
 
     torch.set_num_threads(1)
     dataset = load_dataset(data)
-    memory.reset_peak(job.device)
     model, processor = models.materialize(Recipe.from_json(job.recipe), store, job.device)
     planned = planned_peak(model, processor, dataset.of("train"), dataset.images, job.training)
-    tuned, curve, seconds = train(
+    tuned, curve, told = train(
         model, processor, dataset.of("train"), dataset.images, job.training,
         checkpoint=scratch / f"{job.variant}.safetensors", what=f"fine-tuning {job.variant}",
     )  # fmt: skip
@@ -252,12 +271,14 @@ def run(folder: Path, job: Job, *, data: Path, store, scratch: Path) -> None:
     config["base_model_name_or_path"] = Recipe.from_json(job.recipe).base  # not a path of this machine
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
     curve.to_parquet(folder / "curve.parquet", index=False)
-    told = {"seconds": seconds, "train_peak_gib": planned, "measured_peak_gib": memory.peak_gib(job.device)}
+    told |= {"train_peak_gib": planned, "measured_peak_gib": memory.peak_gib(job.device)}
     (scratch / f"{job.variant}.json").write_text(json.dumps(told))
 
 
 def plan(folder: Path, job: Job, *, scratch: Path) -> None:
     """What `run` leaves of a model without values: an adapter without tensors, no curve, the planned peak."""
+    import pandas as pd
+
     recipe, asked = Recipe.from_json(job.recipe), job.training
     folder.mkdir()
     save_file({}, folder / "adapter_model.safetensors")
@@ -318,11 +339,15 @@ def _run_one(job: Job, *, scratch: Path, **where) -> None:
 
 def read_curves(folder: Path, variants: Sequence[str]) -> pd.DataFrame:
     """Loss curves of fine-tunes kept as folder/<variant>: variant, step, loss."""
+    import pandas as pd
+
     frames = [pd.read_parquet(Path(folder) / v / "curve.parquet").assign(variant=v) for v in variants]
     return pd.concat(frames, ignore_index=True)[["variant", "step", "loss"]]
 
 
 def measured(scratch: Path, variants: Sequence[str]) -> pd.DataFrame:
     """Of fine-tunes: variant (as healed), seconds, train_peak_gib (planned), measured_peak_gib (CPU: the process's)."""
+    import pandas as pd
+
     rows = [{"variant": healed_name(v)} | json.loads((scratch / f"{v}.json").read_text()) for v in variants]
     return pd.DataFrame(rows).astype({"seconds": float})

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from derm_compress.errors import DermError
 from derm_compress.memory import OVERHEAD
 from derm_compress.recipes import Recipe, variant
+
+if TYPE_CHECKING:  # a machine that only rehearses may lack it
+    import pandas as pd
 
 SCALED = ("awq", "awq_nf4", "autoawq")  # methods whose scales are searched
 WIDTHS = {"bitsandbytes": (4,), "awq_nf4": (4,), "autoawq": (4,), "llm_int8": (8,)}  # of those that have one alone
@@ -112,6 +114,8 @@ def stored_as(step: dict, blocks: int) -> dict:
 
 def asked(sources: Iterable[str], names: Iterable[str], bits, group_size: int, *, label="", **options) -> pd.DataFrame:
     """What forms() gives, for every source: source, form, quantizer, step (JSON)."""
+    import pandas as pd
+
     found = forms(names, bits, group_size, label=label, **options)
     rows = [(s, form, quantizer_name(step, label), json.dumps(step)) for s in sources for form, step in found.items()]
     return pd.DataFrame(rows, columns=["source", "form", "quantizer", "step"])
@@ -122,6 +126,8 @@ def quantized(sources: pd.DataFrame, wanted: pd.DataFrame, ref: str) -> pd.DataF
 
     What needs a search takes its scales from `ref/<form>/<variant>.safetensors`, as evaluate.search_scales leaves them.
     """
+    import pandas as pd
+
     known, rows = sources.drop_duplicates("variant").set_index("variant"), []
     for row in wanted.itertuples():
         source, step = known.loc[row.source], json.loads(row.step)

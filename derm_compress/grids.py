@@ -138,7 +138,8 @@ class NF4Grid:
         kind = {"blocksize": self.group_size, "quant_type": "nf4", "compress_statistics": self.double}
         made = Linear4bit(linear.in_features, linear.out_features, bias=False, device="meta")
         weight = clipped(linear.weight.data, ends, self.group_size)
-        made.weight = Params4bit(weight, module=made, **kind).to(linear.weight.device)
+        made.weight = Params4bit(weight, **kind).to(linear.weight.device)
+        made.quant_state = made.weight.quant_state  # not by module=made: a cycle, which holds memory until gc runs
         made.bias, made.compute_dtype, made.compute_type_is_set = linear.bias, linear.weight.dtype, True
         # On AVX512-BF16 CPUs its first forward would repack the weight in place and compute in bfloat16:
         # other numbers, and no way to save them afterwards.

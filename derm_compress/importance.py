@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from derm_compress import models, prune
+from derm_compress import models, oom, prune
 from derm_compress.criteria import CRITERIA, Calibration, original_answers
 from derm_compress.errors import DermError
 from derm_compress.progress import track
@@ -42,23 +42,33 @@ def rows(ranking: Ranking, c: Calibration, units: Sequence[prune.Unit], *, journ
     c = dataclasses.replace(c, items=c.items[:1] if alike else c.items)
     wanted = list(itertools.product(units, [""] if alike else [item.id for item in c.items], how.questions))
     state = f"{ranking.base()} without {list(removed)}:"
-    missing = [key for key in wanted if f"{state} {key}" not in journal.done]
-    if missing:
-        parts = c.batches()  # the same ones whatever is missing: what stands beside an item may move a last digit
-        lack = [_lacking(missing, units, [""] if alike else [item.id for item in part]) for part in parts]
-        total = sum(len(todo) * len(part) for part, todo in zip(parts, lack, strict=True)) * len(how.questions)
-        each = zip(parts, lack, strict=True)
-        made = (_rows(how, dataclasses.replace(c, items=part), todo, removed) for part, todo in each if todo)
-        for row in track(itertools.chain.from_iterable(made), f"{ranking.base()}: results by unit and picture", total):
-            row |= {"item": ""} if alike else {}
-            if not math.isfinite(row["value"]):
-                raise DermError(
-                    f"ranking {ranking.name}: unit {row['unit']} gives {row['value']}; check the model's weights"
-                )
-            key = f"{state} {(row['unit'], row['item'], row.get('question', ''))}"
-            if key not in journal.done:
-                journal.add(key, row)
+
+    def fill(batch_size: int) -> None:
+        missing = [key for key in wanted if f"{state} {key}" not in journal.done]
+        if missing:
+            _fill(ranking, dataclasses.replace(c, batch_size=batch_size), missing, state, journal, units, removed)
+
+    oom.halved(fill, c.batch_size, f"ranking {ranking.name}")
     return pd.DataFrame([journal.done[f"{state} {key}"] for key in wanted])
+
+
+def _fill(ranking: Ranking, c: Calibration, missing: list[tuple], state: str, journal, units, removed) -> None:
+    """Puts the rows of units that lack a result for an item of a batch into the journal, batch by batch."""
+    how, alike = CRITERIA[ranking.criterion], not missing[0][1]
+    parts = c.batches()  # the same ones whatever is missing: what stands beside an item may move a last digit
+    lack = [_lacking(missing, units, [""] if alike else [item.id for item in part]) for part in parts]
+    total = sum(len(todo) * len(part) for part, todo in zip(parts, lack, strict=True)) * len(how.questions)
+    each = zip(parts, lack, strict=True)
+    made = (_rows(how, dataclasses.replace(c, items=part), todo, removed) for part, todo in each if todo)
+    for row in track(itertools.chain.from_iterable(made), f"{ranking.base()}: results by unit and picture", total):
+        row |= {"item": ""} if alike else {}
+        if not math.isfinite(row["value"]):
+            raise DermError(
+                f"ranking {ranking.name}: unit {row['unit']} gives {row['value']}; check the model's weights"
+            )
+        key = f"{state} {(row['unit'], row['item'], row.get('question', ''))}"
+        if key not in journal.done:
+            journal.add(key, row)
 
 
 def _lacking(missing: Sequence[tuple], units: Sequence[prune.Unit], items: Sequence[str]) -> list[prune.Unit]:
@@ -191,7 +201,11 @@ def whole_answers(ranking: Ranking, c: Calibration, journal) -> dict[tuple[str, 
     """The whole model's answers by (item, question), kept in the journal."""
     key = f"{ranking.base()}: answers of the whole model"
     if key not in journal.done:
-        told = original_answers(dataclasses.replace(c, text_only=ranking.text_only))
+        c = dataclasses.replace(c, text_only=ranking.text_only)
+        told = oom.halved(
+            lambda size: original_answers(dataclasses.replace(c, batch_size=size)),
+            c.batch_size, f"ranking {ranking.name}",
+        )  # fmt: skip
         journal.add(key, [[*asked, text] for asked, text in told.items()])
     return {(item, question): text for item, question, text in journal.done[key]}
 

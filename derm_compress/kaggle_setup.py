@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ INPUT, WORKING, SCRATCH = KAGGLE / "input", KAGGLE / "working", KAGGLE / "temp"
 DEEPEST = 7  # input/models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
 PICTURES = "Acne and Rosacea Photos"  # one of DermNet's folders
 PARAMS = "kaggle-t4"
-BLOCKS = 32  # of LLaVA-1.5-7B; fewer are what pruning leaves
+HOURS = 11.3  # of a session, as preflight.SESSION: Kaggle gives 12
+BLOCKS = int(os.environ.get("DERM_COMPRESS_BLOCKS", 32))  # of LLaVA-1.5-7B; fewer are what pruning leaves
 
 
 def folders(top: Path, depth: int = DEEPEST) -> Iterator[Path]:
@@ -92,6 +94,13 @@ def link(path: Path, target: Path | None) -> None:
         path.symlink_to(target, target_is_directory=True)
 
 
+def add_lines(source: str, target: str) -> None:
+    """Copies the whole lines of a file; a file that is there keeps its own."""
+    held = [path.read_bytes() for path in (Path(source), Path(target)) if path.exists()]
+    lines = [line for text in held for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+    Path(target).write_bytes(b"".join(dict.fromkeys(lines)))
+
+
 def lay_out(root: Path) -> dict[str, str]:
     """The project folder on scratch space, linked to what is mounted and to what is saved; what was found."""
     for name in ("notebooks", "params"):
@@ -103,12 +112,33 @@ def lay_out(root: Path) -> dict[str, str]:
     link(root / "data" / "dermnet", pictures)
     link(root / "llava-hf" / "llava-1.5-7b-hf", model)
     for artifacts in earlier:  # which run made what, and what judges said: small
-        for name in ("runs", "judged"):
+        for name, copy in (("runs", shutil.copy2), ("judged", add_lines)):
             if (artifacts / name).is_dir():
-                shutil.copytree(artifacts / name, WORKING / "artifacts" / name, dirs_exist_ok=True)
+                where = WORKING / "artifacts" / name
+                shutil.copytree(artifacts / name, where, dirs_exist_ok=True, copy_function=copy)
     os.environ["DERM_COMPRESS_STORES"] = os.pathsep.join(str(artifacts / "store") for artifacts in earlier)
     found = {"DermNet": pictures or "not attached", "model": model or "from the hub"}
     return {name: str(path) for name, path in found.items()} | {"earlier": f"{len(earlier)} folders of artifacts"}
+
+
+def age() -> float:
+    """Seconds since this process began; 0 where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def end_after(hours: float) -> None:
+    """Ends the cell that runs so long after this process began, by sys.exit(0): no failure to papermill."""
+
+    def end(*_) -> None:
+        print(f"OUT OF TIME after {hours:g} hours: what is kept is saved; attach it and go on from there", flush=True)
+        sys.exit(0)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, 3600 * hours - age()))
 
 
 def main() -> None:
@@ -130,6 +160,8 @@ def main() -> None:
         "saved in": str(WORKING),
     }
     print("\n".join(f"{name:10}  {value}" for name, value in told.items()), flush=True)
+    if "ipykernel" in sys.modules:  # a notebook; the study as a script has its own limit
+        end_after(HOURS)
 
 
 if __name__ == "__main__":

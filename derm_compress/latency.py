@@ -7,51 +7,77 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
 from derm_compress import memory, models, packed
+from derm_compress.artifacts import Journal
 from derm_compress.errors import DermError
 from derm_compress.progress import track
 from derm_compress.recipes import Recipe
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from derm_compress.data import Item
 
 
 def of_variants(
     variants: pd.DataFrame, store, items: Sequence[Item], images: np.ndarray, *, device: str,
-    batches: Sequence[int] = (1,), **how,
+    batches: Sequence[int] = (1,), journal: Journal | None = None, **how,
 ) -> pd.DataFrame:  # fmt: skip
     """One row a variant and batch, batch 1 first: milliseconds, memory and the floor of decoding with packed weights.
 
     how: new_tokens, repeats, warmup as in measure_latency. Columns beside its own: weights_gib, read_mib (what a step
     reads), bandwidth_gb_s (of the device, measured here), floor_ms, times_floor, packed.kernel_share's, and
-    memory.resident_gib's.
+    memory.resident_gib's. Batches that exceed a GPU's memory have no row. The journal keeps what was measured of each
+    variant.
     """
+    import pandas as pd  # a machine that only rehearses may lack it
+
     if device == models.META:
         return pd.DataFrame(columns=["variant"])
+    journal = journal or Journal()
+    if "bandwidth" not in journal.done:
+        journal.add("bandwidth", bandwidth(device))
+    for row in track(list(variants.itertuples()), "latency measured"):
+        if row.variant not in journal.done:
+            asked = {"device": device, "batches": sorted({1, *batches}), "speed": journal.done["bandwidth"]}
+            told = _of_variant(row.recipe, row.variant, store, items, images, **asked, **how)
+            journal.add(row.variant, told)
+    rows = [{"variant": name} | told for name in variants.variant for told in journal.done[name]]
+    return pd.DataFrame(rows, columns=None if rows else ["variant"])
+
+
+def _of_variant(recipe: str, name: str, store, items, images, *, device, batches, speed: float, **how) -> list[dict]:
+    """A variant's rows; the largest batches may be missing."""
     from derm_compress import generate  # data needs scipy, which a machine that only rehearses may lack
 
-    rows, speed = [], bandwidth(device)
-    for row in track(list(variants.itertuples()), "latency measured"):
-        model, processor = models.materialize(Recipe.from_json(row.recipe), store, device, packed=True)
-        stored = memory.tensor_gib(model)  # before a kernel lays codes out anew and keeps steps beside them
-        for batch in sorted({1, *batches}):
-            memory.reset_peak(device)
-            rows_of = [items[i % len(items)].row for i in range(batch)]
-            texts = [generate.prompt(processor, "features")] * batch
+    model, processor = models.materialize(Recipe.from_json(recipe), store, device, packed=True)
+    stored, rows = memory.tensor_gib(model), []  # before a kernel lays codes out anew and keeps steps beside them
+    for batch in batches:
+        memory.reset_peak(device)
+        rows_of = [items[i % len(items)].row for i in range(batch)]
+        texts = [generate.prompt(processor, "features")] * batch
+        try:
             inputs = generate.prepare(processor, texts, images[rows_of], model.device)
             told = measure_latency(model, inputs, **how) | memory.resident_gib(device)
-            read = read_bytes(model, batch=batch, tokens=told["prompt_tokens"] + told["new_tokens"] / 2)
-            floor = 1000 * read / speed
-            told |= {"gpu": torch.cuda.get_device_name(device)} if str(device).startswith("cuda") else {}
-            told |= {"read_mib": read / 2**20, "bandwidth_gb_s": speed / 1e9, "floor_ms": floor}
-            told |= {"times_floor": told["decode_ms_per_token"] / floor, "kernel_share": packed.kernel_share(model)}
-            rows.append({"variant": row.variant, "weights_gib": stored} | told)
-        models.let_go(model)
-    return pd.DataFrame(rows)
+        except torch.OutOfMemoryError:
+            print(f"latency of {name}: out of GPU memory with {batch} at once; not measured", flush=True)
+            break
+        told |= {"gpu": torch.cuda.get_device_name(device)} if str(device).startswith("cuda") else {}
+        told |= floor(model, told, speed)
+        rows.append({"weights_gib": stored} | told)
+    models.let_go(model)
+    return rows
+
+
+def floor(model, told: dict, speed: float) -> dict:
+    """What a step of measure_latency's reads, and how far its time is above that at `speed` bytes a second."""
+    read = read_bytes(model, batch=told["batch"], tokens=told["prompt_tokens"] + told["new_tokens"] / 2)
+    found = {"read_mib": read / 2**20, "bandwidth_gb_s": speed / 1e9, "floor_ms": 1000 * read / speed}
+    found["kernel_share"] = packed.kernel_share(model)
+    return found | {"times_floor": told["decode_ms_per_token"] / found["floor_ms"]}
 
 
 @torch.inference_mode()

@@ -4,15 +4,19 @@ Plans are GiB by component and need no torch; `architecture` counts on the meta 
 weights. They hold tensors only: a GPU's context and its allocator's slack come on top.
 """
 
+from __future__ import annotations
+
 import contextlib
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from derm_compress.errors import DermError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GIB = 2**30
 FP16, FP32 = 2, 4  # bytes
@@ -241,6 +245,8 @@ def plan_variants(variants: pd.DataFrame, arch: Architecture, arch_7b: Architect
     `blocks_removed_7b` is the same fraction of arch_7b's blocks, rounded.
     asked: batch, prompt_tokens, new_tokens as in plan_peak.
     """
+    import pandas as pd
+
     rows = []
     for row in variants.to_dict("records"):
         planned, removed = {"variant": row["variant"]}, {key: int(row.get(key, 0)) for key in REMOVED}

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -14,10 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
-from derm_compress import cards, memory
+from derm_compress import memory
 from derm_compress.artifacts import atomic
 from derm_compress.errors import DermError
 from derm_compress.recipes import Recipe
+
+if TYPE_CHECKING:
+    from derm_compress import cards
 
 TINY = Path(__file__).parent / "tiny_llava"
 PICO_BLOCKS = 8
@@ -244,6 +248,7 @@ def materialize(
     """Make the variant of a recipe; `store.resolve(ref)` finds adapter and scale files. Merged, never left as LoRA."""
     from derm_compress import finetune, prune, quantize
 
+    memory.reset_peak(device)  # a GPU has room for one model, and none for what is left of the last
     model, processor = load_base(recipe.base, device, dtype)
     if (found := fingerprint(model)) != recipe.fingerprint:
         raise DermError(f"model {recipe.base}: fingerprint {found}, but the recipe was made for {recipe.fingerprint}")
@@ -300,6 +305,8 @@ def write_folder(
     path: Path, model, processor, recipe: Recipe, *, packed: bool = False, known=None, half: bool = False
 ) -> Path:
     """A model folder of what a recipe has made, with its card; whole or not at all."""
+    from derm_compress import cards  # scores need pandas, which a machine that only rehearses may lack
+
     with atomic(path) as draft:
         draft.mkdir()
         _save(model, draft, packed)

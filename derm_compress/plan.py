@@ -51,6 +51,11 @@ class Plan:
         mounted = filter(None, os.environ.get("DERM_COMPRESS_STORES", "").split(os.pathsep))
         return Store(self.artifacts / "store", [Path(root) for root in mounted])
 
+    def adopt(self) -> None:
+        """Copies what mounted stores have of this run: its own store is then all that the next session needs."""
+        for stage, key in self.keys.items():
+            self.store.adopt(stage, key)
+
     @cached_property
     def graph(self) -> dict[str, tuple[str, ...]]:
         return graph(self.notebooks)

@@ -18,10 +18,12 @@ from derm_compress.memory import CONVERSATION, FP16, FP32, GIB, Architecture
 from derm_compress.rankings import CALIBRATED, Ranking, rankings
 
 PROMPT, ANSWER = 24, 60  # tokens beside a picture's: of a question, an answer
+ENDLESS = 0.04  # share of answers that go on to max_new_tokens; their whole batch waits, half of all batches of 16
 LOADING = 0.5e9  # bytes a second, from disk to the GPU
 PICTURES = 15  # photographs a second, read and compared
 FP32_FLOPS = 8.1e12  # a second, of a T4: statistics of a quantizer's search are summed in fp32
 SEARCH = 29_000  # tokens whose sums cost as much as a group's search: 6.3 s at 51 TFLOP/s (reports/gpu-rehearsal)
+WARMUP = 3  # runs before those that latency counts
 CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: 14.2 of the 14.74 that a T4 reports are left
 GROUPED = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")  # one of each that share inputs
 TAP = 32  # bytes alive for each value of a projection whose statistics are summed
@@ -91,7 +93,11 @@ class Costs:
     def answers(self, pictures: int) -> float:
         """Seconds of one model's answers to all questions about so many pictures."""
         batch, n, tokens = self.p["batch_size"], self.kinds * pictures, self.arch.image_tokens + PROMPT
-        step = cost.decode_seconds(self.arch, self.device, batch=batch, tokens=self.answer_tokens, before=tokens)
+        endless = 1 - (1 - ENDLESS) ** min(batch, n)
+        step = sum(
+            share * cost.decode_seconds(self.arch, self.device, batch=batch, tokens=length, before=tokens)
+            for share, length in ((1 - endless, self.answer_tokens), (endless, self.p["max_new_tokens"]))
+        )
         return n * cost.prefill_seconds(self.arch, self.device, tokens=tokens) + math.ceil(n / batch) * step
 
     def answering(self, batch: int) -> float:
@@ -102,9 +108,27 @@ class Costs:
         shared = sum(plan[part] for part in ("decoder_linears", "block_norms", "kv_cache"))
         return alone - shared * (1 - 1 / self.gpus) - plan["head"] * (self.gpus > 1)
 
-    def alone(self, batch: int) -> float:
-        """The same where one GPU does it all."""
-        return Costs(self.p, self.arch, self.device).answering(batch)
+    def timing(self, batch: int) -> float:
+        """GiB while latency is measured, which one GPU does alone."""
+        sizes = {"prompt_tokens": PROMPT, "new_tokens": self.p["latency_tokens"]}
+        return sum(memory.plan_peak(self.arch, batch=batch, **sizes).values())
+
+    @property
+    def timed(self) -> tuple[int, int]:
+        """Variants of evaluate.table_variants: in fp16 or NF4, and of integers, which a T4 has no kernel for."""
+        four = set(self.p["methods"]) if 4 in self.p["bits"] else set()
+        return 4 + ("bitsandbytes" in four), (3 + self.rival) * ("awq" in four) + len(four & {"rtn", "rtn_symmetric"})
+
+    def measuring(self) -> float:
+        """Seconds of all latencies."""
+        arch, new, before = self.arch, self.p["latency_tokens"], self.arch.image_tokens + PROMPT
+        (ready, integers), runs, taken = self.timed, WARMUP + self.p["latency_repeats"], 0.0
+        for batch in {1, *self.p["latency_batches"]}:
+            read = cost.prefill_seconds(arch, self.device, tokens=before, batch=batch)
+            written = cost.decode_seconds(arch, self.device, batch=batch, tokens=new, before=before)
+            decoded = new * cost.unpacking_seconds(arch, self.device)
+            taken += runs * ((ready + integers) * (read + written) + integers * decoded)
+        return taken
 
     def readings(self, prompts: int) -> float:
         tokens = self.arch.image_tokens + PROMPT + ANSWER
@@ -144,12 +168,14 @@ class Costs:
         arch, plan = self.arch, memory.plan_weights(self.arch)
         around = sum(plan[part] for part in ("vision_tower", "projector", "embedding"))
         block = plan["decoder_linears"] / arch.blocks
-        prompts = self.kinds * self.p["quantization_items"]
         widths = [arch.linears[name][1] for name in GROUPED if name in arch.linears]
         sums = FP32 * (2 * max(widths) ** 2 + sum(width**2 for width in widths))
-        waiting = FP16 * self.tokens(prompts) * arch.hidden
         held = FP32 * self.tokens(batch) * (max(widths) + 4 * arch.hidden) + FP16 * batch * arch.tower_values
-        return around + 4 * block + (sums + waiting + held) / GIB
+        return around + 4 * block + (sums + self.waiting() + held) / GIB
+
+    def waiting(self) -> int:
+        """Bytes of one model's hidden states between two blocks: of memory or, with a scratch folder, of disk."""
+        return FP16 * self.tokens(self.kinds * self.p["quantization_items"]) * self.arch.hidden
 
     def search(self) -> float:
         """Seconds of one model's calibration and search: H = X^T X of each group, and errors by H, in fp32."""
@@ -206,7 +232,7 @@ class Costs:
         tuned += [0, deep[0]] * (p["sft_seeds"] - 1)
         rivals, wide = len(p["rankings"]) - 1, len(p["rival_depths"])
         own, dev = 1 + len(p["depths"]), p["n_dev"] or min(64, p["n_train"])
-        sources, judged = 4 + self.rival, 10 + self.rival
+        sources, judged = 4 + self.rival, sum(self.timed)
         asked, common = forms.forms(p["methods"], p["bits"], p["group_size"]), set(p["methods"]) & set(forms.COMMON)
         rounded = 3 * len(asked) + (sources - 3) * len(common)
         sft = sum(self.fine_tune(p["sft_steps"], p["sft_batch"], n) for n in tuned)
@@ -243,7 +269,8 @@ class Costs:
             ),
             Step(
                 "07_quantization", "search", sources * (self.load() + self.search()), self.calibrating,
-                "quantization_batch", p["quantization_batch"], sources * FP32 * self.arch.blocks * 5 * self.arch.hidden,
+                "quantization_batch", p["quantization_batch"],
+                sources * FP32 * self.arch.blocks * 5 * self.arch.hidden + self.waiting(),
             ),
             Step(
                 "07_quantization", "errors",
@@ -252,7 +279,10 @@ class Costs:
             ),
             Step("07_quantization", "answers", self.load(rounded) + rounded * self.answers(test), **answer),
             Step("08_evaluation", "answers", self.load(judged + 2) + (judged + 2) * late, **answer),
-            Step("08_evaluation", "latency", self.load(judged), lambda _: self.alone(1)),
+            Step(
+                "08_evaluation", "latency", self.load(judged) + self.measuring(), self.timing, "latency_batches",
+                max(1, *p["latency_batches"]),
+            ),
         ]  # fmt: skip
 
 
@@ -301,7 +331,8 @@ def faults(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> list[str]:
         if gib > machine.gib:
             fits = [batch for batch in range(1, step.batch) if step.gib(batch) <= machine.gib]
             least = "leave it out of rankings, or " * (step.parameter == "importance_batch")
-            change = f"set {step.parameter}: {fits[-1]}" if fits else f"{least}take a smaller model or a larger GPU"
+            most = fits and ([fits[-1]] if isinstance(p[step.parameter], list) else fits[-1])
+            change = f"set {step.parameter}: {most}" if fits else f"{least}take a smaller model or a larger GPU"
             said.append(f"{step.stage}, {step.what}: {gib:.1f} GiB of {machine.gib:g} on one GPU; {change}")
         if step.gpus > machine.gpus and sum(memory.plan_weights(arch).values()) > machine.gib / 2:
             said.append(f"{step.stage}, {step.what}: two models at once need two GPUs; take a machine that has them")

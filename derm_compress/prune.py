@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
 from derm_compress import models
 from derm_compress.errors import DermError
 from derm_compress.recipes import paper_depth
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PAPER_DEPTHS = {"operating": 6, "deeper": 9}  # of 32 blocks
 SUBLAYERS = ("attention", "mlp")  # of a block, in the order of their use

@@ -12,10 +12,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from derm_compress.errors import DermError
+
+if TYPE_CHECKING:  # a machine that only rehearses may lack it
+    import pandas as pd
 
 ORIGINAL, HEALED = "original", "+sft"
 
@@ -85,6 +87,8 @@ def pruned(original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequ
 
     The first plan is the study's own and names its variants plainly. Depths count a plan's units.
     """
+    import pandas as pd
+
     rows = [variant(ORIGINAL, original)]
     for i, plan in enumerate(plans):
         for n in (n for n in (rival if i else depths) if n <= plan.most):
@@ -106,6 +110,8 @@ def to_heal(known: pd.DataFrame, choice: dict, *, depths: Sequence[int] = (), se
     Adds `sft_seed` (0 for the first) and `adapter`, the name of the folder to train into. DermError where stage 04 has
     no model of a depth.
     """
+    import pandas as pd
+
     role, blocks = roles(choice), Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
     names = [name for name in role.values() if name in set(known.variant)]
     names += [f"pruned-{paper_depth(n, blocks)}" for n in depths]
@@ -124,6 +130,8 @@ def healed_name(adapter: str) -> str:
 
 def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
     """The variants of to_heal() after SFT: `adapters/<adapter>` under the stage's reference `ref`."""
+    import pandas as pd
+
     rows = []
     for row in sources.to_dict("records"):
         folder, known = row["adapter"], {key: row[key] for key in ("criterion", "sft_seed")}
@@ -142,6 +150,8 @@ def named(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
 
 def read_variants(*folders: Path) -> pd.DataFrame:
     """The variants of several stages in one frame."""
+    import pandas as pd
+
     frames = [pd.read_parquet(Path(folder) / "variants.parquet") for folder in folders]
     return pd.concat(frames, ignore_index=True).drop_duplicates("variant", ignore_index=True)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
-
-import pandas as pd
+from types import SimpleNamespace
 
 from derm_compress.artifacts import atomic, read_json, write_json
 
@@ -49,9 +50,9 @@ TOPICS = {
 def write(folder: Path, where: dict, steps: dict[str, dict]) -> None:
     """README.md, rehearsal.json and rehearsal.csv in the folder, from what the steps left."""
     steps = {step: steps[step] for step in TOPICS if step in steps}
-    rows = frame(steps)
+    rows = listed(steps)
     write_json(folder / "rehearsal.json", {"where": where, "steps": steps})
-    for name, text in (("rehearsal.csv", rows.to_csv(index=False)), ("README.md", page(where, steps, rows))):
+    for name, text in (("rehearsal.csv", as_csv(rows)), ("README.md", page(where, steps, rows))):
         with atomic(folder / name) as part:
             part.write_text(text, encoding="utf-8")
 
@@ -62,47 +63,61 @@ def again(folder: Path) -> None:
     write(folder, told["where"], told["steps"])
 
 
-def frame(steps: dict[str, dict]) -> pd.DataFrame:
-    """All rows in one tidy frame; ratio = measured / planned."""
-    rows = pd.DataFrame([row for told in steps.values() for row in told["rows"]], columns=COLUMNS[:-1])
-    measured, planned = (pd.to_numeric(rows[name]) for name in ("measured", "planned"))
-    return rows.assign(ratio=measured / planned)
+def listed(steps: dict[str, dict]) -> list[SimpleNamespace]:
+    """All rows, tidy, as COLUMNS; ratio = measured / planned, None where one of them is unknown."""
+    rows = [SimpleNamespace(**row) for told in steps.values() for row in told["rows"]]
+    for row in rows:
+        known = row.measured is not None and row.planned
+        row.ratio = row.measured / row.planned if known else None
+    return rows
 
 
-def page(where: dict, steps: dict[str, dict], rows: pd.DataFrame) -> str:
+def as_csv(rows: list[SimpleNamespace]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        values = (getattr(row, name) for name in COLUMNS)
+        writer.writerow(float(value) if isinstance(value, int) else value for value in values)
+    return text.getvalue()
+
+
+def page(where: dict, steps: dict[str, dict], rows: list[SimpleNamespace]) -> str:
     """The page in Markdown."""
     parts = [f"# Rehearsal of {'LLaVA-1.5-7B' if where['shapes'] == '7b' else 'a small LLaVA'} on {where['device']}"]
     parts += ["**What do the 7B shapes cost on a real GPU, and do the plans of `derm_compress.memory` hold?**"]
-    parts += ["## Findings", bullets(findings(rows.dropna(subset="measured")))]
+    known = [row for row in rows if row.measured is not None]
+    parts += ["## Findings", bullets(findings(known))]
     for step, told in steps.items():
         title, about = TOPICS[step]
-        parts += [f"## {title}", f"{about.format(**where)} ({told['seconds']:.0f} s.)", table(rows[rows.step == step])]
-    parts += ["## Where plans and measurements part", bullets(gaps(rows.dropna(subset="measured")))]
+        parts += [f"## {title}", f"{about.format(**where)} ({told['seconds']:.0f} s.)"]
+        parts += [table([row for row in rows if row.step == step])]
+    parts += ["## Where plans and measurements part", bullets(gaps(known))]
     parts += ["## Skipped", bullets(skipped(steps)), "## Limits", bullets(limits(where))]
     parts += ["## Provenance", provenance(where, steps)]
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows: pd.DataFrame) -> str:
+def table(rows: list[SimpleNamespace]) -> str:
     """A line a variant; a cell is "measured of planned (ratio)" where there is a plan."""
-    heads = dict.fromkeys(f"{row.quantity}, {row.unit}".strip(", ") for row in rows.itertuples())
+    heads = dict.fromkeys(f"{row.quantity}, {row.unit}".strip(", ") for row in rows)
     lines = [f"| variant | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
-    for variant, group in rows.groupby("variant", sort=False):
-        cells = " | ".join(cell(row) for row in group.itertuples())
+    for variant in dict.fromkeys(row.variant for row in rows):
+        cells = " | ".join(cell(row) for row in rows if row.variant == variant)
         lines.append(f"| {variant} | {cells} |")
     return "\n".join(lines)
 
 
 def cell(row) -> str:
-    if pd.isna(row.planned):
+    if row.planned is None:
         return number(row.measured)
-    ratio = "" if pd.isna(row.ratio) else f" ({row.ratio:.2f})"
+    ratio = "" if row.ratio is None else f" ({row.ratio:.2f})"
     return f"{number(row.measured)} of {number(row.planned)}{ratio}"
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """About three digits; whole above a thousand, a dash where it is unknown."""
-    if pd.isna(value):
+    if value is None:
         return "–"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3g}"
 
@@ -112,99 +127,101 @@ def bullets(sentences: list[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences if sentence) or "Nothing."
 
 
-def findings(rows: pd.DataFrame) -> list[str]:
+def findings(rows: list[SimpleNamespace]) -> list[str]:
     """What the measured rows say; what was not measured is not spoken of."""
     forms = [quantized(rows, form) for form in ("NF4", "packed W4")]
     return [weights(rows), peaks(rows), fitting(rows), decoding(rows), *forms, training(rows), awq(rows), drafts(rows)]
 
 
-def gaps(rows: pd.DataFrame) -> list[str]:
+def gaps(rows: list[SimpleNamespace]) -> list[str]:
     """Why a ratio is not 1: times above their floors, peaks beside their plans."""
     return [launching(rows), unpacking(rows), workspace(rows), FP32_SEARCH * bool(len(pick(rows, "awq", SEARCH)))]
 
 
-def pick(rows: pd.DataFrame, step: str, quantity: str, *words: str) -> pd.DataFrame:
+def pick(rows: list[SimpleNamespace], step: str, quantity: str, *words: str) -> dict[str, SimpleNamespace]:
     """Rows of one quantity whose variant has all the words, by variant: unpruned before pruned."""
-    found = rows[(rows.step == step) & (rows.quantity == quantity)].set_index("variant")
-    return found.loc[[variant for variant in found.index if set(words) <= set(variant.split(", "))]]
+    found = {row.variant: row for row in rows if (row.step, row.quantity) == (step, quantity)}
+    return {variant: row for variant, row in found.items() if set(words) <= set(variant.split(", "))}
 
 
-def weights(rows: pd.DataFrame) -> str:
-    off = (pick(rows, "weights", "weights").ratio - 1).abs()
-    return (
-        f"The fp16 weights take what is planned, within {max(off.max(), 1e-4):.2%} at {len(off)} depths."
-        if len(off)
-        else ""
-    )
+def measured(rows: list[SimpleNamespace], *what: str) -> list[float]:
+    """As pick, the numbers alone."""
+    return [row.measured for row in pick(rows, *what).values()]
 
 
-def peaks(rows: pd.DataFrame) -> str:
+def weights(rows: list[SimpleNamespace]) -> str:
+    off = [abs(row.ratio - 1) for row in pick(rows, "weights", "weights").values()]
+    return f"The fp16 weights take what is planned, within {max(*off, 1e-4):.2%} at {len(off)} depths." if off else ""
+
+
+def peaks(rows: list[SimpleNamespace]) -> str:
     spans = []
     for step, what in (("generate", "answering"), ("training", "training")):
-        ratio = pick(rows, step, "peak").ratio
-        spans += [f"{ratio.min():.2f} to {ratio.max():.2f} times its plan when {what}"] if len(ratio) else []
+        ratio = [row.ratio for row in pick(rows, step, "peak").values()]
+        spans += [f"{min(ratio):.2f} to {max(ratio):.2f} times its plan when {what}"] if ratio else []
     return f"Peak memory is {' and '.join(spans)}." if spans else ""
 
 
-def fitting(rows: pd.DataFrame) -> str:
+def fitting(rows: list[SimpleNamespace]) -> str:
     """Which peaks a T4 has no room for."""
-    peak = pd.concat([pick(rows, "generate", "peak"), pick(rows, "training", "peak").add_prefix("training ", axis=0)])
-    large = "; ".join(peak.index[peak.measured > T4_GIB])
+    peak = pick(rows, "generate", "peak")
+    peak |= {f"training {variant}": row for variant, row in pick(rows, "training", "peak").items()}
+    large = "; ".join(variant for variant, row in peak.items() if row.measured > T4_GIB)
     return f"A T4, with room for {T4_GIB} GiB, would hold all but: {large}." if large else ""
 
 
-def decoding(rows: pd.DataFrame) -> str:
-    one, eight = (pick(rows, "generate", "decode", "fp16", f"batch {batch}") for batch in (1, 8))
+def decoding(rows: list[SimpleNamespace]) -> str:
+    one, eight = (list(pick(rows, "generate", "decode", "fp16", f"batch {n}").values()) for n in (1, 8))
     if len(one) < 2 or len(eight) < 2:
         return ""
-    whole, pruned = one.measured.iloc[[0, -1]]
+    whole, pruned = one[0].measured, one[-1].measured
     saved = (
         f"with six blocks fewer {pruned:.1f} ms ({abs(1 - pruned / whole):.0%} {'less' if pruned < whole else 'more'})"
     )
     return (
-        f"A step of decoding in fp16 takes {whole:.1f} ms at batch 1, {one.ratio.iloc[0]:.1f} times its floor, and "
-        f"{eight.measured.iloc[0]:.1f} ms at batch 8; {saved}."
+        f"A step of decoding in fp16 takes {whole:.1f} ms at batch 1, {one[0].ratio:.1f} times its floor, and "
+        f"{eight[0].measured:.1f} ms at batch 8; {saved}."
     )
 
 
-def quantized(rows: pd.DataFrame, form: str) -> str:
-    pairs = [[pick(rows, "generate", q, f, "batch 1").measured for f in ("fp16", form)] for q in ("peak", "decode")]
-    if not all(len(found) for pair in pairs for found in pair):
+def quantized(rows: list[SimpleNamespace], form: str) -> str:
+    pairs = [[measured(rows, "generate", q, f, "batch 1") for f in ("fp16", form)] for q in ("peak", "decode")]
+    if not all(found for pair in pairs for found in pair):
         return ""
-    (wide, narrow), (fast, slow) = [[found.iloc[0] for found in pair] for pair in pairs]
+    (wide, narrow), (fast, slow) = [[found[0] for found in pair] for pair in pairs]
     name, taken = form[0].upper() + form[1:], f"a token taking {slow / fast:.1f} times as long"
     return f"{name} answers in {narrow:.1f} GiB instead of {wide:.1f}, {taken}."
 
 
-def training(rows: pd.DataFrame) -> str:
-    peak, step = (pick(rows, "training", quantity, "batch 4").measured for quantity in ("peak", "step"))
-    plain = next((v for v in peak.index if f"{v}, checkpointing" in peak.index), None)
+def training(rows: list[SimpleNamespace]) -> str:
+    peak, step = (pick(rows, "training", quantity, "batch 4") for quantity in ("peak", "step"))
+    plain = next((v for v in peak if f"{v}, checkpointing" in peak), None)
     if plain is None:
         return ""
     again = f"{plain}, checkpointing"
     return (
-        f"Training ({plain}) peaks at {peak[plain]:.1f} GiB; checkpointing takes it to {peak[again]:.1f} GiB for "
-        f"{step[again] / step[plain] - 1:.0%} more time a step."
+        f"Training ({plain}) peaks at {peak[plain].measured:.1f} GiB; checkpointing takes it to "
+        f"{peak[again].measured:.1f} GiB for {step[again].measured / step[plain].measured - 1:.0%} more time a step."
     )
 
 
-def awq(rows: pd.DataFrame) -> str:
-    each = [pick(rows, "awq", f"{what} of a block").measured for what in ("calibration", "search", "statistics")]
-    whole = pick(rows, "weights", "weights").index
-    if not (len(whole) and len(each[0])):
+def awq(rows: list[SimpleNamespace]) -> str:
+    each = [measured(rows, "awq", f"{what} of a block") for what in ("calibration", "search", "statistics")]
+    whole = [*pick(rows, "weights", "weights")]
+    if not (whole and each[0]):
         return ""
     blocks = int(whole[0].split()[1])
-    calibration, search = (number(blocks * found.iloc[0]) for found in each[:2])
-    held = f"; held together, their statistics take {blocks * each[2].iloc[0]:.1f} GiB" if len(each[2]) else ""
+    calibration, search = (number(blocks * found[0]) for found in each[:2])
+    held = f"; held together, their statistics take {blocks * each[2][0]:.1f} GiB" if each[2] else ""
     return f"At that pace AWQ calibrates {blocks} blocks in {calibration} s and searches them in {search} s{held}."
 
 
-def drafts(rows: pd.DataFrame) -> str:
-    found = pick(rows, "importance", "answering over verifying").measured
-    return f"Verifying a draft answer is {found.iloc[0]:.1f} times as fast as answering anew." if len(found) else ""
+def drafts(rows: list[SimpleNamespace]) -> str:
+    found = measured(rows, "importance", "answering over verifying")
+    return f"Verifying a draft answer is {found[0]:.1f} times as fast as answering anew." if found else ""
 
 
-def launching(rows: pd.DataFrame) -> str:
+def launching(rows: list[SimpleNamespace]) -> str:
     """How little times grow with the batch."""
     decode = [growth(rows, "generate", "decode", form, 8) for form in ("fp16", "NF4", "packed W4")]
     grown = ", ".join(filter(None, [*decode, growth(rows, "training", "step", "NF4", 4)]))
@@ -216,28 +233,28 @@ def launching(rows: pd.DataFrame) -> str:
     )
 
 
-def growth(rows: pd.DataFrame, step: str, quantity: str, form: str, many: int) -> str:
-    one, more = (pick(rows, step, quantity, form, f"batch {batch}").measured for batch in (1, many))
-    what = f"{many} take {more.iloc[0] / one.iloc[0]:.2f} times as long" if len(one) and len(more) else ""
+def growth(rows: list[SimpleNamespace], step: str, quantity: str, form: str, many: int) -> str:
+    one, more = (measured(rows, step, quantity, form, f"batch {batch}") for batch in (1, many))
+    what = f"{many} take {more[0] / one[0]:.2f} times as long" if one and more else ""
     return what and f"{what} ({quantity}, {form})"
 
 
-def unpacking(rows: pd.DataFrame) -> str:
+def unpacking(rows: list[SimpleNamespace]) -> str:
     """What packed weights add to a pass, whatever it computes."""
     told = []
     for quantity, what in (("decode", "a step of decoding"), ("prefill", "the prefill")):
-        fp16, packed = (pick(rows, "generate", quantity, form, "batch 1").measured for form in ("fp16", "packed W4"))
-        told += [f"{what} by {packed.iloc[0] - fp16.iloc[0]:+.1f} ms"] if len(fp16) and len(packed) else []
+        fp16, packed = (measured(rows, "generate", quantity, form, "batch 1") for form in ("fp16", "packed W4"))
+        told += [f"{what} by {packed[0] - fp16[0]:+.1f} ms"] if fp16 and packed else []
     return f"Packed W4 changes {' and '.join(told)} at batch 1." if told else ""
 
 
-def workspace(rows: pd.DataFrame) -> str:
+def workspace(rows: list[SimpleNamespace]) -> str:
     """Peaks of packed weights more than 5 % beside their plan."""
     both = pick(rows, "generate", "peak", "packed W4")
-    off = both[(both.ratio - 1).abs() > 0.05]
-    listed = "; ".join(f"{row.Index}: {row.measured - row.planned:+.2f} GiB" for row in off.itertuples())
+    off = {variant: row for variant, row in both.items() if abs(row.ratio - 1) > 0.05}
+    told = "; ".join(f"{variant}: {row.measured - row.planned:+.2f} GiB" for variant, row in off.items())
     why = "A kernel holds bfloat16 steps beside the scales; long prompts are multiplied by decoded weights."
-    return f"Peaks beside their plans: {listed}. {why}" if listed else ""
+    return f"Peaks beside their plans: {told}. {why}" if told else ""
 
 
 def skipped(steps: dict[str, dict]) -> list[str]:

@@ -71,6 +71,7 @@ def run_one(plan: Plan, stages, force: bool, note: dict) -> bool:
         raise DermError(f"run {plan.run} is going on in another process: wait for it, or give this one another name")
     try:
         note |= {"run": plan.run, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        plan.adopt()
         stale = outdated(plan, stages, force)
         todo = [stage for stage in stale if not borrow(plan, stage)]
         done = Execution(plan, todo).go()

@@ -88,7 +88,27 @@ def findings_latency(results: Results) -> list[str]:
         if more:
             gain = known.tokens_per_second[name, more[-1]] / known.tokens_per_second[name, 1]
             said.append(f"{name}: {more[-1]} prompts at once give {gain:.1f} times as many tokens a second as one.")
-    return said
+    return said + _decoded(known)
+
+
+def _decoded(known: pd.DataFrame) -> list[str]:
+    """Which packed weights no kernel of the device reads, and what that costs beside the unquantized source."""
+    decoded = known[known.reindex(columns=["kernel_share"]).kernel_share < 1]
+    if decoded.empty:
+        return []
+    one = decoded.xs(1, level="batch")
+    sources = {name: name.rpartition("|")[0] for name in one.index}
+    ratios = [
+        one.decode_ms_per_token[name] / known.decode_ms_per_token[source, 1]
+        for name, source in sources.items()
+        if (source, 1) in known.index
+    ]
+    spread = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (min(ratios), max(ratios)))) if ratios else ""
+    beside = f", {spread} times as long as unquantized" if ratios else ""
+    return [
+        f"No kernel of this device reads the integers of {joined(one.index)}: all their weights are decoded to 16 bits "
+        f"for every token{beside}. It says nothing of the method; bitsandbytes brings a kernel for NF4."
+    ]
 
 
 def findings_comparisons(results: Results) -> list[str]:

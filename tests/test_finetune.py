@@ -1,12 +1,15 @@
+import gc
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from derm_compress import data, dialogue, finetune, models, quantize
 from derm_compress.errors import DermError
@@ -67,6 +70,49 @@ def test_adapters_sit_on_the_decoder_alone_over_nf4(pico):
     assert counts["decoder"] == 56 and sum(counts.values()) == 56
 
 
+def test_an_old_torchao_beside_it_is_not_asked(pico, tmp_path, monkeypatch):
+    """peft refuses any below 0.16 as soon as a linear gets that far; Kaggle's image has 0.10."""
+    from peft import import_utils
+
+    told = tmp_path / "torchao-0.10.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n")
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    import_utils.is_torchao_available.cache_clear()
+    with pytest.raises(ImportError, match=r"torchao. Found version 0\.10"):
+        import_utils.is_torchao_available()
+    tuned = finetune.attach(pico[0], TRAINING)
+    tuned.save_pretrained(tmp_path / "adapter")
+    linear = models.linears(models.blocks(tuned.get_base_model())[0])["mlp.up_proj"]
+    assert type(linear).__module__ == "peft.tuners.lora.bnb" and not hasattr(pico[0], "is_loaded_in_4bit")
+
+
+def test_a_trained_model_is_gone_as_soon_as_it_is_let_go(dataset, tmp_path):
+    """On a GPU the next one is loaded at once, and both have no room."""
+    gc.collect()
+    gc.disable()
+    try:
+        tuned, _ = trained(dataset, tmp_path)
+        block = models.blocks(tuned.get_base_model())[0]
+        held = [weakref.ref(linear.base_layer.weight) for linear in models.linears(block).values()]
+        assert len(held) == 7 and all(ref() is not None for ref in held)
+        del tuned, block
+        assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()
+
+
+def test_a_gpu_is_emptied_before_a_model_is_loaded_on_it(recipe, store, monkeypatch):
+    seen = []
+    monkeypatch.setattr(models.memory, "reset_peak", seen.append)
+    monkeypatch.setattr(models, "load_base", lambda name, *where: seen.append(name))
+    with pytest.raises(TypeError):
+        models.materialize(recipe, store, "cuda")
+    assert seen == ["cuda", "pico"]
+
+
 def test_training_lowers_the_loss_and_is_repeatable(dataset, tmp_path):
     longer = finetune.Training(rank=8, alpha=16, learning_rate=1e-2, steps=12, batch_size=4, seed=0)
     _, one = trained(dataset, tmp_path, longer, "one")
@@ -96,6 +142,41 @@ def test_a_cut_training_goes_on_to_the_same_adapter(dataset, tmp_path, monkeypat
     assert resumed.equals(whole)
     files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+def overflowing(monkeypatch, steps):
+    """Gradients that are not finite at these steps."""
+    real, calls = torch.nn.utils.clip_grad_norm_, iter(range(10**6))
+
+    def clip(*words):
+        norm = real(*words)
+        return norm * torch.inf if next(calls) in steps else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+
+
+def test_steps_that_overflow_are_counted_and_a_checkpoint_needs_none(dataset, tmp_path, monkeypatch):
+    model, processor = models.load_base("pico")
+    where = {"checkpoint": tmp_path / "c", "what": "x"}
+    overflowing(monkeypatch, (0, 1))
+    _, curve, told = finetune.train(model, processor, dataset.of("train"), dataset.images, TRAINING, **where)
+    assert told["skipped"] == 2 and len(curve) == 4 and told["seconds"] > 0
+    assert not any(name.startswith("exp_avg") for name in load_file(tmp_path / "c"))  # of step 2: none was taken yet
+    overflowing(monkeypatch, ())
+    model, processor = models.load_base("pico")
+    _, again, told = finetune.train(model, processor, dataset.of("train"), dataset.images, TRAINING, **where)
+    assert told["skipped"] == 2 and again.equals(curve)
+
+
+def test_a_training_that_overflows_is_refused(dataset, tmp_path, monkeypatch):
+    overflowing(monkeypatch, range(100))
+    with pytest.raises(DermError, match="x: gradients of 4 of 4 steps were not finite; set the learning rate lower"):
+        trained(dataset, tmp_path, name="x")
+    finetune._check_skipped(9, 20, 50, "x")
+    finetune._check_skipped(100, 900, 1000, "x")
+    for skipped, steps in ((10, 50), (101, 1000)):
+        with pytest.raises(DermError, match="not finite"):
+            finetune._check_skipped(skipped, 900, steps, "x")
 
 
 def test_merged_equals_unmerged_on_the_unquantized_base(dataset, tmp_path, pico):
@@ -167,6 +248,7 @@ def test_jobs_run_side_by_side_and_are_kept(dataset, recipe, store, tmp_path):
     curves = finetune.read_curves(tmp_path / "out", ["original", "pruned-4"])
     assert curves.groupby("variant").size().to_dict() == {"original": 1, "pruned-4": 1}
     told = finetune.measured(scratch, ["original", "pruned-4"])
+    assert told.skipped.tolist() == [0, 0]
     assert told.variant.tolist() == ["original+sft", "pruned-4+sft"] and (told.measured_peak_gib > 0.1).all()
     small, smaller = told.train_peak_gib  # planned: tensors of a pico model, not the process
     assert 0.1 > small > smaller > 0

@@ -10,12 +10,26 @@ from pathlib import Path
 
 import pytest
 import toy
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from derm_compress import artifacts, kaggle, kaggle_setup, keys, params
+from derm_compress import artifacts, kaggle, kaggle_setup, keys, params, preflight
 from derm_compress.errors import DermError
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("01_data", "02_left", "03_right")
+
+# What pinned packages need and the image has, as Colab's of 2026-06 lists it, on which Kaggle's is built
+IMAGE = {
+    "aiohttp": "3.14.0", "beautifulsoup4": "4.13.5", "defusedxml": "0.7.1", "entrypoints": "0.4", "filelock": "3.29.0",
+    "fsspec": "2025.3.0", "httpx": "0.28.1", "jinja2": "3.1.6", "jupyter-client": "7.4.9", "jupyter-core": "5.9.1",
+    "markupsafe": "3.0.3", "nbformat": "5.10.4", "numpy": "2.0.2", "packaging": "26.2", "pandocfilters": "1.5.1",
+    "psutil": "5.9.5", "pygments": "2.20.0", "pyyaml": "6.0.3", "requests": "2.32.4", "scikit-learn": "1.6.1",
+    "scipy": "1.16.3", "tenacity": "9.1.4", "tinycss2": "1.4.0", "torch": "2.10.0", "tqdm": "4.67.3",
+    "traitlets": "5.7.1", "typer": "0.25.1", "typing-extensions": "4.15.0", "webencodings": "0.5.1",
+}  # fmt: skip
+# A running kernel holds its traitlets; nbclient asks for 5.13 and was seen to run notebooks with 5.7.1
+OLDER = {"traitlets"}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +56,29 @@ def test_nothing_that_the_image_pins_is_installed(built):
     for line in lines:
         name, _, version = line.partition("==")
         assert importlib.metadata.version(name) == version, name
+
+
+def needs(name, extra=""):
+    """Requirements of an installed package on the image: Linux, Python 3.12."""
+    image = {"python_version": "3.12", "python_full_version": "3.12.13", "sys_platform": "linux", "extra": extra}
+    image |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+    for line in importlib.metadata.requires(name) or ():
+        needed = Requirement(line)
+        if not needed.marker or needed.marker.evaluate(image):
+            yield needed
+            for part in needed.extras:
+                yield from set(needs(needed.name, part)) - set(needs(needed.name))
+
+
+def test_what_the_pinned_packages_need_is_pinned_or_on_the_image():
+    pinned = dict(line.split("==") for line in kaggle.pins(ROOT))
+    assert not set(pinned) & set(IMAGE)
+    for name in pinned:
+        for needed in needs(name):
+            other = canonicalize_name(needed.name)
+            assert other in pinned or other in IMAGE, f"{name} needs {needed}"
+            if other not in OLDER:
+                assert needed.specifier.contains((pinned | IMAGE)[other]), f"{name} needs {needed}"
 
 
 def test_kernels_say_machine_internet_and_inputs(built):
@@ -162,6 +199,30 @@ class TestMounted:
         store.commit("01_a", "k1", {})
         assert store.complete("01_a", "k1") and (below.own("01_a", "k1") / "x.json").read_text() == "2"
 
+    def test_what_is_adopted_stands_alone(self, stores):
+        store, below = stores
+        for path in below.root.rglob("*"):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        for stage, key in (("01_a", "k1"), ("02_b", "k2"), ("03_c", "none")):
+            store.adopt(stage, key)
+        alone = artifacts.Store(store.root)
+        assert alone.complete("01_a", "k1") and not alone.own("03_c", "none").exists()
+        folder, _ = alone.begin("02_b", "k2")
+        journal = artifacts.Journal(folder / "journal" / "j.jsonl")
+        journal.add("two", 2)
+        assert journal.done == {"one": 1, "two": 2}
+        for path in below.root.rglob("*"):
+            path.chmod(0o755)
+
+    def test_of_several_the_furthest_is_gone_on_with(self, stores, tmp_path):
+        further = artifacts.Store(tmp_path / "further", [tmp_path / "mounted"])
+        work, _ = further.begin("02_b", "k2")
+        artifacts.Journal(work / "journal" / "j.jsonl").add("two", 2)
+        for roots in (["mounted", "further"], ["further", "mounted"]):
+            store = artifacts.Store(tmp_path / f"own-{roots[0]}", [tmp_path / root for root in roots])
+            folder, _ = store.begin("02_b", "k2")
+            assert artifacts.Journal(folder / "journal" / "j.jsonl").done == {"one": 1, "two": 2}
+
     def test_it_cannot_be_forced_away(self, stores):
         with pytest.raises(DermError, match="detach"):
             stores[0].discard("01_a", "k1")
@@ -192,11 +253,56 @@ def test_a_packed_run_is_not_computed_again(packed, tmp_path):
     said = mounting(root, packed, "run", "params/tiny.yaml", "--list").stdout.splitlines()
     assert len(said) == 3 and all(line.endswith("cached") for line in said)
     assert mounting(root, packed, "run", "params/tiny.yaml").returncode == 0
-    assert not list((root / "artifacts" / "store").glob("0*/*/manifest.json"))
+    for manifest in (packed / "artifacts" / "store").glob("0*/*/manifest.json"):
+        assert (root / manifest.relative_to(packed)).read_bytes() == manifest.read_bytes()
     again = mounting(root, packed, "pack", "tiny", str(tmp_path / "again"))
     assert again.returncode == 0 and len(list((tmp_path / "again").rglob("manifest.json"))) == 3
     forced = mounting(root, packed, "run", "params/tiny.yaml", "--force")
     assert forced.returncode == 2 and "detach" in forced.stderr
+
+
+def test_the_last_of_three_sessions_needs_the_second_alone(tmp_path):
+    roots = [toy.project(tmp_path / name) for name in ("one", "two", "three")]
+    assert toy.call(roots[0], "run", "params/tiny.yaml", "--only", "01").returncode == 0
+    assert mounting(roots[1], roots[0], "run", "params/tiny.yaml", "--only", "02").returncode == 0
+    listed = mounting(roots[2], roots[1], "run", "params/tiny.yaml", "--list").stdout.splitlines()
+    assert [line.split()[-1] for line in listed] == ["cached", "cached", "compute"]
+    assert mounting(roots[2], roots[1], "run", "params/tiny.yaml").returncode == 0
+    stores = [sorted(root.glob("artifacts/store/0*/*/manifest.json")) for root in roots]
+    assert list(map(len, stores)) == [1, 2, 3]
+    assert len({found[0].read_bytes() for found in stores}) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms on this system")
+def test_out_of_hours_a_notebook_ends_and_is_no_failure(tmp_path):
+    start = "from derm_compress import kaggle_setup as k\nk.end_after((k.age() + 1) / 3600)"
+    cells = [toy.cell(text) for text in (start, "import time\ntime.sleep(60)", "print('never')")]
+    book, out = toy.notebook(tmp_path / "a.ipynb", *cells), tmp_path / "out.ipynb"
+    words = [sys.executable, "-m", "papermill", book, out, "-k", "python3", "--cwd", ROOT]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    told = [json.dumps(cell["outputs"]) for cell in json.loads(out.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert "OUT OF TIME" in told[1] and "SystemExit" in told[1] and "never" not in told[2]
+    assert kaggle_setup.HOURS == preflight.SESSION
+
+
+def test_the_study_out_of_hours_is_no_failure_and_says_so(built, tmp_path):
+    script = (built / "kernels" / "study" / "study.py").read_text()
+    (tmp_path / "input" / "data").mkdir(parents=True)
+    (tmp_path / "input" / "data" / "kaggle_setup.py").touch()
+    (tmp_path / "derm_compress.py").write_text("import os, sys; sys.exit(int(os.environ['CODE']))")
+    for code, ends in ((130, 0), (1, 1), (0, 0)):
+        env = toy.environment(tmp_path) | {"KAGGLE_ROOT": str(tmp_path), "CODE": str(code)}
+        env |= {"DERM_COMPRESS_ROOT": str(tmp_path), "DERM_COMPRESS_PARAMS": "x.yaml"}
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+        assert done.returncode == ends and ("OUT OF TIME" in done.stdout) == (code == 130), done.stderr
+
+
+def test_what_judges_said_in_several_sessions_is_put_together(tmp_path):
+    for name, text in (("a", '["q1", 1]\n["q2", 2]\n["cut'), ("b", '["q1", 1]\n["q3", 3]\n')):
+        (tmp_path / name).write_text(text)
+        kaggle_setup.add_lines(str(tmp_path / name), str(tmp_path / "all"))
+    assert artifacts.Journal(tmp_path / "all").done == {"q1": 1, "q2": 2, "q3": 3}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms on this system")

@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from small_llava import batch, small_llava
 
-from derm_compress import latency, prune, recipes
+from derm_compress import artifacts, latency, packed, prune, recipes
 from derm_compress.errors import DermError
 
 
@@ -91,3 +92,57 @@ def test_each_variant_is_measured_at_batch_1_first(recipe, store, dataset):
     floor = told.read_mib * 2**20 / (told.bandwidth_gb_s * 1e9) * 1000
     assert (floor - told.floor_ms).abs().max() < 1e-9
     assert (told.times_floor * told.floor_ms - told.decode_ms_per_token).abs().max() < 1e-9
+
+
+@pytest.fixture
+def frame(recipe):
+    plan = prune.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+    rounded = recipe.then("quantize", method="rtn", bits=4, group_size=16)
+    frame = recipes.pruned(recipe, [plan], [3])
+    last = frame.iloc[[0]].assign(variant="original|rtn4", recipe=rounded.to_json())
+    return pd.concat([frame, last], ignore_index=True)
+
+
+QUICK = {"device": "cpu", "new_tokens": 2, "repeats": 1, "warmup": 0}
+
+
+def test_what_was_measured_is_not_measured_again(frame, store, dataset, tmp_path, monkeypatch):
+    path, real, asked = tmp_path / "j.jsonl", latency.measure_latency, []
+
+    def killed(*words, **how):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(*words, **how)
+
+    monkeypatch.setattr(latency, "measure_latency", killed)
+    where = store, dataset.of("test"), dataset.images
+    with pytest.raises(KeyboardInterrupt):
+        latency.of_variants(frame, *where, journal=artifacts.Journal(path), **QUICK)
+    told = latency.of_variants(frame, *where, journal=artifacts.Journal(path), **QUICK)
+    assert len(asked) == 4 and told.variant.tolist() == frame.variant.tolist()
+    again = latency.of_variants(frame, *where, journal=artifacts.Journal(path), **QUICK)
+    assert len(asked) == 4 and again.equals(told) and told.bandwidth_gb_s.nunique() == 1
+
+
+def test_a_batch_that_exceeds_memory_has_no_row(frame, store, dataset, monkeypatch, capsys):
+    real = latency.measure_latency
+
+    def full(model, inputs, **how):
+        if len(inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError
+        return real(model, inputs, **how)
+
+    monkeypatch.setattr(latency, "measure_latency", full)
+    told = latency.of_variants(frame, store, dataset.of("test"), dataset.images, batches=[1, 4], **QUICK)
+    assert told.batch.tolist() == [1, 1, 1]
+    assert "latency of original: out of GPU memory with 4 at once; not measured" in capsys.readouterr().out
+    monkeypatch.setattr(latency, "measure_latency", lambda *_, **__: full(None, {"input_ids": "ab"}))
+    assert latency.of_variants(frame, store, dataset.of("test"), dataset.images, **QUICK).empty
+
+
+def test_packed_weights_without_a_kernel_are_told(frame, store, dataset, monkeypatch):
+    where = store, dataset.of("test"), dataset.images
+    assert latency.of_variants(frame, *where, **QUICK).kernel_share.fillna(-1).tolist() == [-1, -1, 0]  # groups of 16
+    grouped = frame.assign(recipe=frame.recipe.str.replace('"group_size": 16', '"group_size": 32'))
+    assert packed.cpu_block() == 0 or (latency.of_variants(grouped, *where, **QUICK).kernel_share.dropna() == 1).all()

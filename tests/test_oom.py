@@ -1,8 +1,11 @@
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from derm_compress import evaluate, finetune, generate, models, oom, recipes
+from derm_compress import artifacts, criteria, evaluate, finetune, generate, importance, models, oom, params, recipes
 from derm_compress.errors import DermError
 
 ASK = {"variant": "v", "max_new_tokens": 3}
@@ -85,6 +88,53 @@ def test_calibration_goes_on_with_smaller_batches(recipe, store, dataset, tmp_pa
     whole = measured(2)
     monkeypatch.setattr(evaluate.activations, what, small)
     assert len(whole) and measured(4).equals(whole)
+
+
+def test_rankings_go_on_with_smaller_batches(pico, dataset, monkeypatch, capsys):
+    c = criteria.Calibration(*pico, dataset.of("train")[:3], dataset.images, batch_size=6, max_new_tokens=4)
+    whole, real = importance.measure(["perplexity"], c, artifacts.Journal()), criteria.Calibration.readings
+
+    def small(c, *words, **how):
+        if c.batch_size > 3:
+            raise torch.OutOfMemoryError
+        return real(c, *words, **how)
+
+    monkeypatch.setattr(criteria.Calibration, "readings", small)
+    assert importance.measure(["perplexity"], c, artifacts.Journal()).value.sub(whole.value).abs().max() < 1e-5
+    assert "ranking perplexity: out of GPU memory with 6 at once; going on with 3" in capsys.readouterr().out
+    monkeypatch.setattr(criteria.Calibration, "readings", lambda c, units: narrow(0, [])(1))
+    with pytest.raises(DermError, match="ranking perplexity: out of GPU memory with a batch of one"):
+        importance.measure(["perplexity"], dataclasses.replace(c, batch_size=1), artifacts.Journal())
+
+
+def test_answers_of_iterative_rankings_go_on_with_smaller_batches(pico, dataset, monkeypatch):
+    c = criteria.Calibration(*pico, dataset.of("train")[:2], dataset.images, batch_size=4, max_new_tokens=4)
+    ranking = importance.rankings(["output_similarity-iterative"])[0]
+    whole, real = importance.whole_answers(ranking, c, artifacts.Journal()), criteria.original_answers
+
+    def small(c):
+        if c.batch_size > 2:
+            raise torch.OutOfMemoryError
+        return real(c)
+
+    monkeypatch.setattr(importance, "original_answers", small)
+    assert importance.whole_answers(ranking, c, artifacts.Journal()) == whole
+
+
+def test_the_sentence_transformer_leaves_the_gpu_to_the_model():
+    cells = params.read_notebooks(Path(__file__).parent.parent)["03_layer_importance"].code()
+    assert any("criteria.Embedder(stage.p.embedder)," in cell for cell in cells)
+    assert criteria.Embedder().device == "cpu"
+
+
+def test_figure_4_out_of_memory_is_one_clear_line(recipe, store, dataset, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(evaluate.activations, "projection_output", full)
+    how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": "cpu"}
+    with pytest.raises(DermError, match="Figure 4 of original: out of GPU memory"):
+        evaluate.activation_surface(recipes.pruned(recipe, [], []), store, block=30, projection="q_proj", **how)
 
 
 def test_training_says_what_to_set(dataset, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ T4 = {
     "importance_batch": 3, "rankings": ["published", "block_influence", "magnitude", "random-0"],
     "depths": [2, 4, 6, 7, 8, 9, 10], "rival_depths": [6, 9], "finetune_batch": 8, "finetune_steps": 3 * 1737 // 8,
     "sft_batch": 8, "sft_steps": 3 * 1737 // 8, "activation_batch": 1, "quantization_batch": 2,
+    "latency_batches": [1],
 }  # fmt: skip
 
 
@@ -66,6 +67,33 @@ def test_what_cannot_fit_is_refused_with_the_value_that_does():
         assert step.gib(fits) <= preflight.KAGGLE.gib < step.gib(fits + 1), said
         with pytest.raises(DermError, match=f"does not fit Kaggle, two T4: .*set {name}: {fits}"):
             preflight.check(asked, ARCH)
+
+
+def test_latency_is_planned_at_its_largest_batch_on_one_gpu():
+    (said,) = preflight.faults(values(latency_batches=[1, 4]), ARCH)
+    assert said.startswith("08_evaluation, latency: 14.") and said.endswith("set latency_batches: [2]")
+    assert preflight.faults(values(latency_batches=[2]), ARCH) == []
+
+
+def test_latency_of_integers_takes_what_decoding_all_weights_does():
+    asked = values(latency_tokens=16, latency_repeats=10, methods=["awq", "rtn"], rankings=["published", "magnitude"])
+    costs = preflight.Costs(asked, ARCH)
+    assert costs.timed == (4, 5)
+    ones = preflight.Costs(asked | {"methods": []}, ARCH)
+    assert ones.timed == (4, 0) and ones.measuring() < 3 * 60
+    decoded = 13 * 16 * 5 * cost.unpacking_seconds(ARCH, cost.T4)
+    assert costs.measuring() == pytest.approx(9 / 4 * ones.measuring() + decoded) and decoded > 900
+
+
+def test_a_batch_waits_for_an_answer_without_end():
+    tokens = ARCH.image_tokens + preflight.PROMPT
+    for batch, steps in ((16, 3), (1, 48)):
+        how = {"batch": batch, "before": tokens}
+        short, long = (cost.decode_seconds(ARCH, cost.T4, tokens=n, **how) for n in (preflight.ANSWER, 200))
+        ends = (1 - preflight.ENDLESS) ** batch
+        taken = 48 * cost.prefill_seconds(ARCH, cost.T4, tokens=tokens) + steps * (ends * short + (1 - ends) * long)
+        assert preflight.Costs(values(batch_size=batch), ARCH).answers(16) == pytest.approx(taken)
+    assert 0.4 < (1 - preflight.ENDLESS) ** 16 < 0.6
 
 
 def test_a_ranking_that_no_batch_makes_fit_is_named():

@@ -18,7 +18,7 @@ from derm_compress import memory, models, rehearsal, rehearsal_rig
 ROOT = Path(__file__).parent.parent
 ABSENT = (
     "papermill", "bitsandbytes", "sentence_transformers", "nbformat", "nbconvert", "seaborn", "matplotlib", "psutil",
-    "scipy", "sklearn", "pyarrow", "awq",
+    "scipy", "sklearn", "pandas", "pyarrow", "awq",
 )  # fmt: skip
 
 

@@ -182,6 +182,7 @@ def test_a_killed_search_goes_on_at_its_block(model, tmp_path, monkeypatch):
     monkeypatch.setattr(awq, "search_block", _killed_at(None, real, done := []))
     found = search.search(model, BATCHES, forms, scratch=tmp_path)
     assert set(done) == {2, 3}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"block-{i}.safetensors" for i in range(4)]
     for name, (tensors, rows) in expected.items():
         assert found[name][1] == rows and found[name][0].keys() == tensors.keys()
         assert all(torch.equal(found[name][0][key], t) for key, t in tensors.items())

@@ -209,6 +209,14 @@ def test_findings_follow_plan_latency_and_comparisons(results):
     assert "19 of 19 figures" in said and "are GiB" in said and "settings differed" in said
     lines = statistics_findings.findings_latency(results)
     assert "4.0 times the" in lines[0] and "times as many tokens a second" in lines[-1]
+    assert not any("No kernel" in line for line in lines)
+    slow = results.latency.assign(
+        kernel_share=np.where(results.latency.variant.isin([FULL, "original|awq4"]), 0.0, np.nan)
+    )
+    slow.loc[slow.kernel_share == 0, "decode_ms_per_token"] *= 10
+    told = statistics_findings.findings_latency(dataclasses.replace(results, latency=slow))[-1]
+    assert told.startswith("No kernel of this device reads the integers of") and FULL in told
+    assert ", 10.0 times as long as unquantized" in told
     full = tables.answers_of(results.evaluation, FULL)
     alike = [full.assign(variant=v, score=1.0 if "|rtn" in v else full.score)
              for v in (FULL, *(row[2] for row in statistics_tables.family(results)))]  # fmt: skip
