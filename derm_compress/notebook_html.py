@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 import sys
 from pathlib import Path
 
 import bleach
-import nbformat
 from latex2mathml.converter import convert
 from markupsafe import Markup
-from nbconvert import HTMLExporter
 
 MIMES = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
 TAGS = re.findall(r"\w+", "a b blockquote br code del div em h1 h2 h3 h4 hr i li ol p pre span strong sub sup ul") + [
@@ -41,8 +40,21 @@ def cleaner(root: Path):
     return clean
 
 
+@functools.cache
+def exporter():
+    """Nbconvert's, for all notebooks: each one of its own would compile the templates anew."""
+    from nbconvert import HTMLExporter
+
+    made = HTMLExporter(template_name="basic", sanitize_html=True, exclude_anchor_links=True)
+    made.register_filter("clean_html", clean_html)  # its own would show <p> and <h1> as text
+    return made
+
+
 def notebook_body(path: Path, clean) -> str:
     """The HTML of an executed notebook, to be put into a page."""
+    sys.modules.setdefault("rfc3987_syntax", None)  # two seconds of compiling a grammar that no notebook needs
+    import nbformat
+
     notebook = nbformat.from_dict(clean(nbformat.read(path, as_version=4)))
     formulas: list[str] = []
     for cell in notebook.cells:
@@ -51,9 +63,7 @@ def notebook_body(path: Path, clean) -> str:
         for output in cell.get("outputs", ()):
             if "data" in output:
                 slim(output)
-    exporter = HTMLExporter(template_name="basic", sanitize_html=True, exclude_anchor_links=True)
-    exporter.register_filter("clean_html", clean_html)  # its own would show <p> and <h1> as text
-    body = exporter.from_notebook_node(notebook)[0]
+    body = exporter().from_notebook_node(notebook)[0]
     body = re.sub(r"<table[^>]*>", "<table><caption>computed in this notebook</caption>", body)
     return re.sub(r"formula(\d+)aside", lambda found: dict(enumerate(formulas)).get(int(found[1]), found[0]), body)
 
@@ -66,11 +76,13 @@ def clean_html(html: str) -> str:
 
 def slim(output) -> None:
     """Leave of an output what a page can show without scripts, with a text alternative to each image."""
+    from nbformat import from_dict
+
     alt = {"alt": output.metadata.get("image/png", {}).get("alt", "A figure of this notebook")}
     data = {mime: output.data[mime] for mime in MIMES if mime in output.data}
     if "text/html" in data:  # the sanitiser would show pandas' style sheet as text
         data["text/html"] = re.sub(r"(?s)<style.*?</style>", "", data["text/html"])
-    output.metadata, output.data = nbformat.from_dict({"image/png": alt, "image/jpeg": alt}), nbformat.from_dict(data)
+    output.metadata, output.data = from_dict({"image/png": alt, "image/jpeg": alt}), from_dict(data)
 
 
 def set_aside(text: str, formulas: list[str]) -> str:
