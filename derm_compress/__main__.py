@@ -15,6 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("SIGTERM", "SIGHUP"):  # end like Ctrl-C, so that no kernel is left behind
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
+    from derm_compress.plan import settle
+
+    settle()
     try:
         return arguments.command(arguments)
     except DermError as error:

@@ -14,7 +14,7 @@ import yaml
 
 from derm_compress import keys
 from derm_compress.artifacts import atomic, read_json, shown
-from derm_compress.plan import Plan
+from derm_compress.plan import ARITHMETIC, Plan
 from derm_compress.progress import clock
 
 CHATTER = re.compile(  # papermill's and the kernel's own lines, and what every stage says alike
@@ -30,7 +30,7 @@ KERNEL = {  # threads that wait for each other cost more than they give; progres
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONHASHSEED": "0",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-}
+} | ARITHMETIC
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Execution:
             if len(self.jobs) < self.width:
                 self.todo.remove(stage)
                 expected = self.expected[stage]
-                self.say(stage, f"starts, about {clock(expected)} as before" if expected else "starts")
+                self.say(stage, f"starts, about {clock(expected)} as in the last report" if expected else "starts")
                 now = time.monotonic()
                 self.jobs.append(job := Job(stage, launch(self.plan, stage), now, now))
                 job.reader = threading.Thread(target=self._listen, args=(job,), daemon=True)
@@ -108,7 +108,10 @@ class Execution:
         if now - job.spoke > 30:
             job.spoke, left = now, self.expected[job.stage] - (now - job.begun)
             cells = len(self.plan.notebooks[job.stage].cells)
-            self.say(job.stage, f"in cell {job.cell} of {cells}" + (f", about {clock(left)} left" if left > 0 else ""))
+            self.say(
+                job.stage,
+                f"in cell {job.cell} of {cells}" + (f", about {clock(left)} of this stage left" if left > 0 else ""),
+            )
 
     def _close(self, job: Job) -> bool:
         self.jobs.remove(job)

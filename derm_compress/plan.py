@@ -14,6 +14,11 @@ from derm_compress.artifacts import Store, read_frame, read_json, write_json
 from derm_compress.errors import DermError
 from derm_compress.params import Notebook, graph, known_parameters, read_notebooks, read_params, select
 
+ARITHMETIC = {  # what x86 CPUs of the last ten years share: with wider vectors sums end in other digits, no sooner
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "AVX2",
+}
 PLACES = ("run", "artifact_root", "processes", "judge_url", "judge_concurrency")  # where and how, not what
 FULL = {"05_sft": "+sft", "07_quantization": "+sft|awq4"}  # the operating point's name there
 FOLDERS = ("data_root", "model", "judge_model")  # a folder named here counts by its files
@@ -135,6 +140,12 @@ def git_state(root: Path) -> dict:
         return {"commit": None, "dirty": None}
 
 
+def settle() -> None:
+    """The same vector instructions for all kernels from now on, before the first sum; what is set already stays."""
+    for name, value in ARITHMETIC.items():
+        os.environ.setdefault(name, value)
+
+
 def environment() -> dict:
     """Python, machine and library versions, without the machine's name."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -145,6 +156,7 @@ def environment() -> dict:
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": model[1] if model else platform.processor(),
         "cores": os.cpu_count(),
+        "arithmetic": {name: os.environ.get(name) for name in ARITHMETIC},
         "gpu": torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else None,
         "versions": keys.versions(),
     }

@@ -11,7 +11,7 @@ from derm_compress import artifacts
 from derm_compress.artifacts import Journal, atomic, read_frame, read_json, write_frame, write_json
 from derm_compress.errors import DermError
 from derm_compress.params import Notebook, check, known_parameters, nearest, read_notebooks, read_params
-from derm_compress.plan import PLACES, Plan, environment, git_state, make_plan, project_root, public
+from derm_compress.plan import PLACES, Plan, environment, git_state, make_plan, project_root, public, settle
 from derm_compress.progress import clock
 
 
@@ -183,6 +183,7 @@ def resolve(name: str, namespace: dict, notebooks: dict[str, Notebook]) -> dict:
 
 def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stage:
     """Begins a stage right after its parameters cell; `namespace` is the notebook's globals(). Prints provenance."""
+    settle()
     root = project_root(root)
     notebooks = read_notebooks(root)
     if name not in notebooks:

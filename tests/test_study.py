@@ -267,6 +267,23 @@ def test_set_takes_several_and_values_with_spaces():
     assert main.assignments([]) == main.assignments([""]) == {}
 
 
+def test_every_process_of_a_run_has_the_same_arithmetic(root, monkeypatch, capsys):
+    from derm_compress import execution, plan
+
+    for name in plan.ARITHMETIC:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    begin(root, "01_data")
+    wanted = plan.ARITHMETIC | {"MKL_CBWR": "COMPATIBLE"}  # what is set already stays
+    assert {name: os.environ[name] for name in plan.ARITHMETIC} == wanted == plan.environment()["arithmetic"]
+    assert execution.KERNEL.items() >= plan.ARITHMETIC.items()
+    for name in plan.ARITHMETIC:
+        monkeypatch.delenv(name)
+    code = "import derm_compress.plan as p; p.settle(); import torch; print(torch.backends.cpu.get_cpu_capability())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert told in ("AVX2", "DEFAULT", "NO AVX"), told
+
+
 def test_the_runner_needs_no_torch():
     code = "import sys, derm_compress.__main__, derm_compress.runner, derm_compress.study as s; print([m for m in "
     code += "('torch', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
