@@ -132,7 +132,7 @@ def written(a) -> int:
     """Says what was written, and who cannot open it."""
     from derm_compress import cards, models
 
-    print(f"{a.model} -> {a.path}")
+    print(f"{a.model} -> {a.path}; README.md there says what it is and how it opens")
     if (a.path / models.PARTIAL).exists():
         print(cards.NOT_PLAIN)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from derm_compress import metrics
+from derm_compress import dialogue, metrics
 from derm_compress.recipes import Recipe
 
 NOT_PLAIN = (
@@ -16,6 +16,13 @@ NOT_PLAIN = (
     "use derm_compress.models.load_base(folder)"
 )
 HALF = "- what is not quantized is in half precision (float16); the run's scores are of single precision on a CPU"
+ASKING = (
+    "from PIL import Image",
+    f'asked = "USER: <image>\\n{dialogue.question("name")} ASSISTANT:"',
+    'inputs = processor(text=asked, images=Image.open("picture.jpg").convert("RGB"), return_tensors="pt")',
+    "inputs = inputs.to(model.device, model.dtype)",
+    "print(processor.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_special_tokens=True))",
+)
 WEIGHTS = {  # licence of a base, by its name: the tag that the hub knows, and what it says
     "tiny": ("apache-2.0", "The base is the tiny model of derm_compress, under Apache-2.0 like its code."),
     "pico": ("apache-2.0", "The base has random weights; nobody's licence binds them."),
@@ -134,6 +141,7 @@ def opened_by(recipe: Recipe, packed: bool) -> str:
             'model = LlavaForConditionalGeneration.from_pretrained("this-folder")',
             'processor = AutoProcessor.from_pretrained("this-folder")',
         )
+    lines = (*lines, *ASKING)
     notes = packed_notes(recipe.steps[-1]) if packed and not recipe.absent() else []
     return "\n".join([*told, "```python", *lines, "```", *notes])
 

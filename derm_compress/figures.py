@@ -125,6 +125,7 @@ def score_vs_blocks(table1: pd.DataFrame, table2: pd.DataFrame) -> Drawing:
             finding = f"Removing {blocks} blocks takes the score from {first.score:.1f} to {worst.score:.1f} %"
         for row in table2[table2.blocks_removed > 0].dropna(subset=["gain"]).head(1).itertuples():
             finding += f"; with {row.blocks_removed} removed, SFT changes it by {row.gain:+.1f} points"
+        finding += f" ({first.n:.0f} answers)"
     figure, axes = canvas(finding, 3.7)
     # The axis counts blocks of 32, so that a smaller model's fractions stand below the paper's.
     before, after = table1.fraction_removed * paper.BLOCKS, table2.fraction_removed * paper.BLOCKS

@@ -214,7 +214,7 @@ def findings_speed(results: Results) -> list[str]:
         return []
     noise = abs(timed.decode_ms_per_token[equal[0]] / timed.decode_ms_per_token[equal[1]] - 1)
     return [
-        f"A token takes {timed.decode_ms_per_token[full]:.1f} ms with the full pipeline and "
+        f"To write a token takes {timed.decode_ms_per_token[full]:.1f} ms with the full pipeline and "
         f"{timed.decode_ms_per_token[plain]:.1f} ms uncompressed: {_faster(timed, full, plain)}"
         f"{_kernel(timed.get('kernel_share', {}).get(full))}; the two unquantized models of equal shape differ by "
         f"{noise:.0%}, which is noise."

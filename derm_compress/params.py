@@ -192,7 +192,8 @@ def nearest(name: str, known) -> str:
 
 def select(wanted: str | None, notebooks) -> list[str]:
     """The stages that a name or a number like 04 means; all of them for None."""
-    found = [name for name in notebooks if not wanted or name == wanted or name.startswith(f"{wanted}_")]
+    number = wanted and wanted.zfill(2)
+    found = [name for name in notebooks if not wanted or name == wanted or name.startswith(f"{number}_")]
     if not found:
         raise DermError(f"no stage {wanted}; {nearest(wanted, notebooks)}")
     return found

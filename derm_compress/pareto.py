@@ -81,8 +81,8 @@ def _finding(scored: pd.DataFrame) -> str:
     small = scored[scored.vram_gib_7b < TARGET]
     if small.empty:
         return f"No variant stays below {TARGET:.0f} GiB at 7B"
-    best = small.loc[small.score.idxmax()]
-    return f"Of {len(small)} variants below {TARGET:.0f} GiB at 7B, {best.variant} scores best: {best.score:.1f} %"
+    best, among = small.loc[small.score.idxmax()], f"Of {len(small)} variants below {TARGET:.0f} GiB at 7B"
+    return f"{among}, {best.variant} scores best on the test pictures: {best.score:.1f} %"
 
 
 def _front(ax, rows, cost):

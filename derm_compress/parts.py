@@ -55,7 +55,7 @@ CAPTIONS = {  # of the tables that need another one
     "variants of notebook 08 on test pictures alone; runaway: answers that never end",
     "extra_baselines": "score with its 95 % interval, n answers; base answered the test pictures alone",
 }
-BRIEF = ["setting", "score", "score_lo", "score_hi", "paper_score", "vram_gib_7b", "paper_vram"]
+BRIEF = ["setting", "score", "score_lo", "score_hi", "n", "paper_score", "vram_gib_7b", "paper_vram"]
 LONG_TABLE, LONG_PAPER_TABLE = 16, 40  # rows from which a table beside the paper's, or one of them, is folded
 OPEN = ("extra_verdicts", "extra_contradictions")  # but these
 RUBRIC_LIMITS = "The rubric counts stated facts; it judges neither safety nor negation nor grammar."

@@ -110,7 +110,10 @@ class Plan:
 
     def made(self, stage: str) -> Path:
         """The folder of the artifact that this run last noted for a stage, whatever its key would be today."""
-        key = self.pointer(stage).get("key")
+        key, runs = self.pointer(stage).get("key"), self.folder.parent
+        if not self.folder.is_dir():
+            known = ", ".join(sorted(path.name for path in runs.glob("*/"))) or "none yet"
+            raise DermError(f"there is no run {self.run}; runs are {known}")
         if not key or not self.store.complete(stage, key):
             raise DermError(f"run {self.run} has no finished {stage}; it may have {', '.join(self.notebooks)}")
         return self.store.entry(stage, key)

@@ -13,7 +13,7 @@ import pandas as pd
 from derm_compress import precision, tables
 from derm_compress.ranking_findings import SIGNIFICANT
 from derm_compress.results import Results, variant_id
-from derm_compress.wording import joined, verdict, words
+from derm_compress.wording import joined, p_value, verdict, words
 
 OUTLIER_FACTOR = 6.0  # as notebook 06 counts them: peaks over so many times the median channel's
 
@@ -73,14 +73,14 @@ def findings_quantization(results: Results) -> list[str]:
     """Table 3 in words: what AWQ costs, whether methods without calibration fail, fewer bits, errors beside scores."""
     if results.variants is None or results.answers is None:
         return ["Scores need weights."]
-    tests = precision.method_tests(results.answers, results.variants)
-    tests = tests[tests.variant.str.split("|").str[0].isin(main_models(results))]
+    every = precision.method_tests(results.answers, results.variants)
+    tests = every[every.variant.str.split("|").str[0].isin(main_models(results))]
     if not tests.n.sum():
         return ["Scores need weights."]
     width = max(tests.bits[tests.method == "awq"], default=int(tests.bits.iloc[0]))
     parts = costs(tests, width) + without_calibration(tests, width) + narrower(tests, width)
     parts += other_calibration(tests) + scaled_nf4(results) + reference(tests, results)
-    return parts + errors_beside_scores(tests, results)
+    return parts + errors_beside_scores(every, results)
 
 
 def main_models(results: Results) -> list[str]:
@@ -130,7 +130,8 @@ def without_calibration(tests: pd.DataFrame, width: int) -> list[str]:
             + (
                 ""
                 if worst is None
-                else f"; the least, {verdict(change(worst, 'difference'), quantizer(worst.method), 'AWQ')}"
+                else f"; the least is {quantizer(worst.method)}, {worst.difference:+.1f} points "
+                f"({worst.difference_lo:.1f} to {worst.difference_hi:.1f}), {p_value(worst.p_holm)} after Holm"
             )
             + "."
         )

@@ -70,7 +70,7 @@ def read_run(name: str, *, artifacts: Path, clean) -> Run:
 
 
 def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
-    """Write reports/<run>/ anew, whole or not at all; returns its index.html."""
+    """Write reports/<run>/ anew, whole or not at all, and print its headline; returns its index.html."""
     root = Path(root).resolve()
     clean = cleaner(root)
     made = read_run(run, artifacts=Path(artifacts or root / "artifacts"), clean=clean)
@@ -92,7 +92,9 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
         files[f"notebooks/{path.stem}.html"] = page(title=path.stem.replace("_", " "), body=body, back=True)
     view = contents(made, results, built, drawn, [name for name in files if name.startswith("notebooks/")])
     files |= {"index.html": page(**view), "README.md": readme(view)}
-    return replace_folder(root / "reports" / run, files, drawn) / "index.html"
+    folder = replace_folder(root / "reports" / run, files, drawn)
+    print(made.info["headline"], flush=True)
+    return folder / "index.html"
 
 
 def planned(results: tables.Results, told: dict) -> dict[str, pd.DataFrame]:

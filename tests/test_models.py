@@ -3,10 +3,11 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import BertConfig, LlavaForConditionalGeneration
 
-from derm_compress import cards, generate, models, prune, recipes
+from derm_compress import cards, dialogue, generate, models, prune, recipes
 from derm_compress.__main__ import main
 from derm_compress.errors import DermError
 
@@ -100,13 +101,23 @@ def test_a_folder_whose_weights_and_sublayers_disagree_is_refused(recipe, store,
         models.load_base(str(out))
 
 
+@pytest.mark.parametrize("absent", [[], ["2.mlp"]])
+def test_a_cards_code_opens_its_folder_and_asks_about_a_picture(recipe, store, dataset, tmp_path, absent, capsys):
+    out = models.export_model(recipe.pruned([0, 1, 2, 7], absent).to_json(), store, tmp_path / "out")
+    Image.fromarray(dataset.images[0]).save(tmp_path / "picture.jpg")
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("this-folder", str(out)).replace("picture.jpg", str(tmp_path / "picture.jpg"))
+    exec(compile(code, "card", "exec"), {})
+    assert dialogue.question("name") in capsys.readouterr().out
+
+
 def test_the_export_command_says_what_plain_transformers_cannot_open(recipe, store, tmp_path, monkeypatch, capsys):
     for name, absent in (("whole", []), ("parts", ["2.mlp"])):
         found = recipe.pruned([0, 1, 2, 7], absent).to_json(), store
         monkeypatch.setattr("derm_compress.plan.find_recipe", lambda _, found=found: found)
         assert main(["export", f"pico/{name}", str(tmp_path / name), *["--half"] * bool(absent)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"pico/{n} -> {tmp_path / n}" for n in ("whole", "parts")] + [cards.NOT_PLAIN]
+    lines, read = capsys.readouterr().out.splitlines(), "; README.md there says what it is and how it opens"
+    assert lines == [f"pico/{n} -> {tmp_path / n}{read}" for n in ("whole", "parts")] + [cards.NOT_PLAIN]
     told = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("whole", "parts")]
     assert [config["dtype"] for config in told] == ["float32", "float16"]
 

@@ -230,7 +230,7 @@ def test_export_finds_the_recipe_or_lists_what_there_is(tmp_path):
     for model, words in {
         "default/04/prund": "known: original, pruned-6",
         "default/09": "no stage 09; known: 02_finetune",
-        "other/04": "run other has no finished 04_pruning",
+        "other/04": "there is no run other; runs are default",
         "default/02/x": "02_finetune has no model of that name",
     }.items():
         with pytest.raises(DermError, match=words):
