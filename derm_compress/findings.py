@@ -41,9 +41,12 @@ def headline(results: Results) -> str:
     if table.score[[full, "original"]].isna().any():
         return f"Scores need weights; {how}, {plan}."
     both = [compare(results.evaluation, full, alone) for alone in (packed, pruned)]
+    us = f"the compressed {subject(results, sized=False).removeprefix('the ')}"
     said = [
-        verdict(change, "it", f"{name} alone at {size[alone]}")
-        for change, name, alone in zip(both, ("quantization", "pruning"), (packed, pruned), strict=True)
+        verdict(change, who, f"{name} alone at {size[alone]}")
+        for change, who, name, alone in zip(
+            both, (us, "it"), ("quantization", "pruning"), (packed, pruned), strict=True
+        )
         if change.n
     ]
     scores = (
@@ -52,10 +55,10 @@ def headline(results: Results) -> str:
     return "; ".join([f"{how[0].upper()}{how[1:]}, {scores}", plan, " and ".join(said)]).removesuffix("; ") + "."
 
 
-def subject(results: Results) -> str:
+def subject(results: Results, *, sized: bool = True) -> str:
     """The model that was compressed, with its size: the tiny model (2.7 M parameters)."""
     name = PurePath(json.loads(results.variants.recipe.iloc[0])["base"]).name
-    size = None if results.memory is None else results.memory.params_b.max()
+    size = None if results.memory is None or not sized else results.memory.params_b.max()
     return f"the {name} model" + (f" ({size * 1000:.3g} M parameters)" if size is not None and size < 1 else "")
 
 
