@@ -117,7 +117,7 @@ def _beside_cost(axis, scored: pd.DataFrame) -> None:
         axis.plot(rows.error, rows.cost, marker, color=colour, ms=5, label=f"{bits} bits")
     axis.axhline(0, color=DENSE, linewidth=0.8)
     axis.set(xscale="log", xlabel="relative error, mean over blocks", ylabel="points against 16 bits")
-    axis.legend(ncols=4, loc="upper left", bbox_to_anchor=(-0.08, -0.2))
+    axis.legend(ncols=2, loc="best")
     plain_numbers(axis.xaxis)
 
 
