@@ -1,4 +1,4 @@
-"""Shared parts: one torch thread, no hub, the pico model and a handful of synthetic items."""
+"""Shared parts: one torch thread, a run's arithmetic, no hub, the pico model and a handful of synthetic items."""
 
 import os
 
@@ -6,6 +6,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+from derm_compress.plan import settle
+
+settle()  # before the first sum, so that processes started by tests sum alike
 
 LONG = ("test_smoke", "test_study", "test_checkpoint", "test_finetune")  # files to begin with, the longest first
 

@@ -68,7 +68,7 @@ def misbehave(mode, journal):
         sys.exit(0)
     if mode == "die":
         os.kill(os.getpid(), 9)
-    for item in range(12 if mode == "slow" else 2):
+    for item in range(28 if mode == "slow" else 2):
         if str(item) not in journal.done:
             journal.add(str(item), item)
             if mode == "slow":
