@@ -399,6 +399,7 @@ def test_a_notebook_that_fails_is_noticed_and_kept(copy, mode, words):
 def test_ctrl_c_ends_the_kernel_and_the_same_command_goes_on(copy):
     words = ["run", "params/tiny.yaml", "--only", "02", "--set", "mode=slow"]
     options = {"cwd": copy, "env": toy.environment(copy), "stdout": subprocess.PIPE, "text": True}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
     process = subprocess.Popen(toy.command(copy, *words), **options)
     while "item 3" not in process.stdout.readline():
         assert process.poll() is None
