@@ -121,7 +121,7 @@ def _clip_rows(part, s, blocks, inputs, grid):
     errors = (by_group @ blocks).mul_(by_group).sum(2).view(len(blocks), len(ends), -1)
     chosen = errors.argmin(1).T  # [out, groups]
     best = groups.gather(0, chosen[None, ..., None].expand(1, *groups.shape[1:]))[0]
-    before, after = (inputs.row_errors(delta.flatten(1) / s) for delta in (groups[0], best))
+    before, after = inputs.row_errors(torch.stack([groups[0], best]).flatten(2).div_(s))
     return chosen.masked_fill((after >= before)[:, None], 0).to(torch.uint8)
 
 
@@ -176,5 +176,5 @@ def fold_scales(model, scales, left_out=()):
         folded = [(p, p.float() / s.view(-1, *[1] * (p.ndim - 1))) for p in before.parameters()]
         for parameter, value in folded + [(linear.weight, linear.weight.float() * s) for linear in linears]:
             parameter.copy_(value)
-            if not torch.isfinite(parameter).all():
+            if not models.finite(parameter):
                 raise DermError(f"quantize: scales of {key} overflow {parameter.dtype}; calibrate anew")

@@ -166,7 +166,7 @@ class Pass:
         return _mapped(held, torch.Tensor, lambda tensor: tensor.to(device))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def enter(model, batch, index, folder):
     """Run what is before the blocks on a batch."""
     caught = []
@@ -191,7 +191,7 @@ def enter(model, batch, index, folder):
     return Pass(hidden, arguments, weight, folder and folder / f"batch-{index}")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _through(block, passes, *, watch):
     """Send every batch through a block; {group: InputSums} of what its linears read."""
     there, weight = models.linears(block), None  # fewer where a sublayer was removed
@@ -233,6 +233,6 @@ def _checked(index, sums):
     """The statistics, unless they hold NaN or infinity."""
     found = {group: one.statistics() for group, one in sums.items()}
     for group, one in found.items():
-        if not all(torch.isfinite(t).all() for t in (one.mean_abs, one.inputs, one.gram) if t is not None):
+        if not all(models.finite(t) for t in (one.mean_abs, one.inputs, one.gram) if t is not None):
             raise DermError(f"quantize: NaN or infinite inputs at block.group {index}.{group}; check the model's dtype")
     return found

@@ -45,11 +45,17 @@ def blocks(model: LlavaForConditionalGeneration) -> nn.ModuleList:
     return decoder(model).layers
 
 
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity; its sum says so at once, unless that alone overflows."""
+    return bool(tensor.sum().isfinite() or torch.isfinite(tensor).all())
+
+
 def linears(block: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a block by name, in the order of their use: seven, fewer where a sublayer was removed."""
-    names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
-    there = dict(block.named_modules())
-    return {name: there[name] for name in names if name in there}
+    parts = {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}
+    asked = [(part, f"{name}_proj") for part, names in parts.items() for name in names]
+    found = {f"{part}.{name}": getattr(getattr(block, part), name, None) for part, name in asked}
+    return {name: linear for name, linear in found.items() if linear is not None}
 
 
 def inputs(model: LlavaForConditionalGeneration) -> dict[str, int]:

@@ -141,6 +141,8 @@ def _check_places(model, form):
         raise DermError(f"quantize: no part {sorted(gone)}; parts are {', '.join(models.parts(model))}")
     if beyond := [b for b in form.block_bits if not 0 <= b < len(models.blocks(model))]:
         raise DermError(f"quantize: bits are given for blocks {beyond}; the model has {len(models.blocks(model))}")
+    if not form.keep:
+        return
     places = [_place(block, name) for _, block, name, _ in _linears(model, form.parts)]
     if unmet := [pattern for pattern in form.keep if not any(fnmatch(place, pattern) for place in places)]:
         like = ", ".join(places[:1])
@@ -148,7 +150,7 @@ def _check_places(model, form):
 
 
 def _check_weight(target, what):
-    if not torch.isfinite(target.linear.weight).all():
+    if not models.finite(target.linear.weight):
         raise DermError(f"quantize: weights of {target.name} are NaN, infinite or both; check the model's files")
     into, size = target.linear.in_features, getattr(target.grid, "group_size", 1)
     if size < 1 or into % size:
@@ -173,9 +175,9 @@ def _linears(model, parts):
                 yield part, None, name, model.get_submodule(name.rpartition(".")[0])
 
 
-def left_out(model, form):
-    """Names ("block.name") of the decoder's linears that a form leaves as they are."""
-    quantized = {target.name for target in targets(model, form)}
+def left_out(model, found):
+    """Names ("block.name") of the decoder's linears that are not among the targets found."""
+    quantized = {target.name for target in found}
     blocks = enumerate(models.blocks(model))
     return {f"{index}.{name}" for index, block in blocks for name in models.linears(block)} - quantized
 
@@ -197,7 +199,7 @@ def quantize(model, *, method, bits, group_size, scales=None, packed=False, **op
         clips = {t.name: scales[t.name] for t in found if t.name in scales}
         folded = {key: s for key, s in scales.items() if key not in clips}
         if form.scaled or folded:
-            awq.fold_scales(model, folded, left_out(model, form))
+            awq.fold_scales(model, folded, left_out(model, found))
     for target in found:
         _replace(target, clips.get(target.name), packed)
     counts, expected = quantized_linears(model), dict.fromkeys(models.parts(model), 0)
@@ -214,7 +216,7 @@ def _replace(target, clip, packed):
         setattr(target.parent, target.attribute, grid.packed(linear, ends))
     else:
         rounded = grid.rounded(linear.weight, ends).to(linear.weight.dtype)
-        if not torch.isfinite(rounded).all():
+        if rounded.dtype != torch.float32 and not models.finite(rounded):
             raise DermError(f"quantize: rounded weights of {target.name} overflow {rounded.dtype}; quantize in fp32")
         linear.weight.copy_(rounded)
     target.linear.grid = grid
