@@ -2,9 +2,10 @@
 
 Both get the same calibration tokens and choose s = s_X^alpha (Eq. 8, 20 alphas) for the same groups; on the tiny model
 both also clip, though not alike: AutoAWQ shrinks |w| symmetrically, this package tries both ends apart. Times run from
-tokens to rounded fp32 weights; AutoAWQ is spared its packing. `error` is the relative L2 error on held-out inputs, of the
-tiny model's last hidden states (after its final norm) and of the single block's output; `rtn_error` that of plain
-asymmetric rounding, `ratio` AutoAWQ's seconds over ours. Last line: one JSON object; a status of 1 if a ratio is below its limit, or our error above theirs or rounding's.
+tokens to rounded fp32 weights; AutoAWQ is spared its packing. `error` is the relative L2 error on held-out inputs, of
+the tiny model's last hidden states (after its final norm) and of the single block's output; `rtn_error` that of plain
+asymmetric rounding, `ratio` AutoAWQ's seconds over ours. Last line: one JSON object; a status of 1 if a ratio is below
+its limit, or our error above theirs or rounding's.
 """
 
 import contextlib
