@@ -22,7 +22,7 @@ PRESENTATION = frozenset(
     | {"agreement", "rivals", "ranking_figures", "ranking_findings"}
     | {"parts", "page", "comparison", "answers_html", "pareto", "cards"}
     | {"verdicts", "side_by_side", "contradictions", "paper_model"}
-    | {"planner", "power", "statistics_tables", "statistics_figures", "statistics_findings"}
+    | {"planner", "stage_costs", "power", "statistics_tables", "statistics_figures", "statistics_findings"}
     | {"precision", "quantization_figures", "quantization_findings"}
 )
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from derm_compress import cost, forms, memory, params, plan, preflight, prune, recipes, study
+from derm_compress import cost, forms, memory, params, plan, preflight, prune, recipes, stage_costs, study
 from derm_compress.errors import DermError
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def test_what_cannot_fit_is_refused_with_the_value_that_does():
         asked = values(**{name: too_many})
         (said, *_) = [line for line in preflight.faults(asked, ARCH) if line.startswith(stage) and name in line]
         fits = int(said.split(f"set {name}: ")[1])
-        steps = preflight.Costs(asked, ARCH, gpus=2).steps()
+        steps = stage_costs.Costs(asked, ARCH, gpus=2).steps()
         (step,) = {
             s.what: s for s in steps if s.stage == stage and s.parameter == name and s.gib(too_many) > 14.2
         }.values()
@@ -77,23 +77,23 @@ def test_latency_is_planned_at_its_largest_batch_on_one_gpu():
 
 def test_latency_of_integers_takes_what_decoding_all_weights_does():
     asked = values(latency_tokens=16, latency_repeats=10, methods=["awq", "rtn"], rankings=["published", "magnitude"])
-    costs = preflight.Costs(asked, ARCH)
+    costs = stage_costs.Costs(asked, ARCH)
     assert costs.timed == (4, 5)
-    ones = preflight.Costs(asked | {"methods": []}, ARCH)
+    ones = stage_costs.Costs(asked | {"methods": []}, ARCH)
     assert ones.timed == (4, 0) and ones.measuring() < 3 * 60
     decoded = 13 * 16 * 5 * cost.unpacking_seconds(ARCH, cost.T4)
     assert costs.measuring() == pytest.approx(9 / 4 * ones.measuring() + decoded) and decoded > 900
 
 
 def test_a_batch_waits_for_an_answer_without_end():
-    tokens = ARCH.image_tokens + preflight.PROMPT
+    tokens = ARCH.image_tokens + stage_costs.PROMPT
     for batch, steps in ((16, 3), (1, 48)):
         how = {"batch": batch, "before": tokens}
-        short, long = (cost.decode_seconds(ARCH, cost.T4, tokens=n, **how) for n in (preflight.ANSWER, 200))
-        ends = (1 - preflight.ENDLESS) ** batch
+        short, long = (cost.decode_seconds(ARCH, cost.T4, tokens=n, **how) for n in (stage_costs.ANSWER, 200))
+        ends = (1 - stage_costs.ENDLESS) ** batch
         taken = 48 * cost.prefill_seconds(ARCH, cost.T4, tokens=tokens) + steps * (ends * short + (1 - ends) * long)
-        assert preflight.Costs(values(batch_size=batch), ARCH).answers(16) == pytest.approx(taken)
-    assert 0.4 < (1 - preflight.ENDLESS) ** 16 < 0.6
+        assert stage_costs.Costs(values(batch_size=batch), ARCH).answers(16) == pytest.approx(taken)
+    assert 0.4 < (1 - stage_costs.ENDLESS) ** 16 < 0.6
 
 
 def test_a_ranking_that_no_batch_makes_fit_is_named():
