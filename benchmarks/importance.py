@@ -163,7 +163,8 @@ def bounds(found: dict) -> str:
 def t4(found: dict) -> dict:
     """Hours for llava-1.5-7b, 29 blocks x 100 items on a T4: answers as long, accepted and guessed as measured here.
 
-    Batches fill the memory; a row of the drafts takes its cache twice and what every block read.
+    Batches fill the memory. What a written answer takes: its cache, and of a reading's row, of which there are half as
+    many, what every block read and the cache twice.
     """
     arch, hours = memory.llava_7b(), {}
     shape = {"prompt_tokens": 40, "answer_tokens": found["answer_tokens"], "accepted": found["accepted"]}
@@ -171,7 +172,7 @@ def t4(found: dict) -> dict:
         one = memory.plan_peak(arch, prompt_tokens=40, new_tokens=MOST, **form)
         free = T4_GIB - sum(one.values()) + one["kv_cache"]
         states = memory.FP16 * len(BLOCKS) * arch.hidden * (arch.image_tokens + 40 + MOST) / memory.GIB
-        rows = {"batch": int(free / one["kv_cache"]), "lines": int(free / (2 * one["kv_cache"] + states))}
+        rows = {"batch": int(free / one["kv_cache"]), "lines": int(free / (2 * one["kv_cache"] + states / 2))}
         for guessed, advance in (("", max(1, found["tokens_a_step"])), (" unguessed", 1)):
             how = {"blocks": BLOCKS, "items": 100, "advance": advance, **rows, **shape, **form}
             seconds = cost.importance_seconds(arch, cost.T4, **how)

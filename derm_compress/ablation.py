@@ -16,11 +16,11 @@ import torch
 
 from derm_compress import dialogue, models, prune
 from derm_compress.data import Item
-from derm_compress.reading import Memory, Prompts, Reading, logits, run
+from derm_compress.reading import Memory, Prompts, Reading, logits, run, visible
 
 
 class Slots(Memory):
-    """Keys and values of rows of different lengths, [lines, heads, width, head size] a layer, each in its place."""
+    """Keys and values of rows of different lengths, [lines, width, heads, head size] a layer, each in its place."""
 
     def __init__(self, lines: int, width: int):
         super().__init__()
@@ -32,22 +32,23 @@ class Slots(Memory):
         for layer, pair in held.items():
             if layer not in self.held:
                 self.held[layer] = tuple(
-                    part.new_zeros(self.lines, part.shape[1], self.width, part.shape[3]) for part in pair
+                    part.new_zeros(self.lines, self.width, part.shape[1], part.shape[3]) for part in pair
                 )
             for place, part in zip(self.held[layer], pair, strict=True):
-                place[lines, :, : part.shape[2]] = part.index_select(0, rows.to(part.device))
+                place[lines, : part.shape[2]] = part.index_select(0, rows.to(part.device)).transpose(1, 2)
 
     def aim(self, positions: torch.Tensor) -> torch.Tensor:
-        """Where the next tokens go [rows, tokens]; returns the mask of what they may see [rows, 1, tokens, width]."""
-        self.positions, self.seen = positions, int(positions.max()) + 1
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
-        return (torch.arange(self.seen, device=positions.device) <= positions[..., None])[:, None]
+        """Where the next tokens go [rows, tokens]; returns visible() [rows, 1, tokens, width] of what they may see."""
+        self.rows, self.seen = len(positions), int(positions.max()) + 1
+        first = self.width * torch.arange(self.rows, device=positions.device)[:, None]
+        self.spots = (first + positions).flatten()
+        there = torch.arange(self.seen, device=positions.device) <= positions[..., None]
+        return visible(there[:, None], self.held[0][0].dtype)
 
     def update(self, keys, values, layer, *_):
-        pair = tuple(part[: len(self.positions)] for part in self.held[layer])
-        for place, new in zip(pair, (keys, values), strict=True):
-            place[self.rows, :, self.positions] = new.transpose(1, 2)
-        return tuple(part[:, :, : self.seen] for part in pair)
+        for place, new in zip(self.held[layer], (keys, values), strict=True):
+            place.flatten(0, 1).index_copy_(0, self.spots, new.transpose(1, 2).flatten(0, 1))
+        return tuple(part[: self.rows, : self.seen].transpose(1, 2) for part in self.held[layer])
 
     def move(self, lines: list[int], to: list[int]) -> None:
         """Copies lines over others."""
@@ -213,7 +214,7 @@ def written(
     """Greedy answers of the full model (unit None) and of the model without each unit, as they are finished.
 
     `questions` are the study's kinds, or any by name. Row.key is (unit, item id, question); `accepted` counts the
-    draft's tokens that stand.
+    draft's tokens that stand. Up to `batch_size` answers are written at once, half as many read.
     """
     if not isinstance(questions, dict):
         questions = {kind: dialogue.question(kind) for kind in questions}
@@ -223,17 +224,26 @@ def written(
     writer = Writer(model, lines=batch_size, width=width, max_new_tokens=max_new_tokens, eos=eos)
     some = max(1, batch_size // len(questions))
     for start in range(0, len(items), some):
-        part = items[start : start + some]
-        asked = [(i, kind) for i in range(len(part)) for kind in questions]
-        about = images[[item.row for item in part]], [i for i, _ in asked], [kind for _, kind in asked]
-        drafts, keys = {}, [(part[i].id, kind) for i, kind in asked]
-        reading = None  # one at a time: each holds the keys and values of all blocks
-        reading = Reading(model, prompts, *about, [[]] * len(asked))
-        for row in chain(verify(reading, None, [(None, *key) for key in keys], writer), writer.flush()):
+        part, drafts = items[start : start + some], {}
+        for row in chain(_read(prompts, part, images, drafts, [None], writer), writer.flush()):
             drafts[row.key[1:]] = row.tokens
             yield row
-        reading = None
-        reading = Reading(model, prompts, *about, [drafts[key] for key in keys], units)
-        for unit in units:
-            yield from verify(reading, unit, [(unit, *key) for key in keys], writer)
+        half = (len(part) + 1) // 2  # a reading leaves about half of its rows to write, and holds most of the memory
+        for few in filter(len, (part[:half], part[half:])):
+            yield from _read(prompts, few, images, drafts, units, writer)
         yield from writer.flush()
+
+
+def _read(prompts: Prompts, items, images, drafts: dict, units, writer: Writer) -> Iterator[Row]:
+    """Rows of items' answers without each unit, as far as their drafts tell them; the writer goes on with the others.
+
+    The reading lives no longer than this: it holds the keys and values of all blocks.
+    """
+    asked = [(i, kind) for i in range(len(items)) for kind in prompts.rest]
+    keys = [(items[i].id, kind) for i, kind in asked]
+    picture, kinds = zip(*asked, strict=True)
+    pictures, told = images[[item.row for item in items]], [drafts.get(key, []) for key in keys]
+    removed = [unit for unit in units if unit is not None]
+    reading = Reading(writer.model, prompts, pictures, picture, kinds, told, removed)
+    for unit in units:
+        yield from verify(reading, unit, [(unit, *key) for key in keys], writer)

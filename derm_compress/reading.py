@@ -34,21 +34,28 @@ class Memory:
 def run(model, x, memory, mask, positions, *, start: int = 0, gates=None, watch=None) -> torch.Tensor:
     """Hidden states [rows, tokens, width] after all sublayers from `start` on (two a block: attention, MLP).
 
-    gates [rows, sublayers]: False lets a row pass a sublayer unchanged. watch(sublayer, x, y) sees all.
+    mask: as visible() makes it. gates [rows, sublayers]: False lets a row pass a sublayer unchanged. watch(sublayer,
+    x, y) sees all.
     """
-    rope = models.decoder(model).rotary_emb(x, position_ids=positions)
-    for s in range(start, 2 * len(models.blocks(model))):
-        block = models.blocks(model)[s // 2]
+    blocks, rope = list(models.blocks(model)), models.decoder(model).rotary_emb(x, position_ids=positions)
+    passed = [False] * 2 * len(blocks) if gates is None else (~gates).any(0).tolist()
+    for s in range(start, 2 * len(blocks)):
+        block = blocks[s // 2]
         if s % 2:
             y = x + block.mlp(block.post_attention_layernorm(x))
         else:
             how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": memory}
             y = x + block.self_attn(block.input_layernorm(x), **how)[0]
-        y = y if gates is None else torch.where(gates[:, s, None, None], y, x)
+        y = torch.where(gates[:, s, None, None], y, x) if passed[s] else y
         if watch:
             watch(s, x, y)
         x = y
     return x
+
+
+def visible(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to attention's scores so that only `seen` (bool) counts: made once, not in every block."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 @contextmanager
@@ -129,7 +136,7 @@ class Reading:
         self.picture = torch.tensor(picture, device=device)
         seen = torch.arange(self.begin + ids.shape[1], device=device)
         self.places = seen[None, : self.begin], seen[None, self.begin :]
-        self.mask = (seen <= self.places[1].T)[None, None]
+        self.mask = visible((seen <= self.places[1].T)[None, None], model.dtype)
         wanted = dict.fromkeys(prune.span(unit)[0] for unit in units)
         self.states = dict(wanted), dict(wanted)  # what sublayers read, of the prefix and of the rest
         x = prompts.embedded(model, pictures), model.get_input_embeddings()(ids)

@@ -169,8 +169,9 @@ class Costs:
     def scoring(self, ranking: Ranking) -> Callable[[int], float]:
         """GiB of a criterion's values, `batch` questions at once, those about one picture together (reading.Reading).
 
-        Answers without a block are read by the draft's reading and anew above the block, and written in lines of full
-        length; other criteria read once, with the states that each block starts from, and look at no picture then.
+        Answers without a block are read by the draft's reading and anew above the block, half of the pictures at a time,
+        and written in lines of full length; other criteria read once, with the states that each block starts from, and
+        look at no picture then.
         Taylor holds what enters every block, the inner values of one, and a gradient in two formats.
         """
         arch, prefix = self.arch, self.arch.image_tokens + PROMPT / 2
@@ -183,8 +184,9 @@ class Costs:
             if ranking.criterion == "taylor":  # a picture at a time, whatever the batch
                 return blind + ((state + inner) * self.kinds * (prefix + PROMPT + ANSWER) + weight) / GIB
             pictures = max(1, batch // self.kinds)
-            read, told = pictures * prefix, self.kinds * pictures * (PROMPT + ANSWER)
             asks = ranking.criterion == "output_similarity"
+            pictures = -(-pictures // 2) if asks else pictures
+            read, told = pictures * prefix, self.kinds * pictures * (PROMPT + ANSWER)
             lines = asks * batch * (prefix + PROMPT + self.p["max_new_tokens"])
             times = 2 if asks or ranking.criterion == "perplexity" else 1
             held = cache * (times * (read + told) + lines) + state * (read + told)
