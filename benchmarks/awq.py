@@ -33,9 +33,8 @@ LIMITS = {"tiny": 15, "block_7b": 3}  # least ratios
 
 def autoawq(model, tokens, *, clip):
     """Quantize a model in place by AutoAWQ's quantizer, rounding fp16 weights as its pack() does."""
-    one = calibration.enter(model, tokens, 0, None)
-    arguments, _ = one.others("cpu")
-    made = reference.quantizer(model, one.hidden, arguments, bits=BITS, group_size=GROUP, clip=clip)
+    hidden, arguments = calibration.enter(model, tokens)
+    made = reference.quantizer(model, hidden, arguments, bits=BITS, group_size=GROUP, clip=clip)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         made.quantize()
     with torch.no_grad():

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from derm_compress import dialogue, models, prune
+from derm_compress.cache import Memory, visible
 from derm_compress.data import Item
-from derm_compress.reading import Memory, Prompts, Reading, logits, run, visible
+from derm_compress.reading import Prompts, Reading, logits, run
 
 
 class Slots(Memory):

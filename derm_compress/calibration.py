@@ -1,7 +1,8 @@
 """What a quantizer's searches need to know of each linear's inputs: one pass, block after block, of a fixed size.
 
-A model too large for the GPU stays on the CPU, with the block at hand on the GPU; hidden states between blocks wait in
-a folder where one is given, so that memory does not grow with the number of tokens.
+What prompts about one picture share, the picture above all, is computed once and counts as often as it is read. A model
+too large for the GPU stays on the CPU, with the block at hand on the GPU; hidden states between blocks wait in a folder
+where one is given, so that memory does not grow with the number of tokens.
 """
 
 import contextlib
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from derm_compress import models
+from derm_compress.cache import Memory, visible
 from derm_compress.errors import DermError
 
 GROUPS = {  # linears that read one input, and the module before them that can absorb 1 / s
@@ -94,7 +97,7 @@ def collect(model, batches, *, device=None, folder=None, skip=()):
     model.eval()
     try:
         with _on(device, home, _around(model)):
-            passes = [enter(model, batch, i, folder) for i, batch in enumerate(batches)]
+            passes = [_passes(model, batch, folder and folder / f"batch-{i}") for i, batch in enumerate(batches)]
         if not passes:
             raise DermError("quantize: no batch was given; pass at least one batch of the processor's output")
         for index, block in enumerate(models.blocks(model)):
@@ -135,17 +138,16 @@ class Slot(int):
 
 
 class Pass:
-    """One batch on its way through the decoder: hidden states, the blocks' other arguments, the tokens that count.
+    """Tokens of a batch on their way through the decoder: hidden states [rows, tokens, width] and what goes with them.
 
     With a path no tensor of it stays in memory: `path`-hidden is written anew by every block, `path`-others once.
     """
 
-    def __init__(self, hidden, arguments, weight, path):
-        self._path, others = path, []
-        self._others = _mapped((arguments, weight), torch.Tensor, lambda t: others.append(t) or Slot(len(others) - 1))
-        self._others = self._others if path else (arguments, weight)
+    def __init__(self, hidden, others, path):
+        self._path, self._others, held = path, others, []
         if path:
-            save_file({str(i): t.cpu().clone().contiguous() for i, t in enumerate(others)}, f"{path}-others")
+            self._others = _mapped(others, torch.Tensor, lambda t: held.append(t) or Slot(len(held) - 1))
+            save_file({str(i): t.cpu().clone().contiguous() for i, t in enumerate(held)}, f"{path}-others")
         self.hidden = hidden
 
     @property
@@ -160,35 +162,85 @@ class Pass:
             self._hidden = value
 
     def others(self, device):
-        """(arguments, weight) on a device."""
+        """The block's arguments, the tokens' weights (None: all 1), the rows of the pass before that these follow."""
         kept = load_file(f"{self._path}-others") if self._path else {}
         held = _mapped(self._others, Slot, lambda slot: kept[str(int(slot))])
         return _mapped(held, torch.Tensor, lambda tensor: tensor.to(device))
 
 
 @torch.inference_mode()
-def enter(model, batch, index, folder):
-    """Run what is before the blocks on a batch."""
-    caught = []
+def enter(model, batch):
+    """Run what is before the blocks on a batch: hidden states [rows, tokens, width], the blocks' other arguments."""
+    caught, picture = [], pictures(batch)
 
     def stop(_, args, kwargs):
         caught.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
         raise _Reached
 
-    handle = models.blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    handles = [models.blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)]
     where = models.decoder(model).embed_tokens.weight.device
     feed = {k: v.to(where) for k, v in batch.items() if k not in ("labels", "token_weights")}
+    if "pixel_values" in feed and len(set(picture)) < len(picture):
+        feed["pixel_values"] = feed["pixel_values"][_first(picture)]
+        projector = models.parts(model)["projector"]
+        handles.append(projector.register_forward_hook(lambda _, args, out: out[picture]))
     try:
         model(**feed, use_cache=False)
     except _Reached:
         pass
     finally:
-        handle.remove()
-    hidden, arguments = caught[0]
-    weight = feed.get("attention_mask", torch.ones_like(feed["input_ids"])).float()
-    weight = weight * batch["token_weights"].to(where) if "token_weights" in batch else weight
-    weight = None if (weight == 1).all() else weight
-    return Pass(hidden, arguments, weight, folder and folder / f"batch-{index}")
+        for handle in handles:
+            handle.remove()
+    return caught[0]
+
+
+def pictures(batch):
+    """The picture of each row by number: one for all where there are no pixels, its own where rows have several."""
+    pixels, rows = batch.get("pixel_values"), len(batch["input_ids"])
+    if pixels is None or len(pixels) != rows:
+        return [0] * rows if pixels is None else list(range(rows))
+    numbers = {}
+    return [numbers.setdefault(row.cpu().float().numpy().tobytes(), len(numbers)) for row in pixels]
+
+
+def _first(picture):
+    """The first row of each picture."""
+    return [picture.index(number) for number in range(max(picture) + 1)]
+
+
+@torch.inference_mode()
+def _passes(model, batch, path):
+    """A batch's beginning, which rows about one picture share, and what follows in each row."""
+    hidden, _ = enter(model, batch)
+    picture, device, rotary = pictures(batch), hidden.device, models.decoder(model).rotary_emb
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(device)
+    weight = batch.get("token_weights", torch.ones(real.shape)).to(device, torch.float32)
+    every = batch["input_ids"].to(device), hidden, weight
+    ids, rows, weights = ([x[own] for x, own in zip(of, real, strict=True)] for of in every)
+    count = _alike(ids) if len(set(picture)) < len(picture) else 0
+    picture = torch.tensor(picture, device=device)
+    rest, own = (pad_sequence([x[count:] for x in of], batch_first=True) for of in (rows, weights))
+    seen = torch.arange(count + rest.shape[1], device=device)
+    parts = [(rest, own, seen[count:], None, None)]
+    if count:
+        shared = torch.zeros(int(picture.max()) + 1, count, device=device)
+        shared.index_add_(0, picture, torch.stack([w[:count] for w in weights]))
+        begins = torch.stack([rows[row][:count] for row in _first(picture.tolist())])
+        mask = visible((seen <= seen[count:, None])[None, None], hidden.dtype)
+        parts = [(begins, shared, seen[:count], None, None), (rest, own, seen[count:], mask, picture)]
+    made = []
+    for i, (x, w, places, mask, row) in enumerate(parts):
+        arguments = {"position_embeddings": rotary(x, position_ids=places[None]), "attention_mask": mask}
+        others = arguments, None if (w == 1).all() else w, row
+        made.append(Pass(x, others, path and path.with_name(f"{path.name}-{i}")))
+    return made
+
+
+def _alike(rows):
+    """How many of the first tokens all rows have in common; fewer than any row has."""
+    most = min(map(len, rows)) - 1
+    begins = torch.stack([row[:most] for row in rows])
+    return int((begins == begins[0]).all(0).cumprod(0).sum())
 
 
 @torch.inference_mode()
@@ -210,10 +262,13 @@ def _through(block, passes, *, watch):
     handles = [there[GROUPS[g][1][0]].register_forward_pre_hook(listen(g)) for g in sums]
     device = next(block.parameters()).device
     try:
-        for one in passes:
-            arguments, weight = one.others(device)
-            out = block(one.hidden.to(device), **arguments)
-            one.hidden = out[0] if isinstance(out, tuple) else out
+        for batch in passes:
+            memory = None
+            for one in batch:
+                arguments, weight, row = one.others(device)
+                memory = Memory(memory, row)
+                out = block(one.hidden.to(device), past_key_values=memory, **arguments)
+                one.hidden = out[0] if isinstance(out, tuple) else out
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from derm_compress import (
     activations,
     awq,
+    dialogue,
     forms,
     generate,
     judge,
@@ -201,7 +202,8 @@ def search_scales(
 
     A calibration pass of a source serves all forms, and another one those without pictures; answer_weight weighs the
     answers' tokens. scratch: a folder in which a killed search goes on at its block. offload (None: on a GPU): fp16
-    models stay on the CPU, one block at a time goes to `device`.
+    models stay on the CPU, one block at a time goes to `device`. All questions about a picture are read together, as
+    they share most of their tokens.
     """
     frames, offload = [], device != "cpu" if offload is None else offload
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
@@ -219,13 +221,18 @@ def search_scales(
             asked = {form: quantize.Form.of(step) for form, step in steps.items()}
             found = oom.halved(
                 lambda size, on=(processor, model), asked=asked, how=how, where=where: search.search_forms(
-                    on[1], _batches(*on, items, images, size, **how), asked, **where
+                    on[1], _batches(*on, items, images, by_picture(size), **how), asked, **where
                 ),
                 batch_size, f"scales of {name}",
             )  # fmt: skip
             frames += [_keep(folder, form, sources, name, *told) for form, told in found.items()]
         models.let_go(model)
     _joined(frames, [*search.ROWS, "variant", "form"]).to_parquet(folder / "search.parquet", index=False)
+
+
+def by_picture(batch_size: int) -> int:
+    """As many prompts, or fewer, that ask all about their pictures; at least one picture's."""
+    return max(1, batch_size // len(dialogue.QUESTIONS)) * len(dialogue.QUESTIONS)
 
 
 def _keep(folder: Path, form: str, sources: pd.DataFrame, name: str, tensors: dict, rows: list[dict]) -> pd.DataFrame:

@@ -15,20 +15,7 @@ import numpy as np
 import torch
 
 from derm_compress import generate, models, prune
-
-
-class Memory:
-    """Keys and values by layer, as attention modules fill a cache; before them those of each row's picture, if any."""
-
-    def __init__(self, prefix: Memory | None = None, picture: torch.Tensor | None = None):
-        self.held, self.prefix, self.picture = {}, prefix, picture
-
-    def update(self, keys, values, layer, *_):
-        if self.prefix:
-            before = (part[self.picture] for part in self.prefix.held[layer])
-            keys, values = (torch.cat(pair, 2) for pair in zip(before, (keys, values), strict=True))
-        self.held[layer] = keys, values
-        return keys, values
+from derm_compress.cache import Memory, visible
 
 
 def run(model, x, memory, mask, positions, *, start: int = 0, gates=None, watch=None) -> torch.Tensor:
@@ -51,11 +38,6 @@ def run(model, x, memory, mask, positions, *, start: int = 0, gates=None, watch=
             watch(s, x, y)
         x = y
     return x
-
-
-def visible(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to attention's scores so that only `seen` (bool) counts: made once, not in every block."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 @contextmanager

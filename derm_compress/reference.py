@@ -88,9 +88,9 @@ def search(model, batches, form):
     It knows no padding: every prompt is cut to the shortest one's length.
     """
     model = copy.deepcopy(model)
-    one = calibration.enter(model, equal_rows(batches), 0, None)
+    hidden, arguments = calibration.enter(model, equal_rows(batches))
     how = {"bits": form.bits, "group_size": form.group_size, "duo": form.duo, "clip": form.clip}
-    reference = quantizer(model, one.hidden, one.others(model.device)[0], **how)
+    reference = quantizer(model, hidden, arguments, **how)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         reference.quantize()
     return _kept(reference, len(models.blocks(model)))

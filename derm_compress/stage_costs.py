@@ -134,25 +134,37 @@ class Costs:
         return steps * batch * cost.training_seconds(self.arch, self.device, **how)
 
     def calibrating(self, batch: int) -> float:
-        """GiB while one block at a time is on the GPU: what is before the blocks, a block, its inputs' sums in fp32."""
+        """GiB while one block at a time is on the GPU: what is before the blocks, a block, its inputs' sums in fp32.
+
+        The prompts about a picture are read together: their common beginning, then the rest of each.
+        """
         arch, plan = self.arch, memory.plan_weights(self.arch)
         around = sum(plan[part] for part in ("vision_tower", "projector", "embedding"))
         block = plan["decoder_linears"] / arch.blocks
         widths = [arch.linears[name][1] for name in GROUPED if name in arch.linears]
         sums = FP32 * (2 * max(widths) ** 2 + sum(width**2 for width in widths))
-        held = FP32 * self.tokens(batch) * (max(widths) + 4 * arch.hidden) + FP16 * batch * arch.tower_values
+        pictures = max(1, batch // self.kinds)
+        held = FP32 * max(self.calibration(pictures)) * (max(widths) + 4 * arch.hidden)
+        held += FP16 * (2 * arch.cache_width * self.tokens(self.kinds * pictures) + pictures * arch.tower_values)
         return around + 4 * block + (sums + self.waiting() + held) / GIB
 
-    def waiting(self) -> int:
+    def calibration(self, pictures: int) -> tuple[float, float]:
+        """Tokens of what a quantizer's calibration reads once a picture, and once a prompt."""
+        return pictures * (self.arch.image_tokens + PROMPT / 2), self.kinds * pictures * (PROMPT / 2 + ANSWER)
+
+    def waiting(self) -> float:
         """Bytes of one model's hidden states between two blocks: of memory or, with a scratch folder, of disk."""
-        return FP16 * self.tokens(self.kinds * self.p["quantization_items"]) * self.arch.hidden
+        return FP16 * sum(self.calibration(self.p["quantization_items"])) * self.arch.hidden
 
     def search(self) -> float:
         """Seconds of one model's calibration and search: H = X^T X of each group, and errors by H, in fp32."""
-        prompts, arch = self.kinds * self.p["quantization_items"], self.arch
+        pictures, arch = self.p["quantization_items"], self.arch
         widths = [arch.linears[name][1] for name in GROUPED if name in arch.linears]
-        sums = 2 * (self.tokens(prompts) + SEARCH) * arch.blocks * sum(width**2 for width in widths)
-        return self.readings(prompts) + sums / FP32_FLOPS
+        sums = 2 * (sum(self.calibration(pictures)) + SEARCH) * arch.blocks * sum(width**2 for width in widths)
+        begin, rest = self.calibration(1)
+        read = cost.reading_flops(arch, begin) + cost.picture_flops(arch)
+        read += self.kinds * cost.reading_flops(arch, rest / self.kinds, before=begin)
+        return pictures * read / (self.device.flops * self.device.prefill) + sums / FP32_FLOPS
 
     def ranking(self, ranking: Ranking) -> float:
         """Seconds of one criterion's values of all blocks; iterative ones score ever fewer blocks anew."""
@@ -169,10 +181,9 @@ class Costs:
     def scoring(self, ranking: Ranking) -> Callable[[int], float]:
         """GiB of a criterion's values, `batch` questions at once, those about one picture together (reading.Reading).
 
-        Answers without a block are read by the draft's reading and anew above the block, half of the pictures at a time,
+        Answers without a block are read by the draft's reading and anew above the block, half of the pictures at once,
         and written in lines of full length; other criteria read once, with the states that each block starts from, and
-        look at no picture then.
-        Taylor holds what enters every block, the inner values of one, and a gradient in two formats.
+        look at no picture then. Taylor holds what enters every block, one block's inner values, and a gradient twice.
         """
         arch, prefix = self.arch, self.arch.image_tokens + PROMPT / 2
         cache, state = FP16 * 2 * arch.cache_width * arch.blocks, FP16 * arch.hidden * arch.blocks

@@ -1,0 +1,24 @@
+"""Keys and values of tokens that were read, and what later tokens may see of them."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Memory:
+    """Keys and values by layer, as attention modules fill a cache; before them those of each row's picture, if any."""
+
+    def __init__(self, prefix: Memory | None = None, picture: torch.Tensor | None = None):
+        self.held, self.prefix, self.picture = {}, prefix, picture
+
+    def update(self, keys, values, layer, *_):
+        if self.prefix:
+            before = (part[self.picture] for part in self.prefix.held[layer])
+            keys, values = (torch.cat(pair, 2) for pair in zip(before, (keys, values), strict=True))
+        self.held[layer] = keys, values
+        return keys, values
+
+
+def visible(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to attention's scores so that only `seen` (bool) counts: made once, not in every block."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
