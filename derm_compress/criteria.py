@@ -124,11 +124,6 @@ class Calibration:
         return [self.items[start : start + some] for start in range(0, len(self.items), some)]
 
 
-def original_answers(c: Calibration) -> dict[tuple[str, str], str]:
-    """The model's own answers by (item, question)."""
-    return {row.key[1:]: c.text(row) for row in c.written(())}
-
-
 def output_similarity(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
     """1 - cosine between the answers with and without the unit (paper, Eqs. 2-5); by answer, with its text."""
     original = dict(c.original)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from derm_compress import models, oom, prune
-from derm_compress.criteria import CRITERIA, Calibration, original_answers
+from derm_compress import dialogue, models, oom, prune
+from derm_compress.criteria import CRITERIA, Calibration
+from derm_compress.data import Item
 from derm_compress.errors import DermError
 from derm_compress.progress import track
 from derm_compress.rankings import PUBLISHED, Ranking, rankings
@@ -198,16 +199,23 @@ def iterative(ranking: Ranking, c: Calibration, first: dict, *, most: int, journ
 
 
 def whole_answers(ranking: Ranking, c: Calibration, journal) -> dict[tuple[str, str], str]:
-    """The whole model's answers by (item, question), kept in the journal."""
-    key = f"{ranking.base()}: answers of the whole model"
-    if key not in journal.done:
-        c = dataclasses.replace(c, text_only=ranking.text_only)
-        told = oom.halved(
-            lambda size: original_answers(dataclasses.replace(c, batch_size=size)),
-            c.batch_size, f"ranking {ranking.name}",
-        )  # fmt: skip
-        journal.add(key, [[*asked, text] for asked, text in told.items()])
-    return {(item, question): text for item, question, text in journal.done[key]}
+    """The whole model's answers by (item, question), each kept in the journal as soon as it is there."""
+    c, state = dataclasses.replace(c, text_only=ranking.text_only), f"{ranking.base()}: the whole model's answer to"
+
+    def fill(size: int) -> None:
+        parts = dataclasses.replace(c, batch_size=size).batches()  # the same ones whatever is missing, as in _fill
+        lack = [part for part in parts if any(f"{state} {key}" not in journal.done for key in _asked(part))]
+        for part in track(lack, f"{ranking.name}: pictures the whole model answers"):
+            for row in dataclasses.replace(c, items=part, batch_size=size).written(()):
+                if (key := f"{state} {row.key[1:]}") not in journal.done:
+                    journal.add(key, c.text(row))
+
+    oom.halved(fill, c.batch_size, f"ranking {ranking.name}")
+    return {key: journal.done[f"{state} {key}"] for key in _asked(c.items)}
+
+
+def _asked(items: Sequence[Item]) -> list[tuple[str, str]]:
+    return [(item.id, kind) for item in items for kind in dialogue.QUESTIONS]
 
 
 def run_scores(measured: pd.DataFrame, ranking: Ranking, first: dict) -> dict[tuple[int, int], float]:

@@ -135,6 +135,7 @@ def foresee(plan, *, refuse: bool) -> None:
     values, device = plan.values, plan.values["device"]
     if refuse:
         check_forms(values)
+        check_embedder(values["embedder"])
     if device == "cpu":
         return
     from derm_compress import judging, models
@@ -153,6 +154,14 @@ def foresee(plan, *, refuse: bool) -> None:
             judging.choose("transformers", model=values["judge_model"], **how).foresee()
     for fault in faults(values, arch, machine):
         print(fault, flush=True)
+
+
+def check_embedder(name: str) -> None:
+    """DermError for a sentence transformer that stage 03 could not load; the packaged one is taken to be there."""
+    if name != "packaged":
+        from derm_compress import criteria
+
+        assert criteria.Embedder(name).model
 
 
 def check_forms(p: dict, arch: Architecture | None = None) -> None:

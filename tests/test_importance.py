@@ -402,6 +402,29 @@ def test_iterative_output_similarity_compares_with_the_whole_model(calibration):
     assert plan.scores == pytest.approx(lost[0][1:]) and abs(lost[0][2] - lost[1][2]) > 1e-3
 
 
+def test_the_whole_models_answers_are_kept_one_by_one(calibration, tmp_path, monkeypatch):
+    ranking = Ranking.of("output_similarity-iterative")
+    c, asked, inner = dataclasses.replace(calibration, batch_size=3), [], criteria.Calibration.written
+    whole = importance.whole_answers(ranking, c, Journal())
+
+    def counted(c, units):
+        asked.append([item.id for item in c.items])
+        yield from inner(c, units)
+
+    class Cut(Journal):
+        def add(self, key, row):
+            if len(self.done) == 4:
+                raise KeyboardInterrupt
+            super().add(key, row)
+
+    with pytest.raises(KeyboardInterrupt):
+        importance.whole_answers(ranking, c, Cut(tmp_path / "log.jsonl"))
+    monkeypatch.setattr(criteria.Calibration, "written", counted)
+    journal = Journal(tmp_path / "log.jsonl")
+    assert len(journal.done) == 4 and importance.whole_answers(ranking, c, journal) == whole
+    assert asked == [[c.items[1].id]] and len(journal.done) == len(whole) == 2 * 3
+
+
 # Frames
 
 
@@ -444,7 +467,7 @@ def test_similarity_keeps_the_answers_behind_the_values(calibration):
     _, measured = ranked(["output_similarity", "last"], calibration)
     similarity = importance.similarity(measured)
     assert len(similarity) == 8 * 2 * 3 and (similarity.accepted <= similarity.tokens).all()
-    own = criteria.original_answers(calibration)
+    own = importance.whole_answers(Ranking.of("output_similarity-iterative"), calibration, Journal())
     same = [own[row.item, row.question] == row.answer for row in similarity.itertuples()]
     assert (similarity.similarity[same] == 1).all() and 0 < sum(same) < len(same)
     assert importance.similarity(measured[measured.ranking == "last"]).empty

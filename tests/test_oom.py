@@ -110,14 +110,14 @@ def test_rankings_go_on_with_smaller_batches(pico, dataset, monkeypatch, capsys)
 def test_answers_of_iterative_rankings_go_on_with_smaller_batches(pico, dataset, monkeypatch):
     c = criteria.Calibration(*pico, dataset.of("train")[:2], dataset.images, batch_size=4, max_new_tokens=4)
     ranking = importance.rankings(["output_similarity-iterative"])[0]
-    whole, real = importance.whole_answers(ranking, c, artifacts.Journal()), criteria.original_answers
+    whole, real = importance.whole_answers(ranking, c, artifacts.Journal()), criteria.Calibration.written
 
-    def small(c):
+    def small(c, units):
         if c.batch_size > 2:
             raise torch.OutOfMemoryError
-        return real(c)
+        return real(c, units)
 
-    monkeypatch.setattr(importance, "original_answers", small)
+    monkeypatch.setattr(criteria.Calibration, "written", small)
     assert importance.whole_answers(ranking, c, artifacts.Journal()) == whole
 
 

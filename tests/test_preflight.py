@@ -187,6 +187,14 @@ def test_a_notebook_run_alone_refuses_too(monkeypatch, tmp_path):
         study.start_stage("02_finetune", cell, root=ROOT)
 
 
+def test_a_sentence_transformer_that_is_not_there_is_told_before_any_stage(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = plan.make_plan(ROOT, params.read_notebooks(ROOT), values(run="x", device="cpu", embedder="no/such/model"))
+    with pytest.raises(DermError, match="sentence transformer no/such/model cannot be loaded"):
+        preflight.foresee(asked, refuse=True)
+    preflight.foresee(asked, refuse=False)
+
+
 def test_a_judging_model_is_told_before_any_other_is_loaded(monkeypatch):
     asked = plan.make_plan(ROOT, params.read_notebooks(ROOT), values(run="x", device="cuda", judge="transformers"))
     asked.values["judge_model"] = "no/such/folder/anywhere"
