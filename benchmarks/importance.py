@@ -2,7 +2,8 @@
 
 The embedded base first learns one long question (name, treatment and features, these in two wordings), so that answers
 have 48 tokens or more and end by themselves. Then `ablation.written` and the loop over prune.without and
-model.generate take turns, block by block, in one thread. The last line is JSON; an item is one (block, answer).
+model.generate take turns of as many answers as a block has, in one thread. The last line is JSON; an item is one
+(block, answer).
 A status of 1 if the texts differ or the ratio is below AIM.
 """
 

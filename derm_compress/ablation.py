@@ -7,8 +7,9 @@ with a gate for each row and sublayer. In fp32 the answers are those of removing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -27,16 +28,18 @@ class Slots(Memory):
         super().__init__()
         self.lines, self.width = lines, width
 
-    def fill(self, lines: list[int], held: dict, rows: list[int]) -> None:
-        """Copies rows of `held` to these lines."""
-        rows = torch.tensor(rows)
-        for layer, pair in held.items():
+    def fill(self, lines: list[int], parts: Iterable[tuple[int, list]]) -> None:
+        """Copies (layer, Memory.parts) of as many rows to these lines."""
+        for layer, pairs in parts:
             if layer not in self.held:
-                self.held[layer] = tuple(
-                    part.new_zeros(self.lines, self.width, part.shape[1], part.shape[3]) for part in pair
-                )
-            for place, part in zip(self.held[layer], pair, strict=True):
-                place[lines, : part.shape[2]] = part.index_select(0, rows.to(part.device)).transpose(1, 2)
+                _, heads, _, size = pairs[0][0].shape
+                self.held[layer] = tuple(part.new_zeros(self.lines, self.width, heads, size) for part in pairs[0])
+            start = 0
+            for pair in pairs:
+                end = start + pair[0].shape[2]
+                for place, part in zip(self.held[layer], pair, strict=True):
+                    place[lines, start:end] = part.transpose(1, 2)
+                start = end
 
     def aim(self, positions: torch.Tensor) -> torch.Tensor:
         """Where the next tokens go [rows, tokens]; returns visible() [rows, 1, tokens, width] of what they may see."""
@@ -116,14 +119,18 @@ class Writer:
     def ended(self, row: Row) -> bool:
         return len(row.tokens) >= self.most or row.tokens[-1] == self.eos
 
-    def add(self, rows: list[tuple[int, Row]], held: dict) -> Iterator[Row]:
-        """Takes (line of `held`, row) of answers to go on with; gives back rows that were finished meanwhile."""
+    def add(self, rows: list[tuple[int, Row]], parts: Callable) -> Iterator[Row]:
+        """Takes (number, row) of answers to go on with; gives back rows that were finished meanwhile.
+
+        parts: Slots.fill's, for a tensor of numbers.
+        """
         while rows:
             free = [line for line, row in enumerate(self.rows) if row is None]
             free = (free + list(range(len(self.rows), self.lines)))[: len(rows)]
             if free:
                 self.rows += [None] * (free[-1] + 1 - len(self.rows))
-                self.slots.fill(free, held, [r for r, _ in rows[: len(free)]])
+                numbers = torch.tensor([r for r, _ in rows[: len(free)]], device=models.decoder(self.model).device)
+                self.slots.fill(free, parts(numbers))
                 for line, (_, row) in zip(free, rows, strict=False):
                     self.rows[line] = row
                 rows = rows[len(free) :]
@@ -195,7 +202,7 @@ def verify(reading: Reading, unit, keys, writer: Writer) -> Iterator[Row]:
             yield row
         else:
             going.append((r, row))
-    yield from writer.add(going, reading.held(memory))
+    yield from writer.add(going, partial(reading.parts, memory))
 
 
 @torch.inference_mode()
@@ -230,7 +237,7 @@ def written(
             drafts[row.key[1:]] = row.tokens
             yield row
         half = (len(part) + 1) // 2  # a reading leaves about half of its rows to write, and holds most of the memory
-        for few in filter(len, (part[:half], part[half:])):
+        for few in filter(len, (part[:half], part[half:])) if units else ():
             yield from _read(prompts, few, images, drafts, units, writer)
         yield from writer.flush()
 

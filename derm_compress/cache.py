@@ -6,17 +6,22 @@ import torch
 
 
 class Memory:
-    """Keys and values by layer, as attention modules fill a cache; before them those of each row's picture, if any."""
+    """Keys and values by layer, as attention modules fill a cache; those of a row's picture lie in `prefix`, once."""
 
     def __init__(self, prefix: Memory | None = None, picture: torch.Tensor | None = None):
         self.held, self.prefix, self.picture = {}, prefix, picture
 
     def update(self, keys, values, layer, *_):
+        self.held[layer] = keys, values
         if self.prefix:
             before = (part[self.picture] for part in self.prefix.held[layer])
             keys, values = (torch.cat(pair, 2) for pair in zip(before, (keys, values), strict=True))
-        self.held[layer] = keys, values
         return keys, values
+
+    def parts(self, layer: int, rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(keys, values) [rows, heads, tokens, head size] of these rows: of their pictures, if any, then their own."""
+        before = self.prefix.parts(layer, self.picture[rows]) if self.prefix else []
+        return [*before, tuple(part[rows] for part in self.held[layer])]
 
 
 def visible(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

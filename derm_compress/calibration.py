@@ -28,7 +28,7 @@ GROUPS = {  # linears that read one input, and the module before them that can a
 class InputStatistics:
     """Mean |x| [in] of a group's inputs X [tokens, in], and the cheaper factor of Eq. 7: X, or H = X^T X [in, in].
 
-    Tokens may weigh differently; X is then what gives the weighted H.
+    Tokens may weigh differently; X is then what gives the weighted H. What rows share is one token of more weight.
     """
 
     mean_abs: torch.Tensor
@@ -221,7 +221,7 @@ def _passes(model, batch, path):
     picture = torch.tensor(picture, device=device)
     rest, own = (pad_sequence([x[count:] for x in of], batch_first=True) for of in (rows, weights))
     seen = torch.arange(count + rest.shape[1], device=device)
-    parts = [(rest, own, seen[count:], None, None)]
+    parts = [(rest, own, seen[count:], None, None)]  # no mask is causal: what stands behind a row, padding, is unseen
     if count:
         shared = torch.zeros(int(picture.max()) + 1, count, device=device)
         shared.index_add_(0, picture, torch.stack([w[:count] for w in weights]))
@@ -238,7 +238,7 @@ def _passes(model, batch, path):
 
 def _alike(rows):
     """How many of the first tokens all rows have in common; fewer than any row has."""
-    most = min(map(len, rows)) - 1
+    most = max(0, min(map(len, rows)) - 1)
     begins = torch.stack([row[:most] for row in rows])
     return int((begins == begins[0]).all(0).cumprod(0).sum())
 

@@ -205,7 +205,7 @@ def search_scales(
     models stay on the CPU, one block at a time goes to `device`. All questions about a picture are read together, as
     they share most of their tokens.
     """
-    frames, offload = [], device != "cpu" if offload is None else offload
+    frames, offload, kinds = [], device != "cpu" if offload is None else offload, len(dialogue.QUESTIONS)
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
     needed = {name: found for name in wanted.source.unique() if (found := forms.calibrations(wanted, name))}
     needed = {} if device == models.META else needed
@@ -220,19 +220,14 @@ def search_scales(
             where = {"device": device if offload else None, "scratch": kept}
             asked = {form: quantize.Form.of(step) for form, step in steps.items()}
             found = oom.halved(
-                lambda size, on=(processor, model), asked=asked, how=how, where=where: search.search_forms(
-                    on[1], _batches(*on, items, images, by_picture(size), **how), asked, **where
+                lambda pictures, on=(processor, model), asked=asked, how=how, where=where: search.search_forms(
+                    on[1], _batches(*on, items, images, kinds * pictures, **how), asked, **where
                 ),
-                batch_size, f"scales of {name}",
+                max(1, batch_size // kinds), f"scales of {name}, by picture",
             )  # fmt: skip
             frames += [_keep(folder, form, sources, name, *told) for form, told in found.items()]
         models.let_go(model)
     _joined(frames, [*search.ROWS, "variant", "form"]).to_parquet(folder / "search.parquet", index=False)
-
-
-def by_picture(batch_size: int) -> int:
-    """As many prompts, or fewer, that ask all about their pictures; at least one picture's."""
-    return max(1, batch_size // len(dialogue.QUESTIONS)) * len(dialogue.QUESTIONS)
 
 
 def _keep(folder: Path, form: str, sources: pd.DataFrame, name: str, tensors: dict, rows: list[dict]) -> pd.DataFrame:

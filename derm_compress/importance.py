@@ -200,7 +200,9 @@ def iterative(ranking: Ranking, c: Calibration, first: dict, *, most: int, journ
 
 def whole_answers(ranking: Ranking, c: Calibration, journal) -> dict[tuple[str, str], str]:
     """The whole model's answers by (item, question), each kept in the journal as soon as it is there."""
-    c, state = dataclasses.replace(c, text_only=ranking.text_only), f"{ranking.base()}: the whole model's answer to"
+    items = c.items[:1] if ranking.text_only else c.items  # without pictures all are one, as in rows()
+    c = dataclasses.replace(c, text_only=ranking.text_only, items=items)
+    state = f"{ranking.base()}: the whole model's answer to"
 
     def fill(size: int) -> None:
         parts = dataclasses.replace(c, batch_size=size).batches()  # the same ones whatever is missing, as in _fill

@@ -6,12 +6,14 @@ No torch until a GPU is asked.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 
 from derm_compress import budgets, cost, forms, memory
 from derm_compress.errors import DermError
 from derm_compress.memory import GIB, Architecture
+from derm_compress.rankings import rankings
 from derm_compress.stage_costs import ANSWER, PROMPT, Costs, Step, by_stage
 
 CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: 14.2 of the 14.74 that a T4 reports are left
@@ -135,7 +137,7 @@ def foresee(plan, *, refuse: bool) -> None:
     values, device = plan.values, plan.values["device"]
     if refuse:
         check_forms(values)
-        check_embedder(values["embedder"])
+        check_embedder(values, plan.root)
     if device == "cpu":
         return
     from derm_compress import judging, models
@@ -156,12 +158,14 @@ def foresee(plan, *, refuse: bool) -> None:
         print(fault, flush=True)
 
 
-def check_embedder(name: str) -> None:
-    """DermError for a sentence transformer that stage 03 could not load; the packaged one is taken to be there."""
-    if name != "packaged":
+def check_embedder(p: dict, root: Path) -> None:
+    """DermError for a sentence transformer that stage 03 would need and not find; the packaged one is there."""
+    asks = any(ranking.criterion == "output_similarity" for ranking in rankings(p["rankings"]))
+    if asks and p["embedder"] != "packaged" and p["device"] != "meta":
         from derm_compress import criteria
 
-        assert criteria.Embedder(name).model
+        folder = root / p["embedder"]  # a relative one as stages, which run in the project's root, find it
+        criteria.Embedder(str(folder) if folder.is_dir() else p["embedder"])("any text")
 
 
 def check_forms(p: dict, arch: Architecture | None = None) -> None:

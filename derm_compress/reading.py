@@ -151,6 +151,7 @@ class Reading:
         columns = [torch.arange(n) + asked - 1 for n, asked in zip(counts, self.asked, strict=True)]
         return list(logits(self.model, x[torch.cat(rows), torch.cat(columns)]).split(counts))
 
-    def held(self, memory: Memory) -> dict:
-        """Keys and values by layer; a part's memory knows what lies above it, the rest is shared."""
-        return {layer: memory.held.get(layer, pair) for layer, pair in self.memory.held.items()}
+    def parts(self, memory: Memory, rows: torch.Tensor) -> Iterator[tuple[int, list]]:
+        """(layer, Memory.parts) of these rows; a unit's memory knows what lies above it, the rest is shared."""
+        for layer in self.memory.held:
+            yield layer, (memory if layer in memory.held else self.memory).parts(layer, rows)

@@ -201,6 +201,7 @@ class Costs:
             lines = asks * batch * (prefix + PROMPT + self.p["max_new_tokens"])
             times = 2 if asks or ranking.criterion == "perplexity" else 1
             held = cache * (times * (read + told) + lines) + state * (read + told)
+            held += cache / arch.blocks * (self.kinds * read + told)  # a block's, joined for each prompt
             return max(self.reading(1) + cache * lines / GIB, blind + held / GIB)
 
         return gib if ranking.criterion in CALIBRATED else lambda batch: self.reading(1)

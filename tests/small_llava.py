@@ -37,6 +37,20 @@ def batch(rows=3, words=20, *, seed=0, padding=0, side="right"):
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
+def asked(side="left", *, answer_weight=1.0, seed=4):
+    """Two pictures, in turns, with prompts that begin alike and differ in length; the last five tokens are answers."""
+    feed, lengths = batch(6, words=20, seed=seed), (30, 28, 25, 30, 22, 29)
+    rows, mask, weights = feed["input_ids"], torch.zeros(6, 30, dtype=torch.long), torch.ones(6, 30)
+    rows[:, 0], rows[:, 10:14] = 7, rows[:1, 10:14]  # a word, 9 image tokens, four words
+    ids = torch.full_like(rows, PAD)
+    for row, length in enumerate(lengths):
+        first = 30 - length if side == "left" else 0
+        ids[row, first : first + length] = rows[row, :length]
+        mask[row, first : first + length], weights[row, first + length - 5 : first + length] = 1, answer_weight
+    feed |= {"input_ids": ids, "attention_mask": mask, "pixel_values": feed["pixel_values"][[0, 1, 0, 1, 1, 0]]}
+    return feed if answer_weight == 1 else feed | {"token_weights": weights}
+
+
 def collect_all(model, batches, **how):
     """{"block.group": InputStatistics} of the whole decoder."""
     found = calibration.collect(model, batches, **how)

@@ -1,4 +1,6 @@
+import gc
 import itertools
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -117,6 +119,25 @@ def test_answers_are_the_loops_at_any_batch_size(small, told, batch_size):
         draft = expected[None, *key[1:]]
         same = next((i for i, (a, b) in enumerate(zip(draft, row.tokens, strict=False)) if a != b), len(draft))
         assert row.accepted == (0 if key[0] is None else same)
+
+
+def test_half_as_many_answers_are_read_as_written_and_one_reading_is_alive(small, told, monkeypatch):
+    readings, alive = [], []
+
+    class Watched(ablation.Reading):
+        def __init__(self, model, prompts, pictures, picture, kinds, told, units):
+            gc.collect()
+            alive.append(sum(one() is not None for one in readings))
+            readings.append(weakref.ref(self))
+            counts.append((len(told), any(told)))
+            super().__init__(model, prompts, pictures, picture, kinds, told, units)
+
+    monkeypatch.setattr(ablation, "Reading", Watched)
+    for units, expected in ((UNITS, [(6, False), (4, True), (2, True)]), ([], [(6, False)])):
+        counts = []
+        written(small, eos=told[0], batch_size=6, units=units)
+        assert counts == expected
+    assert alive == [0] * 4
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])

@@ -3,9 +3,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from derm_compress import artifacts, criteria, evaluate, finetune, generate, importance, models, oom, params, recipes
+from derm_compress import (
+    artifacts,
+    criteria,
+    evaluate,
+    finetune,
+    forms,
+    generate,
+    importance,
+    models,
+    oom,
+    params,
+    recipes,
+)
 from derm_compress.errors import DermError
 
 ASK = {"variant": "v", "max_new_tokens": 3}
@@ -88,6 +100,31 @@ def test_calibration_goes_on_with_smaller_batches(recipe, store, dataset, tmp_pa
     whole = measured(2)
     monkeypatch.setattr(evaluate.activations, what, small)
     assert len(whole) and measured(4).equals(whole)
+
+
+def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(
+    recipe, store, dataset, tmp_path, monkeypatch, capsys
+):
+    known, real, sizes = recipes.pruned(recipe, [], []), evaluate.search.search_forms, []
+    how = {"items": dataset.of("train")[:2], "images": dataset.images, "device": "cpu"}
+
+    def searched(folder, size):
+        folder.mkdir()
+        evaluate.search_scales(folder, forms.asked(["original"], ["awq"], 4, 64), known, store, batch_size=size, **how)
+        return load_file(folder / "awq4" / "original.safetensors")
+
+    def small(model, batches, *others, **more):
+        batches = list(batches)
+        sizes.append([len(batch["input_ids"]) for batch in batches])
+        if sizes[-1][0] > 3:
+            raise torch.OutOfMemoryError
+        return real(model, batches, *others, **more)
+
+    whole = searched(tmp_path / "whole", 2)
+    monkeypatch.setattr(evaluate.search, "search_forms", small)
+    found = searched(tmp_path / "small", 7)
+    assert sizes == [[6], [3, 3]] and "with 2 at once; going on with 1" in capsys.readouterr().out
+    assert all(torch.equal(found[key], s) for key, s in whole.items())
 
 
 def test_rankings_go_on_with_smaller_batches(pico, dataset, monkeypatch, capsys):

@@ -189,10 +189,13 @@ def test_a_notebook_run_alone_refuses_too(monkeypatch, tmp_path):
 
 def test_a_sentence_transformer_that_is_not_there_is_told_before_any_stage(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    asked = plan.make_plan(ROOT, params.read_notebooks(ROOT), values(run="x", device="cpu", embedder="no/such/model"))
-    with pytest.raises(DermError, match="sentence transformer no/such/model cannot be loaded"):
-        preflight.foresee(asked, refuse=True)
-    preflight.foresee(asked, refuse=False)
+    cpu = {"run": "x", "device": "cpu", "embedder": "no/such/model"}
+    for ranking in ("output_similarity", "output_similarity-iterative"):
+        made = plan.make_plan(ROOT, params.read_notebooks(ROOT), values(rankings=[ranking], **cpu))
+        with pytest.raises(DermError, match="sentence transformer no/such/model cannot be loaded"):
+            preflight.foresee(made, refuse=True)
+        preflight.foresee(made, refuse=False)
+    preflight.check_embedder(values(**cpu | {"rankings": ["magnitude"]}), ROOT)  # nothing asks it
 
 
 def test_a_judging_model_is_told_before_any_other_is_loaded(monkeypatch):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from test_ablation import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 
-from derm_compress import dialogue, generate, models
+from derm_compress import dialogue, generate, memory, models
 from derm_compress.reading import Prompts, Reading
 
 TOLD = [[7, 8, 9], [], [11], [12, 13, 14, 15, 16, 17], [18, 19], [20]]
@@ -36,7 +36,8 @@ def test_a_reading_is_that_of_the_model_without_the_unit(small, read, unit):
     """Hidden states, logits at the told tokens' places and the cache, row by row."""
     with torch.inference_mode():
         x, memory = read.without(unit)
-        states, scores, held = models.decoder(small).norm(x), read.predictions(x), read.held(memory)
+        states, scores = models.decoder(small).norm(x), read.predictions(x)
+        held = dict(read.parts(memory, torch.arange(len(TOLD))))
         with altered(small, unit):
             for row, told in enumerate(TOLD):
                 expected, asked = whole(small, row), read.asked[row] + len(told)
@@ -44,10 +45,25 @@ def test_a_reading_is_that_of_the_model_without_the_unit(small, read, unit):
                 assert torch.allclose(states[row, :asked], last[read.begin :], atol=1e-5)
                 assert len(scores[row]) == len(told) + 1
                 assert torch.allclose(scores[row], expected.logits[0, -len(told) - 1 :], atol=1e-4)
-                for layer, pair in held.items():
+                for layer, parts in held.items():
                     cached = expected.past_key_values.layers[layer]
+                    pair = (torch.cat(part, 2) for part in zip(*parts, strict=True))
                     for part, other in zip(pair, (cached.keys, cached.values), strict=True):
                         assert torch.allclose(part[row, :, : read.begin + asked], other[0], atol=1e-5)
+
+
+def test_keys_and_values_of_a_picture_are_held_once(small, read):
+    """Bytes alive after a reading without block 2: what stage_costs plans, cache x (tokens of pictures and rows)."""
+    with torch.inference_mode():
+        _, without = read.without(2)
+    arch = memory.architecture(small.config)
+    tokens = 3 * read.begin + len(TOLD) * read.states[1][0].shape[1]
+    for found, layers in ((read.memory, 4), (without, 1)):
+        pairs = [*found.held.values(), *found.prefix.held.values()]
+        storages = {
+            part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for pair in pairs for part in pair
+        }
+        assert len(found.held) == layers and sum(storages.values()) == 4 * 2 * arch.cache_width * layers * tokens
 
 
 def test_units_do_change_what_is_read(read):

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_llava import PAD, batch, collect_all, small_llava
+from small_llava import asked, batch, collect_all, small_llava
 
-from derm_compress import awq, calibration, evaluate, generate, grids, models, packed, prune, quantize, search
+from derm_compress import awq, calibration, generate, grids, models, packed, prune, quantize, search
 from derm_compress.calibration import InputStatistics
 from derm_compress.errors import DermError
 from derm_compress.grids import IntegerGrid, NF4Grid
 
-BATCHES = [batch(4, seed=1), batch(4, seed=2)]
+BATCHES = [batch(4, seed=1), asked()]
 PLAIN = {"bits": 4, "group_size": 64}
 
 
@@ -230,20 +230,6 @@ def test_token_weights_count_the_answers_and_text_has_no_picture(pico, dataset):
     assert not torch.allclose(a.mean_abs, b.mean_abs) and c.tokens < a.tokens == b.tokens
 
 
-def asked(side="left", *, answer_weight=1.0):
-    """Two pictures, in turns, with prompts that begin alike and differ in length; the last five tokens are answers."""
-    feed, lengths = batch(6, words=20, seed=4), (30, 28, 25, 30, 22, 29)
-    rows, mask, weights = feed["input_ids"], torch.zeros(6, 30, dtype=torch.long), torch.ones(6, 30)
-    rows[:, 0], rows[:, 10:14] = 7, rows[:1, 10:14]  # a word, 9 image tokens, four words
-    ids = torch.full_like(rows, PAD)
-    for row, length in enumerate(lengths):
-        first = 30 - length if side == "left" else 0
-        ids[row, first : first + length] = rows[row, :length]
-        mask[row, first : first + length], weights[row, first + length - 5 : first + length] = 1, answer_weight
-    feed |= {"input_ids": ids, "attention_mask": mask, "pixel_values": feed["pixel_values"][[0, 1, 0, 1, 1, 0]]}
-    return feed if answer_weight == 1 else feed | {"token_weights": weights}
-
-
 def what_down_proj_reads(model, feed):
     """Inputs [rows, tokens, channels] of every block's down_proj, by the model's own forward."""
     seen = []
@@ -256,12 +242,17 @@ def what_down_proj_reads(model, feed):
     return seen
 
 
-@pytest.mark.parametrize("answer_weight", (1.0, 3.0))
+@pytest.mark.parametrize("answer_weight", (1.0, 0.0, 3.0))
 @pytest.mark.parametrize("side", ("left", "right"))
-def test_what_prompts_share_is_computed_once_and_counts_as_often_as_it_is_read(model, side, answer_weight):
+@pytest.mark.parametrize("kind", ("whole", "grouped", "without 1.attention", "half"))
+def test_what_prompts_share_is_computed_once_and_counts_as_often_as_it_is_read(kind, side, answer_weight):
+    model = small_llava(3, kv_heads=2 if kind == "grouped" else 4)
+    if kind == "without 1.attention":
+        prune.apply(model, [0, 1, 2], ["1.attention"])
+    model = model.half() if kind == "half" else model
     feed, shapes, towers = asked(side, answer_weight=answer_weight), [], []
     weight = (feed["attention_mask"] * feed.get("token_weights", 1)).flatten().float()
-    expected = [x.flatten(0, 1) for x in what_down_proj_reads(model, feed)]
+    expected = [x.flatten(0, 1).float() for x in what_down_proj_reads(model, feed)]
     tower = models.parts(model)["vision_tower"].register_forward_pre_hook(
         lambda _, args, kw: towers.append(len((args or (kw["pixel_values"],))[0])), with_kwargs=True
     )
@@ -270,10 +261,11 @@ def test_what_prompts_share_is_computed_once_and_counts_as_often_as_it_is_read(m
     block.remove()
     tower.remove()
     assert towers == [2] and shapes == [(6, 30), (2, 14), (6, 16)]  # entered, then the two beginnings and the rest
+    rough = 10 if kind == "half" else 1
     for i, x in enumerate(expected):
         one, h = found[f"{i}.down"], x.T @ (x * weight[:, None])
-        assert torch.allclose(one.matrix(), h, rtol=1e-3, atol=1e-5 * h.max().item())
-        assert torch.allclose(one.mean_abs, weight @ x.abs() / weight.sum(), rtol=1e-4)
+        assert torch.allclose(one.matrix(), h, rtol=1e-3 * rough, atol=1e-5 * rough**2 * h.max().item())
+        assert torch.allclose(one.mean_abs, weight @ x.abs() / weight.sum(), rtol=1e-4 * rough**2)
 
 
 def test_pictures_are_shared_where_each_row_has_one_and_it_is_the_same(model):
@@ -292,10 +284,6 @@ def test_the_quantizer_of_autoawq_enters_with_what_the_model_itself_computes(mod
         model(**feed)
     handle.remove()
     assert torch.allclose(calibration.enter(model, feed)[0], seen[0], atol=1e-6)
-
-
-def test_searches_read_whole_pictures():
-    assert [evaluate.by_picture(n) for n in (1, 2, 3, 4, 6, 12)] == [3, 3, 3, 3, 6, 12]
 
 
 def test_llm_int8_rounds_inputs_too_and_is_counted(model):
