@@ -3,6 +3,7 @@
 Eq. 7's square is tr(D H D^T) for a weight error D [out, in] and H = X^T X, so that tokens are read once.
 """
 
+import functools
 import math
 
 import torch
@@ -27,17 +28,16 @@ def scale_groups(model, left_out=()):
     """
     found = {}
     for index, block in enumerate(models.blocks(model)):
+        there = models.linears(block)
         for group, (before, names) in GROUPS.items():
-            if _absorbs(block, group) and not all(f"{index}.{name}" in left_out for name in names):
-                found[f"{index}.{group}"] = block.get_submodule(before), [block.get_submodule(name) for name in names]
+            if _absorbs(block, there, group) and not all(f"{index}.{name}" in left_out for name in names):
+                found[f"{index}.{group}"] = block.get_submodule(before), [there[name] for name in names]
     return found
 
 
-def _absorbs(block, group):
-    before, names = GROUPS[group]
-    if names[0] not in models.linears(block):  # the sublayer was removed
-        return False
-    return len(block.get_submodule(before).weight) == block.get_submodule(names[0]).in_features
+def _absorbs(block, there, group):
+    before, (first, *_) = GROUPS[group]  # there: the block's linears, fewer where a sublayer was removed
+    return first in there and len(block.get_submodule(before).weight) == there[first].in_features
 
 
 def weight_magnitude(weight, group_size):
@@ -125,6 +125,7 @@ def _clip_rows(part, s, blocks, inputs, grid):
     return chosen.masked_fill((after >= before)[:, None], 0).to(torch.uint8)
 
 
+@functools.cache
 def clip_shares(bits, device):
     """Shares [16, 2] of a group's lowest and of its highest weight that are tried; the first leaves it as it is."""
     step = 0.1 if bits > 3 else 0.15  # the fewer levels, the more a narrower range helps
@@ -147,19 +148,20 @@ def search_block(model, index, statistics, grids, *, scaled=True, duo=False, cli
     linear before does not change how these are rounded, as every group of a grid lies within one row.
     """
     block, tensors, rows = models.blocks(model)[index], {}, []
+    there = models.linears(block)
     for group, (_, names) in GROUPS.items():
         names = [name for name in names if name in grids]
         if not names:
             continue
         inputs, key = statistics[group], f"{index}.{group}"
         s, grid = torch.ones_like(inputs.mean_abs), grids[names[0]]
-        if scaled and _absorbs(block, group):
-            weight = torch.cat([block.get_submodule(name).weight for name in names]).float()
+        if scaled and _absorbs(block, there, group):
+            weight = torch.cat([there[name].weight for name in names]).float()
             s, alpha, loss, plain = search_scale(weight, inputs, grid, duo=duo)
             tensors[key] = s
             rows.append({"block": index, "group": group, "alpha": alpha, "loss": loss, "loss_rtn": plain})
         names = [name for name in names if clip and name not in UNCLIPPED]
-        weights = [block.get_submodule(name).weight.float() for name in names]
+        weights = [there[name].weight.float() for name in names]
         found = search_clip(torch.cat(weights), s, inputs, grid).split([len(w) for w in weights]) if names else ()
         tensors |= {f"{index}.{name}": clip for name, clip in zip(names, found, strict=True)}
     return tensors, rows
