@@ -41,13 +41,13 @@ class Slots(Memory):
                     place[lines, start:end] = part.transpose(1, 2)
                 start = end
 
-    def aim(self, positions: torch.Tensor) -> torch.Tensor:
+    def aim(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Where the next tokens go [rows, tokens]; returns visible() [rows, 1, tokens, width] of what they may see."""
         self.rows, self.seen = len(positions), int(positions.max()) + 1
         first = self.width * torch.arange(self.rows, device=positions.device)[:, None]
         self.spots = (first + positions).flatten()
         there = torch.arange(self.seen, device=positions.device) <= positions[..., None]
-        return visible(there[:, None], self.held[0][0].dtype)
+        return visible(there[:, None], dtype)
 
     def update(self, keys, values, layer, *_):
         for place, new in zip(self.held[layer], (keys, values), strict=True):
@@ -153,7 +153,7 @@ class Writer:
         positions = places[:, None] + torch.arange(most + 1, device=device)
         gates = torch.stack([row.gates for row in self.rows]).to(device)
         x = self.model.get_input_embeddings()(torch.tensor(ids, device=device))
-        x = run(self.model, x, self.slots, self.slots.aim(positions), positions, gates=gates)
+        x = run(self.model, x, self.slots, self.slots.aim(positions, x.dtype), positions, gates=gates)
         tokens, near = (part.tolist() for part in choose(logits(self.model, x)))
         for line, row in enumerate(self.rows):
             self._take(row, tokens[line], near[line], guessed[line])

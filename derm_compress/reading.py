@@ -21,8 +21,8 @@ from derm_compress.cache import Memory, visible
 def run(model, x, memory, mask, positions, *, start: int = 0, gates=None, watch=None) -> torch.Tensor:
     """Hidden states [rows, tokens, width] after all sublayers from `start` on (two a block: attention, MLP).
 
-    mask: as visible() makes it. gates [rows, sublayers]: False lets a row pass a sublayer unchanged. watch(sublayer,
-    x, y) sees all.
+    mask: as visible() makes it, or None for causal attention. gates [rows, sublayers]: False lets a row pass a sublayer
+    unchanged. watch(sublayer, x, y) sees all.
     """
     blocks, rope = list(models.blocks(model)), models.decoder(model).rotary_emb(x, position_ids=positions)
     passed = [False] * 2 * len(blocks) if gates is None else (~gates).any(0).tolist()

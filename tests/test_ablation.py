@@ -199,6 +199,19 @@ def test_a_block_that_adds_nothing_accepts_every_draft(small, told):
     assert any(row.accepted < len(row.tokens) for key, row in rows.items() if key[0] == 1)
 
 
+def test_answers_are_the_loops_where_the_first_attention_is_gone_already(told):
+    cut, expected = speaker(), {}
+    prune.apply(cut, range(4), ["0.attention"])
+    with torch.inference_mode():
+        for unit in (None, 1, "2.mlp"):
+            with altered(cut, unit):
+                for item, (name, question) in itertools.product(ITEMS, QUESTIONS.items()):
+                    expected[unit, item.id, name] = greedy(cut, inputs_of(question, PICTURES[item.row]), MOST, told[0])
+    rows = written(cut, eos=told[0], batch_size=4, units=[1, "2.mlp"])
+    assert {key: row.tokens for key, row in rows.items()} == expected
+    assert any(row.tokens != expected[None, *key[1:]] for key, row in rows.items())
+
+
 def test_near_ties_are_counted(small, told):
     """A word whose twin has the same row in the head ties wherever it is chosen, and nothing else does."""
     assert not any(row.near_ties for row in written(small, eos=None, batch_size=8).values())
