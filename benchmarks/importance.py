@@ -164,16 +164,15 @@ def bounds(found: dict) -> str:
 def t4(found: dict) -> dict:
     """Hours for llava-1.5-7b, 29 blocks x 100 items on a T4: answers as long, accepted and guessed as measured here.
 
-    Batches fill the memory. What a written answer takes: its cache, and of a reading's row, of which there are half as
-    many, what every block read and the cache twice.
+    Batches fill the memory. A written answer takes its cache twice, as the model's own answers are read and written; the
+    readings of half as many, with what every block starts from, take less.
     """
     arch, hours = memory.llava_7b(), {}
     shape = {"prompt_tokens": 40, "answer_tokens": found["answer_tokens"], "accepted": found["accepted"]}
     for name, form in (("fp16", {}), ("nf4", {"method": "bitsandbytes", "bits": 4})):
         one = memory.plan_peak(arch, prompt_tokens=40, new_tokens=MOST, **form)
         free = T4_GIB - sum(one.values()) + one["kv_cache"]
-        states = memory.FP16 * len(BLOCKS) * arch.hidden * (arch.image_tokens + 40 + MOST) / memory.GIB
-        rows = {"batch": int(free / one["kv_cache"]), "lines": int(free / (2 * one["kv_cache"] + states / 2))}
+        rows = {"batch": int(free / one["kv_cache"]), "lines": int(free / (2 * one["kv_cache"]))}
         for guessed, advance in (("", max(1, found["tokens_a_step"])), (" unguessed", 1)):
             how = {"blocks": BLOCKS, "items": 100, "advance": advance, **rows, **shape, **form}
             seconds = cost.importance_seconds(arch, cost.T4, **how)

@@ -16,17 +16,16 @@ import numpy as np
 import torch
 
 from derm_compress import dialogue, models, prune
-from derm_compress.cache import Memory, visible
+from derm_compress.cache import visible
 from derm_compress.data import Item
 from derm_compress.reading import Prompts, Reading, logits, run
 
 
-class Slots(Memory):
-    """Keys and values of rows of different lengths, [lines, width, heads, head size] a layer, each in its place."""
+class Slots:
+    """A cache for rows of different lengths: keys and values [lines, width, heads, head size] a layer."""
 
     def __init__(self, lines: int, width: int):
-        super().__init__()
-        self.lines, self.width = lines, width
+        self.lines, self.width, self.held = lines, width, {}
 
     def fill(self, lines: list[int], parts: Iterable[tuple[int, list]]) -> None:
         """Copies (layer, Memory.parts) of as many rows to these lines."""
@@ -42,7 +41,7 @@ class Slots(Memory):
                 start = end
 
     def aim(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Where the next tokens go [rows, tokens]; returns visible() [rows, 1, tokens, width] of what they may see."""
+        """Where the next tokens go [rows, tokens]; returns visible() [rows, 1, tokens, seen] of what they may see."""
         self.rows, self.seen = len(positions), int(positions.max()) + 1
         first = self.width * torch.arange(self.rows, device=positions.device)[:, None]
         self.spots = (first + positions).flatten()
@@ -119,10 +118,10 @@ class Writer:
     def ended(self, row: Row) -> bool:
         return len(row.tokens) >= self.most or row.tokens[-1] == self.eos
 
-    def add(self, rows: list[tuple[int, Row]], parts: Callable) -> Iterator[Row]:
+    def add(self, rows: list[tuple[int, Row]], parts_of: Callable[[torch.Tensor], Iterable]) -> Iterator[Row]:
         """Takes (number, row) of answers to go on with; gives back rows that were finished meanwhile.
 
-        parts: Slots.fill's, for a tensor of numbers.
+        parts_of: (layer, Memory.parts) of the rows with these numbers.
         """
         while rows:
             free = [line for line, row in enumerate(self.rows) if row is None]
@@ -130,7 +129,7 @@ class Writer:
             if free:
                 self.rows += [None] * (free[-1] + 1 - len(self.rows))
                 numbers = torch.tensor([r for r, _ in rows[: len(free)]], device=models.decoder(self.model).device)
-                self.slots.fill(free, parts(numbers))
+                self.slots.fill(free, parts_of(numbers))
                 for line, (_, row) in zip(free, rows, strict=False):
                     self.rows[line] = row
                 rows = rows[len(free) :]
@@ -222,7 +221,8 @@ def written(
     """Greedy answers of the full model (unit None) and of the model without each unit, as they are finished.
 
     `questions` are the study's kinds, or any by name. Row.key is (unit, item id, question); `accepted` counts the
-    draft's tokens that stand. Up to `batch_size` answers are written at once, half as many read.
+    draft's tokens that stand. Up to `batch_size` answers are written at once; without a unit half as many are read, but
+    all about at least one picture.
     """
     if not isinstance(questions, dict):
         questions = {kind: dialogue.question(kind) for kind in questions}
@@ -233,7 +233,7 @@ def written(
     some = max(1, batch_size // len(questions))
     for start in range(0, len(items), some):
         part, drafts = items[start : start + some], {}
-        for row in chain(_read(prompts, part, images, drafts, [None], writer), writer.flush()):
+        for row in chain(_read(prompts, part, images, drafts, (), writer), writer.flush()):
             drafts[row.key[1:]] = row.tokens
             yield row
         half = (len(part) + 1) // 2  # a reading leaves about half of its rows to write, and holds most of the memory
@@ -243,15 +243,16 @@ def written(
 
 
 def _read(prompts: Prompts, items, images, drafts: dict, units, writer: Writer) -> Iterator[Row]:
-    """Rows of items' answers without each unit, as far as their drafts tell them; the writer goes on with the others.
+    """Rows of items' answers without each unit, or of the whole model, as far as drafts tell; the writer has the rest.
 
-    The reading lives no longer than this: it holds the keys and values of all blocks.
+    Units go from the last to the first, so that the reading holds ever less; it lives no longer than this.
     """
     asked = [(i, kind) for i in range(len(items)) for kind in prompts.rest]
     keys = [(items[i].id, kind) for i, kind in asked]
     picture, kinds = zip(*asked, strict=True)
     pictures, told = images[[item.row for item in items]], [drafts.get(key, []) for key in keys]
-    removed = [unit for unit in units if unit is not None]
-    reading = Reading(writer.model, prompts, pictures, picture, kinds, told, removed)
-    for unit in units:
+    reading = Reading(writer.model, prompts, pictures, picture, kinds, told, units)
+    for unit in sorted(units, key=prune.span, reverse=True) or [None]:
         yield from verify(reading, unit, [(unit, *key) for key in keys], writer)
+        if units:
+            reading.forget(unit)

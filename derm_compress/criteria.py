@@ -142,11 +142,13 @@ def output_similarity(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[d
 def perplexity(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
     """Mean negative log-likelihood of the reference answer without the unit (Kim et al.; Song et al., SLEB; 2024)."""
     for asked, reading in c.readings(units):
-        for unit in units:
+        for unit in sorted(units, key=prune.span, reverse=True):
             scores = reading.predictions(reading.without(unit)[0])
+            reading.forget(unit)
             for (item, kind), row, told in zip(asked, scores, reading.told, strict=True):
                 value = F.cross_entropy(row[:-1].float(), torch.tensor(told, device=row.device)).item()
                 yield {"unit": unit, "item": item.id, "question": kind, "value": value}
+        del reading  # before the next one is made
 
 
 @torch.inference_mode()
@@ -170,6 +172,7 @@ def block_influence(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dic
                 total = beginning[i].sum() + rest[rows].sum()
                 value = 1 - (total / (beginning.shape[1] + real[rows].sum())).item()
                 yield {"unit": unit, "item": asked[i * len(dialogue.QUESTIONS)][0].id, "value": value}
+        del reading  # before the next one is made
 
 
 @torch.inference_mode()
@@ -197,6 +200,8 @@ def angular(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:
                 runs = angles[:, reading.picture == i].mean(1).tolist()
                 item = asked[i * len(dialogue.QUESTIONS)][0].id
                 yield {"unit": unit, "item": item, "value": runs[0], "runs": runs}
+        seen.clear()
+        del reading  # before the next one is made
 
 
 def taylor(c: Calibration, units: Sequence[prune.Unit]) -> Iterator[dict]:

@@ -6,7 +6,6 @@ No torch until a GPU is asked.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pandas as pd
 
@@ -137,7 +136,7 @@ def foresee(plan, *, refuse: bool) -> None:
     values, device = plan.values, plan.values["device"]
     if refuse:
         check_forms(values)
-        check_embedder(values, plan.root)
+        check_embedder(plan)
     if device == "cpu":
         return
     from derm_compress import judging, models
@@ -158,14 +157,17 @@ def foresee(plan, *, refuse: bool) -> None:
         print(fault, flush=True)
 
 
-def check_embedder(p: dict, root: Path) -> None:
-    """DermError for a sentence transformer that stage 03 would need and not find; the packaged one is there."""
-    asks = any(ranking.criterion == "output_similarity" for ranking in rankings(p["rankings"]))
-    if asks and p["embedder"] != "packaged" and p["device"] != "meta":
+def check_embedder(plan) -> None:
+    """DermError for a sentence transformer that stage 03 will need and not find; the packaged one is there."""
+    name, stage = plan.values["embedder"], "03_layer_importance"
+    asks = any(ranking.criterion == "output_similarity" for ranking in rankings(plan.values["rankings"]))
+    if not asks or name == "packaged" or plan.values["device"] == "meta":
+        return
+    if stage in plan.keys and plan.store.fault(stage, plan.keys[stage]):
         from derm_compress import criteria
 
-        folder = root / p["embedder"]  # a relative one as stages, which run in the project's root, find it
-        criteria.Embedder(str(folder) if folder.is_dir() else p["embedder"])("any text")
+        folder = plan.root / name  # a relative one as stages, which run in the project's root, find it
+        criteria.Embedder(str(folder) if folder.is_dir() else name)("any text")
 
 
 def check_forms(p: dict, arch: Architecture | None = None) -> None:

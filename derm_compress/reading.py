@@ -144,6 +144,16 @@ class Reading:
         first, after = prune.span(unit)
         return self._read((self.states[0][first], self.states[1][first]), after)
 
+    def forget(self, unit: prune.Unit) -> None:
+        """Gives back what only this unit needs and those above it: for units from the last to the first."""
+        first, blocks = prune.span(unit)[0], models.blocks(self.model)
+        for states in self.states:
+            for sublayer in [s for s in states if s > first]:
+                del states[sublayer]
+        for block in blocks[first // 2 + 1 :]:  # units below have their own keys and values of these
+            for memory in (self.memory, self.memory.prefix):
+                memory.held.pop(getattr(block.self_attn, "layer_idx", None), None)
+
     def predictions(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Logits [told + 1, vocabulary] of every row: for each token told and for the one after the last."""
         counts = [len(tokens) + 1 for tokens in self.told]
@@ -153,5 +163,5 @@ class Reading:
 
     def parts(self, memory: Memory, rows: torch.Tensor) -> Iterator[tuple[int, list]]:
         """(layer, Memory.parts) of these rows; a unit's memory knows what lies above it, the rest is shared."""
-        for layer in self.memory.held:
-            yield layer, (memory if layer in memory.held else self.memory).parts(layer, rows)
+        for layer, owner in (dict.fromkeys(self.memory.held, self.memory) | dict.fromkeys(memory.held, memory)).items():
+            yield layer, owner.parts(layer, rows)

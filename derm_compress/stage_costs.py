@@ -178,31 +178,43 @@ class Costs:
         times = min(p["iterative_blocks"], arch.blocks) * 2 / 3 if "iterative" in ranking.options else 1
         return each.get(ranking.criterion, self.load()) * times
 
+    def held(self, ranking: Ranking, read: float, told: float) -> float:
+        """Bytes that a reading keeps for `read` tokens of pictures and `told` of the questions about them.
+
+        Keys and values of all blocks, one of them twice, and one's joined for every question; what each unit starts
+        from, or for angular each sublayer ends in.
+        """
+        cache, state = FP16 * 2 * self.arch.cache_width, FP16 * self.arch.hidden * self.arch.blocks
+        starts = {"output_similarity", "perplexity"} & {ranking.criterion}
+        states = max(1, len(ranking.parts)) * (read + told) * len(starts) + 2 * told * (ranking.criterion == "angular")
+        joined = 2 * self.kinds * read + told
+        return cache * ((self.arch.blocks + 1) * (read + told) + joined) + state * states
+
     def scoring(self, ranking: Ranking) -> Callable[[int], float]:
         """GiB of a criterion's values, `batch` questions at once, those about one picture together (reading.Reading).
 
-        Answers without a block are read by the draft's reading and anew above the block, half of the pictures at once,
-        and written in lines of full length; other criteria read once, with the states that each block starts from, and
-        look at no picture then. Taylor holds what enters every block, one block's inner values, and a gradient twice.
+        Pictures are looked at, then read; after that the tower is away. Answers without a block: the model's own are
+        read and written, in lines of full length, for all pictures, the others for half of them, after drafts that may
+        be as long. Taylor holds what enters every block, one block's inner values, and a gradient twice.
         """
-        arch, prefix = self.arch, self.arch.image_tokens + PROMPT / 2
+        arch, prefix, most = self.arch, self.arch.image_tokens + PROMPT / 2, self.p["max_new_tokens"]
+        asks = ranking.criterion == "output_similarity"
         cache, state = FP16 * 2 * arch.cache_width * arch.blocks, FP16 * arch.hidden * arch.blocks
         inner = FP16 * (8 * arch.hidden + 4 * arch.linears["mlp.up_proj"][0])
         weight = (FP16 + FP32) * max(out * into for out, into in arch.linears.values())
-        blind = self.reading(1) - sum(memory.plan_weights(arch)[part] for part in ("vision_tower", "projector"))
+        tower = sum(memory.plan_weights(arch)[part] for part in ("vision_tower", "projector"))
 
         def gib(batch: int) -> float:
             if ranking.criterion == "taylor":  # a picture at a time, whatever the batch
-                return blind + ((state + inner) * self.kinds * (prefix + PROMPT + ANSWER) + weight) / GIB
-            pictures = max(1, batch // self.kinds)
-            asks = ranking.criterion == "output_similarity"
-            pictures = -(-pictures // 2) if asks else pictures
-            read, told = pictures * prefix, self.kinds * pictures * (PROMPT + ANSWER)
-            lines = asks * batch * (prefix + PROMPT + self.p["max_new_tokens"])
-            times = 2 if asks or ranking.criterion == "perplexity" else 1
-            held = cache * (times * (read + told) + lines) + state * (read + told)
-            held += cache / arch.blocks * (self.kinds * read + told)  # a block's, joined for each prompt
-            return max(self.reading(1) + cache * lines / GIB, blind + held / GIB)
+                told = self.kinds * (prefix + PROMPT + ANSWER)
+                return self.reading(1) - tower + ((state + inner) * told + weight) / GIB
+            every = max(1, batch // self.kinds)
+            some = -(-every // 2) if asks else every
+            lines = asks * cache * batch * (prefix + PROMPT + most) / GIB
+            own = asks * cache * every * (prefix + self.kinds * PROMPT) / GIB
+            told = self.kinds * some * (PROMPT + (most if asks else ANSWER))
+            later = self.reading(some) + self.held(ranking, some * prefix, told) / GIB
+            return lines + max(self.reading(every), self.reading(every) + own - tower, later - tower)
 
         return gib if ranking.criterion in CALIBRATED else lambda batch: self.reading(1)
 

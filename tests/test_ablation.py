@@ -1,4 +1,3 @@
-import gc
 import itertools
 import weakref
 from contextlib import contextmanager
@@ -126,7 +125,6 @@ def test_half_as_many_answers_are_read_as_written_and_one_reading_is_alive(small
 
     class Watched(ablation.Reading):
         def __init__(self, model, prompts, pictures, picture, kinds, told, units):
-            gc.collect()
             alive.append(sum(one() is not None for one in readings))
             readings.append(weakref.ref(self))
             counts.append((len(told), any(told)))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from derm_compress import cost, forms, memory, params, plan, preflight, prune, recipes, stage_costs, study
+from derm_compress import cost, criteria, forms, memory, params, plan, preflight, prune, recipes, stage_costs, study
 from derm_compress.errors import DermError
 
 ROOT = Path(__file__).parent.parent
@@ -187,15 +187,31 @@ def test_a_notebook_run_alone_refuses_too(monkeypatch, tmp_path):
         study.start_stage("02_finetune", cell, root=ROOT)
 
 
-def test_a_sentence_transformer_that_is_not_there_is_told_before_any_stage(monkeypatch):
+def test_a_sentence_transformer_that_is_not_there_is_told_before_any_stage(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    cpu = {"run": "x", "device": "cpu", "embedder": "no/such/model"}
+    cpu = {"run": "x", "device": "cpu", "embedder": "no/such/model", "artifact_root": str(tmp_path)}
+
+    def made(**changed):
+        return plan.make_plan(ROOT, params.read_notebooks(ROOT), values(**cpu | changed))
+
     for ranking in ("output_similarity", "output_similarity-iterative"):
-        made = plan.make_plan(ROOT, params.read_notebooks(ROOT), values(rankings=[ranking], **cpu))
         with pytest.raises(DermError, match="sentence transformer no/such/model cannot be loaded"):
-            preflight.foresee(made, refuse=True)
-        preflight.foresee(made, refuse=False)
-    preflight.check_embedder(values(**cpu | {"rankings": ["magnitude"]}), ROOT)  # nothing asks it
+            preflight.foresee(made(rankings=[ranking]), refuse=True)
+        preflight.foresee(made(rankings=[ranking]), refuse=False)
+    preflight.foresee(made(rankings=["magnitude"]), refuse=True)  # nothing asks it
+    finished = made(rankings=["output_similarity"])
+    finished.store.entry("03_layer_importance", finished.keys["03_layer_importance"]).mkdir(parents=True)
+    monkeypatch.setattr(type(finished.store), "manifest", lambda *_: {"files": {}})
+    preflight.foresee(finished, refuse=True)
+
+
+def test_a_sentence_transformer_in_the_projects_folder_is_found(tmp_path):
+    folder = criteria._packaged()
+    root = folder.parent
+    asked = plan.make_plan(root, params.read_notebooks(ROOT), values(
+        run="x", device="cpu", embedder=folder.name, rankings=["output_similarity"], artifact_root=str(tmp_path)
+    ))  # fmt: skip
+    preflight.foresee(asked, refuse=True)
 
 
 def test_a_judging_model_is_told_before_any_other_is_loaded(monkeypatch):

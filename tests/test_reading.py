@@ -2,7 +2,8 @@ import pytest
 import torch
 from test_ablation import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 
-from derm_compress import dialogue, generate, memory, models
+from derm_compress import dialogue, generate, importance, memory, models, prune, stage_costs
+from derm_compress.rankings import Ranking
 from derm_compress.reading import Prompts, Reading
 
 TOLD = [[7, 8, 9], [], [11], [12, 13, 14, 15, 16, 17], [18, 19], [20]]
@@ -52,18 +53,29 @@ def test_a_reading_is_that_of_the_model_without_the_unit(small, read, unit):
                         assert torch.allclose(part[row, :, : read.begin + asked], other[0], atol=1e-5)
 
 
-def test_keys_and_values_of_a_picture_are_held_once(small, read):
-    """Bytes alive after a reading without block 2: what stage_costs plans, cache x (tokens of pictures and rows)."""
+@pytest.mark.parametrize("ranking", ("output_similarity", "perplexity-sublayers"))
+def test_a_reading_holds_what_is_planned(small, read, ranking):
+    """Bytes alive with what one unit needs, units going from the last to the first, against stage_costs."""
+    asked, arch = Ranking.of(ranking), memory.architecture(small.config)
+    units, most = importance.units_of(asked, arch.blocks), 0
+    prompts = Prompts.of(Words(), PICTURES[0], QUESTIONS, "cpu")
     with torch.inference_mode():
-        _, without = read.without(2)
-    arch = memory.architecture(small.config)
-    tokens = 3 * read.begin + len(TOLD) * read.states[1][0].shape[1]
-    for found, layers in ((read.memory, 4), (without, 1)):
-        pairs = [*found.held.values(), *found.prefix.held.values()]
-        storages = {
-            part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for pair in pairs for part in pair
-        }
-        assert len(found.held) == layers and sum(storages.values()) == 4 * 2 * arch.cache_width * layers * tokens
+        reading = Reading(small, prompts, PICTURES, [0, 0, 1, 1, 2, 2], [*QUESTIONS] * 3, TOLD, units)
+        for unit in sorted(units, key=prune.span, reverse=True):
+            x, without = reading.without(unit)
+            assert torch.allclose(x, read.without(unit)[0] if unit in UNITS else x, atol=1e-6)
+            caches = [held for own in (reading.memory, without) for held in (own.held, own.prefix.held)]
+            tensors = [part for held in caches for pair in held.values() for part in pair]
+            tensors += [x for states in reading.states for x in states.values()]
+            alive = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+            most = max(most, sum(alive.values()))
+            reading.forget(unit)
+    tokens = 3 * reading.begin, len(TOLD) * reading.places[1].shape[1]
+    costs = stage_costs.Costs({"rankings": ["last"], "finetune_rank": 1, "sft_rank": 1}, arch)
+    costs.kinds = len(QUESTIONS)
+    joined = 2 * arch.cache_width * (2 * costs.kinds * tokens[0] + tokens[1])  # gone again when a block is through
+    planned = 2 * costs.held(asked, *tokens) - 4 * joined  # in fp32
+    assert 0.9 * planned < most <= planned
 
 
 def test_units_do_change_what_is_read(read):
