@@ -164,8 +164,8 @@ def bounds(found: dict) -> str:
 def t4(found: dict) -> dict:
     """Hours for llava-1.5-7b, 29 blocks x 100 items on a T4: answers as long, accepted and guessed as measured here.
 
-    Batches fill the memory. A written answer takes its cache twice, as the model's own answers are read and written; the
-    readings of half as many, with what every block starts from, take less.
+    Batches fill the memory. A written answer takes its cache twice, as the model's own answers are read and written;
+    the readings of half as many, with what every block starts from, take less.
     """
     arch, hours = memory.llava_7b(), {}
     shape = {"prompt_tokens": 40, "answer_tokens": found["answer_tokens"], "accepted": found["accepted"]}
