@@ -1,11 +1,12 @@
 """AWQ by this package against AutoAWQ 0.2.9's own quantizer: CPU seconds and error, in one process on one thread.
 
-Both get the same calibration tokens and choose s = s_X^alpha (Eq. 8, 20 alphas) for the same groups; on the tiny model
-both also clip, though not alike: AutoAWQ shrinks |w| symmetrically, this package tries both ends apart. Times run from
-tokens to rounded fp32 weights; AutoAWQ is spared its packing. `error` is the relative L2 error on held-out inputs, of
-the tiny model's last hidden states (after its final norm) and of the single block's output; `rtn_error` that of plain
-asymmetric rounding, `ratio` AutoAWQ's seconds over ours. Last line: one JSON object; a status of 1 if a ratio is below
-its limit, or our error above theirs or rounding's.
+Two models: the trained tiny one, and a single random block of LLaMA-7B's shapes. Both quantizers get the same tokens
+and choose s = s_X^alpha (Eq. 8, 20 alphas) for the same groups; on the tiny model both also clip, though not alike:
+AutoAWQ shrinks |w| symmetrically, this package tries both ends apart. Times run from tokens to rounded fp32 weights;
+AutoAWQ is spared its packing, this package computes once what prompts about one picture share. `error` is the relative
+L2 error on held-out inputs, of the tiny model's last hidden states (after its final norm) and of the block's output;
+`rtn_error` that of plain asymmetric rounding, `ratio` AutoAWQ's seconds over ours. Last line: one JSON object; a
+status of 1 if a ratio is below its limit (15 on tiny, 3 on the block), or our error above theirs or rounding's.
 """
 
 import contextlib

@@ -22,6 +22,7 @@ from derm_compress.grids import HQQGrid, IntegerGrid, NF4Grid, unpack
 from derm_compress.packed import PackedLinear
 
 OWN = "derm_compress"
+FILES = "packed{suffix}.safetensors"  # of OWN: names that no other loader takes, which would fill its linears at random
 HUB = {  # names in memory and on the hub; a "vision_model" level exists there alone
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -36,7 +37,7 @@ def save(model, folder):
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "grid")}
     grids = {module.grid for module in packed.values()}
     if not packed or not all(isinstance(grid, IntegerGrid | NF4Grid) for grid in grids):
-        raise DermError("export: no packed linears, or of LLM.int8, which quantizes while it runs; export the source")
+        raise DermError("export: LLM.int8 quantizes while it runs and has no files; export the model before this step")
     state, skipped = model.state_dict(), _skipped(model, packed)
     if all(isinstance(grid, NF4Grid) for grid in grids):
         config = _bitsandbytes_config(model, next(iter(grids)), skipped)
@@ -45,10 +46,11 @@ def save(model, folder):
         config |= {"group_size": next(iter(grids)).group_size, "modules_to_not_convert": skipped}
         _exchange(state, packed, lambda module: gemm.to_gemm(*module.encoded()))
     else:
-        own = {_hub_name(f"{name}.")[:-1]: _described(module) for name, module in packed.items()}
-        config = {"quant_method": OWN, "format": 1, "modules": own, "modules_to_not_convert": skipped}
+        told = {_hub_name(f"{name}.")[:-1]: _described(module) for name, module in packed.items()}
+        config = {"quant_method": OWN, "format": 1, "modules": told, "modules_to_not_convert": skipped}
     named = {_hub_name(name): tensor.contiguous().cpu() for name, tensor in state.items()}
-    save_torch_state_dict(named, folder)
+    own = {"filename_pattern": FILES} if config["quant_method"] == OWN else {}
+    save_torch_state_dict(named, folder, **own)
     model.config.save_pretrained(folder)
     path = Path(folder) / "config.json"
     told = json.loads(path.read_text("utf-8"))

@@ -32,6 +32,8 @@ def headline(results: Results) -> str:
         return "No stage has left a compressed model yet."
     n, table = results.operating, tables.table4(results).set_index("variant")
     full, packed, pruned = variant_id(n, healed=True, method="awq"), variant_id(0, method="awq"), variant_id(n)
+    if full not in set(results.variants.variant):
+        return "No model ends as the paper's does, in 4-bit AWQ: add awq to methods and 4 to bits."
     size = table.vram_gib_7b.map(lambda gib: "memory not planned" if pd.isna(gib) else f"{gib:.1f} GiB")
     saved = 100 * (1 - table.vram_gib_7b[full] / table.vram_gib_7b["original"])
     plan = f"LLaVA at 7B, cut the same way, would take {size[full]} of weights instead of {size['original']} "

@@ -71,7 +71,8 @@ def check_groups(steps: Iterable[dict], inputs: dict[str, int]) -> None:
         odd = [] if method == "llm_int8" else [name for name, into in inputs.items() if into % size]
         if odd:
             told = f"the {inputs[odd[0]]} inputs of {odd[0]}"
-            raise DermError(f"group_size: {size} does not divide {told}; use a divisor")
+            fit = [n for n in (256, 128, 64, 32, 16, 8) if not any(into % n for into in inputs.values())]
+            raise DermError(f"group_size: {size} does not divide {told}; use a divisor, such as {fit[0] if fit else 1}")
 
 
 def _plain(value):

@@ -319,6 +319,8 @@ def write_folder(
         processor.save_pretrained(draft)
         card = cards.model_card(recipe, len(blocks(model)), packed, known or cards.Facts(), half)
         (draft / "README.md").write_text(card, encoding="utf-8")
+        for inner in draft.rglob("*"):  # safetensors are written for their owner alone
+            inner.chmod(0o755 if inner.is_dir() else 0o644)
     return path
 
 
@@ -327,7 +329,10 @@ def prune_folder(name: str, plan, count: int, path: Path) -> Path:
     from derm_compress import prune
 
     check_new(path)
-    model, processor = load_base(name, dtype=getattr(config_of(name), "dtype", None))
+    config = config_of(name)
+    if getattr(config, "quantization_config", None):
+        raise DermError(f"prune: {name} is quantized; prune the model that it was made of, and quantize anew")
+    model, processor = load_base(name, dtype=getattr(config, "dtype", None))
     whole = Recipe(name, fingerprint(model), len(blocks(model)))
     plan.check(blocks=whole.blocks, fingerprint=whole.fingerprint)
     prune.apply(model, *prune.left(whole.blocks, plan.removed(count)))

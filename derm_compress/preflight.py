@@ -130,21 +130,21 @@ def here(device: str) -> Machine:
 def foresee(plan, *, refuse: bool) -> None:
     """Prints what the stages of a run will need; before a GPU is asked for it, DermError where that is not to be had.
 
-    plan: plan.Plan. Nothing is said of a run on a CPU, whose shapes are not read either. A judging model is told by the
-    headers of its weights; its hours are not planned.
+    plan: plan.Plan. Nothing is said of what a run on a CPU needs. A judging model is told by the headers of its
+    weights; its hours are not planned.
     """
     values, device = plan.values, plan.values["device"]
     if refuse:
         check_forms(values)
         check_embedder(plan)
-    if device == "cpu":
+    if device == "cpu" and not (refuse and _missing(plan, "07_quantization")):
         return
     from derm_compress import judging, models
 
     arch = memory.architecture(models.config_of(values["model"]))
     if refuse:
         check_forms(values, arch)
-    if device == "meta" and refuse:  # the report says it
+    if device == "cpu" or (device == "meta" and refuse):  # the report says it
         return
     machine = here(device)
     print(f"{plan.run}, {says(values, arch, machine)}", flush=True)
@@ -157,13 +157,18 @@ def foresee(plan, *, refuse: bool) -> None:
         print(fault, flush=True)
 
 
+def _missing(plan, stage: str) -> bool:
+    """Whether a stage has yet to be computed."""
+    return stage in plan.keys and bool(plan.store.fault(stage, plan.keys[stage]))
+
+
 def check_embedder(plan) -> None:
     """DermError for a sentence transformer that stage 03 will need and not find; the packaged one is there."""
     name, stage = plan.values["embedder"], "03_layer_importance"
     asks = any(ranking.criterion == "output_similarity" for ranking in rankings(plan.values["rankings"]))
     if not asks or name == "packaged" or plan.values["device"] == "meta":
         return
-    if stage in plan.keys and plan.store.fault(stage, plan.keys[stage]):
+    if _missing(plan, stage):
         from derm_compress import criteria
 
         folder = plan.root / name  # a relative one as stages, which run in the project's root, find it
@@ -172,6 +177,8 @@ def check_embedder(plan) -> None:
 
 def check_forms(p: dict, arch: Architecture | None = None) -> None:
     """DermError for quantizers that stage 07 would refuse, on an architecture or on any."""
+    if not p["methods"]:
+        raise DermError("methods: name at least one, such as awq")
     inputs = {name: into for name, (_, into) in arch.linears.items()} if arch else {}
     steps = [*forms.forms(p["methods"], p["bits"], p["group_size"]).values()]
     steps += [{"method": budgets.METHOD, "group_size": p["group_size"]}] * bool(p["equal_bytes"])

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
-from derm_compress import checkpoint, gemm, memory, models, packed, quantize
+from derm_compress import checkpoint, gemm, memory, models, packed, prune, quantize
 from derm_compress.errors import DermError
 from derm_compress.grids import IntegerGrid
 from derm_compress.packed import PackedLinear
@@ -83,6 +84,22 @@ def test_a_new_process_gives_the_same_logits(reloaded, name):
     skipped = told["llm_int8_skip_modules" if FORMS[name][0] == "plain" else "modules_to_not_convert"]
     assert {"vision_tower", "lm_head"} <= set(skipped)
     assert torch.equal(here, there)
+
+
+def test_a_layout_of_our_own_is_not_opened_with_random_linears_by_others(pico, tmp_path):
+    """Plain Transformers warns of an unknown quantization alone, and fills what it does not find at random."""
+    checkpoint.save(made(pico, {"method": "rtn", "bits": 3}, packed=True), tmp_path)
+    pico[1].save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert quantize.quantized_linears(checkpoint.load(tmp_path)[0])["decoder"] == 56
+
+
+def test_a_quantized_folder_is_not_pruned(recipe, store, tmp_path):
+    models.export_model(recipe.then("quantize", method="rtn", bits=4, group_size=64).to_json(), store, tmp_path / "q")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "q").iterdir() if path.is_file()} == {0o644}
+    with pytest.raises(DermError, match="is quantized; prune the model that it was made of"):
+        models.prune_folder(str(tmp_path / "q"), prune.published(), 1, tmp_path / "out")
 
 
 def test_stored_bytes_are_the_planned_ones(pico, tmp_path):
@@ -175,7 +192,7 @@ def test_a_folder_with_another_part_alone_quantized_is_read_in_any_precision(pic
     model = made(pico, {"method": method, "bits": bits, "parts": (part,)}, packed=True)
     checkpoint.save(model, tmp_path)
     pico[1].save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+    (file,) = tmp_path.glob("*.safetensors")
     state = {name: t.half() if name.endswith(".bias") else t for name, t in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
     found, _ = checkpoint.load(tmp_path)

@@ -167,6 +167,12 @@ def test_the_runner_says_it_first_and_refuses_before_anything_is_loaded(capsys):
     ("device", "wrong", "said"),
     [
         ("cpu", {"group_size": 16}, "bitsandbytes has blocks of 32"),
+        ("cpu", {"methods": []}, "methods: name at least one, such as awq"),
+        (
+            "cpu",
+            {"model": "tiny", "group_size": 48, "methods": ["awq"]},
+            "48 does not divide the 64 .*such as 64",
+        ),
         ("cpu", {"equal_bytes": [8], "bits": [4]}, "set bits to several"),
         ("meta", {"group_size": 48, "methods": ["rtn"]}, "48 does not divide the 4096 inputs of self_attn.q_proj"),
         ("cuda", {"group_size": 48, "methods": ["llm_int8"], "equal_bytes": [8], "bits": [4, 3]}, "48 does not"),
