@@ -36,7 +36,9 @@ def save(model, folder):
     """Write a packed model's weights and config into a folder; models.export_model adds what else belongs there."""
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "grid")}
     grids = {module.grid for module in packed.values()}
-    if not packed or not all(isinstance(grid, IntegerGrid | NF4Grid) for grid in grids):
+    if not packed:
+        raise DermError("export: no linear is packed; export the model unpacked")
+    if not all(isinstance(grid, IntegerGrid | NF4Grid) for grid in grids):
         raise DermError("export: LLM.int8 quantizes while it runs and has no files; export the model before this step")
     state, skipped = model.state_dict(), _skipped(model, packed)
     if all(isinstance(grid, NF4Grid) for grid in grids):

@@ -182,6 +182,8 @@ def test_incomplete_and_foreign_folders_are_refused(pico, recipe, store, tmp_pat
         checkpoint.load(tmp_path / "out")
     with pytest.raises(DermError, match="LLM.int8"):
         checkpoint.save(made(pico, {"method": "llm_int8", "bits": 8}), tmp_path)
+    with pytest.raises(DermError, match="no linear is packed"):
+        checkpoint.save(models.load_base("pico")[0], tmp_path)
 
 
 @pytest.mark.parametrize("part", ("projector", "head"))

@@ -147,6 +147,9 @@ def test_every_finding_follows_the_data(results):
     assert "below quantization alone" in findings.headline(results)
     assert "above quantization alone" in findings.headline(other)
     assert "above pruning alone" in findings.headline(results)
+    without = results.variants[~results.variants.variant.str.endswith("|awq4")]
+    said = findings.headline(dataclasses.replace(results, variants=without))
+    assert said == "No model ends as the paper's does, in 4-bit AWQ: add awq to methods and 4 to bits."
     assert any("first depth whose interval of paired" in text for text in findings.findings_pruning(results))
     assert any("No depth's" in text for text in findings.findings_pruning(other))
     assert "no loss to heal" in findings.findings_sft(other)[-1]
