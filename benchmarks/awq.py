@@ -24,7 +24,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from derm_compress import activations, calibration, generate, models, quantize, reference, search, synthetic
+from derm_compress.data import synthetic
+from derm_compress.method import activations
+from derm_compress.method.quantization import calibration, quantize, search
+from derm_compress.method.quantization.autoawq import equal_rows, quantizer
+from derm_compress.model import anatomy, loading, prompts
 
 BITS, GROUP = 4, 64
 PICTURES = 12  # three questions each: what notebook 07 calibrates on by default
@@ -35,12 +39,12 @@ LIMITS = {"tiny": 15, "block_7b": 3}  # least ratios
 def autoawq(model, tokens, *, clip):
     """Quantize a model in place by AutoAWQ's quantizer, rounding fp16 weights as its pack() does."""
     hidden, arguments = calibration.enter(model, tokens)
-    made = reference.quantizer(model, hidden, arguments, bits=BITS, group_size=GROUP, clip=clip)
+    made = quantizer(model, hidden, arguments, bits=BITS, group_size=GROUP, clip=clip)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         made.quantize()
     with torch.no_grad():
-        for block in models.blocks(model):
-            for linear in models.linears(block).values():
+        for block in anatomy.blocks(model):
+            for linear in anatomy.linears(block).values():
                 linear.weight.copy_(made.pseudo_quantize_tensor(linear.weight.half())[0])
 
 
@@ -63,13 +67,15 @@ def compare(model, tokens, held_out, *, clip, last, repeats=5):
     found = {"ratio": seconds[autoawq][0] / statistics.median(seconds[ours])}
     found |= {"error": error(output(made, held_out, last), expected), "autoawq_error": theirs}
     found |= {"rtn_error": error(output(rounded, held_out, last), expected)}
-    print(f"CPU seconds: AutoAWQ {seconds[autoawq][0]:.2f}, this package {statistics.median(seconds[ours]):.2f}")
+    print(
+        f"CPU seconds: AutoAWQ {seconds[autoawq][0]:.2f}, this package {statistics.median(seconds[ours]):.2f}"
+    )
     return found
 
 
 def output(model, batches, name):
     """What a module of the decoder writes, [real tokens, channels]."""
-    seen, module = [], models.decoder(model).get_submodule(name)
+    seen, module = [], anatomy.decoder(model).get_submodule(name)
     activations.tap(model, batches, {"": module}, lambda _, x: seen.append(x))
     return torch.cat(seen)
 
@@ -80,29 +86,50 @@ def error(found, expected):
 
 def tiny():
     """The trained tiny model: prompts with pictures and answers, cut to one length as AutoAWQ knows no padding."""
-    model, processor = models.load_base("tiny")
+    model, processor = loading.load_base("tiny")
     dataset = synthetic.make(n_train=64, n_test=8, n_heldout=16, size=72, seed=3)
 
     def batches(items):
-        return list(generate.calibration_batches(processor, items, dataset.images, batch_size=48, device="cpu"))
+        return list(
+            prompts.calibration_batches(
+                processor, items, dataset.images, batch_size=48, device="cpu"
+            )
+        )
 
-    tokens = reference.equal_rows(batches(dataset.of("train")[:PICTURES]))
+    tokens = equal_rows(batches(dataset.of("train")[:PICTURES]))
     return compare(model, tokens, batches(dataset.of("heldout")), clip=True, last="norm")
 
 
 def block_7b():
     """One random LLaMA-7B block, 8 channels of each linear's inputs 20 times as loud; clipping off on both sides."""
-    text = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1}
+    text = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 1,
+    }
     text |= {"num_attention_heads": 32, "vocab_size": 2000}
-    tower = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    tower = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+    }
     tower |= {"num_attention_heads": 1, "image_size": 28, "patch_size": 14}
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=tower)).eval()
-    block, loud = models.blocks(model)[0], torch.arange(8) * 499
+    block, loud = anatomy.blocks(model)[0], torch.arange(8) * 499
     for name in ("input_layernorm", "post_attention_layernorm", "self_attn.v_proj", "mlp.up_proj"):
         block.get_submodule(name).weight.data[loud] *= 20
     ids = torch.randint(0, 2000, (2, 1, TOKENS))
-    return compare(model, {"input_ids": ids[0]}, [{"input_ids": ids[1]}], clip=False, last="layers.0", repeats=3)
+    return compare(
+        model,
+        {"input_ids": ids[0]},
+        [{"input_ids": ids[1]}],
+        clip=False,
+        last="layers.0",
+        repeats=3,
+    )
 
 
 if __name__ == "__main__":
@@ -112,6 +139,8 @@ if __name__ == "__main__":
     missed = [
         name
         for name, told in found.items()
-        if told["ratio"] < LIMITS[name] or told["error"] > told["autoawq_error"] or told["error"] >= told["rtn_error"]
+        if told["ratio"] < LIMITS[name]
+        or told["error"] > told["autoawq_error"]
+        or told["error"] >= told["rtn_error"]
     ]
     sys.exit(1 if missed else 0)

@@ -18,8 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from derm_compress import ablation, cost, dialogue, generate, memory, models, prune, reading, synthetic, tiny
-from derm_compress.finetune import collate, encode
+from derm_compress.data import dialogue, synthetic
+from derm_compress.method.importance import without
+from derm_compress.model import (
+    anatomy,
+    loading,
+    memory,
+    prompts,
+    reading,
+    removal,
+    shapes,
+    tiny,
+    usage,
+)
+from derm_compress.model.prompts import collate, encode
+from derm_compress.study import cost
 
 AIM = 3
 ITEMS, BLOCKS, LEAST, MOST = 32, list(range(2, 31)), 48, 96
@@ -30,13 +43,17 @@ T4_GIB = 14.6  # of 16 GB, once the context has its part
 
 def teach(model, processor, items, images, *, steps: int, batch: int, lr: float) -> None:
     """The blocks learn to answer LONG about these items: name, treatment, and the features twice in other words."""
-    pixels = processor.image_processor(list(images[[i.row for i in items]]), return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(list(images[[i.row for i in items]]), return_tensors="pt")[
+        "pixel_values"
+    ]
     pieces = []
     for item in items:
-        name, treatment, features = (dialogue.answers(item.disease, item.facts, k) for k in dialogue.QUESTIONS)
+        name, treatment, features = (
+            dialogue.answers(item.disease, item.facts, k) for k in dialogue.QUESTIONS
+        )
         told = " ".join((name[0], treatment[0], features[0], features[-1]))
         pieces.append(encode(processor.tokenizer, [(LONG["all"], told)], tiny.IMAGE_TOKENS))
-    weights = list(models.blocks(model).parameters())
+    weights = list(anatomy.blocks(model).parameters())
     optimizer, rng = torch.optim.AdamW(weights, lr=lr), np.random.default_rng(0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     for _ in range(steps):
@@ -55,12 +72,22 @@ def loop(model, processor, asked, images, units, *, batch: int):
     eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
     for unit in units:
         answers = {}
-        with prune.without(model, [] if unit is None else [unit]):
+        with removal.without(model, [] if unit is None else [unit]):
             for part in (asked[start : start + batch] for start in range(0, len(asked), batch)):
-                texts = [generate.ask(processor, question) for _, _, question in part]
-                inputs = generate.prepare(processor, texts, images[[i.row for i, _, _ in part]], model.device)
-                ids = model.generate(**inputs, max_new_tokens=MOST, do_sample=False, eos_token_id=eos, pad_token_id=pad)
-                for (item, name, _), row in zip(part, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                texts = [prompts.ask(processor, question) for _, _, question in part]
+                inputs = prompts.prepare(
+                    processor, texts, images[[i.row for i, _, _ in part]], model.device
+                )
+                ids = model.generate(
+                    **inputs,
+                    max_new_tokens=MOST,
+                    do_sample=False,
+                    eos_token_id=eos,
+                    pad_token_id=pad,
+                )
+                for (item, name, _), row in zip(
+                    part, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True
+                ):
                     answers[unit, item.id, name] = row[: row.index(eos) + 1] if eos in row else row
         yield answers
 
@@ -79,13 +106,13 @@ class Meter:
         except (OSError, AttributeError):
             self.mib = float("nan")
         if self.base is None or not self.keeps:
-            self.base = memory.resident_gib()["rss_gib"]
+            self.base = usage.resident_gib()["rss_gib"]
         self.began = time.perf_counter(), time.process_time()
 
     def __exit__(self, *_):
         self.wall += time.perf_counter() - self.began[0]
         self.cpu += time.process_time() - self.began[1]
-        self.mib = float(np.maximum(self.mib, 1024 * (memory.peak_gib() - self.base)))
+        self.mib = float(np.maximum(self.mib, 1024 * (usage.peak_gib() - self.base)))
 
 
 def watch(seen: Counter) -> None:
@@ -98,28 +125,42 @@ def watch(seen: Counter) -> None:
         y = run(model, x, *args, start=start, gates=gates, **more)
         seen[f"{kind} s"] += time.perf_counter() - began
         seen[f"{kind} rows"] += len(x)
-        seen[kind] += x.shape[0] * x.shape[1] * (len(models.blocks(model)) - start / 2)
+        seen[kind] += x.shape[0] * x.shape[1] * (len(anatomy.blocks(model)) - start / 2)
         return y
 
-    reading.run = ablation.run = counted
+    reading.run = reading.run = counted
 
 
-def race(model, processor, items, images, questions, *, blocks, lines: int, batches, seen: Counter) -> dict:
+def race(
+    model, processor, items, images, questions, *, blocks, lines: int, batches, seen: Counter
+) -> dict:
     """Both ways in turns, the loop at the best of `batches`; what they took, and whether their tokens are the same."""
     asked = [(item, *question) for question in questions.items() for item in items]
     tried = {batch: Meter(keeps=False) for batch in batches}
     for batch, meter in tried.items():
         with meter:
             list(loop(model, processor, asked, images, blocks[:1], batch=batch))
-    print("the loop's seconds a block by batch:", {b: round(m.cpu, 2) for b, m in tried.items()}, flush=True)
+    print(
+        "the loop's seconds a block by batch:",
+        {b: round(m.cpu, 2) for b, m in tried.items()},
+        flush=True,
+    )
     batch, units, rows, plain = min(tried, key=lambda b: tried[b].cpu), [None, *blocks], {}, {}
-    count = len(models.blocks(model))  # of blocks; while one is away, one less
-    watched = models.blocks(model)[0].register_forward_pre_hook(
-        lambda _, args: seen.update(loop=args[0].shape[0] * args[0].shape[1] * (count - (len(plain) > 0)))
+    count = len(anatomy.blocks(model))  # of blocks; while one is away, one less
+    watched = anatomy.blocks(model)[0].register_forward_pre_hook(
+        lambda _, args: seen.update(
+            loop=args[0].shape[0] * args[0].shape[1] * (count - (len(plain) > 0))
+        )
     )
     seen.clear()
-    drafts = ablation.written(model, processor, items, images, blocks, questions, batch_size=lines, max_new_tokens=MOST)
-    straight, fast, slow = loop(model, processor, asked, images, units, batch=batch), Meter(True), Meter(False)
+    drafts = without.written(
+        model, processor, items, images, blocks, questions, batch_size=lines, max_new_tokens=MOST
+    )
+    straight, fast, slow = (
+        loop(model, processor, asked, images, units, batch=batch),
+        Meter(True),
+        Meter(False),
+    )
     for n in range(len(units)):
         with slow:
             plain |= next(straight)
@@ -127,13 +168,19 @@ def race(model, processor, items, images, questions, *, blocks, lines: int, batc
             rows |= {row.key: row for row in islice(drafts, (n + 1) * len(asked) - len(rows))}
     watched.remove()
     same = {key: row.tokens for key, row in rows.items()} == plain
-    return {"texts_equal": same, "loop_batch": batch, "batch": lines} | compared(rows, fast, slow, seen)
+    return {"texts_equal": same, "loop_batch": batch, "batch": lines} | compared(
+        rows, fast, slow, seen
+    )
 
 
 def compared(rows: dict, fast: Meter, slow: Meter, seen: Counter) -> dict:
     """The figures of one race."""
-    ablated = [(row, rows[None, *key[1:]].tokens) for key, row in rows.items() if key[0] is not None]
-    gained = sum(len(row.tokens) - row.accepted - 1 for row, draft in ablated if row.accepted < len(draft))
+    ablated = [
+        (row, rows[None, *key[1:]].tokens) for key, row in rows.items() if key[0] is not None
+    ]
+    gained = sum(
+        len(row.tokens) - row.accepted - 1 for row, draft in ablated if row.accepted < len(draft)
+    )
     kinds, count = ("reading", "full", "writing"), len(ablated)
     values = {
         "ratio": slow.wall / fast.wall, "ratio_of_cpu_seconds": slow.cpu / fast.cpu, "items": count,
@@ -152,9 +199,15 @@ def compared(rows: dict, fast: Meter, slow: Meter, seen: Counter) -> dict:
 
 def bounds(found: dict) -> str:
     """What keeps the drafts from being faster still, in words."""
-    kinds = {"reading": "reading drafts", "full": "the whole model's own answers", "writing": "writing what differs"}
+    kinds = {
+        "reading": "reading drafts",
+        "full": "the whole model's own answers",
+        "writing": "writing what differs",
+    }
     shares = {told: found[f"{kind}_of_seconds"] for kind, told in kinds.items()}
-    told = ", ".join(f"{share:.0%} {what}" for what, share in sorted(shares.items(), key=lambda pair: -pair[1]))
+    told = ", ".join(
+        f"{share:.0%} {what}" for what, share in sorted(shares.items(), key=lambda pair: -pair[1])
+    )
     floor = 1 / found["block_tokens_of_loop"]
     computed = f"they compute {found['block_tokens_of_loop']:.0%} of the loop's block-tokens"
     peaks = f"peak {found['peak_mib']:.0f} MiB, the loop's {found['loop_peak_mib']:.0f}"
@@ -167,8 +220,12 @@ def t4(found: dict) -> dict:
     Batches fill the memory. A written answer takes its cache twice, as the model's own answers are read and written;
     the readings of half as many, with what every block starts from, take less.
     """
-    arch, hours = memory.llava_7b(), {}
-    shape = {"prompt_tokens": 40, "answer_tokens": found["answer_tokens"], "accepted": found["accepted"]}
+    arch, hours = shapes.llava_7b(), {}
+    shape = {
+        "prompt_tokens": 40,
+        "answer_tokens": found["answer_tokens"],
+        "accepted": found["accepted"],
+    }
     for name, form in (("fp16", {}), ("nf4", {"method": "bitsandbytes", "bits": 4})):
         one = memory.plan_peak(arch, prompt_tokens=40, new_tokens=MOST, **form)
         free = T4_GIB - sum(one.values()) + one["kv_cache"]
@@ -176,13 +233,15 @@ def t4(found: dict) -> dict:
         for guessed, advance in (("", max(1, found["tokens_a_step"])), (" unguessed", 1)):
             how = {"blocks": BLOCKS, "items": 100, "advance": advance, **rows, **shape, **form}
             seconds = cost.importance_seconds(arch, cost.T4, **how)
-            hours[name + guessed] = {k: round(v if k == "ratio" else v / 3600, 2) for k, v in seconds.items()} | rows
+            hours[name + guessed] = {
+                k: round(v if k == "ratio" else v / 3600, 2) for k, v in seconds.items()
+            } | rows
     return hours
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    model, processor = models.load_base("tiny")
+    model, processor = loading.load_base("tiny")
     dataset = synthetic.make(n_train=240, n_test=8, n_heldout=8, size=tiny.SIZE, seed=3)
     items, images, eos = dataset.of("train"), dataset.images, processor.tokenizer.eos_token_id
     began = time.perf_counter()
@@ -191,14 +250,18 @@ def main() -> None:
     (said,) = loop(model, processor, asked, images, [None], batch=len(asked))
     ended = {key[1] for key, tokens in said.items() if len(tokens) >= LEAST and tokens[-1] == eos}
     chosen = [item for item in items if item.id in ended][:ITEMS]
-    assert len(chosen) == ITEMS, f"only {len(chosen)} answers have {LEAST} tokens or more and end by themselves"
+    assert len(chosen) == ITEMS, (
+        f"only {len(chosen)} answers have {LEAST} tokens or more and end by themselves"
+    )
     print(f"taught in {time.perf_counter() - began:.0f} s", flush=True)
     watch(seen := Counter())
     how = {"blocks": BLOCKS, "lines": ITEMS, "batches": (8, 16, 32), "seen": seen}
     found = race(model, processor, chosen, images, LONG, **how)
     print("one long question:", found, flush=True)
     how |= {"blocks": BLOCKS[::6], "lines": 3 * ITEMS, "batches": (32, 96)}
-    found["short_questions_of_the_base"] = race(models.load_base("tiny")[0], processor, chosen, images, SHORT, **how)
+    found["short_questions_of_the_base"] = race(
+        loading.load_base("tiny")[0], processor, chosen, images, SHORT, **how
+    )
     found["t4_hours"] = t4(found)
     print(bounds(found))
     print(json.dumps(found))

@@ -18,9 +18,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from torch import nn
 
-from derm_compress.grids import IntegerGrid
+from derm_compress.method.quantization.grids import IntegerGrid
 
-SHAPES = {"4096x4096": (4096, 4096), "11008x4096": (11008, 4096), "4096x11008": (4096, 11008), "head": (32064, 4096)}
+SHAPES = {
+    "4096x4096": (4096, 4096),
+    "11008x4096": (11008, 4096),
+    "4096x11008": (4096, 11008),
+    "head": (32064, 4096),
+}
 GROUP, ROUNDS = 64, 3
 LEAST = 2
 CACHES = 2**27  # bytes that all copies of a 4-bit layer take, at least
@@ -41,7 +46,9 @@ def compare(out, into):
     error = ((packed(x) - expected).norm() / expected.norm()).item()
     copies = range(max(2, CACHES // packed.codes.nbytes))
     pairs = [(copy.deepcopy(linear), copy.deepcopy(packed)) for _ in copies]
-    runs = [[seconds(module, x) for module in pair] for _ in range(1 + ROUNDS) for pair in pairs][len(pairs) :]
+    runs = [[seconds(module, x) for module in pair] for _ in range(1 + ROUNDS) for pair in pairs][
+        len(pairs) :
+    ]
     full, four = (statistics.median(column) * 1000 for column in zip(*runs, strict=True))
     return {"ratio": full / four, "fp32_ms": full, "w4_ms": four, "error": error}
 
@@ -50,7 +57,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {name: compare(*shape) for name, shape in SHAPES.items()}
     for name, told in found.items():
-        print(f"{name}: fp32 {told['fp32_ms']:.2f} ms, 4 bits {told['w4_ms']:.2f} ms, error {told['error']:.4f}")
+        print(
+            f"{name}: fp32 {told['fp32_ms']:.2f} ms, 4 bits {told['w4_ms']:.2f} ms, error {told['error']:.4f}"
+        )
     smallest = min(told["ratio"] for name, told in found.items() if name != "head")
     print(json.dumps({"ratio": smallest, "shapes": found}))
     sys.exit(smallest < LEAST)

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("SIGTERM", "SIGHUP"):  # end like Ctrl-C, so that no kernel is left behind
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
-    from derm_compress.plan import settle
+    from derm_compress.study.plan import settle
 
     settle()
     try:
@@ -29,20 +29,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(prog="python -m derm_compress", description=__doc__)
-    add = commands.add_subparsers(required=True, metavar="run | export | prune | report | pack | kaggle").add_parser
+    add = commands.add_subparsers(
+        required=True, metavar="run | export | prune | report | pack | kaggle"
+    ).add_parser
     run = add("run", help="compute what is missing of the runs of parameter files, and report")
     run.add_argument("params", nargs="+", type=Path, help="params/NAME.yaml")
     run.add_argument("--only", metavar="04", help="this stage only")
     run.add_argument("--from", dest="from_", metavar="04", help="this stage and those after it")
-    run.add_argument("--set", action="append", default=[], metavar="'KEY=VALUE …'", help="over the files' values")
-    run.add_argument("--force", action="store_true", help="compute again, even if nothing has changed")
-    run.add_argument("--list", action="store_true", help="only say what is cached and what is to compute")
-    run.add_argument("--hours", type=float, default=0, help="stop then, to go on later with the same command")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="'KEY=VALUE …'", help="over the files' values"
+    )
+    run.add_argument(
+        "--force", action="store_true", help="compute again, even if nothing has changed"
+    )
+    run.add_argument(
+        "--list", action="store_true", help="only say what is cached and what is to compute"
+    )
+    run.add_argument(
+        "--hours", type=float, default=0, help="stop then, to go on later with the same command"
+    )
     run.set_defaults(command=run_command)
     export = add("export", help="write a model of a run as an ordinary model folder")
     export.add_argument("model", help="RUN/STAGE[/NAME], without NAME the operating point")
     export.add_argument("path", type=Path)
-    export.add_argument("--half", action="store_true", help="unquantized weights in fp16, as readers of AWQ expect")
+    export.add_argument(
+        "--half", action="store_true", help="unquantized weights in fp16, as readers of AWQ expect"
+    )
     export.set_defaults(command=export_command)
     prune = add("prune", help="write a model folder without some of its blocks, by a pruning plan")
     prune.add_argument("model", help="a model folder, a hub id, or tiny")
@@ -77,7 +89,7 @@ def assignments(texts: list[str]) -> dict[str, str]:
 
 
 def run_command(a) -> int:
-    from derm_compress.runner import run
+    from derm_compress.study.run import run
 
     if a.hours and not a.list:
         signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -86,22 +98,22 @@ def run_command(a) -> int:
 
 
 def pack_command(a) -> int:
-    from derm_compress.kaggle import pack
+    from derm_compress.kaggle.build import pack
 
     print(*pack(a.run, a.path, owner=a.owner), f"-> {a.path}", sep="\n")
     return 0
 
 
 def kaggle_command(a) -> int:
-    from derm_compress.kaggle import build, describe
+    from derm_compress.kaggle.build import build, describe
 
     print(describe(build(a.path, owner=a.owner), a.owner))
     return 0
 
 
 def report_command(a) -> int:
-    from derm_compress.plan import project_root
-    from derm_compress.report import render, render_index
+    from derm_compress.report.render import render, render_index
+    from derm_compress.study.plan import project_root
 
     for name in a.runs:
         print(render(name, root=project_root()))
@@ -110,30 +122,32 @@ def report_command(a) -> int:
 
 
 def export_command(a) -> int:
-    from derm_compress.plan import find_recipe
+    from derm_compress.study.plan import find_recipe
 
     recipe, store = find_recipe(a.model)
-    from derm_compress import cards, models
+    from derm_compress.evaluate import cards
+    from derm_compress.evaluate.export import export_model
 
     known = cards.facts(recipe, store.root.parent, a.model.split("/")[0])
-    models.export_model(recipe, store, a.path, known=known, half=a.half)
+    export_model(recipe, store, a.path, known=known, half=a.half)
     return written(a)
 
 
 def prune_command(a) -> int:
-    from derm_compress import models
-    from derm_compress.prune import read_plan
+    from derm_compress.evaluate.export import prune_folder
+    from derm_compress.method.pruning import read_plan
 
-    models.prune_folder(a.model, read_plan(a.plan), a.count, a.path)
+    prune_folder(a.model, read_plan(a.plan), a.count, a.path)
     return written(a)
 
 
 def written(a) -> int:
     """Says what was written, and who cannot open it."""
-    from derm_compress import cards, models
+    from derm_compress.evaluate import cards
+    from derm_compress.model import loading
 
     print(f"{a.model} -> {a.path}; README.md there says what it is and how it opens")
-    if (a.path / models.PARTIAL).exists():
+    if (a.path / loading.PARTIAL).exists():
         print(cards.NOT_PLAIN)
     return 0
 

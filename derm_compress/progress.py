@@ -31,4 +31,8 @@ def track(iterable, what: str, total: int | None = None, *, every: float = 10.0)
 def _line(done: int, total: int | None, seconds: float) -> str:
     rate = done / seconds
     pace = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-    return f"{done} of {total}, {pace}, {clock((total - done) / rate)} left" if total else f"{done}, {pace}"
+    return (
+        f"{done} of {total}, {pace}, {clock((total - done) / rate)} left"
+        if total
+        else f"{done}, {pace}"
+    )

@@ -14,11 +14,15 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from derm_compress import awq, calibration, finetune, latency, memory, models, rehearsal_page
+from derm_compress import rehearsal_page
 from derm_compress import rehearsal_rig as rigs
-from derm_compress.artifacts import read_json, write_json
 from derm_compress.errors import DermError
-from derm_compress.grids import IntegerGrid
+from derm_compress.evaluate import latency
+from derm_compress.files import read_json, write_json
+from derm_compress.method.finetune import train
+from derm_compress.method.quantization import calibration, folding, scaling
+from derm_compress.method.quantization.grids import IntegerGrid
+from derm_compress.model import anatomy, memory
 from derm_compress.rehearsal_rig import FORMS, Rig
 
 RANK, ALPHA = 16, 8
@@ -33,14 +37,19 @@ def limits(rig: Rig) -> list[dict]:
     """What the floors of all times rest on."""
     found = rigs.limits(rig)
     rows = [row("copy on the device", "GB/s", found["copy"] / 1e9)]
-    return rows + [row(f"{kind} product", "TFLOP/s", found[kind] / 1e12) for kind in ("fp16", "fp32")]
+    return rows + [
+        row(f"{kind} product", "TFLOP/s", found[kind] / 1e12) for kind in ("fp16", "fp32")
+    ]
 
 
 def weights(rig: Rig, *, removed: int) -> list[dict]:
     """The fp16 model as it lies in memory."""
     before = rigs.release(rig)
     model = rigs.build(rig, removed=removed)
-    count, plan = sum(p.numel() for p in model.parameters()), memory.plan_weights(rig.arch, blocks_removed=removed)
+    count, plan = (
+        sum(p.numel() for p in model.parameters()),
+        memory.plan_weights(rig.arch, blocks_removed=removed),
+    )
     return [
         row("parameters", "", count, rig.arch.parameters(removed)),
         row("weights", "GiB", rigs.weights_gib(rig, model, before), sum(plan.values())),
@@ -58,14 +67,24 @@ def generate(rig: Rig, *, form: str, removed: int, batch: int) -> list[dict]:
     rigs.release(rig)
     _, prefill, decode = latency.greedy_tokens(model, inputs, new_tokens=rig.new_tokens)
     repeats = max(1, min(5, int(rig.seconds / (prefill + decode))))
-    told = latency.measure_latency(model, inputs, new_tokens=rig.new_tokens, warmup=0, repeats=repeats)
+    told = latency.measure_latency(
+        model, inputs, new_tokens=rig.new_tokens, warmup=0, repeats=repeats
+    )
     sizes = {"batch": batch, "prompt_tokens": rig.prompt_tokens, "new_tokens": rig.new_tokens}
     kernel = any(getattr(module, "steps", None) is not None for module in model.modules())
-    plan, floor = memory.plan_peak(rig.arch, int4_kernel=kernel, **sizes, **what), rigs.forward_floor
+    plan, floor = (
+        memory.plan_peak(rig.arch, int4_kernel=kernel, **sizes, **what),
+        rigs.forward_floor,
+    )
     return [
         row("weights", "GiB", held, sum(memory.plan_weights(rig.arch, **what).values())),
         row("peak", "GiB", rigs.peak_gib(rig), sum(plan.values())),
-        row("prefill", "ms", told["prefill_ms"], 1e3 * floor(rig, batch, rig.prompt_tokens, removed=removed)),
+        row(
+            "prefill",
+            "ms",
+            told["prefill_ms"],
+            1e3 * floor(rig, batch, rig.prompt_tokens, removed=removed),
+        ),
         row("decode", "ms/token", told["decode_ms_per_token"], 1e3 * rigs.decode_floor(rig, plan)),
     ]
 
@@ -79,7 +98,12 @@ def training(rig: Rig, *, form: str, removed: int, batch: int, checkpointing: bo
     seconds, tokens = rigs.timed(rig, step), inputs["input_ids"].numel()
     work = {"removed": removed, "passes": 2 + checkpointing, "logits": tokens // batch}
     floor = rigs.forward_floor(rig, batch, rig.text_tokens, **work)
-    sizes = {"rank": RANK, "batch": batch, "text_tokens": rig.text_tokens, "checkpointing": checkpointing}
+    sizes = {
+        "rank": RANK,
+        "batch": batch,
+        "text_tokens": rig.text_tokens,
+        "checkpointing": checkpointing,
+    }
     base = "bitsandbytes" if form == "NF4" else "fp16"
     plan = memory.plan_training(rig.arch, blocks_removed=removed, method=base, **sizes)
     return [
@@ -95,12 +119,14 @@ def adapted(rig: Rig, form: str, removed: int, checkpointing: bool):
     model = rigs.build(rig, removed=removed)
     if form == "NF4":
         settings = {"learning_rate": 1e-4, "steps": 1, "batch_size": 1, "seed": 0}
-        tuned = finetune.attach(model, finetune.Training(RANK, ALPHA, **settings))
+        tuned = train.attach(model, train.Training(RANK, ALPHA, **settings))
     else:
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=finetune.TARGETS, lora_dropout=0.0)
+        config = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=train.TARGETS, lora_dropout=0.0
+        )
         tuned = get_peft_model(model, config)
     if checkpointing:
-        models.decoder(model).gradient_checkpointing_enable()
+        anatomy.decoder(model).gradient_checkpointing_enable()
     return tuned
 
 
@@ -130,7 +156,11 @@ def activation_aware(rig: Rig, *, blocks: int) -> list[dict]:
     held = (rigs.release(rig) - before) / blocks if rig.cuda else None
     calibrate = rigs.timed(rig, lambda: dict(calibration.collect(model, batches))) / blocks
     grids = dict.fromkeys(rig.arch.linears, IntegerGrid(4, 64))
-    search = rigs.timed(rig, lambda: [awq.search_block(model, i, statistics[i], grids) for i in statistics], most=1)
+    search = rigs.timed(
+        rig,
+        lambda: [scaling.search_block(model, i, statistics[i], grids) for i in statistics],
+        most=1,
+    )
     search /= blocks
     kept, calibrate_floor, search_floor = awq_floors(rig, blocks)
     return [
@@ -146,15 +176,22 @@ def awq_floors(rig: Rig, blocks: int) -> tuple[float, float, float]:
     The search looks at every alpha for a sample of a weight's rows, and for all rows at the best ones and at plain
     rounding.
     """
-    tokens, fp32 = rig.conversations * (rig.arch.image_tokens + rig.text_tokens), rigs.limits(rig)["fp32"]
+    tokens, fp32 = (
+        rig.conversations * (rig.arch.image_tokens + rig.text_tokens),
+        rigs.limits(rig)["fp32"],
+    )
     values = sums = products = 0
-    for _, names in calibration.GROUPS.values():
+    for _, names in folding.GROUPS.values():
         into, out = rig.arch.linears[names[0]][1], sum(rig.arch.linears[name][0] for name in names)
-        factor, sample = min(into, tokens), min(out, awq.SAMPLE)
+        factor, sample = min(into, tokens), min(out, scaling.SAMPLE)
         values += into * factor
         sums += 2 * tokens * into**2 * (into <= tokens)
-        products += 2 * into * factor * (len(awq.ALPHAS) * sample + (awq.FINALISTS + 1) * out)
-    forward = rigs.forward_floor(rig, rig.conversations, rig.text_tokens, removed=rig.arch.blocks - blocks)
+        products += (
+            2 * into * factor * (len(scaling.ALPHAS) * sample + (scaling.FINALISTS + 1) * out)
+        )
+    forward = rigs.forward_floor(
+        rig, rig.conversations, rig.text_tokens, removed=rig.arch.blocks - blocks
+    )
     return memory.FP32 * values / memory.GIB, forward / blocks + sums / fp32, products / fp32
 
 
@@ -163,11 +200,17 @@ def importance(rig: Rig, *, batch: int) -> list[dict]:
     model, draft = rigs.build(rig), rig.draft_tokens
     prompt, drafted = (rigs.request(rig, batch, rig.prompt_tokens + more) for more in (0, draft))
     with torch.inference_mode():
-        verify = rigs.timed(rig, lambda: model(**drafted, use_cache=False, logits_to_keep=draft + 1))
+        verify = rigs.timed(
+            rig, lambda: model(**drafted, use_cache=False, logits_to_keep=draft + 1)
+        )
     answer = rigs.timed(rig, lambda: latency.greedy_tokens(model, prompt, new_tokens=draft), most=2)
-    plan = memory.plan_peak(rig.arch, batch=batch, prompt_tokens=rig.prompt_tokens, new_tokens=draft)
+    plan = memory.plan_peak(
+        rig.arch, batch=batch, prompt_tokens=rig.prompt_tokens, new_tokens=draft
+    )
     verify_floor = rigs.forward_floor(rig, batch, rig.prompt_tokens + draft, logits=draft + 1)
-    answer_floor = rigs.forward_floor(rig, batch, rig.prompt_tokens) + (draft - 1) * rigs.decode_floor(rig, plan)
+    answer_floor = rigs.forward_floor(rig, batch, rig.prompt_tokens) + (
+        draft - 1
+    ) * rigs.decode_floor(rig, plan)
     return [
         row("verifying a draft", "s", verify, verify_floor),
         row("answering", "s", answer, answer_floor),
@@ -185,16 +228,23 @@ def cases(rig: Rig) -> dict:
     def listed(asked) -> dict:
         return {named(**case): case for case in asked}
 
-    generated = product((("fp16", 0), ("fp16", 6), ("NF4", 0), ("packed W4", 0), ("packed W4", 6)), (1, 8))
+    generated = product(
+        (("fp16", 0), ("fp16", 6), ("NF4", 0), ("packed W4", 0), ("packed W4", 6)), (1, 8)
+    )
     bases = ("NF4", "fp16") if rigs.nf4_trouble(rig.device) else ("NF4",)
     trained = product(bases, (0, 6), (False, True), (1, 4))
     return {
         "limits": (limits, {"large tensors": {}}),
         "weights": (weights, listed({"removed": removed} for removed in (0, 6, 7, 8, 9, 10))),
-        "generate": (generate, listed({"form": f, "removed": r, "batch": b} for (f, r), b in generated)),
+        "generate": (
+            generate,
+            listed({"form": f, "removed": r, "batch": b} for (f, r), b in generated),
+        ),
         "training": (
             training,
-            listed({"form": f, "removed": r, "batch": b, "checkpointing": c} for f, r, c, b in trained),
+            listed(
+                {"form": f, "removed": r, "batch": b, "checkpointing": c} for f, r, c, b in trained
+            ),
         ),
         "awq": (activation_aware, {"fp16, 2 blocks": {"blocks": 2}}),
         "importance": (importance, listed([{"batch": 8}])),
@@ -234,8 +284,12 @@ def main(argv: list[str] | None = None) -> int:
     asked = argparse.ArgumentParser(prog="python -m derm_compress.rehearsal", description=__doc__)
     asked.add_argument("out", nargs="?", type=Path, default=Path("reports/gpu-rehearsal"))
     asked.add_argument("--shapes", choices=("7b", "small"), default="7b")
-    asked.add_argument("--only", choices=STEPS, help="this step alone; the page holds what was finished before too")
-    asked.add_argument("--page", action="store_true", help="measure nothing, render OUT's rehearsal.json again")
+    asked.add_argument(
+        "--only", choices=STEPS, help="this step alone; the page holds what was finished before too"
+    )
+    asked.add_argument(
+        "--page", action="store_true", help="measure nothing, render OUT's rehearsal.json again"
+    )
     a = asked.parse_args(argv)
     if a.page:
         rehearsal_page.again(a.out)
@@ -248,7 +302,9 @@ def main(argv: list[str] | None = None) -> int:
     paths = {step: a.out / "steps" / f"{step}.json" for step in STEPS}
     for step in [a.only] if a.only else STEPS:
         run_step(rig, step, paths[step])
-    told = {step: found for step, path in paths.items() if (found := finished(path, rigs.place(rig)))}
+    told = {
+        step: found for step, path in paths.items() if (found := finished(path, rigs.place(rig)))
+    }
     rehearsal_page.write(a.out, rigs.place(rig), told)
     return 0
 

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from types import SimpleNamespace
 
-from derm_compress.artifacts import atomic, read_json, write_json
+from derm_compress.files import atomic, read_json, write_json
 
 COLUMNS = ["step", "variant", "quantity", "unit", "measured", "planned", "ratio"]
 T4_GIB = 14  # it shows 14.6, of which the CUDA context takes some
@@ -84,8 +84,12 @@ def as_csv(rows: list[SimpleNamespace]) -> str:
 
 def page(where: dict, steps: dict[str, dict], rows: list[SimpleNamespace]) -> str:
     """The page in Markdown."""
-    parts = [f"# Rehearsal of {'LLaVA-1.5-7B' if where['shapes'] == '7b' else 'a small LLaVA'} on {where['device']}"]
-    parts += ["**What do the 7B shapes cost on a real GPU, and do the plans of `derm_compress.memory` hold?**"]
+    parts = [
+        f"# Rehearsal of {'LLaVA-1.5-7B' if where['shapes'] == '7b' else 'a small LLaVA'} on {where['device']}"
+    ]
+    parts += [
+        "**What do the 7B shapes cost on a real GPU, and do the plans of `derm_compress.memory` hold?**"
+    ]
     known = [row for row in rows if row.measured is not None]
     parts += ["## Findings", bullets(findings(known))]
     for step, told in steps.items():
@@ -130,18 +134,36 @@ def bullets(sentences: list[str]) -> str:
 def findings(rows: list[SimpleNamespace]) -> list[str]:
     """What the measured rows say; what was not measured is not spoken of."""
     forms = [quantized(rows, form) for form in ("NF4", "packed W4")]
-    return [weights(rows), peaks(rows), fitting(rows), decoding(rows), *forms, training(rows), awq(rows), drafts(rows)]
+    return [
+        weights(rows),
+        peaks(rows),
+        fitting(rows),
+        decoding(rows),
+        *forms,
+        training(rows),
+        awq(rows),
+        drafts(rows),
+    ]
 
 
 def gaps(rows: list[SimpleNamespace]) -> list[str]:
     """Why a ratio is not 1: times above their floors, peaks beside their plans."""
-    return [launching(rows), unpacking(rows), workspace(rows), FP32_SEARCH * bool(len(pick(rows, "awq", SEARCH)))]
+    return [
+        launching(rows),
+        unpacking(rows),
+        workspace(rows),
+        FP32_SEARCH * bool(len(pick(rows, "awq", SEARCH))),
+    ]
 
 
-def pick(rows: list[SimpleNamespace], step: str, quantity: str, *words: str) -> dict[str, SimpleNamespace]:
+def pick(
+    rows: list[SimpleNamespace], step: str, quantity: str, *words: str
+) -> dict[str, SimpleNamespace]:
     """Rows of one quantity whose variant has all the words, by variant: unpruned before pruned."""
     found = {row.variant: row for row in rows if (row.step, row.quantity) == (step, quantity)}
-    return {variant: row for variant, row in found.items() if set(words) <= set(variant.split(", "))}
+    return {
+        variant: row for variant, row in found.items() if set(words) <= set(variant.split(", "))
+    }
 
 
 def measured(rows: list[SimpleNamespace], *what: str) -> list[float]:
@@ -151,14 +173,20 @@ def measured(rows: list[SimpleNamespace], *what: str) -> list[float]:
 
 def weights(rows: list[SimpleNamespace]) -> str:
     off = [abs(row.ratio - 1) for row in pick(rows, "weights", "weights").values()]
-    return f"The fp16 weights take what is planned, within {max(*off, 1e-4):.2%} at {len(off)} depths." if off else ""
+    return (
+        f"The fp16 weights take what is planned, within {max(*off, 1e-4):.2%} at {len(off)} depths."
+        if off
+        else ""
+    )
 
 
 def peaks(rows: list[SimpleNamespace]) -> str:
     spans = []
     for step, what in (("generate", "answering"), ("training", "training")):
         ratio = [row.ratio for row in pick(rows, step, "peak").values()]
-        spans += [f"{min(ratio):.2f} to {max(ratio):.2f} times its plan when {what}"] if ratio else []
+        spans += (
+            [f"{min(ratio):.2f} to {max(ratio):.2f} times its plan when {what}"] if ratio else []
+        )
     return f"Peak memory is {' and '.join(spans)}." if spans else ""
 
 
@@ -171,13 +199,13 @@ def fitting(rows: list[SimpleNamespace]) -> str:
 
 
 def decoding(rows: list[SimpleNamespace]) -> str:
-    one, eight = (list(pick(rows, "generate", "decode", "fp16", f"batch {n}").values()) for n in (1, 8))
+    one, eight = (
+        list(pick(rows, "generate", "decode", "fp16", f"batch {n}").values()) for n in (1, 8)
+    )
     if len(one) < 2 or len(eight) < 2:
         return ""
     whole, pruned = one[0].measured, one[-1].measured
-    saved = (
-        f"with six blocks fewer {pruned:.1f} ms ({abs(1 - pruned / whole):.0%} {'less' if pruned < whole else 'more'})"
-    )
+    saved = f"with six blocks fewer {pruned:.1f} ms ({abs(1 - pruned / whole):.0%} {'less' if pruned < whole else 'more'})"
     return (
         f"A step of decoding in fp16 takes {whole:.1f} ms at batch 1, {one[0].ratio:.1f} times its floor, and "
         f"{eight[0].measured:.1f} ms at batch 8; {saved}."
@@ -185,7 +213,10 @@ def decoding(rows: list[SimpleNamespace]) -> str:
 
 
 def quantized(rows: list[SimpleNamespace], form: str) -> str:
-    pairs = [[measured(rows, "generate", q, f, "batch 1") for f in ("fp16", form)] for q in ("peak", "decode")]
+    pairs = [
+        [measured(rows, "generate", q, f, "batch 1") for f in ("fp16", form)]
+        for q in ("peak", "decode")
+    ]
     if not all(found for pair in pairs for found in pair):
         return ""
     (wide, narrow), (fast, slow) = [[found[0] for found in pair] for pair in pairs]
@@ -206,19 +237,28 @@ def training(rows: list[SimpleNamespace]) -> str:
 
 
 def awq(rows: list[SimpleNamespace]) -> str:
-    each = [measured(rows, "awq", f"{what} of a block") for what in ("calibration", "search", "statistics")]
+    each = [
+        measured(rows, "awq", f"{what} of a block")
+        for what in ("calibration", "search", "statistics")
+    ]
     whole = [*pick(rows, "weights", "weights")]
     if not (whole and each[0]):
         return ""
     blocks = int(whole[0].split()[1])
     calibration, search = (number(blocks * found[0]) for found in each[:2])
-    held = f"; held together, their statistics take {blocks * each[2][0]:.1f} GiB" if each[2] else ""
+    held = (
+        f"; held together, their statistics take {blocks * each[2][0]:.1f} GiB" if each[2] else ""
+    )
     return f"At that pace AWQ calibrates {blocks} blocks in {calibration} s and searches them in {search} s{held}."
 
 
 def drafts(rows: list[SimpleNamespace]) -> str:
     found = measured(rows, "importance", "answering over verifying")
-    return f"Verifying a draft answer is {found[0]:.1f} times as fast as answering anew." if found else ""
+    return (
+        f"Verifying a draft answer is {found[0]:.1f} times as fast as answering anew."
+        if found
+        else ""
+    )
 
 
 def launching(rows: list[SimpleNamespace]) -> str:
@@ -243,7 +283,9 @@ def unpacking(rows: list[SimpleNamespace]) -> str:
     """What packed weights add to a pass, whatever it computes."""
     told = []
     for quantity, what in (("decode", "a step of decoding"), ("prefill", "the prefill")):
-        fp16, packed = (measured(rows, "generate", quantity, form, "batch 1") for form in ("fp16", "packed W4"))
+        fp16, packed = (
+            measured(rows, "generate", quantity, form, "batch 1") for form in ("fp16", "packed W4")
+        )
         told += [f"{what} by {packed[0] - fp16[0]:+.1f} ms"] if fp16 and packed else []
     return f"Packed W4 changes {' and '.join(told)} at batch 1." if told else ""
 
@@ -252,7 +294,9 @@ def workspace(rows: list[SimpleNamespace]) -> str:
     """Peaks of packed weights more than 5 % beside their plan."""
     both = pick(rows, "generate", "peak", "packed W4")
     off = {variant: row for variant, row in both.items() if abs(row.ratio - 1) > 0.05}
-    told = "; ".join(f"{variant}: {row.measured - row.planned:+.2f} GiB" for variant, row in off.items())
+    told = "; ".join(
+        f"{variant}: {row.measured - row.planned:+.2f} GiB" for variant, row in off.items()
+    )
     why = "A kernel holds bfloat16 steps beside the scales; long prompts are multiplied by decoded weights."
     return f"Peaks beside their plans: {told}. {why}" if told else ""
 
@@ -262,7 +306,9 @@ def skipped(steps: dict[str, dict]) -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for case in (case for told in steps.values() for case in told["skipped"]):
         reasons.setdefault((case["step"], case["reason"]), []).append(case["variant"])
-    return [f"{step} ({'; '.join(variants)}): {reason}" for (step, reason), variants in reasons.items()]
+    return [
+        f"{step} ({'; '.join(variants)}): {reason}" for (step, reason), variants in reasons.items()
+    ]
 
 
 def limits(where: dict) -> list[str]:
@@ -279,5 +325,7 @@ def limits(where: dict) -> list[str]:
 
 def provenance(where: dict, steps: dict[str, dict]) -> str:
     seconds = sum(told["seconds"] for told in steps.values())
-    facts = ", ".join(f"{name} {value}" for name, value in sorted(where.items()) if value is not None)
+    facts = ", ".join(
+        f"{name} {value}" for name, value in sorted(where.items()) if value is not None
+    )
     return f"`make rehearsal-gpu`, {seconds:.0f} s in all; {facts}. All rows: `rehearsal.csv`."

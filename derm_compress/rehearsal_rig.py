@@ -19,9 +19,11 @@ from importlib.metadata import version
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from derm_compress import memory, models, prune, quantize
 from derm_compress.errors import DermError
-from derm_compress.grids import NF4Grid
+from derm_compress.method.quantization import quantize
+from derm_compress.method.quantization.grids import NF4Grid
+from derm_compress.model import loading, memory, removal, usage
+from derm_compress.model.shapes import Architecture, architecture, llava_7b_config
 
 FORMS = {
     "fp16": {},
@@ -47,14 +49,14 @@ class Rig:
     def config(self):
         """A fresh LlavaConfig: pruning writes into it."""
         if self.shapes == "7b":
-            return memory.llava_7b_config()
-        config = AutoConfig.from_pretrained(models.TINY)
+            return llava_7b_config()
+        config = AutoConfig.from_pretrained(loading.TINY)
         config.text_config.num_hidden_layers = 12
         return config
 
     @cached_property
-    def arch(self) -> memory.Architecture:
-        return memory.architecture(self.config())
+    def arch(self) -> Architecture:
+        return architecture(self.config())
 
     @property
     def cuda(self) -> bool:
@@ -66,11 +68,20 @@ def find(shapes: str) -> Rig:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if shapes == "7b":
         if device == "cpu":
-            raise DermError("rehearsal: torch sees no CUDA device; run it on an NVIDIA GPU, or with --shapes small")
+            raise DermError(
+                "rehearsal: torch sees no CUDA device; run it on an NVIDIA GPU, or with --shapes small"
+            )
         return Rig(shapes, device)
     torch.set_num_threads(1)
     return Rig(
-        shapes, device, prompt_tokens=8, new_tokens=3, text_tokens=8, conversations=2, draft_tokens=4, seconds=0.0
+        shapes,
+        device,
+        prompt_tokens=8,
+        new_tokens=3,
+        text_tokens=8,
+        conversations=2,
+        draft_tokens=4,
+        seconds=0.0,
     )
 
 
@@ -108,9 +119,15 @@ def build(rig: Rig, *, removed: int = 0, form: str = "fp16"):
     """The model with random fp16 weights, `removed` blocks gone, the decoder's linears in that form."""
     need(rig, form)
     torch.manual_seed(0)
-    with torch.device(rig.device):  # no copy on the host; buffers that no file holds are made as ever
-        model = AutoModelForImageTextToText.from_config(rig.config(), dtype=torch.float16).eval().requires_grad_(False)
-    prune.apply(model, range(rig.arch.kept(removed)))
+    with torch.device(
+        rig.device
+    ):  # no copy on the host; buffers that no file holds are made as ever
+        model = (
+            AutoModelForImageTextToText.from_config(rig.config(), dtype=torch.float16)
+            .eval()
+            .requires_grad_(False)
+        )
+    removal.apply(model, range(rig.arch.kept(removed)))
     return quantize.quantize(model, **FORMS[form], packed=True) if FORMS[form] else model
 
 
@@ -120,7 +137,9 @@ def request(rig: Rig, batch: int, text_tokens: int) -> dict[str, torch.Tensor]:
     side, image = config.vision_config.image_size, config.image_token_id
     with torch.device(rig.device):
         words = torch.randint(arch.vocabulary - 1, (batch, text_tokens))
-        ids = torch.cat([torch.full((batch, arch.image_tokens), image), words + (words >= image)], 1)
+        ids = torch.cat(
+            [torch.full((batch, arch.image_tokens), image), words + (words >= image)], 1
+        )
         pixels = torch.randn(batch, 3, side, side, dtype=torch.float16)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
@@ -137,12 +156,12 @@ def release(rig: Rig) -> float:
 
 def weights_gib(rig: Rig, model, before: float) -> float:
     """GiB that the model has taken of the GPU since `before`; on a CPU its tensors'."""
-    return release(rig) - before if rig.cuda else memory.tensor_gib(model)
+    return release(rig) - before if rig.cuda else usage.tensor_gib(model)
 
 
 def peak_gib(rig: Rig) -> float | None:
     """Peak GiB allocated since release(); unknown on a CPU, where a process's peak cannot start anew."""
-    return memory.peak_gib(rig.device) if rig.cuda else None
+    return usage.peak_gib(rig.device) if rig.cuda else None
 
 
 def timed(rig: Rig, work, most: int = 5) -> float:
@@ -174,15 +193,31 @@ def limits(rig: Rig) -> dict[str, float]:
     return found
 
 
-def forward_floor(rig: Rig, batch: int, text_tokens: int, *, removed: int = 0, passes: int = 1, logits: int = 1):
+def forward_floor(
+    rig: Rig, batch: int, text_tokens: int, *, removed: int = 0, passes: int = 1, logits: int = 1
+):
     """Seconds of 2 FLOPs a weight and token, `passes` times through the decoder; attention's 1 % left out."""
     arch, outside = rig.arch, rig.arch.outside
     decoder = (text_tokens + arch.image_tokens) * arch.kept(removed) * arch.block_linears
-    picture = (arch.image_tokens + 1) * outside["vision_tower"] + arch.image_tokens * outside["projector"]
-    return 2 * batch * (passes * decoder + picture + passes * logits * outside["head"]) / limits(rig)["fp16"]
+    picture = (arch.image_tokens + 1) * outside["vision_tower"] + arch.image_tokens * outside[
+        "projector"
+    ]
+    return (
+        2
+        * batch
+        * (passes * decoder + picture + passes * logits * outside["head"])
+        / limits(rig)["fp16"]
+    )
 
 
 def decode_floor(rig: Rig, plan: dict[str, float]) -> float:
     """Seconds to read once what every token needs: decoder, head and the KV cache at its final length."""
-    read = ("decoder_linears", "quantization_scales", "block_norms", "final_norm", "head", "kv_cache")
+    read = (
+        "decoder_linears",
+        "quantization_scales",
+        "block_norms",
+        "final_norm",
+        "head",
+        "kv_cache",
+    )
     return sum(plan[part] for part in read) * memory.GIB / limits(rig)["copy"]

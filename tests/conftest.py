@@ -7,11 +7,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from derm_compress.plan import settle
+from derm_compress.study.plan import settle
 
 settle()  # before the first sum, so that processes started by tests sum alike
 
-LONG = ("test_smoke", "test_study", "test_checkpoint", "test_finetune")  # files to begin with, the longest first
+LONG = (
+    "test_smoke",
+    "test_study",
+    "test_checkpoint",
+    "test_finetune",
+)  # files to begin with, the longest first
 
 
 def pytest_collection_modifyitems(items):
@@ -22,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def dataset():
-    from derm_compress import synthetic
+    from derm_compress.data import synthetic
 
     return synthetic.make(n_train=24, n_test=8, n_heldout=8, size=72, seed=3)
 
@@ -32,18 +37,18 @@ def pico():
     """A fresh (model, processor): 8 random blocks on the tiny model's shapes."""
     import torch
 
-    from derm_compress import models
+    from derm_compress.model import loading
 
     torch.set_num_threads(1)
-    return models.load_base("pico")
+    return loading.load_base("pico")
 
 
 @pytest.fixture
 def recipe(pico):
-    from derm_compress import models
-    from derm_compress.recipes import Recipe
+    from derm_compress.model import anatomy
+    from derm_compress.model.recipe import Recipe
 
-    return Recipe("pico", models.fingerprint(pico[0]), len(models.blocks(pico[0])))
+    return Recipe("pico", anatomy.fingerprint(pico[0]), len(anatomy.blocks(pico[0])))
 
 
 class FolderStore:

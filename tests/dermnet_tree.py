@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from derm_compress import dermnet
+from derm_compress.data import dermnet
 
 ACNE, ECZEMA, NAILS, PSORIASIS, TUMORS, CANCER, MOLES, IVY, ATOPIC, BULLOUS, VIRAL = (
     "Acne and Rosacea Photos",
@@ -71,7 +71,9 @@ def draw(path, seed):
     """A blotchy picture unlike that of any other seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     blotches = np.random.default_rng([seed, 9]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(blotches).resize((64, 48), Image.Resampling.BICUBIC).save(path, "JPEG", quality=90)
+    Image.fromarray(blotches).resize((64, 48), Image.Resampling.BICUBIC).save(
+        path, "JPEG", quality=90
+    )
 
 
 def plant(root, each=6):
@@ -83,7 +85,11 @@ def plant(root, each=6):
     prefixes = {d: rule["prefixes"][0] for d, rule in dermnet.rules()["diseases"].items()}
     where = {disease: folder for folder, _, disease in NAMES}
     for split in dermnet.SPLITS:  # numbered alike in both: the same folder and name on both sides
-        files += [(split, where[d], f"{p}-{100 + i}.jpg") for d, p in prefixes.items() for i in range(each)]
+        files += [
+            (split, where[d], f"{p}-{100 + i}.jpg")
+            for d, p in prefixes.items()
+            for i in range(each)
+        ]
     for seed, (split, folder, name) in enumerate(files):
         draw(root / split / folder / name, seed)
     return len(files)

@@ -10,9 +10,10 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from derm_compress import dialogue, judge_controls, judging, secondary
-from derm_compress import memory as memory_plan
-from derm_compress.data import Item
+from derm_compress.data import dialogue
+from derm_compress.data.items import Item
+from derm_compress.evaluate import judge_controls, judging, secondary
+from derm_compress.model import shapes
 
 BLOCKS, DEPTHS, OPERATING, DEEPER = 32, (0, 2, 4, 6, 7, 8, 9, 10, 12), 6, 9
 DEEP = (14, 16)  # of a full study; the published plan has 14 blocks
@@ -39,9 +40,22 @@ UPSTREAM = {
 }
 UPSTREAM["08_evaluation"] = tuple(UPSTREAM)
 EVIL = "<script>alert('planted')</script><img src=x onerror=alert(1)> $\\frac{1}{2$ </s>"
-NOTED = {"source": "synthetic", "counts": {"train": {"rosacea": 1737}}, "groups": 9, "largest_group": 2, "notes": []}
+NOTED = {
+    "source": "synthetic",
+    "counts": {"train": {"rosacea": 1737}},
+    "groups": 9,
+    "largest_group": 2,
+    "notes": [],
+}
 NOTED |= {"excluded": {"NEV": 3}, "unreadable": [{"image": EVIL, "reason": "truncated"}]}
-FACTS = {"count": "few", "size": "small", "colour": "red", "border": "sharp", "surface": "scaly", "site": "face"}
+FACTS = {
+    "count": "few",
+    "size": "small",
+    "colour": "red",
+    "border": "sharp",
+    "surface": "scaly",
+    "site": "face",
+}
 
 
 def variant(name, blocks=0, *, criterion="", healed=False, method="fp16", bits=16):
@@ -60,9 +74,12 @@ def quantized(row, method, bits=4):
 def variants():
     """Every variant of the study as one frame, and the level (1..4) its answers are drawn around."""
     pruned = [
-        variant(f"pruned-{n}" if n else "original", n, criterion="output_similarity" if n else "") for n in DEPTHS
+        variant(f"pruned-{n}" if n else "original", n, criterion="output_similarity" if n else "")
+        for n in DEPTHS
     ]
-    magnitude = [variant(f"pruned-{n}-magnitude", n, criterion="magnitude") for n in (OPERATING, DEEPER)]
+    magnitude = [
+        variant(f"pruned-{n}-magnitude", n, criterion="magnitude") for n in (OPERATING, DEEPER)
+    ]
     healed = [
         variant("original+sft", healed=True),
         variant("pruned-6+sft", 6, criterion="output_similarity", healed=True),
@@ -82,7 +99,16 @@ def rival_variants():
     rows = [variant(f"pruned-{n}", n, criterion="output_similarity") for n in DEEP]
     for name in [*PLANS, "random-0", "random-1", "random-2", *SUBLAYERS]:
         part = SUBLAYERS.get(name)
-        for n in (2, 4, 6, 8, 9, 10, 12, *(() if part else DEEP[:1] if name == "published" else DEEP)):
+        for n in (
+            2,
+            4,
+            6,
+            8,
+            9,
+            10,
+            12,
+            *(() if part else DEEP[:1] if name == "published" else DEEP),
+        ):
             row = variant(f"pruned-{n}-{name}", 0 if part else n, criterion=name)
             if (name, n) != ("magnitude", OPERATING) and (name, n) != ("magnitude", DEEPER):
                 rows.append(row | ({f"{part}s_removed": n} if part else {}))
@@ -91,16 +117,25 @@ def rival_variants():
 
 def seeds():
     """Two further trainings of the healed model and its control."""
-    rows = [(name, blocks, i) for name, blocks in (("original", 0), ("pruned-6", 6)) for i in (1, 2)]
+    rows = [
+        (name, blocks, i) for name, blocks in (("original", 0), ("pruned-6", 6)) for i in (1, 2)
+    ]
     names = {0: "", 6: "output_similarity"}
     return pd.DataFrame(
-        [variant(f"{name}+sft~{i}", n, criterion=names[n], healed=True) | {"sft_seed": i} for name, n, i in rows]
+        [
+            variant(f"{name}+sft~{i}", n, criterion=names[n], healed=True) | {"sft_seed": i}
+            for name, n, i in rows
+        ]
     )
 
 
 def level(row):
     """The mean grade a variant's answers get: a plateau, a cliff, healing, and a price for four bits."""
-    grade = 3.4 - 0.13 * row.blocks_removed - PLANS.get(row.criterion, 0.3 if "random" in row.criterion else 0.0)
+    grade = (
+        3.4
+        - 0.13 * row.blocks_removed
+        - PLANS.get(row.criterion, 0.3 if "random" in row.criterion else 0.0)
+    )
     grade += 0.1 * row.blocks_removed if row.healed else 0.0
     grade -= 0.05 * row.attentions_removed + 0.1 * row.mlps_removed
     return max(1.0, grade - {"fp16": 0, "awq": 0.15, "bitsandbytes": 0.3}.get(row.method, 1.0))
@@ -127,7 +162,9 @@ def answers(table, pictures, *, grade=level, words=None):
                 score = int(np.clip(round(rng.normal(grade(row), 0.8)), 1, 4))
                 right = dialogue.reference(item.disease, FACTS, kind)
                 stopped = row.blocks_removed < 10
-                said = words or (right[: len(right) * score // 4] + ("" if stopped else " the the the" * 9))
+                said = words or (
+                    right[: len(right) * score // 4] + ("" if stopped else " the the the" * 9)
+                )
                 rows.append(
                     {"variant": row.variant, "item": item.id, "split": item.split, "disease": item.disease,
                      "question": kind, "prompt": dialogue.question(kind), "answer": said, "reference": right,
@@ -152,7 +189,11 @@ def memory(table, blocks=BLOCKS):
 
 def latency(table, batch=1):
     ms = (10 - 0.2 * table.blocks_removed) * (1 + 0.1 * (batch - 1))
-    spread = {f"{name}_{end}": ms * f for name in ("decode_ms_per_token",) for end, f in (("lo", 0.9), ("hi", 1.1))}
+    spread = {
+        f"{name}_{end}": ms * f
+        for name in ("decode_ms_per_token",)
+        for end, f in (("lo", 0.9), ("hi", 1.1))
+    }
     return pd.DataFrame(
         {"variant": table.variant, "prefill_ms": 4 * ms, "decode_ms_per_token": ms, "total_ms_per_token": ms * 1.2,
          "weights_gib": 0.003, "rss_gib": 0.9, "rss_peak_gib": 1.1, **spread, "batch": batch, "prompt_tokens": 53,
@@ -168,7 +209,9 @@ def rankings(rng, *, full, protected=(0, 1, 31), pictures=14):
     kinds |= {name: noise for name, noise in FULL.items() if full}
     for name, noise in kinds.items():
         part = SUBLAYERS.get(name, "block")
-        known = rng.uniform(0, 0.6, BLOCKS) if noise is None else truth + rng.normal(0, noise, BLOCKS)
+        known = (
+            rng.uniform(0, 0.6, BLOCKS) if noise is None else truth + rng.normal(0, noise, BLOCKS)
+        )
         seen = {"": known} if noise is None else {
             f"train-{i}": known + rng.normal(0, 0.2, BLOCKS) for i in range(pictures)
         }  # fmt: skip
@@ -180,21 +223,43 @@ def rankings(rng, *, full, protected=(0, 1, 31), pictures=14):
         ]  # fmt: skip
         means = np.mean(list(seen.values()), 0)
         order = [b for b in np.argsort(means).tolist() if b not in protected]
-        plans[name] = {"order": [unit[b] if part != "block" else b for b in order], "protected": list(protected)}
+        plans[name] = {
+            "order": [unit[b] if part != "block" else b for b in order],
+            "protected": list(protected),
+        }
     values = pd.concat(frames, ignore_index=True)
-    groups = values.rename(columns={"ranking": "criterion"}).groupby(["criterion", "block", "part"], sort=False)
+    groups = values.rename(columns={"ranking": "criterion"}).groupby(
+        ["criterion", "block", "part"], sort=False
+    )
     scores = groups.value.mean().rename("score").reset_index()
     free = scores[~scores.block.isin(protected)]
     scores["rank"] = free.groupby("criterion").score.rank(method="first") - 1
     if full:
         order = plans["output_similarity"]["order"]
-        plans["output_similarity-iterative"] = {"order": order[:3] + order[:2:-1], "protected": list(protected)}
-        plans["taylor-unprotected"] = {"order": [1, *plans["taylor"]["order"], 0, 31], "protected": []}
-        plans["published"] = {"order": [23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5], "protected": [0, 1, 31]}
-        runs = {"order": [], "protected": list(protected), "starts": [12, 12, 11, 11, 11, 10, 9, 9, 9, 8, 7, 7]}
+        plans["output_similarity-iterative"] = {
+            "order": order[:3] + order[:2:-1],
+            "protected": list(protected),
+        }
+        plans["taylor-unprotected"] = {
+            "order": [1, *plans["taylor"]["order"], 0, 31],
+            "protected": [],
+        }
+        plans["published"] = {
+            "order": [23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5],
+            "protected": [0, 1, 31],
+        }
+        runs = {
+            "order": [],
+            "protected": list(protected),
+            "starts": [12, 12, 11, 11, 11, 10, 9, 9, 9, 8, 7, 7],
+        }
         runs["starts"] += [7, 6, 6, 5]
         plans |= dict.fromkeys(("block_influence-contiguous", "angular-contiguous"), runs)
-    return values, scores, {name: plan | {"blocks": BLOCKS, "fingerprint": "f" * 64} for name, plan in plans.items()}
+    return (
+        values,
+        scores,
+        {name: plan | {"blocks": BLOCKS, "fingerprint": "f" * 64} for name, plan in plans.items()},
+    )
 
 
 def activation_frames(rng):
@@ -233,7 +298,10 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
          "train_peak_gib": [1.1, 1.0, 0.9]}
     )  # fmt: skip
     blind = pd.DataFrame([variant("blank"), variant("shuffled")])
-    eight = [answers(shown, pictures, grade=grade, words=words), answers(blind, pictures, grade=lambda row: 1.3)]
+    eight = [
+        answers(shown, pictures, grade=grade, words=words),
+        answers(blind, pictures, grade=lambda row: 1.3),
+    ]
     files = {name: {} for name in UPSTREAM}
     for name, chosen in kinds.items():
         files[name]["answers"] = answers(table[chosen], test, grade=grade, words=words)
@@ -244,29 +312,46 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
               "tokens": [10, 10], "near_ties": [0, 2], "similarity": [0.5, 1.0]}  # fmt: skip
     files["03_layer_importance"] |= {"values": values, "scores": scores, "plans.json": plans}
     files["03_layer_importance"]["similarity"] = pd.DataFrame(drafts)
-    files["04_pruning"]["choice.json"] = {"operating": OPERATING, "deeper": DEEPER, "why": "a third is gone"}
-    files["05_sft"] |= {"curves": curve.assign(variant="pruned-6+sft"), "measured/training": trained}
+    files["04_pruning"]["choice.json"] = {
+        "operating": OPERATING,
+        "deeper": DEEPER,
+        "why": "a third is gone",
+    }
+    files["05_sft"] |= {
+        "curves": curve.assign(variant="pruned-6+sft"),
+        "measured/training": trained,
+    }
     files["06_activation_analysis"] |= {"statistics": statistics, "figure4": surface}
     files["07_quantization"]["errors"] = pd.DataFrame(
-        {"variant": ["original|awq4", "original|rtn4"], "block": [0, 0], "relative_error": [0.01, 0.04]}
+        {
+            "variant": ["original|awq4", "original|rtn4"],
+            "block": [0, 0],
+            "relative_error": [0.01, 0.04],
+        }
     )
     four = [(name, b, group, alpha) for name in ("original", "pruned-6", "pruned-6+sft") for b in range(8)
             for group, alpha in (("qkv", b / 20), ("o", 0.0), ("gate_up", 0.4), ("down", 0.1))]  # fmt: skip
     searched = pd.DataFrame(four, columns=["variant", "block", "group", "alpha"])
     files["07_quantization"]["search"] = searched.assign(form="awq4", loss=0.01, loss_rtn=0.02)
     loud = [
-        (b, "qkv", c, 20.0 if c == 3 else 1.0 + c / 64, 2.0 if c == 3 else 1.0) for b in range(4) for c in range(64)
+        (b, "qkv", c, 20.0 if c == 3 else 1.0 + c / 64, 2.0 if c == 3 else 1.0)
+        for b in range(4)
+        for c in range(64)
     ]
     loud = pd.DataFrame(loud, columns=["block", "group", "channel", "peak", "scale"])
     files["07_quantization"]["channels"] = loud.assign(variant="original")
-    equal = pd.DataFrame({"budget": 4, "source": ["original", "pruned-6"], "form": "awq4", "quantizer": "awq"})
+    equal = pd.DataFrame(
+        {"budget": 4, "source": ["original", "pruned-6"], "form": "awq4", "quantizer": "awq"}
+    )
     files["07_quantization"]["equal_bytes"] = equal.assign(step="{}")
-    asked = [Item(name, "test", name, name, row, {}, "") for row, name in enumerate(dialogue.diseases())]
+    asked = [
+        Item(name, "test", name, name, row, {}, "") for row, name in enumerate(dialogue.diseases())
+    ]
     files["08_evaluation"] |= {
         "variants": pd.concat([table, blind]), "answers": pd.concat(eight), "memory": memory(table),
         "measured/latency": pd.concat([latency(shown), latency(shown, 4)]),
         "judge_controls": judge_controls.judged(asked, judging.Rubric()),
-        "architecture_7b.json": dataclasses.asdict(memory_plan.llava_7b()),
+        "architecture_7b.json": dataclasses.asdict(shapes.llava_7b()),
     }  # fmt: skip
     earlier = {name: files[name]["answers"] for name in kinds}
     together = secondary.predictions(earlier, files["08_evaluation"]["answers"])
@@ -278,7 +363,9 @@ def write_store(root, files):
     """Artifact folders under root/artifacts/store; returns {stage: folder}."""
     folders = {}
     for stage, content in files.items():
-        folder = root / "artifacts" / "store" / stage / hashlib.sha256(stage.encode()).hexdigest()[:16]
+        folder = (
+            root / "artifacts" / "store" / stage / hashlib.sha256(stage.encode()).hexdigest()[:16]
+        )
         for name, value in content.items():
             path = folder / (name if name.endswith(".json") else f"{name}.parquet")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +387,9 @@ def notebook(stage, root):
     code.outputs = [
         nbformat.v4.new_output("stream", text=f"read {root}/artifacts/x\n{EVIL}\n"),
         *(nbformat.v4.new_output("display_data", data=data) for data in shown),
-        nbformat.v4.new_output("error", ename="E", evalue="x", traceback=[f'File "{root}/derm_compress/x.py"']),
+        nbformat.v4.new_output(
+            "error", ename="E", evalue="x", traceback=[f'File "{root}/derm_compress/x.py"']
+        ),
     ]
     text = f"# {stage[:2]} A question?\n\nEq. 1 is $\\Delta=\\max(|w|)/2^{{N-1}}$ and\n\n"
     text += "$$\\bar c_l=\\frac1N\\sum_i c_i$$\n\nIt costs 5 \\$."

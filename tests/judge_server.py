@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def completion(content, model="pico") -> str:
-    return json.dumps({"model": model, "choices": [{"message": {"role": "assistant", "content": content}}]})
+    return json.dumps(
+        {"model": model, "choices": [{"message": {"role": "assistant", "content": content}}]}
+    )
 
 
 def verdict(score, **more) -> str:
@@ -23,7 +25,11 @@ FAULTS = {  # fault: (status, headers, body)
     "moved": (302, {"Location": "http://127.0.0.1:9/v1"}, ""),
     "broken": (500, {}, "<html>oops</html>"),
     "garbage": (200, {}, "\x00<html>not json"),
-    "long": (200, {}, "garbage " + "x" * (2000 - 8 - 6) + "sk-secret-123"),  # the key lies where replies are cut
+    "long": (
+        200,
+        {},
+        "garbage " + "x" * (2000 - 8 - 6) + "sk-secret-123",
+    ),  # the key lies where replies are cut
     "no completion": (200, {}, '{"choices": []}'),
     "no text": (200, {}, completion(None)),
     "refused": (401, {}, '{"error": "Incorrect API key provided: sk-secret-123"}'),
@@ -36,12 +42,20 @@ class Server:
 
     def __init__(self, answer=lambda body: verdict(3), faults=(), seconds=0.0):
         self.answer, self.faults, self.seconds = answer, list(faults), seconds
-        self.bodies, self.headers, self.at_once, self._now, self._lock = [], [], 0, 0, threading.Lock()
+        self.bodies, self.headers, self.at_once, self._now, self._lock = (
+            [],
+            [],
+            0,
+            0,
+            threading.Lock(),
+        )
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):

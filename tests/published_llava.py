@@ -8,10 +8,19 @@ import re
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from derm_compress import dialogue
+from derm_compress.data import dialogue
 
 SIZE, PATCH = 56, 14
 BLOCKS = 3
@@ -39,20 +48,40 @@ def old_name(name):
 
 def tokenizer():
     """Pieces of words with byte fallback, as LLaMA's; <image> and <pad> come after the trained vocabulary."""
-    texts = [t for name in dialogue.diseases() for k in dialogue.QUESTIONS for t in dialogue.answers(name, {}, k)]
+    texts = [
+        t
+        for name in dialogue.diseases()
+        for k in dialogue.QUESTIONS
+        for t in dialogue.answers(name, {}, k)
+    ]
     texts += [f"USER: {dialogue.question(kind)} ASSISTANT: " for kind in dialogue.QUESTIONS] * 5
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()  # in training alone: no piece goes on into the next word
+    made.pre_tokenizer = (
+        pre_tokenizers.Metaspace()
+    )  # in training alone: no piece goes on into the next word
     bytes_ = [f"<0x{n:02X}>" for n in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+    )
     made.train_from_iterator(texts, trainer)
     made.pre_tokenizer = None
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in ("<image>", "<pad>")])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.add_special_tokens(
+        [AddedToken(word, special=True, normalized=False) for word in ("<image>", "<pad>")]
+    )
     return made
 
 
@@ -63,9 +92,14 @@ def write_processor(folder, *, size=SIZE, additional=1):
     words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=made, **words).save_pretrained(folder)
     told = json.loads((folder / "tokenizer_config.json").read_text())
-    told |= {"tokenizer_class": "LlamaTokenizer", "processor_class": "LlavaProcessor", "add_bos_token": True}
+    told |= {
+        "tokenizer_class": "LlamaTokenizer",
+        "processor_class": "LlavaProcessor",
+        "add_bos_token": True,
+    }
     _write(
-        folder / "tokenizer_config.json", told | {"model_max_length": 10**30, "legacy": True, "image_token": "<image>"}
+        folder / "tokenizer_config.json",
+        told | {"model_max_length": 10**30, "legacy": True, "image_token": "<image>"},
     )
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _write(folder / "chat_template.json", {"chat_template": TEMPLATE})
@@ -103,11 +137,16 @@ def write(folder, *, rename=None, extra=None):
         "vision_config": tower, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
     }  # fmt: skip
     _write(folder / "config.json", config)
-    _write(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad})
+    _write(
+        folder / "generation_config.json",
+        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad},
+    )
     torch.manual_seed(0)
     made = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(folder)).half()
     state = {name: weight.contiguous() for name, weight in made.state_dict().items()}
-    files = {(rename or str)(old_name(name)): weight for name, weight in state.items()} | (extra or {})
+    files = {(rename or str)(old_name(name)): weight for name, weight in state.items()} | (
+        extra or {}
+    )
     shards = {f"model-0000{i + 1}-of-00002.safetensors": list(files)[i::2] for i in range(2)}
     for shard, names in shards.items():
         save_file({name: files[name] for name in names}, folder / shard, metadata={"format": "pt"})

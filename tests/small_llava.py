@@ -3,7 +3,7 @@
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from derm_compress import calibration
+from derm_compress.method.quantization import calibration
 
 IMAGE, PAD, IMAGE_TOKENS = 199, 0, 9
 
@@ -16,10 +16,17 @@ def small_llava(blocks=4, *, seed=0, hidden=64, kv_heads=4, std=0.1):
         "max_position_embeddings": 256, "initializer_range": std, "pad_token_id": PAD,
     }  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=36, patch_size=12
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=36,
+        patch_size=12,
     )
     torch.manual_seed(seed)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2
+    )
     return LlavaForConditionalGeneration(config).eval()
 
 
@@ -33,7 +40,9 @@ def batch(rows=3, words=20, *, seed=0, padding=0, side="right"):
     if padding:
         pad = torch.full((rows, padding), PAD)
         parts = [(ids, mask), (pad, torch.zeros_like(pad))]
-        ids, mask = (torch.cat(x, 1) for x in zip(*(parts if side == "right" else parts[::-1]), strict=True))
+        ids, mask = (
+            torch.cat(x, 1) for x in zip(*(parts if side == "right" else parts[::-1]), strict=True)
+        )
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
@@ -46,8 +55,15 @@ def asked(side="left", *, answer_weight=1.0, seed=4):
     for row, length in enumerate(lengths):
         first = 30 - length if side == "left" else 0
         ids[row, first : first + length] = rows[row, :length]
-        mask[row, first : first + length], weights[row, first + length - 5 : first + length] = 1, answer_weight
-    feed |= {"input_ids": ids, "attention_mask": mask, "pixel_values": feed["pixel_values"][[0, 1, 0, 1, 1, 0]]}
+        mask[row, first : first + length], weights[row, first + length - 5 : first + length] = (
+            1,
+            answer_weight,
+        )
+    feed |= {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": feed["pixel_values"][[0, 1, 0, 1, 1, 0]],
+    }
     return feed if answer_weight == 1 else feed | {"token_weights": weights}
 
 

@@ -6,25 +6,34 @@ import pandas as pd
 import pytest
 import torch
 
-from derm_compress import (
-    criteria,
-    dialogue,
-    evaluate,
-    finetune,
-    forms,
-    generate,
-    importance,
-    latency,
-    memory,
-    models,
-    prune,
-    recipes,
-    report,
-    tables,
-)  # fmt: skip
-from derm_compress.artifacts import Journal
+from derm_compress.data import dialogue
 from derm_compress.errors import DermError
-from derm_compress.recipes import Recipe
+from derm_compress.evaluate import latency
+from derm_compress.evaluate import variants as variants_
+from derm_compress.evaluate.answers import COLUMNS, answer
+from derm_compress.evaluate.variants import (
+    activation_statistics,
+    activation_surface,
+    answer_controls,
+    answer_variants,
+    architecture,
+    quantization_errors,
+    search_scales,
+)
+from derm_compress.files import Journal
+from derm_compress.method import pruning
+from derm_compress.method.finetune import jobs as jobs_
+from derm_compress.method.finetune import train
+from derm_compress.method.finetune.jobs import Job, run_all
+from derm_compress.method.importance import criteria, measure
+from derm_compress.method.materialize import materialize
+from derm_compress.method.quantization import forms
+from derm_compress.model import anatomy, loading, memory, removal, shapes
+from derm_compress.model import variants as variants_of
+from derm_compress.model.recipe import Recipe
+from derm_compress.model.variants import pruned, to_heal
+from derm_compress.report import render, tables
+from derm_compress.report.results import Results  # fmt: skip
 
 PAPER_B = {0: 7.063, 2: 6.659, 4: 6.254, 6: 5.85, 7: 5.647, 8: 5.444, 9: 5.242, 10: 5.04}
 UNPRUNED, BLOCK = 7_063_427_072, 202_383_360
@@ -32,47 +41,54 @@ UNPRUNED, BLOCK = 7_063_427_072, 202_383_360
 
 @pytest.fixture
 def seven_b():
-    model, processor = models.load_base(models.SEVEN_B, models.META)
-    return model, processor, Recipe(models.SEVEN_B, models.fingerprint(model), len(models.blocks(model)))
+    model, processor = loading.load_base(loading.SEVEN_B, anatomy.META)
+    return (
+        model,
+        processor,
+        Recipe(loading.SEVEN_B, anatomy.fingerprint(model), len(anatomy.blocks(model))),
+    )
 
 
 def test_the_7b_shapes_have_the_published_counts_and_no_values(seven_b):
     model, processor, _ = seven_b
-    assert sum(p.numel() for p in model.parameters()) == UNPRUNED and not models.has_values(model)
+    assert sum(p.numel() for p in model.parameters()) == UNPRUNED and not anatomy.has_values(model)
     assert processor is None and {p.dtype for p in model.parameters()} == {torch.float16}
-    models.check_picture_size(processor, torch.zeros(1, 16, 16, 3).numpy())
+    loading.check_picture_size(processor, torch.zeros(1, 16, 16, 3).numpy())
 
 
 def test_the_hub_ids_shapes_need_no_download():
-    one, other = (models.load_base(name, models.META)[0] for name in (models.SEVEN_B, "llava-hf/llava-1.5-7b-hf"))
-    assert models.fingerprint(one) == models.fingerprint(other)
+    one, other = (
+        loading.load_base(name, anatomy.META)[0]
+        for name in (loading.SEVEN_B, "llava-hf/llava-1.5-7b-hf")
+    )
+    assert anatomy.fingerprint(one) == anatomy.fingerprint(other)
 
 
 def test_shapes_alone_are_not_run():
     with pytest.raises(DermError, match="set device: meta, or model: llava-hf/llava-1.5-7b-hf"):
-        models.load_base(models.SEVEN_B)
+        loading.load_base(loading.SEVEN_B)
 
 
 def test_a_fingerprint_of_shapes_tells_depths_apart():
-    deep, pico = (models.load_base(name, models.META)[0] for name in ("tiny", "pico"))
-    before = models.fingerprint(pico)
-    assert before != models.fingerprint(deep)
-    prune.apply(pico, range(6))
-    assert before != models.fingerprint(pico)
+    deep, pico = (loading.load_base(name, anatomy.META)[0] for name in ("tiny", "pico"))
+    before = anatomy.fingerprint(pico)
+    assert before != anatomy.fingerprint(deep)
+    removal.apply(pico, range(6))
+    assert before != anatomy.fingerprint(pico)
 
 
 def variants_of(recipe, folder):
     """All variants of the study as its stages make them."""
-    known = recipes.pruned(recipe, [prune.published()], [2, 4, 6, 7, 8, 9, 10])
-    training = finetune.Training(rank=16, alpha=8, learning_rate=1e-3, steps=2, batch_size=2, seed=0)
-    sources = recipes.to_heal(known, {"operating": 6, "deeper": 9})
-    jobs = [finetune.Job(row.adapter, row.recipe, training, models.META) for row in sources.itertuples()]
+    known = pruned(recipe, [pruning.published()], [2, 4, 6, 7, 8, 9, 10])
+    training = train.Training(rank=16, alpha=8, learning_rate=1e-3, steps=2, batch_size=2, seed=0)
+    sources = to_heal(known, {"operating": 6, "deeper": 9})
+    jobs = [Job(row.adapter, row.recipe, training, anatomy.META) for row in sources.itertuples()]
     (folder / "scratch").mkdir()
     (folder / "adapters").mkdir()
-    finetune.run_all(
+    run_all(
         folder / "adapters", jobs, data=folder, store=None, scratch=folder / "scratch", processes=2
     )  # fmt: skip
-    healed = recipes.healed(sources, "adapters", folder / "adapters")
+    healed = variants_of.healed(sources, "adapters", folder / "adapters")
     every = pd.concat([sources, healed])
     methods = ["awq", "bitsandbytes", "rtn", "rtn_symmetric"]
     wanted = forms.asked(every.variant, methods, 4, 64)
@@ -83,42 +99,63 @@ def variants_of(recipe, folder):
 def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset, tmp_path):
     """What the eight notebooks call, in their order, on the true shapes."""
     model, processor, recipe = seven_b
-    calibration = criteria.Calibration(model, processor, dataset.of("train")[:2], dataset.images, criteria.Embedder())
-    measured = importance.measure(["published"], calibration, Journal())
-    scores, told = importance.scores(importance.values(measured), (0, 1, 31)), {"protected": (0, 1, 31), "most": 9}
-    plans = importance.plans(
-        ["published"], measured, calibration, fingerprint=recipe.fingerprint, journal=Journal(), **told
+    calibration = criteria.Calibration(
+        model, processor, dataset.of("train")[:2], dataset.images, criteria.Embedder()
+    )
+    measured = measure.measure(["published"], calibration, Journal())
+    scores, told = (
+        measure.scores(measure.values(measured), (0, 1, 31)),
+        {"protected": (0, 1, 31), "most": 9},
+    )
+    plans = measure.plans(
+        ["published"],
+        measured,
+        calibration,
+        fingerprint=recipe.fingerprint,
+        journal=Journal(),
+        **told,
     )
     variants, jobs, sources, wanted, rounded = variants_of(recipe, tmp_path)
-    ask = {"items": dataset.of("test"), "images": dataset.images, "store": store, "device": models.META}
-    answers = evaluate.answer_variants(variants, **ask, batch_size=4, max_new_tokens=4)
-    controls = evaluate.answer_controls(variants, **ask, seed=0, batch_size=4, max_new_tokens=4)
+    ask = {
+        "items": dataset.of("test"),
+        "images": dataset.images,
+        "store": store,
+        "device": anatomy.META,
+    }
+    answers = answer_variants(variants, **ask, batch_size=4, max_new_tokens=4)
+    controls = answer_controls(variants, **ask, seed=0, batch_size=4, max_new_tokens=4)
     assert answers.empty and controls.empty and {"variant", "score", "answer"} <= set(answers)
-    choice = prune.choose(evaluate.scores(answers, variants), prune.published())
+    choice = pruning.choose(variants_.scores(answers, variants), pruning.published())
     assert (choice["operating"], choice["deeper"]) == (6, 9) and "no scores" in choice["why"]
-    how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": models.META}
-    assert evaluate.activation_statistics(sources, store, batch_size=1, **how).empty
-    assert evaluate.activation_surface(sources, store, block=30, projection="q_proj", **how).empty
-    assert evaluate.quantization_errors(rounded, sources, store, batch_size=1, **how).empty
-    evaluate.search_scales(tmp_path, wanted, sources, store, batch_size=1, **how)
+    how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": anatomy.META}
+    assert activation_statistics(sources, store, batch_size=1, **how).empty
+    assert activation_surface(sources, store, block=30, projection="q_proj", **how).empty
+    assert quantization_errors(rounded, sources, store, batch_size=1, **how).empty
+    search_scales(tmp_path, wanted, sources, store, batch_size=1, **how)
     assert pd.read_parquet(tmp_path / "search.parquet").empty
-    timed = latency.of_variants(variants, store, dataset.of("test"), dataset.images, device=models.META)
-    training = finetune.measured(tmp_path / "scratch", [job.variant for job in jobs])
+    timed = latency.of_variants(
+        variants, store, dataset.of("test"), dataset.images, device=anatomy.META
+    )
+    training = jobs_.measured(tmp_path / "scratch", [job.variant for job in jobs])
     assert training.seconds.isna().all() and (training.train_peak_gib > 4).all()
-    arch = memory.Architecture(**evaluate.architecture(variants, store, models.META))
-    results = tables.Results(
+    arch = shapes.Architecture(**architecture(variants, store, anatomy.META))
+    results = Results(
         scores=scores, plans=plans, choice=choice, variants=variants, answers=answers, evaluation=answers,
         training=training, latency=timed, memory=memory.plan_variants(variants, arch, arch),
-        architecture=evaluate.architecture(variants, store, models.META),
+        architecture=architecture(variants, store, anatomy.META),
     )  # fmt: skip
     check_tables(tables.build(results))
-    more = report.planned(results, parameters())
-    assert (more["extra_t4"].t4_decode_ms_per_token > 1).all() and (more["extra_costs"].gpu_gib.iloc[1:] > 4).all()
+    more = render.planned(results, parameters())
+    assert (more["extra_t4"].t4_decode_ms_per_token > 1).all() and (
+        more["extra_costs"].gpu_gib.iloc[1:] > 4
+    ).all()
 
 
 def check_tables(built):
     one = built["table1_pruning"].set_index("blocks_removed")
-    assert one.params_b.round(9).to_dict() == {n: round((UNPRUNED - n * BLOCK) / 1e9, 9) for n in PAPER_B}
+    assert one.params_b.round(9).to_dict() == {
+        n: round((UNPRUNED - n * BLOCK) / 1e9, 9) for n in PAPER_B
+    }
     assert all(abs(one.params_b[n] - size) < 0.002 for n, size in PAPER_B.items())
     printed = one.dropna(subset=["paper_vram"])
     assert len(printed) == 7 and ((printed.vram_gib - printed.paper_vram).abs() < 0.25).all()
@@ -128,11 +165,14 @@ def check_tables(built):
         for line in tables.to_csv(frame).splitlines()[1:]:
             assert "nan" not in line.lower(), stem
     assert (tables.readable(built["table4_efficiency"])["score, %"] == "needs weights").all()
-    assert built["table3_quantization"].vram_gib.notna().all() and built["table2_sft"].train_peak_gib.notna().all()
+    assert (
+        built["table3_quantization"].vram_gib.notna().all()
+        and built["table2_sft"].train_peak_gib.notna().all()
+    )
 
 
 def parameters():
-    from derm_compress import params
+    from derm_compress.study import params
 
     root = Path(__file__).parent.parent
     known = params.known_parameters(params.read_notebooks(root))
@@ -141,25 +181,33 @@ def parameters():
 
 
 def test_criteria_that_look_at_weights_are_refused_by_name(dataset):
-    model, processor = models.load_base("pico", models.META)
+    model, processor = loading.load_base("pico", anatomy.META)
     calibration = criteria.Calibration(model, processor, dataset.of("train")[:1], dataset.images)
     with pytest.raises(DermError, match=r"\['magnitude', 'taylor'\] need weights"):
-        importance.measure(["last", "magnitude", "random-1", "taylor"], calibration, Journal())
-    measured = importance.measure(["last", "random-1"], calibration, Journal())
+        measure.measure(["last", "magnitude", "random-1", "taylor"], calibration, Journal())
+    measured = measure.measure(["last", "random-1"], calibration, Journal())
     assert set(measured.ranking) == {"last", "random-1"} and measured.value.notna().all()
 
 
 def test_a_model_without_values_says_nothing(dataset):
-    model, processor = models.load_base("pico", models.META)
-    told = generate.answer(
-        model, processor, dataset.of("test"), dataset.images, variant="v", batch_size=1, max_new_tokens=4
+    model, processor = loading.load_base("pico", anatomy.META)
+    told = answer(
+        model,
+        processor,
+        dataset.of("test"),
+        dataset.images,
+        variant="v",
+        batch_size=1,
+        max_new_tokens=4,
     )
-    assert told.empty and list(told) == generate.COLUMNS and len(dialogue.QUESTIONS) == 3
+    assert told.empty and list(told) == COLUMNS and len(dialogue.QUESTIONS) == 3
 
 
 def test_adapters_and_rounding_change_no_shape(store):
-    model, _ = models.load_base("pico", models.META)
-    recipe = Recipe("pico", models.fingerprint(model), 8).pruned([0, 1, 2, 7])
+    model, _ = loading.load_base("pico", anatomy.META)
+    recipe = Recipe("pico", anatomy.fingerprint(model), 8).pruned([0, 1, 2, 7])
     recipe = recipe.then("adapter", ref="none", sha256="0", kept=[0, 1, 2, 7])
-    made, _ = models.materialize(recipe.then("quantize", method="rtn", bits=4, group_size=64), store, models.META)
-    assert len(models.blocks(made)) == 4 and not models.has_values(made)
+    made, _ = materialize(
+        recipe.then("quantize", method="rtn", bits=4, group_size=64), store, anatomy.META
+    )
+    assert len(anatomy.blocks(made)) == 4 and not anatomy.has_values(made)

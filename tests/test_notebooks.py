@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from derm_compress import params
+from derm_compress.study import params
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -19,7 +19,10 @@ STAGES = [
 
 
 def cells(path):
-    return [(c["cell_type"], "".join(c["source"]), c) for c in json.loads(path.read_text("utf-8"))["cells"]]
+    return [
+        (c["cell_type"], "".join(c["source"]), c)
+        for c in json.loads(path.read_text("utf-8"))["cells"]
+    ]
 
 
 def test_the_eight_notebooks_are_there():
@@ -34,7 +37,11 @@ class TestEvery:
 
     def test_opens_with_question_inputs_outputs_and_cost(self, path):
         kind, text, _ = cells(path)[0]
-        assert kind == "markdown" and text.startswith(f"# {path.stem[:2]} ") and "?" in text.splitlines()[0]
+        assert (
+            kind == "markdown"
+            and text.startswith(f"# {path.stem[:2]} ")
+            and "?" in text.splitlines()[0]
+        )
         for word in ("**Question.**", "**Inputs.**", "**Outputs.**", "**Cost.**"):
             assert word in text
 
@@ -53,7 +60,9 @@ class TestEvery:
         for text, cell in code:
             if "parameters" not in cell["metadata"].get("tags", []):
                 assert len(text.splitlines()) <= 12, text
-            assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in ast.walk(ast.parse(text)))
+            assert not any(
+                isinstance(n, ast.FunctionDef | ast.ClassDef) for n in ast.walk(ast.parse(text))
+            )
         lengths = sorted(len(text.splitlines()) for text, _ in code)
         assert lengths[len(lengths) // 2] <= 6
 
@@ -83,4 +92,7 @@ def test_every_run_file_is_valid_named_by_its_stem_and_says_its_command(path):
     known = params.known_parameters(params.read_notebooks(ROOT))
     values = params.read_params(path, known)
     assert values["run"] == path.stem
-    assert "make report" in path.read_text().splitlines()[0] or "run params/" in path.read_text().splitlines()[0]
+    assert (
+        "make report" in path.read_text().splitlines()[0]
+        or "run params/" in path.read_text().splitlines()[0]
+    )

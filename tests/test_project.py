@@ -32,7 +32,9 @@ def test_notebooks_are_stripped():
 
 def test_all_roads_install_the_same_pinned_set():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {
+        "file": ["requirements.txt"]
+    }
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
     (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
     assert pip == ["-r requirements.txt", "-e ."]
@@ -43,32 +45,42 @@ def test_all_roads_install_the_same_pinned_set():
 
 
 def test_the_modules_for_reports_need_no_torch():
-    modules = (
-        "tables figures findings report metrics paper artifacts study runner recipes judge data memory cost preflight"
-    )
+    modules = "tables figures findings report metrics paper artifacts study runner recipes judge data memory cost preflight"
     modules += " stage_costs judging judge_controls judge_openai judge_local"
     code = "import sys\n" + "".join(f"import derm_compress.{m}\n" for m in modules.split())
-    done = subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], cwd=ROOT
+    )
     assert done.returncode == 0
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_nothing_is_committed_that_may_not_be():
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\n")
     reports = {f.split("/")[1] for f in files if f.startswith("reports/")}
     assert reports <= {"tiny", "tiny-full", "gpu-rehearsal"}
-    assert not [f for f in files if f.lower().endswith((".jpg", ".jpeg", ".pt", ".bin", ".pkl", ".pth"))]
+    assert not [
+        f for f in files if f.lower().endswith((".jpg", ".jpeg", ".pt", ".bin", ".pkl", ".pth"))
+    ]
     for name in filter(None, files):
-        text = (ROOT / name).read_bytes().decode("utf-8", "ignore") if (ROOT / name).is_file() else ""
+        text = (
+            (ROOT / name).read_bytes().decode("utf-8", "ignore") if (ROOT / name).is_file() else ""
+        )
         assert not re.search(r"(?<![\w.])/(root|work|home)/\w", text), name
 
 
 def traces(text: str) -> list[str]:
     """Absolute paths of a machine, and this one's name; pictures and addresses aside."""
     text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
-    found = re.findall(r"(?<![\w.~:<…/-])/(?:root|work|home|tmp|Users|usr|opt|var|mnt|kaggle)/[\w.]+", text)
+    found = re.findall(
+        r"(?<![\w.~:<…/-])/(?:root|work|home|tmp|Users|usr|opt|var|mnt|kaggle)/[\w.]+", text
+    )
     host = socket.gethostname()
-    return found + (re.findall(rf"\b{re.escape(host)}\b", text) if len(host) > 4 and host != "localhost" else [])
+    return found + (
+        re.findall(rf"\b{re.escape(host)}\b", text) if len(host) > 4 and host != "localhost" else []
+    )
 
 
 def test_committed_reports_have_no_trace_of_a_machine():
@@ -87,10 +99,14 @@ def test_the_committed_report_is_small():
 
 
 def test_the_embedded_weights_are_small_and_documented():
-    folder = ROOT / "derm_compress/tiny_llava"
+    folder = ROOT / "derm_compress/model/tiny_llava"
     assert sum(p.stat().st_size for p in folder.iterdir()) < 12e6
     told = yaml.safe_load((folder / "recipe.json").read_text())
-    assert told["command"] == "python -m derm_compress.tiny" and told["tower_accuracy"] and told["minutes"]
+    assert (
+        told["command"] == "python -m derm_compress.model.tiny"
+        and told["tower_accuracy"]
+        and told["minutes"]
+    )
 
 
 def test_the_readmes_headline_is_the_reports():

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from derm_compress import memory, models, rehearsal, rehearsal_rig
+from derm_compress import rehearsal, rehearsal_rig
+from derm_compress.model import anatomy, shapes
 
 ROOT = Path(__file__).parent.parent
 ABSENT = (
@@ -42,8 +43,20 @@ def on_cpu(monkeypatch):
 
 def test_every_step_leaves_rows_beside_their_plans(without):
     rows = pd.read_csv(without / "rehearsal.csv")
-    assert list(rows.columns) == ["step", "variant", "quantity", "unit", "measured", "planned", "ratio"]
-    assert set(rows.step) == set(rehearsal.STEPS) == {path.stem for path in (without / "steps").glob("*.json")}
+    assert list(rows.columns) == [
+        "step",
+        "variant",
+        "quantity",
+        "unit",
+        "measured",
+        "planned",
+        "ratio",
+    ]
+    assert (
+        set(rows.step)
+        == set(rehearsal.STEPS)
+        == {path.stem for path in (without / "steps").glob("*.json")}
+    )
     timed = rows[rows.unit.isin(["s", "ms", "ms/token", "tokens/s"])]
     assert len(timed) > 30 and (timed.measured > 0).all() and (timed.planned > 0).all()
     assert rows[rows.quantity == "peak"].measured.isna().all()  # unknown on a CPU, not zero
@@ -97,10 +110,12 @@ def test_a_model_made_on_the_device_is_an_ordinary_one(on_cpu):
     made, loaded = rehearsal_rig.build(rig), LlavaForConditionalGeneration(rig.config())
     assert {p.dtype for p in made.parameters()} == {torch.float16} and not made.training
     assert [p.shape for p in made.parameters()] == [p.shape for p in loaded.parameters()]
-    for (name, ours), (same, theirs) in zip(made.named_buffers(), loaded.named_buffers(), strict=True):
+    for (name, ours), (same, theirs) in zip(
+        made.named_buffers(), loaded.named_buffers(), strict=True
+    ):
         assert name == same and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     pruned = rehearsal_rig.build(rig, removed=6)
-    assert len(models.blocks(pruned)) == pruned.config.text_config.num_hidden_layers == 6
+    assert len(anatomy.blocks(pruned)) == pruned.config.text_config.num_hidden_layers == 6
 
 
 def test_nf4_is_used_where_bitsandbytes_works(on_cpu):
@@ -109,17 +124,23 @@ def test_nf4_is_used_where_bitsandbytes_works(on_cpu):
     assert held["measured"] == pytest.approx(held["planned"], rel=0.01)
     rows = rehearsal.training(rig, form="NF4", removed=6, batch=1, checkpointing=True)
     assert [row["quantity"] for row in rows] == ["peak", "step", "speed"]
-    assert {settings["form"] for settings in rehearsal.cases(rig)["training"][1].values()} == {"NF4"}
+    assert {settings["form"] for settings in rehearsal.cases(rig)["training"][1].values()} == {
+        "NF4"
+    }
 
 
 def test_what_does_not_fit_is_skipped(on_cpu, tmp_path, monkeypatch):
     def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"
+        )
 
     monkeypatch.setattr(rehearsal_rig, "build", full)
     assert rehearsal.main([str(tmp_path), "--shapes", "small", "--only", "weights"]) == 0
     told = json.loads((tmp_path / "rehearsal.json").read_text())["steps"]["weights"]
-    assert not told["rows"] and {case["reason"] for case in told["skipped"]} == {"CUDA out of memory"}
+    assert not told["rows"] and {case["reason"] for case in told["skipped"]} == {
+        "CUDA out of memory"
+    }
     assert "CUDA out of memory" in (tmp_path / "README.md").read_text("utf-8")
 
 
@@ -131,12 +152,14 @@ def test_the_committed_page_is_rendered_from_its_rows(tmp_path):
         assert (tmp_path / name).read_text("utf-8") == (folder / name).read_text("utf-8")
     rows = pd.read_csv(folder / "rehearsal.csv").set_index(["step", "variant", "quantity"])
     whole = rows.loc[("weights", "fp16, 32 blocks", "parameters")]
-    assert whole.measured == whole.planned == memory.llava_7b().parameters() == 7_063_427_072
+    assert whole.measured == whole.planned == shapes.llava_7b().parameters() == 7_063_427_072
     peaks = rows.xs("peak", level="quantity").ratio
     assert len(peaks) == 18 and peaks.sub(1).abs().max() < 0.1
 
 
 def test_make_installs_nothing_for_it():
-    done = subprocess.run(["make", "-n", "rehearsal-gpu", "PYTHON=python"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "-n", "rehearsal-gpu", "PYTHON=python"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "pip" not in done.stdout and ".venv" not in done.stdout
     assert "derm_compress.rehearsal" in done.stdout

@@ -14,9 +14,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TABLES = {
     "table1_pruning": ["blocks_removed", "fraction_removed", "score", "score_lo", "score_hi", "n"],
-    "table2_sft": ["blocks_removed", "score_before", "score_before_lo", "score_after", "score_after_hi", "seconds"],
+    "table2_sft": [
+        "blocks_removed",
+        "score_before",
+        "score_before_lo",
+        "score_after",
+        "score_after_hi",
+        "seconds",
+    ],
     "table3_quantization": ["blocks_removed", "healed", "method", "bits", "score", "n"],
-    "table4_efficiency": ["variant", "bits", "decode_ms_per_token", "prefill_ms", "total_ms_per_token", "score"],
+    "table4_efficiency": [
+        "variant",
+        "bits",
+        "decode_ms_per_token",
+        "prefill_ms",
+        "total_ms_per_token",
+        "score",
+    ],
     "table5_ablation": ["setting", "score", "score_lo", "score_hi", "n"],
 }
 SHARED = ["params_b", "vram_gib", "blocks_removed_7b", "params_b_7b", "vram_gib_7b"]
@@ -57,7 +71,11 @@ def test_every_table_has_its_columns(study):
     table2 = pd.read_csv(study / "reports/smoke/tables/table2_sft.csv")
     assert table2.blocks_removed.tolist() == [0, 1, 2, 3]
     equal = pd.read_csv(study / "reports/smoke/tables/extra_equal_bytes.csv")
-    assert set(equal.budget) == {3} and set(equal.blocks_removed) == {0, 1} and set(equal.healed) == {False, True}
+    assert (
+        set(equal.budget) == {3}
+        and set(equal.blocks_removed) == {0, 1}
+        and set(equal.healed) == {False, True}
+    )
     variants = pd.read_parquet(next((study / "artifacts/store/05_sft").glob("*/variants.parquet")))
     assert sorted(variants.variant[variants.sft_seed == 1]) == ["original+sft~1", "pruned-2+sft~1"]
 
@@ -65,24 +83,42 @@ def test_every_table_has_its_columns(study):
 def test_one_file_holds_every_answer_and_statistics_stand_beside_the_tables(study):
     (file,) = (study / "artifacts/store/08_evaluation").glob("*/predictions.parquet")
     frame = pd.read_parquet(file)
-    assert {"variant", "item", "question", "split", "answer", "score", "fact_f1", "similarity"} <= set(frame)
-    assert set(frame.split) == {"test", "heldout"} and not frame.duplicated(["variant", "item", "question"]).any()
+    assert {
+        "variant",
+        "item",
+        "question",
+        "split",
+        "answer",
+        "score",
+        "fact_f1",
+        "similarity",
+    } <= set(frame)
+    assert (
+        set(frame.split) == {"test", "heldout"}
+        and not frame.duplicated(["variant", "item", "question"]).any()
+    )
     named = study / "reports/smoke/tables"
     for stem in ("planner", "latency", "comparisons", "power", "diagnosis", "secondary"):
         assert len(pd.read_csv(named / f"extra_{stem}.csv")), stem
     assert set(pd.read_csv(named / "extra_latency.csv").batch) == {1, 4}
-    assert pd.read_csv(named / "table2_sft.csv").train_peak_gib.between(0, 0.1).all()  # planned, not the process's
+    assert (
+        pd.read_csv(named / "table2_sft.csv").train_peak_gib.between(0, 0.1).all()
+    )  # planned, not the process's
 
 
 def test_every_figure_is_drawn(study):
     for stem in FIGURES:
         for ending in ("png", "svg"):
-            assert (study / "reports/smoke/figures" / f"{stem}.{ending}").stat().st_size > 1000, stem
+            assert (study / "reports/smoke/figures" / f"{stem}.{ending}").stat().st_size > 1000, (
+                stem
+            )
 
 
 def test_the_report_names_its_stages_and_no_path_of_this_machine(study):
     told = json.loads((study / "reports/smoke/run.json").read_text())
-    assert len(told["stages"]) == 8 and all({"key", "seconds", "cached"} <= set(s) for s in told["stages"].values())
+    assert len(told["stages"]) == 8 and all(
+        {"key", "seconds", "cached"} <= set(s) for s in told["stages"].values()
+    )
     assert told["run_info"]["seconds"] > 0 and told["environment"]
     for path in (study / "reports/smoke").rglob("*"):
         if path.suffix in (".html", ".md", ".json", ".csv"):
@@ -92,16 +128,25 @@ def test_the_report_names_its_stages_and_no_path_of_this_machine(study):
 
 
 def test_a_second_run_computes_nothing_and_is_quick(study):
-    before = {p: p.stat().st_mtime_ns for p in (study / "artifacts/store").rglob("*") if p.is_file()}
+    before = {
+        p: p.stat().st_mtime_ns for p in (study / "artifacts/store").rglob("*") if p.is_file()
+    }
     begun = time.monotonic()
     done = command(study, "run", "params/smoke.yaml")
     assert done.returncode == 0 and time.monotonic() - begun < 15
-    assert {p: p.stat().st_mtime_ns for p in (study / "artifacts/store").rglob("*") if p.is_file()} == before
+    assert {
+        p: p.stat().st_mtime_ns for p in (study / "artifacts/store").rglob("*") if p.is_file()
+    } == before
 
 
 def test_other_depths_leave_the_first_three_stages_alone(study):
-    listed = command(study, "run", "params/smoke.yaml", "--list", "--set", "depths=[4, 8]").stdout.splitlines()
-    state = {name: next(line for line in listed if name in line) for name in ("01_", "02_", "03_", "04_", "05_")}
+    listed = command(
+        study, "run", "params/smoke.yaml", "--list", "--set", "depths=[4, 8]"
+    ).stdout.splitlines()
+    state = {
+        name: next(line for line in listed if name in line)
+        for name in ("01_", "02_", "03_", "04_", "05_")
+    }
     assert all("cached" in state[name] for name in ("01_", "02_", "03_"))
     assert "cached" not in state["04_"] and "cached" not in state["05_"]
 
@@ -109,8 +154,13 @@ def test_other_depths_leave_the_first_three_stages_alone(study):
 def test_any_ranking_may_be_the_studys_own(study):
     """Notebooks 03 and 04 with another criterion first, on the stages before them as they are."""
     more = "rankings=[perplexity, magnitude] depths=[8] rival_depths=[8]"
-    done = [command(study, "run", "params/smoke.yaml", "--only", n, "--set", f"run=other {more}") for n in ("03", "04")]
-    assert all(run.returncode == 0 for run in done), done[-1].stdout[-2000:] + done[-1].stderr[-2000:]
+    done = [
+        command(study, "run", "params/smoke.yaml", "--only", n, "--set", f"run=other {more}")
+        for n in ("03", "04")
+    ]
+    assert all(run.returncode == 0 for run in done), (
+        done[-1].stdout[-2000:] + done[-1].stderr[-2000:]
+    )
     notes = [
         json.loads((study / f"artifacts/runs/other/{name}.json").read_text())
         for name in ("03_layer_importance", "04_pruning")
@@ -130,7 +180,10 @@ def test_a_second_whole_run_has_the_same_score_tables(study, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
     measured = ["seconds", "train_peak_gib"]
     for stem in TABLES:
-        frames = [pd.read_csv(root / f"reports/smoke/tables/{stem}.csv", dtype=str) for root in (study, other)]
+        frames = [
+            pd.read_csv(root / f"reports/smoke/tables/{stem}.csv", dtype=str)
+            for root in (study, other)
+        ]
         kept = [c for c in frames[0] if c not in measured and "_ms" not in c]
         assert frames[0][kept].to_csv() == frames[1][kept].to_csv(), stem
 
@@ -148,6 +201,8 @@ def test_exported_models_open_with_plain_transformers(study):
             "print(len(m.model.language_model.layers))"
         )
         asked = [sys.executable, "-W", "ignore", "-c", check, str(out)]
-        assert subprocess.run(asked, capture_output=True, text=True).stdout.split()[-1] == str(blocks)
+        assert subprocess.run(asked, capture_output=True, text=True).stdout.split()[-1] == str(
+            blocks
+        )
     unknown = command(study, "export", "smoke/04_pruning/pruned-99", str(study / "none"))
     assert unknown.returncode == 2 and "pruned-2" in unknown.stderr + unknown.stdout

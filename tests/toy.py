@@ -9,27 +9,17 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "derm_compress"
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-MODULES = [
-    "__init__",
-    "__main__",
-    "artifacts",
-    "errors",
-    "execution",
-    "kaggle",
-    "keys",
-    "params",
-    "plan",
-    "progress",
-    "runner",
-    "study",
-]
+MODULES = ["__init__", "__main__", "errors", "faces", "files", "progress"]
 
 PARAMETERS = """\
 run: str = "default"  # name of the run
 artifact_root: str = "artifacts"  # where results go
 seed: int = 0  # same in both notebooks [0..1000]
 """
-FIRST = PARAMETERS + 'count: int = 3  # numbers to make [1..100]\ndata_root: str = ""  # folder of inputs\n'
+FIRST = (
+    PARAMETERS
+    + 'count: int = 3  # numbers to make [1..100]\ndata_root: str = ""  # folder of inputs\n'
+)
 SECOND = (
     PARAMETERS
     + """\
@@ -48,7 +38,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from derm_compress import words
+from derm_compress.method import words
 
 
 def numbers(count, seed):
@@ -94,22 +84,29 @@ def notebook(path: Path, *cells: dict) -> Path:
 def project(root: Path) -> Path:
     """01_data -> 02_left and 03_right, in a folder with a space in its name."""
     root = root / "toy project"
+    package = root / "derm_compress"
+    for name in ("study", "kaggle"):
+        shutil.copytree(
+            PACKAGE / name, package / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in MODULES:
-        (root / "derm_compress").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(PACKAGE / f"{name}.py", root / "derm_compress" / f"{name}.py")
-    (root / "derm_compress" / "shapes.py").write_text(SHAPES)
-    (root / "derm_compress" / "words.py").write_text(
+        shutil.copyfile(PACKAGE / f"{name}.py", package / f"{name}.py")
+    for name in ("method", "report"):
+        (package / name).mkdir()
+        (package / name / "__init__.py").touch()
+    (package / "method" / "shapes.py").write_text(SHAPES)
+    (package / "method" / "words.py").write_text(
         'from pathlib import Path\n\n\ndef word():\n    return (Path(__file__).parent / "words.yaml").read_text()\n'
     )
-    (root / "derm_compress" / "words.yaml").write_text("mole")
-    (root / "derm_compress" / "report.py").write_text(
+    (package / "method" / "words.yaml").write_text("mole")
+    (package / "report" / "render.py").write_text(
         "def render(run, *, root):\n    folder = root / 'reports' / run\n"
         "    folder.mkdir(parents=True, exist_ok=True)\n"
         "    (folder / 'index.html').write_text('report')\n    print('rendered', run)\n    return folder\n\n\n"
         "def render_index(root):\n    print('indexed')\n"
     )
     books = root / "notebooks"
-    start = "from derm_compress import shapes\nfrom derm_compress.study import start_stage\n"
+    start = "from derm_compress.method import shapes\nfrom derm_compress.study.stage import start_stage\n"
     notebook(
         books / "01_data.ipynb",
         cell(FIRST, "parameters"),
@@ -144,4 +141,6 @@ def environment(root: Path) -> dict:
 
 def call(root: Path, *words: str) -> subprocess.CompletedProcess:
     """`python -m derm_compress` with these words, in the toy project."""
-    return subprocess.run(command(root, *words), cwd=root, env=environment(root), capture_output=True, text=True)
+    return subprocess.run(
+        command(root, *words), cwd=root, env=environment(root), capture_output=True, text=True
+    )

@@ -1,0 +1,89 @@
+"""One typed data set from any source: pictures, diseases, groups, splits, and a report on them. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file, save_file
+
+from derm_compress.errors import DermError
+
+SPLITS = ("train", "dev", "test", "heldout")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture: its split, disease, group, row in the images, and the facts known to be seen in it."""
+
+    id: str
+    split: str
+    disease: str
+    group: str
+    row: int
+    facts: dict
+    source: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Items and their pictures, uint8 [N, S, S, 3]; DermError if an id repeats or a group crosses splits."""
+
+    items: tuple[Item, ...]
+    images: np.ndarray
+
+    def __post_init__(self):
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
+            raise DermError(
+                f"images must be uint8 [N, S, S, 3], not {self.images.dtype} {self.images.shape}"
+            )
+        seen: set[str] = set()
+        homes: dict[str, str] = {}
+        for item in self.items:
+            if item.id in seen:
+                raise DermError(f"item id {item.id!r} occurs twice; ids must be unique")
+            if item.split not in SPLITS or not 0 <= item.row < len(self.images):
+                raise DermError(
+                    f"item {item.id!r} has no split {item.split!r} or no picture {item.row}"
+                )
+            if homes.setdefault(item.group, item.split) != item.split:
+                raise DermError(
+                    f"group {item.group!r} lies in {homes[item.group]} and {item.split}: a leak"
+                )
+            seen.add(item.id)
+
+    def of(self, split: str) -> tuple[Item, ...]:
+        return tuple(item for item in self.items if item.split == split)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per item; facts as JSON."""
+        rows = [
+            asdict(item) | {"facts": json.dumps(item.facts, sort_keys=True)} for item in self.items
+        ]
+        return pd.DataFrame(rows, columns=[field.name for field in fields(Item)])
+
+
+def save_dataset(folder: Path, dataset: Dataset) -> None:
+    """Write items.parquet and images.safetensors; equal data sets give equal bytes."""
+    dataset.frame().to_parquet(Path(folder) / "items.parquet", index=False)
+    save_file({"images": np.ascontiguousarray(dataset.images)}, Path(folder) / "images.safetensors")
+
+
+def load_dataset(folder: Path) -> Dataset:
+    items, images = Path(folder) / "items.parquet", Path(folder) / "images.safetensors"
+    for path in (items, images):
+        if not path.is_file():
+            raise DermError(f"{path} is missing; run stage 01_data again")
+    rows = pd.read_parquet(items).to_dict("records")
+    read = tuple(Item(**row | {"facts": json.loads(row["facts"])}) for row in rows)
+    return Dataset(read, load_file(images)["images"])
+
+
+def sample(items: Sequence[Item], n: int, seed: int) -> list[Item]:
+    """n items (or all), drawn without replacement, in their own order: what calibrations read."""
+    chosen = np.random.default_rng([seed, 5]).choice(len(items), min(n, len(items)), replace=False)
+    return [items[i] for i in sorted(chosen)]

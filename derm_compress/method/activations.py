@@ -1,0 +1,157 @@
+"""What flows through the decoder: a tap on a model's real tokens, and statistics of its projections."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from derm_compress.errors import DermError
+from derm_compress.model import anatomy
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STATISTICS = ["mean_abs", "p99", "max", "kurtosis", "outlier_channels"]
+OUTLIER_FACTOR = (
+    6.0  # a channel is an outlier if its max |x| exceeds this many times the median channel's
+)
+DROPPED_BITS = (
+    16  # of |x| as a float32: the bits above number the histogram's bins, each at most 0.8 % wide
+)
+
+
+@torch.no_grad()
+def tap(model, batches, modules, see, *, inputs=False):
+    """Run the model once over the batches; see(key, x) gets what each of {key: module} writes (or reads).
+
+    x: [real tokens, channels], float32. Positions the attention mask excludes are left out, on whichever side
+    they stand; image tokens are real tokens. Batches are the processor's output; labels are ignored.
+    """
+    real, training = None, model.training
+
+    def listen(key):
+        def hook(_, args, output):
+            x = args[0] if inputs else output
+            see(key, (x[0] if isinstance(x, tuple) else x)[real].float())
+
+        return hook
+
+    handles = [module.register_forward_hook(listen(key)) for key, module in modules.items()]
+    try:
+        model.eval()
+        for batch in batches:
+            feed = {
+                k: v.to(model.device)
+                for k, v in batch.items()
+                if k not in ("labels", "token_weights")
+            }
+            real = feed.get("attention_mask", torch.ones_like(feed["input_ids"])).bool()
+            model(**feed, use_cache=False, logits_to_keep=1)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if real is None:
+        raise DermError(
+            "activations: no batch was given; pass at least one batch of the processor's output"
+        )
+
+
+class Summary:
+    """Streaming summary of one projection's outputs; its size does not depend on the number of tokens."""
+
+    def __init__(self):
+        self.count, self.powers, self.peak, self.histogram = 0, 0.0, None, 0
+
+    def add(self, x):
+        """Take in x [tokens, channels]."""
+        size, wide = x.abs().contiguous(), x.double().flatten()
+        square = wide * wide
+        sums = (
+            wide.sum(),
+            square.sum(),
+            square @ wide,
+            square @ square,
+            size.sum(dtype=torch.float64),
+        )
+        self.count, self.powers = self.count + x.numel(), self.powers + torch.stack(sums)
+        self.peak = size.amax(0) if self.peak is None else torch.maximum(self.peak, size.amax(0))
+        bins = size.view(torch.int32).flatten() >> DROPPED_BITS
+        self.histogram += torch.bincount(bins, minlength=1 << (31 - DROPPED_BITS))
+
+    def quantile(self, share):
+        """Quantile of |x| to within 0.4 %: the middle of its histogram bin (exactly 0 for the lowest bin)."""
+        index = int((self.histogram.cumsum(0) < share * self.count).sum())
+        middle = (index << DROPPED_BITS) + (1 << (DROPPED_BITS - 1))
+        return torch.tensor(middle, dtype=torch.int32).view(torch.float32).item() if index else 0.0
+
+    def row(self):
+        """Statistics over all tokens and channels; kurtosis is Pearson's (3 for a normal distribution)."""
+        m1, m2, m3, m4, mean_abs = (self.powers / self.count).tolist()
+        variance, fourth = m2 - m1**2, m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+        return {
+            "mean_abs": mean_abs,
+            "p99": self.quantile(0.99),
+            "max": self.peak.max().item(),
+            "kurtosis": fourth / variance**2 if variance > 1e-12 * m2 else float("nan"),
+            "outlier_channels": int((self.peak > OUTLIER_FACTOR * self.peak.quantile(0.5)).sum()),
+        }
+
+
+def projections(model):
+    """{(block, projection): linear} of the decoder, by short names such as q_proj."""
+    return {
+        (index, name.rpartition(".")[2]): linear
+        for index, block in enumerate(anatomy.blocks(model))
+        for name, linear in anatomy.linears(block).items()
+    }
+
+
+def activation_statistics(model, batches) -> pd.DataFrame:
+    """Outputs of every projection: block, projection, mean_abs, p99, max, kurtosis, outlier_channels.
+
+    Blocks count within the given model. Outlier rule: a channel's max |x| > 6 x the median channel's max |x|.
+    """
+    import pandas as pd
+
+    watched = projections(model)
+    summaries = {key: Summary() for key in watched}
+    tap(model, batches, watched, lambda key, x: summaries[key].add(x))
+    for (block, name), summary in summaries.items():
+        if not torch.isfinite(summary.powers).all():
+            raise DermError(
+                f"activations: NaN or infinite outputs of block {block} {name}; check its dtype"
+            )
+
+    return pd.DataFrame(
+        [{"block": b, "projection": p} | s.row() for (b, p), s in summaries.items()]
+    )
+
+
+def input_peaks(model, batches, modules):
+    """{key: largest |x| of each input channel [in]} of {key: module}, over all real tokens."""
+    peaks = {}
+
+    def see(key, x):
+        peak = x.abs().amax(0).cpu()
+        peaks[key] = torch.maximum(peaks[key], peak) if key in peaks else peak
+
+    tap(model, batches, modules, see, inputs=True)
+    return peaks
+
+
+def projection_output(model, batch, block, projection):
+    """Outputs of one projection, float32 array [real tokens, channels] (Figure 4: block 30, q_proj)."""
+    watched, seen = projections(model), []
+    key = block, projection.rpartition(".")[2]
+    if key not in watched:
+        last, names = (
+            len(anatomy.blocks(model)) - 1,
+            ", ".join(dict.fromkeys(name for _, name in watched)),
+        )
+        raise DermError(
+            f"activations: no {projection} in block {block}; blocks are 0 to {last}, names {names}"
+        )
+    tap(model, [batch], {key: watched[key]}, lambda _, x: seen.append(x.cpu()))
+    return torch.cat(seen).numpy()

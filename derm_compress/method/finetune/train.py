@@ -1,0 +1,203 @@
+"""QLoRA: adapters on an NF4 base, trained on answers only, merged into the unquantized base and never into 4 bits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from derm_compress.data import dialogue
+from derm_compress.errors import DermError
+from derm_compress.method.quantization import quantize
+from derm_compress.model import anatomy, memory, oom, shapes
+from derm_compress.model.prompts import collate, encode, image_tokens
+from derm_compress.progress import track
+
+if TYPE_CHECKING:  # data needs scipy and pandas, which a machine that only rehearses may lack
+    from derm_compress.data.items import Item
+
+FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of two changes no digit
+TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # plain name lists would also hit CLIP
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one QLoRA run; the paper's SFT has rank 16 and alpha 8."""
+
+    rank: int
+    alpha: int
+    learning_rate: float
+    steps: int
+    batch_size: int
+    seed: int
+    checkpoint_every: int = 50
+
+
+def training_batch(
+    model, processor, items: Sequence[Item], images: np.ndarray, rng: np.random.Generator
+) -> dict:
+    """One batch of conversations, each with its picture and its turns in random order and words."""
+    tokenizer, expanded = processor.tokenizer, image_tokens(model)
+    told = [dialogue.conversation(i.disease, i.facts, rng) for i in items]
+    batch = collate([encode(tokenizer, t, expanded) for t in told], pad=tokenizer.pad_token_id)
+    pixels = processor.image_processor(list(images[[i.row for i in items]]), return_tensors="pt")[
+        "pixel_values"
+    ]
+    return {
+        k: v.to(model.device) for k, v in (batch | {"pixel_values": pixels.to(model.dtype)}).items()
+    }
+
+
+def planned_peak(
+    model, processor, items: Sequence[Item], images: np.ndarray, training: Training
+) -> float:
+    """GiB that memory.plan_training gives for this model and these settings, with the first batch's length."""
+    first = [items[i] for i in range(min(training.batch_size, len(items)))]
+    width = training_batch(model, processor, first, images, np.random.default_rng(training.seed))[
+        "input_ids"
+    ].shape[1]
+    element = model.get_input_embeddings().weight.element_size()
+    return sum(
+        memory.plan_training(
+            shapes.architecture(model.config), rank=training.rank, batch=len(first),
+            text_tokens=width - image_tokens(model), element=element, rest=element,
+            checkpointing=model.device.type == "cuda",
+        ).values()
+    )  # fmt: skip
+
+
+def attach(model, training: Training):
+    """NF4 for the decoder's linears, fp32 adapters on them and nowhere else."""
+    from peft import LoraConfig, get_peft_model  # three seconds that only training needs
+
+    quantize.quantize(model, method="bitsandbytes", bits=4, group_size=64, packed=True)
+    config = LoraConfig(
+        r=training.rank, lora_alpha=training.alpha, target_modules=TARGETS, lora_dropout=0.0
+    )
+    torch.manual_seed(training.seed)
+    model.is_loaded_in_4bit = (
+        True  # else peft asks torchao, too, and refuses the one that Kaggle's image has
+    )
+    try:
+        tuned = get_peft_model(model, config)
+    finally:
+        del model.is_loaded_in_4bit
+    astray = [
+        n for n, p in tuned.named_parameters() if p.requires_grad and "language_model" not in n
+    ]
+    if astray:
+        raise DermError(
+            f"finetune: adapters outside the decoder, first {astray[0]}; check the target names"
+        )
+    return tuned
+
+
+def save_memory(model) -> None:
+    """Gradient checkpointing: blocks keep what they read, not what they computed; half as much time again."""
+    anatomy.decoder(model).gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+
+
+def train(
+    model,
+    processor,
+    items: Sequence[Item],
+    images: np.ndarray,
+    training: Training,
+    *,
+    checkpoint: Path,
+    what: str,
+):
+    """QLoRA steps, going on from the checkpoint if there is one; the peft model, the curve, and {seconds, skipped}.
+
+    skipped: steps not taken since gradients were not finite; DermError for more than a tenth of all, or for all.
+    """
+    import pandas as pd
+
+    tuned = attach(model, training)
+    if model.device.type == "cuda":
+        save_memory(model)
+    weights = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), lr=training.learning_rate, weight_decay=0.0)
+    done, curve, told = _resume(checkpoint, weights, optimizer)
+    scale = FP16_SCALE if model.dtype == torch.float16 else 1
+    tuned.train()
+    for step in track(range(done, training.steps), what, total=training.steps - done):
+        began = time.perf_counter()
+        rng = np.random.default_rng([training.seed, step])
+        chosen = [
+            items[i]
+            for i in rng.choice(len(items), min(training.batch_size, len(items)), replace=False)
+        ]
+        batch = training_batch(model, processor, chosen, images, rng)
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * _schedule(step, training.steps)
+        optimizer.zero_grad()
+        with oom.naming("finetune_batch or sft_batch", what):
+            loss = tuned(**batch, use_cache=False).loss
+            (scale * loss).backward()
+            for weight in weights.values():
+                weight.grad.div_(scale)
+            finite = bool(torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).isfinite())
+            if finite:  # half precision may overflow now and then
+                optimizer.step()
+        curve.append((step, loss.item()))
+        told["skipped"] += not finite
+        _check_skipped(told["skipped"], step + 1, training.steps, what)
+        told["seconds"] += time.perf_counter() - began
+        if (step + 1) % training.checkpoint_every == 0 and step + 1 < training.steps:
+            _checkpoint(checkpoint, weights, optimizer, curve, told)
+    return tuned.eval(), pd.DataFrame(curve, columns=["step", "loss"]), told
+
+
+def _check_skipped(skipped: int, done: int, steps: int, what: str) -> None:
+    if skipped > max(9, steps / 10) or skipped == steps:
+        raise DermError(
+            f"{what}: gradients of {skipped} of {done} steps were not finite; set the learning rate lower and run again"
+        )
+
+
+def _schedule(step: int, steps: int, warmup: float = 0.05) -> float:
+    """Linear warm-up, then cosine to a tenth."""
+    if step < (rise := max(1, round(warmup * steps))):
+        return (step + 1) / rise
+    return 0.1 + 0.45 * (1 + np.cos(np.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _checkpoint(path: Path, weights: dict, optimizer, curve: list, told: dict) -> None:
+    """Adapters and Adam's moments, if a step was taken, as safetensors, replaced at once."""
+    tensors = {}
+    for name, weight in weights.items():
+        tensors[f"w.{name}"] = weight.detach()
+        for moment in ("exp_avg", "exp_avg_sq") if optimizer.state[weight] else ():
+            tensors[f"{moment}.{name}"] = optimizer.state[weight][moment]
+    draft = path.with_suffix(".part")
+    save_file(tensors, draft, metadata={"curve": json.dumps(curve), "told": json.dumps(told)})
+    draft.replace(path)
+
+
+def _resume(path: Path, weights: dict, optimizer) -> tuple[int, list, dict]:
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            kept = {name: json.loads(text) for name, text in file.metadata().items()}
+    except (FileNotFoundError, SafetensorError):  # none yet, or cut short by a power failure
+        return 0, [], {"seconds": 0.0, "skipped": 0}
+    curve, told = [tuple(pair) for pair in kept["curve"]], kept["told"]
+    for name, weight in weights.items():
+        weight.data.copy_(tensors[f"w.{name}"])
+        if taken := len(curve) - told["skipped"]:
+            moments = {
+                m: tensors[f"{m}.{name}"].to(weight.device) for m in ("exp_avg", "exp_avg_sq")
+            }
+            optimizer.state[weight] = {"step": torch.tensor(float(taken)), **moments}
+    return len(curve), curve, told

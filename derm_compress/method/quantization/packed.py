@@ -1,0 +1,204 @@
+"""The module that a quantized linear becomes for inference, and the layouts that its codes take.
+
+There is one copy of the codes at a time: planes of bytes (grids.pack), as they are made and saved, or what torch's
+int4 kernel reads, from the first time that few enough tokens come for it.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from derm_compress.method.quantization.codes import pack, unpack
+
+FEW = 128  # tokens up to which torch's int4 kernel was faster on a CPU than decoding all weights for a matrix product
+ROWS = 1024  # decoded at a time
+KERNEL_GROUPS = (32, 64, 128, 256)
+INNER_TILES = 8  # of the CUDA layout: the inputs must be a multiple of 16 times as many
+TILE = (8, 16 * INNER_TILES)  # outputs and inputs of its tiles
+
+
+class PackedLinear(nn.Module):
+    """A linear holding packed codes, fp16 scales and, if asymmetric, zeros (packed like the codes; of hqq, fp16).
+
+    bits / 8 + 2 / g bytes a weight, and bits / 8 / g (hqq: 2 / g) for zeros; 4 / g more once torch's int4 kernel was
+    used. Without it (other widths, long inputs, older GPUs, `kernels` off) the forward decodes the whole weight: the
+    same numbers as an unpacked model, on any device, and no faster. The kernel computes in bfloat16.
+    """
+
+    kernels = True
+
+    def __init__(self, grid, codes, scales, zeros=None, *, bias=None):
+        """codes [out, in], scales and zeros [out, in / g] as grid.encode gives them."""
+        super().__init__()
+        self.grid, self.shape, self.bias = grid, codes.shape, bias
+        self.out_features, self.in_features = codes.shape
+        self.register_buffer("codes", pack(codes, grid.bits))
+        self.register_buffer("scales", scales)
+        self.register_buffer(
+            "zeros", zeros if zeros is None or zeros.is_floating_point() else pack(zeros, grid.bits)
+        )
+        self.register_buffer("steps", None, persistent=False)
+
+    def encoded(self):
+        """(codes [out, in], scales, zeros [out, in / g]) as grid.encode gave them."""
+        zeros = self.zeros
+        if zeros is not None and not zeros.is_floating_point():
+            zeros = unpack(zeros, self.grid.bits, self.scales.shape)
+        kernel = self.steps is not None
+        codes = (
+            kernel_codes(self.codes, self.shape)
+            if kernel
+            else unpack(self.codes, self.grid.bits, self.shape)
+        )
+        return codes, self.scales, zeros
+
+    def dequantized(self, dtype=torch.float32):
+        """Weight [out, in], decoded some rows at a time so that no second copy in float32 is needed."""
+        codes, *steps = self.encoded()
+        weight = torch.empty(self.shape, dtype=dtype, device=codes.device)
+        for start in range(0, len(codes), ROWS):
+            rows = slice(start, start + ROWS)
+            weight[rows] = self.grid.decode(
+                codes[rows], *(part if part is None else part[rows] for part in steps)
+            )
+        return weight
+
+    def forward(self, x):
+        few = self.kernels and x.numel() <= FEW * self.in_features
+        if not few or not has_kernel(self.grid, self.shape, x.device):
+            return F.linear(x, self.dequantized(x.dtype), self.bias)
+        if self.steps is None:
+            self._to_kernel()
+        flat = x.reshape(-1, self.in_features).to(torch.bfloat16)
+        out = int4_product(flat, self.codes, self.grid.group_size, self.steps).to(x.dtype)
+        out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _to_kernel(self):
+        codes, scales, zeros = self.encoded()
+        zeros = 8.0 if zeros is None else zeros.float()
+        scales = scales.float()
+        self.codes, self.steps = kernel_layout(codes), kernel_steps(scales, (8 - zeros) * scales)
+
+    def _to_planes(self):
+        if self.steps is not None:
+            self.codes, self.steps = pack(self.encoded()[0], self.grid.bits), None
+
+    def _apply(self, fn, recurse=True):
+        self._to_planes()  # a kernel's layout is one device's
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args):
+        self._to_planes()
+        super()._save_to_state_dict(*args)
+
+
+def use_kernels(model, use):
+    """Let the packed linears of a model use torch's int4 kernel (the default), or never."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.kernels = use
+
+
+def kernel_share(model):
+    """Of a model's packed linears, the share that torch's int4 kernel has read; nan without any."""
+    used = [
+        module.steps is not None for module in model.modules() if isinstance(module, PackedLinear)
+    ]
+    return sum(used) / len(used) if used else float("nan")
+
+
+def has_kernel(grid, shape, device):
+    """Whether torch has an int4 kernel for a linear of `shape` on this device; on CUDA from capability 8.0 on."""
+    if grid.bits != 4 or grid.group_size not in KERNEL_GROUPS:
+        return False
+    if device.type == "cpu":
+        return shape[0] % 64 == 0 and cpu_block() > 0
+    fits = shape[0] % TILE[0] == 0 and shape[1] % TILE[1] == 0
+    return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def int4_product(x, codes, group_size, steps):
+    """x [tokens, in] times the transposed weight, all bfloat16; codes and steps in the kernel's layout."""
+    cpu = x.device.type == "cpu"
+    kernel = (
+        torch.ops.aten._weight_int4pack_mm_for_cpu if cpu else torch.ops.aten._weight_int4pack_mm
+    )
+    return kernel(x, codes, group_size, steps)
+
+
+def kernel_layout(codes):
+    """uint8 codes [out, in] as the int4 kernel of their device reads them."""
+    if codes.device.type == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), INNER_TILES)
+    return torch.ops.aten._convert_weight_to_int4pack(
+        codes[:, ::2] << 4 | codes[:, 1::2], INNER_TILES
+    )
+
+
+def kernel_steps(scales, offsets):
+    """What the kernels take for a weight of (code - 8) * scale + offset: bfloat16 [in / g, out, 2]."""
+    return torch.stack([scales, offsets], 2).transpose(0, 1).to(torch.bfloat16).contiguous()
+
+
+def kernel_codes(layout, shape):
+    """The codes [out, in] that kernel_layout() was given."""
+    return (
+        _cpu_codes(layout, cpu_block())
+        if layout.device.type == "cpu"
+        else _cuda_codes(layout, shape)
+    )
+
+
+def _cuda_codes(layout, shape):
+    """The CUDA layout is made of tiles of TILE codes, each in the same order."""
+    (rows, columns), (out, into) = TILE, shape
+    found = _nibbles(layout).view(out // rows, into // columns, rows * columns)
+    tiles = torch.empty_like(found)
+    tiles[..., _tile_order(layout.device)] = found
+    return (
+        tiles.view(out // rows, into // columns, rows, columns).transpose(1, 2).reshape(out, into)
+    )
+
+
+def _nibbles(layout):
+    """The 4-bit fields of int32, lowest first, as uint8."""
+    octets = layout.contiguous().view(torch.uint8)
+    return torch.stack([octets & 15, octets >> 4], -1).flatten()
+
+
+@functools.cache
+def _tile_order(device):
+    """Which code of a tile, counted row by row, stands in each of its places."""
+    index = torch.arange(TILE[0] * TILE[1], device=device).view(TILE)
+    digits = [
+        _nibbles(kernel_layout((index >> shift & 15).to(torch.uint8))).long() << shift
+        for shift in (0, 4, 8)
+    ]
+    return sum(digits)
+
+
+def _cpu_codes(layout, block):
+    """A byte of the CPU's layout holds one input's codes of two outputs, half a block of outputs apart."""
+    halves = layout.view(-1, layout.shape[1] * 2, block // 2)  # [out / block, in, block / 2]
+    return torch.cat([halves & 15, halves >> 4], 2).transpose(1, 2).reshape(len(layout), -1)
+
+
+@functools.cache
+def cpu_block():
+    """Outputs in a block of the CPU kernel's layout (64 with AVX-512, 32 with AVX2); 0 where it is another or none."""
+    codes = (
+        torch.arange(64 * 64)
+        .view(64, 64)
+        .mul(7919)
+        .bitwise_right_shift(3)
+        .bitwise_and(15)
+        .to(torch.uint8)
+    )
+    try:
+        layout = kernel_layout(codes)
+        return next((b for b in (64, 32) if torch.equal(_cpu_codes(layout, b), codes)), 0)
+    except (RuntimeError, AttributeError):
+        return 0

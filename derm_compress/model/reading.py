@@ -1,0 +1,207 @@
+"""Prompts and continuations read by a model, and read again without one of its parts at the cost of what lies above it.
+
+Picture features, the prompts' common beginning and all that lies below the part are computed once and shared. A unit is
+what can be removed (prune.Unit); every block has two sublayers, attention and MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from derm_compress.model import anatomy, removal
+from derm_compress.model.cache import Memory, visible
+from derm_compress.model.prompts import ask, prompt
+
+
+def run(
+    model, x, memory, mask, positions, *, start: int = 0, gates=None, watch=None
+) -> torch.Tensor:
+    """Hidden states [rows, tokens, width] after all sublayers from `start` on (two a block: attention, MLP).
+
+    mask: as visible() makes it, or None for causal attention. gates [rows, sublayers]: False lets a row pass a sublayer
+    unchanged. watch(sublayer, x, y) sees all.
+    """
+    blocks, rope = (
+        list(anatomy.blocks(model)),
+        anatomy.decoder(model).rotary_emb(x, position_ids=positions),
+    )
+    passed = [False] * 2 * len(blocks) if gates is None else (~gates).any(0).tolist()
+    for s in range(start, 2 * len(blocks)):
+        block = blocks[s // 2]
+        if s % 2:
+            y = x + block.mlp(block.post_attention_layernorm(x))
+        else:
+            how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": memory}
+            y = x + block.self_attn(block.input_layernorm(x), **how)[0]
+        y = torch.where(gates[:, s, None, None], y, x) if passed[s] else y
+        if watch:
+            watch(s, x, y)
+        x = y
+    return x
+
+
+@contextmanager
+def looking(model) -> Iterator[None]:
+    """Vision tower and projector beside the decoder while pictures are looked at; then a GPU's wait on the CPU."""
+    home = anatomy.decoder(model).device
+    parts = [anatomy.parts(model)[name] for name in ("vision_tower", "projector")]
+    for part in parts:
+        part.to(home)
+    yield
+    if home.type == "cuda":  # 0.6 GiB at 7B, which keys and values need
+        for part in parts:
+            part.to("cpu")
+
+
+def logits(model, x) -> torch.Tensor:
+    """Of hidden states [..., width] after the last block: [..., vocabulary]."""
+    return model.lm_head(anatomy.decoder(model).norm(x))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of the questions' common beginning, picture included, and of what follows in each."""
+
+    prefix: torch.Tensor
+    rest: dict[str, list[int]]
+    processor: object
+    device: torch.device
+
+    @staticmethod
+    def of(
+        processor, image: np.ndarray, questions: dict[str, str], device, *, text_only: bool = False
+    ) -> Prompts:
+        """Of questions by name; all pictures take as many tokens, so one `image` [S, S, 3] tells all prompts' ids."""
+        ids = []
+        for question in questions.values():
+            text = ask(processor, question, text_only=text_only)
+            ids.append(processor(text=text, images=None if text_only else [image])["input_ids"][0])
+        alike = min(len(row) for row in ids) - 1
+        alike = next((i for i in range(alike) if len({row[i] for row in ids}) > 1), alike)
+        rest = {kind: list(row[alike:]) for kind, row in zip(questions, ids, strict=True)}
+        return Prompts(torch.tensor(ids[0][:alike], device=device), rest, processor, device)
+
+    def told(self, kind: str, answer: str, *, text_only: bool = False) -> list[int]:
+        """Token ids of an answer and its end, as they follow the prompt."""
+        tokenizer, asked = (
+            self.processor.tokenizer,
+            prompt(self.processor, kind, text_only=text_only),
+        )
+        before, whole = (
+            tokenizer(text)["input_ids"]
+            for text in (asked, f"{asked} {answer}{tokenizer.eos_token}")
+        )
+        assert whole[: len(before)] == before, (
+            "the tokenizer joins the prompt's end with the answer's beginning"
+        )
+        return whole[len(before) :]
+
+    def embedded(self, model, pictures: np.ndarray) -> torch.Tensor:
+        """The prefix with each picture's features in it: [pictures, prefix, width]."""
+        x = model.get_input_embeddings()(self.prefix).repeat(len(pictures), 1, 1)
+        spots = self.prefix == model.config.image_token_id
+        if spots.any():
+            pixels = self.processor.image_processor(list(pictures), return_tensors="pt")[
+                "pixel_values"
+            ]
+            with looking(model):
+                told = model.model.get_image_features(
+                    pixel_values=pixels.to(self.device, model.dtype),
+                    vision_feature_layer=model.config.vision_feature_layer,
+                    vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+                )
+            x[:, spots] = torch.stack(list(told.pooler_output)).to(x.dtype)
+        return x
+
+
+class Reading:
+    """Prompts and continuations read once by the full model; `without` reads them again from a unit on.
+
+    Row r continues question `kinds[r]` about `pictures[picture[r]]` by the tokens `told[r]`; `units` may be left out.
+    watch(part, sublayer, x, y) sees each sublayer at work, part 0 being the prompts' common beginning, 1 the rest.
+    """
+
+    def __init__(
+        self,
+        model,
+        prompts: Prompts,
+        pictures,
+        picture: Sequence[int],
+        kinds,
+        told,
+        units=(),
+        watch=None,
+    ):
+        self.model, self.told, device = model, told, prompts.device
+        self.begin = len(prompts.prefix)
+        self.asked = [len(prompts.rest[kind]) for kind in kinds]
+        rows = [
+            torch.tensor(prompts.rest[kind] + list(more))
+            for kind, more in zip(kinds, told, strict=True)
+        ]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        self.picture = torch.tensor(picture, device=device)
+        seen = torch.arange(self.begin + ids.shape[1], device=device)
+        self.places = seen[None, : self.begin], seen[None, self.begin :]
+        self.mask = visible((seen <= self.places[1].T)[None, None], model.dtype)
+        wanted = dict.fromkeys(removal.span(unit)[0] for unit in units)
+        self.states = (
+            dict(wanted),
+            dict(wanted),
+        )  # what sublayers read, of the prefix and of the rest
+        x = prompts.embedded(model, pictures), model.get_input_embeddings()(ids)
+        self.last, self.memory = self._read(x, 0, partial(self._see, watch))
+
+    def _read(self, x, start, watch=None):
+        watches = [partial(watch, part) if watch else None for part in (0, 1)]
+        prefix = Memory()
+        run(self.model, x[0], prefix, None, self.places[0], start=start, watch=watches[0])
+        memory = Memory(prefix, self.picture)
+        return run(
+            self.model, x[1], memory, self.mask, self.places[1], start=start, watch=watches[1]
+        ), memory
+
+    def _see(self, watch, part, sublayer, x, y) -> None:
+        if sublayer in self.states[part]:
+            self.states[part][sublayer] = x
+        if watch:
+            watch(part, sublayer, x, y)
+
+    def without(self, unit: removal.Unit | None) -> tuple[torch.Tensor, Memory]:
+        """Last hidden states [rows, tokens, width] without a unit, and the keys and values behind it."""
+        if unit is None:
+            return self.last, self.memory
+        first, after = removal.span(unit)
+        return self._read((self.states[0][first], self.states[1][first]), after)
+
+    def forget(self, unit: removal.Unit) -> None:
+        """Gives back what only this unit needs and those above it: for units from the last to the first."""
+        first, blocks = removal.span(unit)[0], anatomy.blocks(self.model)
+        for states in self.states:
+            for sublayer in [s for s in states if s > first]:
+                del states[sublayer]
+        for block in blocks[
+            first // 2 + 1 :
+        ]:  # units below have their own keys and values of these
+            for memory in (self.memory, self.memory.prefix):
+                memory.held.pop(getattr(block.self_attn, "layer_idx", None), None)
+
+    def predictions(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [told + 1, vocabulary] of every row: for each token told and for the one after the last."""
+        counts = [len(tokens) + 1 for tokens in self.told]
+        rows = [torch.full((n,), r) for r, n in enumerate(counts)]
+        columns = [torch.arange(n) + asked - 1 for n, asked in zip(counts, self.asked, strict=True)]
+        return list(logits(self.model, x[torch.cat(rows), torch.cat(columns)]).split(counts))
+
+    def parts(self, memory: Memory, rows: torch.Tensor) -> Iterator[tuple[int, list]]:
+        """(layer, Memory.parts) of these rows; a unit's memory knows what lies above it, the rest is shared."""
+        for layer, owner in (
+            dict.fromkeys(self.memory.held, self.memory) | dict.fromkeys(memory.held, memory)
+        ).items():
+            yield layer, owner.parts(layer, rows)

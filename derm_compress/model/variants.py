@@ -1,0 +1,144 @@
+"""Recipes and the frame of variants: what every stage says of a model instead of storing one. No torch.
+
+A recipe is a base and the ordered steps that turn it into a variant:
+`adapter` (ref, sha256, kept), `prune` (kept), `quantize` (the fields of quantize.Form; ref to searched scales). Where
+blocks are kept without their attention or MLP, `prune` and later `adapter` steps list these as `absent`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from derm_compress.errors import DermError
+from derm_compress.model.recipe import Recipe
+
+if TYPE_CHECKING:  # a machine that only rehearses may lack it
+    import pandas as pd
+
+ORIGINAL, HEALED = "original", "+sft"
+
+
+def variant(name: str, recipe: Recipe, **known) -> dict:
+    """One row of the variants frame; unquantized weights count as 16 bits, whatever the CPU computes in."""
+    row = {
+        "variant": name,
+        "blocks_removed": recipe.blocks - len(recipe.kept()),
+        "criterion": "",
+        "healed": False,
+    }
+    row |= {"sft_seed": 0} | {
+        f"{part}s_removed": sum(u.endswith(part) for u in recipe.absent())
+        for part in ("attention", "mlp")
+    }
+    return (
+        row
+        | {"method": "fp16", "bits": 16, "group_size": 0, "quantizer": ""}
+        | known
+        | {"recipe": recipe.to_json()}
+    )
+
+
+def pruned(
+    original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequence[int] = ()
+) -> pd.DataFrame:
+    """The original and, as far as each goes, the first plan at all `depths` and others at those of `rival`.
+
+    The first plan is the study's own and names its variants plainly. Depths count a plan's units.
+    """
+    import pandas as pd
+
+    rows = [variant(ORIGINAL, original)]
+    for i, plan in enumerate(plans):
+        for n in (n for n in (rival if i else depths) if n <= plan.most):
+            recipe = original.pruned(plan.kept(n), plan.absent(n))
+            name = f"pruned-{n}" if i == 0 else f"pruned-{n}-{plan.criterion}"
+            rows.append(variant(name, recipe, criterion=plan.criterion))
+    return pd.DataFrame(rows)
+
+
+def paper_depth(of_32: int, blocks: int) -> int:
+    """The same fraction of another model's blocks, at least one."""
+    return max(1, int(of_32 / 32 * blocks + 0.5))
+
+
+def to_heal(
+    known: pd.DataFrame, choice: dict, *, depths: Sequence[int] = (), seeds: int = 1
+) -> pd.DataFrame:
+    """What SFT is given: the model of every role, the study's own plan at further `depths` (of 32), and so many
+    training seeds of the operating point and of its control.
+
+    Adds `sft_seed` (0 for the first) and `adapter`, the name of the folder to train into. DermError where stage 04 has
+    no model of a depth.
+    """
+    import pandas as pd
+
+    role, blocks = roles(choice), Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
+    names = [name for name in role.values() if name in set(known.variant)]
+    names += [f"pruned-{paper_depth(n, blocks)}" for n in depths]
+    first = named(known, names).assign(sft_seed=0)
+    more = named(first, [role["unpruned"], role["operating"]])
+    frame = pd.concat(
+        [first, *(more.assign(sft_seed=seed) for seed in range(1, seeds))], ignore_index=True
+    )
+    marks = [f"~{seed}" if seed else "" for seed in frame.sft_seed]
+    return frame.assign(adapter=frame.variant + marks)
+
+
+def healed_name(adapter: str) -> str:
+    """The variant that an adapter makes: pruned-6+sft~1 of pruned-6~1."""
+    source, mark, seed = adapter.partition("~")
+    return source + HEALED + mark + seed
+
+
+def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
+    """The variants of to_heal() after SFT: `adapters/<adapter>` under the stage's reference `ref`."""
+    import pandas as pd
+
+    rows = []
+    for row in sources.to_dict("records"):
+        folder, known = row["adapter"], {key: row[key] for key in ("criterion", "sft_seed")}
+        recipe = Recipe.from_json(row["recipe"]).with_adapter(
+            f"{ref}/{folder}", Path(adapters) / folder
+        )
+        rows.append(variant(healed_name(folder), recipe, healed=True, **known))
+    return pd.DataFrame(rows)
+
+
+def named(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Rows of these variants in this order, each once; DermError where one is unknown."""
+    names = list(dict.fromkeys(names))
+    if unknown := set(names) - set(frame.variant):
+        raise DermError(f"variants {sorted(unknown)} are not among {sorted(frame.variant)}")
+    return (
+        frame.drop_duplicates("variant")
+        .set_index("variant", drop=False)
+        .loc[names]
+        .reset_index(drop=True)
+    )
+
+
+def read_variants(*folders: Path) -> pd.DataFrame:
+    """The variants of several stages in one frame."""
+    import pandas as pd
+
+    frames = [pd.read_parquet(Path(folder) / "variants.parquet") for folder in folders]
+    return pd.concat(frames, ignore_index=True).drop_duplicates("variant", ignore_index=True)
+
+
+def read_choice(folder: Path) -> dict:
+    """Operating and deeper depth, as stage 04 chose them."""
+    return json.loads((Path(folder) / "choice.json").read_text("utf-8"))
+
+
+def roles(choice: dict, rival: str = "magnitude") -> dict[str, str]:
+    """Variant names by role: unpruned, operating, deeper, and the rival criterion at the operating depth."""
+    n = choice["operating"]
+    pruned_names = {
+        "operating": f"pruned-{n}",
+        "deeper": f"pruned-{choice['deeper']}",
+        "rival": f"pruned-{n}-{rival}",
+    }
+    return {"unpruned": ORIGINAL} | pruned_names

@@ -1,0 +1,117 @@
+"""Executed notebooks as inert HTML: outputs sanitised, equations as MathML, no trace of the machine."""
+
+from __future__ import annotations
+
+import functools
+import re
+import socket
+import sys
+from pathlib import Path
+
+import bleach
+from latex2mathml.converter import convert
+from markupsafe import Markup
+
+MIMES = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
+TAGS = re.findall(r"\w+", "a b blockquote br code del div em h1 h2 h3 h4 hr i li ol p pre span strong sub sup ul") + [
+    "table", "tbody", "td", "th", "thead", "tr",
+]  # fmt: skip
+FORMULA = re.compile(r"(?s)```.*?```|`[^`]*`|\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$")
+
+
+def cleaner(root: Path):
+    """A function that hides this machine in any JSON value: known folders, then every other absolute path, its name."""
+    places = {str(root): ".", str(root.parent): "..", str(Path.home()): "~", sys.prefix: "python"}
+    known = sorted((place for place in places if len(place) > 2), key=len, reverse=True)
+    folder = re.compile("(?:" + "|".join(map(re.escape, known)) + r")(?![\w.-])")
+    other = re.compile(
+        r"(?<![\w./~:<\\-])/(?:[\w.+@-]+/)+(?=[\w.+@-])|(?<!\w)[A-Z]:\\(?:[\w .+@-]+\\)+"
+    )
+    host = re.compile(rf"\b{re.escape(socket.gethostname())}\b")
+
+    def clean(value, name=""):
+        if isinstance(value, dict):
+            return {clean(key): clean(inner, key) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [clean(inner, name) for inner in value]
+        if not isinstance(value, str) or name.startswith("image/"):
+            return value
+        value = other.sub("…/", folder.sub(lambda found: places[found[0]], value))
+        return host.sub("host", value) if len(socket.gethostname()) > 4 else value
+
+    return clean
+
+
+@functools.cache
+def exporter():
+    """Nbconvert's, for all notebooks: each one of its own would compile the templates anew."""
+    from nbconvert import HTMLExporter
+
+    made = HTMLExporter(template_name="basic", sanitize_html=True, exclude_anchor_links=True)
+    made.register_filter("clean_html", clean_html)  # its own would show <p> and <h1> as text
+    return made
+
+
+def notebook_body(path: Path, clean) -> str:
+    """The HTML of an executed notebook, to be put into a page."""
+    sys.modules.setdefault(
+        "rfc3987_syntax", None
+    )  # two seconds of compiling a grammar that no notebook needs
+    import nbformat
+
+    notebook = nbformat.from_dict(clean(nbformat.read(path, as_version=4)))
+    formulas: list[str] = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = set_aside(cell.source, formulas)
+        for output in cell.get("outputs", ()):
+            if "data" in output:
+                slim(output)
+    body = exporter().from_notebook_node(notebook)[0]
+    body = re.sub(r"<table[^>]*>", "<table><caption>computed in this notebook</caption>", body)
+    return re.sub(
+        r"formula(\d+)aside",
+        lambda found: dict(enumerate(formulas)).get(int(found[1]), found[0]),
+        body,
+    )
+
+
+def clean_html(html: str) -> str:
+    """Leave tags that only format; everything else becomes text."""
+    known = {
+        "a": ["href", "title"],
+        "th": ["colspan", "rowspan"],
+        "td": ["colspan", "rowspan"],
+        "span": ["class"],
+    }
+    return Markup(bleach.clean(html, tags=TAGS, attributes=known, protocols={"http", "https"}))
+
+
+def slim(output) -> None:
+    """Leave of an output what a page can show without scripts, with a text alternative to each image."""
+    from nbformat import from_dict
+
+    alt = {"alt": output.metadata.get("image/png", {}).get("alt", "A figure of this notebook")}
+    data = {mime: output.data[mime] for mime in MIMES if mime in output.data}
+    if "text/html" in data:  # the sanitiser would show pandas' style sheet as text
+        data["text/html"] = re.sub(r"(?s)<style.*?</style>", "", data["text/html"])
+    output.metadata, output.data = from_dict({"image/png": alt, "image/jpeg": alt}), from_dict(data)
+
+
+def set_aside(text: str, formulas: list[str]) -> str:
+    """Put a word in the place of each formula, which goes to `formulas` as MathML; code stays as it is."""
+
+    def one(found):
+        latex = found[1] or found[2]
+        if latex is None:
+            return found[0]
+        try:
+            known = re.sub(r"\\arg\b", r"\\operatorname{arg}", latex)
+            formulas.append(convert(known, display="block" if found[1] else "inline"))
+        except (
+            Exception
+        ):  # the converter has errors of many kinds, and the source reads well enough
+            formulas.append(str(Markup("<code>{}</code>").format(latex)))
+        return f"formula{len(formulas) - 1}aside"
+
+    return FORMULA.sub(one, text)

@@ -1,0 +1,227 @@
+"""One run as data: where it lies, the key of every stage, the notes it leaves, the recipes it holds (no torch)."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from derm_compress import files
+from derm_compress.errors import DermError
+from derm_compress.files import public, read_frame, read_json, write_json
+from derm_compress.study import keys as keys_
+from derm_compress.study.params import (
+    Notebook,
+    graph,
+    known_parameters,
+    read_notebooks,
+    read_params,
+    select,
+)
+from derm_compress.study.store import Store
+
+ARITHMETIC = {  # what x86 CPUs of the last ten years share: with wider vectors sums end in other digits, no sooner
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "AVX2",
+}
+PLACES = (
+    "run",
+    "artifact_root",
+    "processes",
+    "judge_url",
+    "judge_concurrency",
+)  # where and how, not what
+FULL = {"05_sft": "+sft", "07_quantization": "+sft|awq4"}  # the operating point's name there
+FOLDERS = ("data_root", "model", "judge_model")  # a folder named here counts by its files
+
+
+def project_root(root: Path | None = None) -> Path:
+    """The folder with notebooks/ and params/: `root`, else DERM_COMPRESS_ROOT, else the folder above the package."""
+    return Path(root or os.environ.get("DERM_COMPRESS_ROOT") or keys_.PACKAGE.parent).resolve()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: the values of all parameters of all notebooks, and what follows from them."""
+
+    root: Path
+    notebooks: dict[str, Notebook]
+    values: dict
+
+    @property
+    def run(self) -> str:
+        return self.values.get("run", "default")
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / self.values.get("artifact_root", "artifacts")
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's pointers, run_info.json and executed notebooks lie."""
+        return self.artifacts / "runs" / self.run
+
+    @cached_property
+    def store(self) -> Store:
+        """The run's store, above those that DERM_COMPRESS_STORES names (as PATH does), read-only."""
+        mounted = filter(None, os.environ.get("DERM_COMPRESS_STORES", "").split(os.pathsep))
+        return Store(self.artifacts / "store", [Path(root) for root in mounted])
+
+    def adopt(self) -> None:
+        """Copies what mounted stores have of this run: its own store is then all that the next session needs."""
+        for stage, key in self.keys.items():
+            self.store.adopt(stage, key)
+
+    @cached_property
+    def graph(self) -> dict[str, tuple[str, ...]]:
+        return graph(self.notebooks)
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Stage -> key."""
+        found = {}
+        for stage, notebook in self.notebooks.items():
+            values = {k: v for k, v in self.parameters(stage).items() if k not in PLACES}
+            parts = keys_.code_parts(
+                notebook.code(), words={v for v in values.values() if isinstance(v, str)}
+            )
+            upstream = {earlier: found[earlier] for earlier in self.graph[stage]}
+            values = {k: self._by_content(v) if k in FOLDERS else v for k, v in values.items()}
+            found[stage] = files.digest([stage, parts, values, upstream, keys_.versions()])
+        return found
+
+    def _by_content(self, value: str) -> str:
+        folder = self.root / value
+        return files.folder_fingerprint(folder) if value and folder.is_dir() else value
+
+    def parameters(self, stage: str) -> dict:
+        """The values of the parameters that a stage's notebook declares."""
+        return {name: self.values[name] for name in self.notebooks[stage].schema}
+
+    def view(self, stage: str) -> str:
+        """Digest of how a notebook shows its results: its text, its figure cells, the modules that draw."""
+        notebook = self.notebooks[stage]
+        modules = keys_.code_parts(notebook.code(figures=True), folders=keys_.SHOWN)["modules"]
+        return files.digest([[text for text, _, _ in notebook.cells], modules])
+
+    def executed(self, stage: str) -> Path:
+        """Where the runner leaves a stage's executed notebook."""
+        return self.folder / "notebooks" / f"{stage}.ipynb"
+
+    def pointer(self, stage: str) -> dict:
+        """What this run last noted of a stage; empty if it did not."""
+        path = self.folder / f"{stage}.json"
+        return read_json(path) if path.exists() else {}
+
+    def point(self, stage: str, *, cached: bool) -> None:
+        """Notes that the run's stage is the finished artifact of its key."""
+        key, upstream = (
+            self.keys[stage],
+            {earlier: self.keys[earlier] for earlier in self.graph[stage]},
+        )
+        parameters = {k: public(v) for k, v in self.parameters(stage).items() if k not in PLACES}
+        note = {
+            "stage": stage,
+            "key": key,
+            "cached": cached,
+            "parameters": parameters,
+            "upstream": upstream,
+        }
+        made = self.store.manifest(stage, key)["made"]
+        write_json(self.folder / f"{stage}.json", note | made | {"view": self.view(stage)})
+
+    def made(self, stage: str) -> Path:
+        """The folder of the artifact that this run last noted for a stage, whatever its key would be today."""
+        key, runs = self.pointer(stage).get("key"), self.folder.parent
+        if not self.folder.is_dir():
+            known = ", ".join(sorted(path.name for path in runs.glob("*/"))) or "none yet"
+            raise DermError(f"there is no run {self.run}; runs are {known}")
+        if not key or not self.store.complete(stage, key):
+            raise DermError(
+                f"run {self.run} has no finished {stage}; it may have {', '.join(self.notebooks)}"
+            )
+        return self.store.entry(stage, key)
+
+
+def make_plan(root: Path, notebooks: dict[str, Notebook], values: dict) -> Plan:
+    """A run of the given values over the notebooks' defaults."""
+    known = known_parameters(notebooks)
+    return Plan(
+        root, notebooks, {name: parameter.default for name, parameter in known.items()} | values
+    )
+
+
+def git_state(root: Path) -> dict:
+    """Commit of the project and whether its sources differ from it; nulls outside of a repository."""
+
+    def git(*words):
+        return subprocess.run(
+            ["git", "-C", root, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        sources = [
+            path for path in ("derm_compress", "notebooks", "params") if (root / path).exists()
+        ]
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--", *sources)),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def settle() -> None:
+    """The same vector instructions for all kernels from now on, before the first sum; what is set already stays."""
+    for name, value in ARITHMETIC.items():
+        os.environ.setdefault(name, value)
+
+
+def environment() -> dict:
+    """Python, machine and library versions, without the machine's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    torch = sys.modules.get("torch")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": model[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "arithmetic": {name: os.environ.get(name) for name in ARITHMETIC},
+        "gpu": torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else None,
+        "versions": keys_.versions(),
+    }
+
+
+def find_plan(run: str, root: Path | None = None) -> Plan:
+    """A run by its name: of params/<run>.yaml if there is one, else of the defaults."""
+    root = project_root(root)
+    notebooks, file = read_notebooks(root), root / "params" / f"{run}.yaml"
+    values = read_params(file, known_parameters(notebooks)) if file.exists() else {}
+    return make_plan(root, notebooks, values | {"run": run})
+
+
+def find_recipe(model: str, *, root: Path | None = None) -> tuple[str, Store]:
+    """The recipe (JSON) of RUN/STAGE[/NAME], without NAME that of the operating point, and its store."""
+    run, stage, name = [*model.split("/", 2), "", ""][:3]
+    plan = find_plan(run, root)
+    stage = select(stage, plan.notebooks)[0]
+    single, table = plan.made(stage) / "recipe.json", plan.made(stage) / "variants.parquet"
+    if single.exists() and not name:
+        return single.read_text(encoding="utf-8"), plan.store
+    if not table.exists():
+        raise DermError(
+            f"{run}/{stage} has no model of that name; try 02_finetune, 04_pruning, 05_sft, 07_quantization"
+        )
+    recipes = read_frame(table).set_index("variant")["recipe"]
+    name = (
+        name
+        or f"pruned-{read_json(plan.made('04_pruning') / 'choice.json')['operating']}{FULL.get(stage, '')}"
+    )
+    if name not in recipes:
+        raise DermError(f"{run}/{stage} has no {name}; known: {', '.join(recipes.index)}")
+    return recipes[name], plan.store

@@ -1,0 +1,191 @@
+"""Latency against a clock of our own, and a floor that is what a model reads."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from small_llava import batch, small_llava
+
+from derm_compress import files
+from derm_compress.errors import DermError
+from derm_compress.evaluate import latency
+from derm_compress.method import pruning
+from derm_compress.method.quantization import packed
+from derm_compress.model import variants as variants_of
+
+
+def test_decoding_by_hand_says_what_generate_says():
+    model, inputs = small_llava(4), batch(2)
+    tokens, prefill, decode = latency.greedy_tokens(model, inputs, new_tokens=12)
+    ours = model.generate(
+        **inputs, do_sample=False, min_new_tokens=12, max_new_tokens=12, eos_token_id=None
+    )
+    assert torch.equal(tokens, ours[:, inputs["input_ids"].shape[1] :])
+    assert prefill > 0 and decode > 0
+
+
+class Ticking:
+    """A model that takes 100 ms for a prefill, 10 ms for a token, and says which tokens it was asked about."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.time, self.widths = 0.0, []
+
+    def __call__(self, *, input_ids, attention_mask, past_key_values=None, pixel_values=None, **_):
+        self.time += 0.100 if past_key_values is None else 0.010
+        assert (pixel_values is None) == (past_key_values is not None)
+        self.widths.append((input_ids.shape[1], attention_mask.shape[1]))
+        end_of_sequence = torch.nn.functional.one_hot(
+            torch.full((len(input_ids), 1), 2), 100
+        ).float()
+        return SimpleNamespace(logits=end_of_sequence, past_key_values=())
+
+
+def test_latency_tells_prefill_decode_and_total_apart(monkeypatch):
+    model = Ticking()
+    monkeypatch.setattr(latency, "_clock", lambda device: model.time)
+    told = latency.measure_latency(model, batch(2), new_tokens=5, warmup=1, repeats=3)
+    assert told["prefill_ms"] == pytest.approx(100)
+    assert told["decode_ms_per_token"] == pytest.approx(10)
+    assert told["total_ms_per_token"] == pytest.approx((100 + 4 * 10) / 5)
+    assert (told["batch"], told["prompt_tokens"], told["new_tokens"], told["repeats"]) == (
+        2,
+        30,
+        5,
+        3,
+    )
+    assert (
+        model.widths == [(30, 30), (1, 31), (1, 32), (1, 33), (1, 34)] * 4
+    )  # never stops, never re-reads
+
+
+def test_latency_quartiles_leave_the_warm_up_out(monkeypatch):
+    seconds = iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    monkeypatch.setattr(latency, "greedy_tokens", lambda *_, **__: (None, next(seconds), 0.3))
+    told = latency.measure_latency(None, batch(), new_tokens=4, warmup=2, repeats=5)
+    assert (told["prefill_ms_lo"], told["prefill_ms"], told["prefill_ms_hi"]) == (2000, 3000, 4000)
+    assert told["decode_ms_per_token"] == pytest.approx(100)
+    with pytest.raises(DermError, match="at least 2"):
+        latency.measure_latency(None, batch(), new_tokens=1)
+
+
+def test_a_real_model_is_timed():
+    told = latency.measure_latency(small_llava(2), batch(), new_tokens=4, warmup=1, repeats=3)
+    for name in ("prefill_ms", "decode_ms_per_token", "total_ms_per_token"):
+        assert 0 < told[f"{name}_lo"] <= told[name] <= told[f"{name}_hi"]
+
+
+def test_the_floor_is_what_a_step_reads_over_what_the_device_reads_a_second():
+    model = small_llava(4, kv_heads=2)
+    blocks = sum(
+        p.nbytes for layer in model.model.language_model.layers for p in layer.parameters()
+    )
+    ends = model.lm_head.weight.nbytes + model.model.language_model.norm.weight.nbytes
+    assert latency.read_bytes(model, batch=0, tokens=0) == blocks + ends
+    cache = model(**batch(3), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    tokens = cache.get_seq_length()
+    assert latency.read_bytes(model, batch=3, tokens=tokens) - blocks - ends == held
+
+
+def test_bandwidth_is_the_best_copy_or_sum(monkeypatch):
+    ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 39.0, 40.0, 40.5, 50.0, 59.0])
+    monkeypatch.setattr(latency, "_clock", lambda device: next(ticks))
+    assert latency.bandwidth("cpu", size=4000, repeats=2) == max(2 * 4000 / 1.0, 4000 / 0.5)
+    monkeypatch.undo()
+    assert 1e8 < latency.bandwidth("cpu", size=2**24, repeats=1) < 1e13
+
+
+def test_each_variant_is_measured_at_batch_1_first(recipe, store, dataset):
+    plan = pruning.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+    frame, how = (
+        variants_of.pruned(recipe, [plan], [3]),
+        {"device": "cpu", "new_tokens": 3, "repeats": 3, "warmup": 1},
+    )
+    told = latency.of_variants(
+        frame, store, dataset.of("test")[:2], dataset.images, batches=[3], **how
+    )
+    assert (
+        told.variant.tolist() == ["original"] * 2 + ["pruned-3"] * 2
+        and told.batch.tolist() == [1, 3] * 2
+    )
+    assert (told.prefill_ms > 0).all() and told.weights_gib[0] == told.weights_gib[
+        1
+    ] > told.weights_gib[2]
+    assert told.kernel_share.isna().all()
+    assert told.bandwidth_gb_s.nunique() == 1 and (
+        told.read_mib[1] > told.read_mib[0] > told.read_mib[2]
+    )
+    floor = told.read_mib * 2**20 / (told.bandwidth_gb_s * 1e9) * 1000
+    assert (floor - told.floor_ms).abs().max() < 1e-9
+    assert (told.times_floor * told.floor_ms - told.decode_ms_per_token).abs().max() < 1e-9
+
+
+@pytest.fixture
+def frame(recipe):
+    plan = pruning.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+    rounded = recipe.then("quantize", method="rtn", bits=4, group_size=16)
+    frame = variants_of.pruned(recipe, [plan], [3])
+    last = frame.iloc[[0]].assign(variant="original|rtn4", recipe=rounded.to_json())
+    return pd.concat([frame, last], ignore_index=True)
+
+
+QUICK = {"device": "cpu", "new_tokens": 2, "repeats": 1, "warmup": 0}
+
+
+def test_what_was_measured_is_not_measured_again(frame, store, dataset, tmp_path, monkeypatch):
+    path, real, asked = tmp_path / "j.jsonl", latency.measure_latency, []
+
+    def killed(*words, **how):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(*words, **how)
+
+    monkeypatch.setattr(latency, "measure_latency", killed)
+    where = store, dataset.of("test"), dataset.images
+    with pytest.raises(KeyboardInterrupt):
+        latency.of_variants(frame, *where, journal=files.Journal(path), **QUICK)
+    told = latency.of_variants(frame, *where, journal=files.Journal(path), **QUICK)
+    assert len(asked) == 4 and told.variant.tolist() == frame.variant.tolist()
+    again = latency.of_variants(frame, *where, journal=files.Journal(path), **QUICK)
+    assert len(asked) == 4 and again.equals(told) and told.bandwidth_gb_s.nunique() == 1
+
+
+def test_a_batch_that_exceeds_memory_has_no_row(frame, store, dataset, monkeypatch, capsys):
+    real = latency.measure_latency
+
+    def full(model, inputs, **how):
+        if len(inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError
+        return real(model, inputs, **how)
+
+    monkeypatch.setattr(latency, "measure_latency", full)
+    told = latency.of_variants(
+        frame, store, dataset.of("test"), dataset.images, batches=[1, 4], **QUICK
+    )
+    assert told.batch.tolist() == [1, 1, 1]
+    assert (
+        "latency of original: out of GPU memory with 4 at once; not measured"
+        in capsys.readouterr().out
+    )
+    monkeypatch.setattr(
+        latency, "measure_latency", lambda *_, **__: full(None, {"input_ids": "ab"})
+    )
+    assert latency.of_variants(frame, store, dataset.of("test"), dataset.images, **QUICK).empty
+
+
+def test_packed_weights_without_a_kernel_are_told(frame, store, dataset, monkeypatch):
+    where = store, dataset.of("test"), dataset.images
+    assert latency.of_variants(frame, *where, **QUICK).kernel_share.fillna(-1).tolist() == [
+        -1,
+        -1,
+        0,
+    ]  # groups of 16
+    grouped = frame.assign(recipe=frame.recipe.str.replace('"group_size": 16', '"group_size": 32'))
+    assert (
+        packed.cpu_block() == 0
+        or (latency.of_variants(grouped, *where, **QUICK).kernel_share.dropna() == 1).all()
+    )

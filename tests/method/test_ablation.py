@@ -1,0 +1,277 @@
+import itertools
+import weakref
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_llava import IMAGE, IMAGE_TOKENS, small_llava
+
+from derm_compress.data import dialogue
+from derm_compress.data.items import Item
+from derm_compress.method.importance import without
+from derm_compress.model import anatomy, reading, removal
+from derm_compress.model.prompts import prompt
+
+PICTURES = torch.randn(3, 3, 36, 36, generator=torch.Generator().manual_seed(1))
+ITEMS = [Item(f"i{row}", "train", "rosacea", f"g{row}", row, {}, "") for row in range(3)]
+QUESTIONS = {"long": "what do you see there", "short": "what is it"}
+UNITS = [0, 1, 3, "0.mlp", "2.attention", "3.mlp", "1.attention"]
+MOST = 16
+
+
+class Words:
+    """A processor whose tokens are letters, for small_llava."""
+
+    tokenizer = SimpleNamespace(eos_token_id=IMAGE - 1)
+
+    def apply_chat_template(self, turns, **_):
+        return "".join(part.get("text", "#") for part in turns[0]["content"])
+
+    def __call__(self, text, images):
+        ids = [[IMAGE] * IMAGE_TOKENS if letter == "#" else [ord(letter)] for letter in f"<{text}>"]
+        return {"input_ids": [sum(ids, [])]}
+
+    @staticmethod
+    def image_processor(pictures, **_):
+        return {"pixel_values": torch.stack(pictures)}
+
+
+def inputs_of(question, picture):
+    ids = torch.tensor(Words()(f"#{question}", [picture])["input_ids"])
+    return {"input_ids": ids, "pixel_values": picture[None], "attention_mask": torch.ones_like(ids)}
+
+
+@contextmanager
+def altered(model, unit):
+    """The same layers, of which this unit's add nothing."""
+    block, _, part = str(unit).partition(".")
+    inside = None if unit is None else anatomy.blocks(model)[int(block)]
+    silent = [] if unit is None else [inside.self_attn.o_proj] * (part != "mlp")
+    silent += [] if unit is None else [inside.mlp.down_proj] * (part != "attention")
+    kept = [linear.weight.data.clone() for linear in silent]
+    for linear in silent:
+        linear.weight.data.zero_()
+    yield
+    for linear, weight in zip(silent, kept, strict=True):
+        linear.weight.data.copy_(weight)
+
+
+def greedy(model, inputs, most, eos):
+    """Token after token, each from a forward pass over all before it."""
+    tokens, inputs = [], dict(inputs)
+    while len(tokens) < most and (not tokens or tokens[-1] != eos):
+        tokens.append(model(**inputs, use_cache=False).logits[0, -1].argmax().item())
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens[-1:]])], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return tokens
+
+
+def speaker():
+    """A small model that never says the picture's own token."""
+    model = small_llava(kv_heads=2)
+    model.lm_head.weight.data[IMAGE].zero_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def small():
+    return speaker()
+
+
+@pytest.fixture(scope="module")
+def told(small):
+    """(end-of-sequence, answers without each unit): what the loop writes, ended by a token that many of them have."""
+    answers = {}
+    with torch.inference_mode():
+        for unit in [None, *UNITS]:
+            with altered(small, unit):
+                for item in ITEMS:
+                    for name, question in QUESTIONS.items():
+                        inputs = inputs_of(question, PICTURES[item.row])
+                        answers[unit, item.id, name] = greedy(small, inputs, MOST, None)
+    count = torch.bincount(torch.tensor([t for a in answers.values() for t in set(a[2:-1])]))
+    eos = (count - len(answers) / 2).abs().argmin().item()
+    return eos, {key: a[: a.index(eos) + 1] if eos in a else a for key, a in answers.items()}
+
+
+def written(model, *, eos, batch_size, units=UNITS, most=MOST):
+    rows = list(
+        without.written(
+            model,
+            Words(),
+            ITEMS,
+            PICTURES,
+            units,
+            QUESTIONS,
+            batch_size=batch_size,
+            max_new_tokens=most,
+            eos=eos,
+        )
+    )
+    answers = {row.key: row for row in rows}
+    assert len(answers) == len(rows) == (1 + len(units)) * len(ITEMS) * len(QUESTIONS)
+    return answers
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 100])
+def test_answers_are_the_loops_at_any_batch_size(small, told, batch_size):
+    eos, expected = told
+    rows = written(small, eos=eos, batch_size=batch_size)
+    assert {key: row.tokens for key, row in rows.items()} == expected
+    stopped = [row.tokens[-1] == eos for row in rows.values()]
+    assert any(stopped) and any(len(t) == MOST for t in expected.values())
+    going = [row for key, row in rows.items() if row.tokens != expected[None, *key[1:]]]
+    assert any(rows[None, "i0", name].tokens != rows[None, "i1", name].tokens for name in QUESTIONS)
+    assert len(going) > 7  # so that rows wait for a free line, and lines are used again
+    for key, row in rows.items():
+        draft = expected[None, *key[1:]]
+        same = next(
+            (i for i, (a, b) in enumerate(zip(draft, row.tokens, strict=False)) if a != b),
+            len(draft),
+        )
+        assert row.accepted == (0 if key[0] is None else same)
+
+
+def test_half_as_many_answers_are_read_as_written_and_one_reading_is_alive(
+    small, told, monkeypatch
+):
+    readings, alive = [], []
+
+    class Watched(reading.Reading):
+        def __init__(self, model, prompts, pictures, picture, kinds, told, units):
+            alive.append(sum(one() is not None for one in readings))
+            readings.append(weakref.ref(self))
+            counts.append((len(told), any(told)))
+            super().__init__(model, prompts, pictures, picture, kinds, told, units)
+
+    monkeypatch.setattr(without, "Reading", Watched)
+    for units, expected in ((UNITS, [(6, False), (4, True), (2, True)]), ([], [(6, False)])):
+        counts = []
+        written(small, eos=told[0], batch_size=6, units=units)
+        assert counts == expected
+    assert alive == [0] * 4
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_answers_end_at_the_most_tokens(small, told, most):
+    eos, expected = told
+    rows = written(small, eos=eos, batch_size=5, most=most)
+    assert {key: row.tokens for key, row in rows.items()} == {
+        key: a[:most] for key, a in expected.items()
+    }
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 20])
+def test_guesses_change_no_answer(small, told, ahead, monkeypatch):
+    monkeypatch.setattr(without.Writer, "AHEAD", ahead)
+    rows = written(small, eos=told[0], batch_size=4)
+    assert {key: row.tokens for key, row in rows.items()} == told[1]
+
+
+def test_a_guess_is_what_followed_the_same_tokens_of_the_same_picture():
+    guesses = without.Guesses(longest=2)
+    guesses.learn((None, "a", "q"), [1, 2, 3, 4])
+    guesses.learn((None, "b", "q"), [9, 2, 5, 6])
+    assert guesses.after((7, "a", "q"), [8, 2], 5) == [3, 4]
+    assert guesses.after((7, "b", "q"), [8, 2], 1) == [5]
+    assert guesses.after((7, "b", "q"), [1, 2], 5) == [3, 4]  # a longer run elsewhere
+    assert guesses.after((7, "b", "q"), [8], 5) == []
+
+
+def loop(model, processor, items, images, units, kind, *, text_only):
+    """model.generate without each block, all items as one batch."""
+    text = [prompt(processor, kind, text_only=text_only)] * len(items)
+    pictures = {} if text_only else {"images": list(images[[i.row for i in items]])}
+    inputs, answers = processor(text=text, return_tensors="pt", **pictures), {}
+    for unit in [None, *units]:
+        with removal.without(model, [] if unit is None else [unit]), torch.inference_mode():
+            ids = model.generate(
+                **inputs, max_new_tokens=6, do_sample=False, pad_token_id=3, eos_token_id=2
+            )
+        for item, row in zip(items, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            answers[unit, item.id, kind] = row[: row.index(2) + 1] if 2 in row else row
+    return answers
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_answers_are_those_of_generate_on_the_pico_model(pico, dataset, text_only):
+    model, processor = pico
+    items, expected = dataset.of("train")[:2], {}
+    for kind in dialogue.QUESTIONS:
+        expected |= loop(
+            model, processor, items, dataset.images, [1, 4, 7], kind, text_only=text_only
+        )
+    how = {"batch_size": 6, "max_new_tokens": 6, "text_only": text_only}
+    asked = items, dataset.images, [1, 4, 7], dialogue.QUESTIONS
+    rows = {row.key: row.tokens for row in without.written(model, processor, *asked, **how)}
+    assert rows == expected
+    assert len({tuple(tokens) for tokens in rows.values()}) > 6
+
+
+def test_a_block_that_adds_nothing_accepts_every_draft(small, told):
+    with altered(small, 2):
+        rows = written(small, eos=told[0], batch_size=4, units=[2, 1])
+    idle = [row for key, row in rows.items() if key[0] == 2]
+    assert all(row.accepted == len(row.tokens) for row in idle)
+    assert all(row.tokens == rows[None, *row.key[1:]].tokens for row in idle)
+    assert any(row.accepted < len(row.tokens) for key, row in rows.items() if key[0] == 1)
+
+
+def test_answers_are_the_loops_where_the_first_attention_is_gone_already(told):
+    cut, expected = speaker(), {}
+    removal.apply(cut, range(4), ["0.attention"])
+    with torch.inference_mode():
+        for unit in (None, 1, "2.mlp"):
+            with altered(cut, unit):
+                for item, (name, question) in itertools.product(ITEMS, QUESTIONS.items()):
+                    expected[unit, item.id, name] = greedy(
+                        cut, inputs_of(question, PICTURES[item.row]), MOST, told[0]
+                    )
+    rows = written(cut, eos=told[0], batch_size=4, units=[1, "2.mlp"])
+    assert {key: row.tokens for key, row in rows.items()} == expected
+    assert any(row.tokens != expected[None, *key[1:]] for key, row in rows.items())
+
+
+def test_near_ties_are_counted(small, told):
+    """A word whose twin has the same row in the head ties wherever it is chosen, and nothing else does."""
+    assert not any(row.near_ties for row in written(small, eos=None, batch_size=8).values())
+    word = max(
+        {t for a in told[1].values() for t in a},
+        key=lambda t: sum(t in a for a in told[1].values()),
+    )
+    kept, twin = small.lm_head.weight.data.clone(), 197
+    assert all(twin not in answer for answer in told[1].values())
+    small.lm_head.weight.data[twin] = kept[word]
+    rows = written(small, eos=None, batch_size=8)
+    small.lm_head.weight.data.copy_(kept)
+    ties = {key: sum(token in (word, twin) for token in row.tokens) for key, row in rows.items()}
+    assert ties == {key: row.near_ties for key, row in rows.items()} and sum(ties.values()) > 10
+
+
+def test_in_half_precision_answers_differ_where_words_nearly_tie_and_nowhere_else(told):
+    half = speaker().half()
+    pictures, expected = PICTURES.half(), {}
+    rows = {row.key: row for row in without.written(
+        half, Words(), ITEMS, pictures, UNITS, QUESTIONS, batch_size=4, max_new_tokens=MOST, eos=told[0],
+    )}  # fmt: skip
+    with torch.inference_mode():
+        for unit in [None, *UNITS]:
+            with altered(half, unit):
+                for item, (name, question) in itertools.product(ITEMS, QUESTIONS.items()):
+                    expected[unit, item.id, name] = greedy(
+                        half, inputs_of(question, pictures[item.row]), MOST, told[0]
+                    )
+    differ = [key for key, row in rows.items() if row.tokens != expected[key]]
+    assert len(differ) < 0.1 * len(rows) and all(rows[key].near_ties for key in differ)
+
+
+def test_questions_by_any_name_are_asked(small, told):
+    rows = without.written(
+        small, Words(), [replace(ITEMS[0], id="x")], PICTURES, [], {"it": "what is it"}, batch_size=1,
+        max_new_tokens=MOST, eos=told[0],
+    )  # fmt: skip
+    assert [(row.key, row.tokens) for row in rows] == [
+        ((None, "x", "it"), told[1][None, "i0", "short"])
+    ]

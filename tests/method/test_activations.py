@@ -1,0 +1,146 @@
+"""The tap and the statistics of the projections' outputs, against direct computation."""
+
+import pytest
+import torch
+from small_llava import batch, small_llava
+
+from derm_compress.errors import DermError
+from derm_compress.method.activations import (
+    Summary,
+    activation_statistics,
+    projection_output,
+    projections,
+    tap,
+)
+from derm_compress.model import anatomy
+
+
+@pytest.fixture(scope="module")
+def model():
+    """q_proj of block 1 has one loud output channel."""
+    model = small_llava(2)
+    anatomy.blocks(model)[1].self_attn.q_proj.weight.data[5] *= 100
+    return model
+
+
+def outputs(model, feed, block, projection):
+    """Outputs of a projection at the unmasked positions, by a hook of its own."""
+    seen = []
+    handle = projections(model)[block, projection].register_forward_hook(
+        lambda _, __, out: seen.append(out)
+    )
+    with torch.no_grad():
+        model(**feed)
+    handle.remove()
+    return seen[0][feed["attention_mask"].bool()]
+
+
+def summary(x):
+    found = Summary()
+    found.add(x)
+    return found.row()
+
+
+def test_statistics_equal_direct_ones(model):
+    feed = batch(3, seed=1, padding=4, side="left")
+    frame = activation_statistics(model, [feed])
+    assert list(frame.columns) == [
+        "block", "projection", "mean_abs", "p99", "max", "kurtosis", "outlier_channels",
+    ]  # fmt: skip
+    assert len(frame) == 14 and not frame.isna().any().any()
+    for row in frame.itertuples():
+        x = outputs(model, feed, row.block, row.projection).double()
+        z = (x - x.mean()) / x.std(correction=0)
+        assert row.mean_abs == pytest.approx(x.abs().mean().item(), rel=1e-5)
+        assert row.max == pytest.approx(x.abs().max().item(), rel=1e-6)
+        assert row.kurtosis == pytest.approx((z**4).mean().item(), rel=1e-4)
+        rank = x.abs().flatten().kthvalue(int(-(-0.99 * x.numel() // 1))).values.item()
+        assert row.p99 == pytest.approx(rank, rel=0.004)
+
+
+def test_the_planted_outlier_channel_is_counted(model):
+    frame = (
+        activation_statistics(model, [batch()]).set_index(["block", "projection"]).outlier_channels
+    )
+    assert frame[1, "q_proj"] == 1 and frame[0, "q_proj"] == 0
+
+
+def test_the_outlier_rule_is_six_times_the_median_channel():
+    x = torch.ones(10, 9)
+    x[3, :4] = torch.tensor([5.9, -6.1, 60.0, 6.0])
+    assert summary(x)["outlier_channels"] == 2
+
+
+def test_statistics_stream(model):
+    feed = batch(4, seed=2)
+    halves = [{k: v[half] for k, v in feed.items()} for half in (slice(0, 2), slice(2, 4))]
+    once, twice = (
+        activation_statistics(model, batches).set_index(["block", "projection"])
+        for batches in ([feed], halves)
+    )
+    assert (once / twice - 1).drop(columns="outlier_channels").abs().max().max() < 5e-3
+    assert (once.outlier_channels == twice.outlier_channels).all()
+
+
+def test_padding_is_left_out(model):
+    plain, padded = (
+        activation_statistics(model, [batch(3, seed=3, padding=n)]).set_index(
+            ["block", "projection"]
+        )
+        for n in (0, 7)
+    )
+    assert (plain.mean_abs / padded.mean_abs - 1).abs().max() < 1e-4
+
+
+def test_kurtosis_of_known_distributions():
+    rng = torch.Generator().manual_seed(0)
+    assert summary(torch.randn(4000, 50, generator=rng))["kurtosis"] == pytest.approx(3, abs=0.05)
+    assert summary(torch.tensor([[-1.0, 1.0]]))["kurtosis"] == pytest.approx(1)
+    still = summary(torch.full((3, 4), 2.0))
+    assert (
+        still["kurtosis"] != still["kurtosis"] and still["max"] == 2
+    )  # undefined, not a number made up
+
+
+def test_quantile_of_zeros_is_zero():
+    assert summary(torch.zeros(5, 3))["p99"] == 0
+
+
+def test_projection_output_is_what_the_projection_wrote(model):
+    feed = batch(2, seed=4, padding=3)
+    found = projection_output(model, feed, 1, "self_attn.q_proj")
+    assert found.dtype == "float32" and found.shape == (int(feed["attention_mask"].sum()), 64)
+    assert torch.equal(torch.from_numpy(found), outputs(model, feed, 1, "q_proj"))
+    assert projection_output(model, feed, 0, "down_proj").shape[1] == 64
+
+
+@pytest.mark.parametrize("where", [(2, "q_proj"), (0, "x_proj")])
+def test_an_unknown_place_is_refused_with_the_known_ones(model, where):
+    with pytest.raises(DermError, match="blocks are 0 to 1, names q_proj, .*down_proj"):
+        projection_output(model, batch(), *where)
+
+
+def test_the_tap_leaves_no_hooks_and_restores_the_mode(model):
+    def fail(key, x):
+        raise RuntimeError("seen")
+
+    model.train()
+    watched = projections(model)
+    with pytest.raises(RuntimeError, match="seen"):
+        tap(model, [batch()], watched, fail)
+    assert model.training and not any(linear._forward_hooks for linear in watched.values())
+    model.eval()
+
+
+def test_labels_are_ignored_and_no_batch_is_an_error(model):
+    feed = batch()
+    activation_statistics(model, [feed | {"labels": feed["input_ids"]}])
+    with pytest.raises(DermError, match="no batch"):
+        activation_statistics(model, [])
+
+
+def test_infinite_outputs_are_refused():
+    model = small_llava(1)
+    anatomy.blocks(model)[0].mlp.gate_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(DermError, match="block 0 gate_proj"):
+        activation_statistics(model, [batch()])

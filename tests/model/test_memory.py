@@ -1,0 +1,396 @@
+"""Plans against the paper's figures, real tensors and tracked allocations; latency against a clock of our own."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from dataclasses import asdict
+
+import bitsandbytes as bnb
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from small_llava import IMAGE_TOKENS, batch, small_llava
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlavaForConditionalGeneration
+
+from derm_compress.errors import DermError
+from derm_compress.method.quantization import quantize
+from derm_compress.model import anatomy, memory, shapes, usage
+
+
+def config_of(blocks=2, *, intermediate=192, vision_blocks=2, tied=False, kv_heads=4):
+    config = small_llava(blocks, kv_heads=kv_heads).config
+    config.text_config.intermediate_size = intermediate
+    config.vision_config.num_hidden_layers = vision_blocks
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    return config
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the tensors alive that were made under this mode: `now` and `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {
+            id(t.untyped_storage())
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._meet(tensor.untyped_storage(), given)
+        return out
+
+    def _meet(self, storage, given):
+        if id(storage) in self.known or id(storage) in given:
+            return
+        self.known[id(storage)] = storage.nbytes()
+        weakref.finalize(storage, self._free, id(storage))
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def _free(self, key):
+        self.now -= self.known.pop(key)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return shapes.llava_7b()
+
+
+@pytest.fixture(scope="module")
+def small():
+    return shapes.architecture(config_of())
+
+
+def total(plan):
+    return sum(plan.values())
+
+
+def test_llava_7b_is_counted_exactly(llava):
+    assert llava.parameters() == 7_063_427_072
+    assert llava.parameters() - llava.parameters(1) == 202_383_360
+    assert llava.outside["vision_tower"] == 303_507_456
+    assert llava.outside["projector"] == 20_979_712
+    assert (llava.image_tokens, llava.blocks) == (576, 32)
+
+
+@pytest.mark.parametrize("kind", [{}, {"tied": True}, {"kv_heads": 2}])
+def test_an_architecture_counts_what_a_real_model_holds(kind):
+    config = config_of(blocks=3, **kind)
+    model, arch = LlavaForConditionalGeneration(config), shapes.architecture(config)
+    assert arch.parameters() == sum(p.numel() for p in model.parameters())
+    del anatomy.blocks(model)[1]
+    assert arch.parameters(1) == sum(p.numel() for p in model.parameters())
+    assert (arch.outside["head"] == 0) == kind.get("tied", False)
+    cache = model(**batch(1), use_cache=True).past_key_values
+    assert arch.cache_width == cache.layers[0].keys.shape[1] * cache.layers[0].keys.shape[3]
+    assert arch.image_tokens == IMAGE_TOKENS
+
+
+def test_fp16_weights_are_those_of_table_1(llava):
+    gib = {0: 13.16, 2: 12.40, 4: 11.65, 7: 10.52, 8: 10.14, 9: 9.76, 10: 9.39}
+    for removed, expected in gib.items():
+        assert total(memory.plan_weights(llava, blocks_removed=removed)) == pytest.approx(
+            expected, abs=0.005
+        )
+
+
+@pytest.mark.parametrize("left, expected", [(32, 4.35), (26, 3.74), (25, 3.63), (23, 3.43)])
+def test_four_bit_weights_in_groups_of_64(llava, left, expected):
+    for method in ("awq", "rtn"):
+        plan = memory.plan_weights(llava, blocks_removed=32 - left, method=method, bits=4)
+        assert total(plan) == pytest.approx(expected, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    "method, gigabytes", [("bitsandbytes", (4.82, 4.02)), ("bitsandbytes_double", (4.52, 3.78))]
+)
+def test_nf4_weights_in_blocks_of_64(llava, method, gigabytes):
+    for removed, expected in zip((0, 7), gigabytes, strict=True):
+        plan = memory.plan_weights(llava, blocks_removed=removed, method=method, bits=4)
+        assert total(plan) * memory.GIB / 1e9 == pytest.approx(expected, abs=0.006)
+
+
+def test_formats_differ_by_their_scales_alone(small):
+    def scales(method, bits, group_size=64):
+        plan = memory.plan_weights(small, method=method, bits=bits, group_size=group_size)
+        return (
+            plan["quantization_scales"] * memory.GIB / (2 * small.block_linears)
+        )  # bytes a weight
+
+    assert scales("awq", 4) == 2.5 / 64
+    assert scales("rtn", 3, 32) == 2.375 / 32
+    assert scales("rtn_symmetric", 2) == 2 / 64
+    assert scales("bitsandbytes", 4) == 4 / 64
+    assert scales("fp16", 16) == 0
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_nf4_plan_is_what_bitsandbytes_holds(double):
+    model = small_llava(1)
+    block = anatomy.blocks(model)[0]
+    dense = anatomy.linears(block)
+    for name, linear in dense.items():
+        packed = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            quant_type="nf4",
+            compress_statistics=double,
+        )
+        packed.weight = bnb.nn.Params4bit(
+            linear.weight.data, False, quant_type="nf4", compress_statistics=double
+        )
+        block.set_submodule(name, packed.to("cpu"))
+    method = "bitsandbytes_double" if double else "bitsandbytes"
+    arch = shapes.architecture(config_of(1))
+    plan = memory.plan_weights(arch, method=method, bits=4)
+    held = usage.tensor_gib(torch.nn.ModuleList(anatomy.linears(block).values())) * memory.GIB
+    planned = (plan["decoder_linears"] + plan["quantization_scales"]) * memory.GIB
+    codebooks = len(dense) * (64 + double * 4 * 256)
+    assert planned < held <= planned + codebooks + len(dense) * (64 if double else 0)
+
+
+@pytest.mark.parametrize("method, bits", [("rtn", 4), ("rtn", 3), ("rtn_symmetric", 4)])
+def test_the_integer_plan_is_what_packed_blocks_hold(method, bits, small):
+    model = quantize.quantize(
+        small_llava(2).half(), method=method, bits=bits, group_size=64, packed=True
+    )
+    plan = memory.plan_weights(small, method=method, bits=bits)
+    planned = plan["decoder_linears"] + plan["quantization_scales"] + plan["block_norms"]
+    assert usage.tensor_gib(anatomy.blocks(model)) == pytest.approx(planned, rel=1e-12)
+
+
+def test_tensors_shared_count_once():
+    first, second = torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(8, 16, bias=False)
+    pair = torch.nn.ModuleList([first, second])
+    assert usage.tensor_gib(pair) * memory.GIB == 2 * 8 * 16 * 4
+    second.weight = first.weight
+    assert usage.tensor_gib(pair) * memory.GIB == 8 * 16 * 4
+    first.register_buffer("table", torch.zeros(10, dtype=torch.int8))
+    assert usage.tensor_gib(pair) * memory.GIB == 8 * 16 * 4 + 10
+
+
+def test_a_real_model_in_fp16_holds_its_plan(small):
+    model = LlavaForConditionalGeneration(config_of()).half()
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    held = usage.tensor_gib(model) * memory.GIB - buffers
+    assert held == pytest.approx(total(memory.plan_weights(small)) * memory.GIB)
+
+
+def test_the_cache_takes_half_a_mebibyte_a_token_at_7b(llava):
+    plan = memory.plan_peak(llava, prompt_tokens=100, new_tokens=24)
+    assert plan["kv_cache"] * memory.GIB == 524_288 * 700
+    longer = memory.plan_peak(llava, prompt_tokens=100, new_tokens=24, batch=3, blocks_removed=16)
+    assert longer["kv_cache"] == pytest.approx(plan["kv_cache"] * 1.5)
+    assert plan["workspace"] == 0 < memory.plan_peak(llava, method="awq", bits=4)["workspace"]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "sizes, words", [({}, 80), ({"kv_heads": 2}, 20), ({"vision_blocks": 48}, 3)]
+)
+def test_the_prefill_plan_is_what_a_real_prefill_allocates(sizes, words, rows):
+    config = config_of(**sizes)
+    model, arch = LlavaForConditionalGeneration(config).eval(), shapes.architecture(config)
+    inputs = batch(rows, words=words)
+    tokens = inputs["input_ids"].shape[1]
+    plan = memory.plan_peak(arch, batch=rows, prompt_tokens=tokens - IMAGE_TOKENS, new_tokens=0)
+    with torch.inference_mode(), Allocated() as allocated:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    assert out.past_key_values.get_seq_length() == tokens
+    in_tower = arch.tower_values > tokens * 11 * arch.hidden  # there before there is a cache
+    assert in_tower == ("vision_blocks" in sizes)
+    planned = 2 * (
+        plan["activations"] + plan["kv_cache"] * (not in_tower)
+    )  # fp32 here, planned in fp16
+    assert allocated.peak == pytest.approx(planned * memory.GIB, rel=0.05)
+
+
+def adapted(blocks, checkpointing=False):
+    model = LlavaForConditionalGeneration(config_of(blocks))
+    peft = get_peft_model(
+        model, LoraConfig(r=8, lora_dropout=0.0, target_modules=r".*language_model.*_proj")
+    )
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model, sum(p.numel() for p in peft.parameters() if p.requires_grad)
+
+
+def held_after_forward(blocks, checkpointing):
+    model, _ = adapted(blocks, checkpointing)
+    with Allocated() as allocated:
+        logits = model(**batch(1, words=40), use_cache=False).logits
+        assert logits.requires_grad
+        return allocated.now
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_training_plan_is_what_a_block_keeps_for_backward(checkpointing):
+    two, four = (held_after_forward(blocks, checkpointing) for blocks in (2, 4))
+    text_tokens = batch(1, words=40)["input_ids"].shape[1] - IMAGE_TOKENS
+    plan = memory.plan_training(
+        shapes.architecture(config_of(2)),
+        rank=8,
+        text_tokens=text_tokens,
+        element=4,
+        checkpointing=checkpointing,
+    )
+    assert four - two == pytest.approx(plan["activations"] * memory.GIB, rel=0.02)
+
+
+def test_adapters_gradients_and_adam_are_counted(llava):
+    plan = memory.plan_training(llava, rank=16)
+    assert plan["adapters"] * memory.GIB == 4 * 39_976_960
+    assert plan["optimiser"] == 2 * plan["gradients"] == 2 * plan["adapters"]
+    _, trained = adapted(blocks=2)
+    small = memory.plan_training(shapes.architecture(config_of()), rank=8)
+    assert small["adapters"] * memory.GIB == 4 * trained
+
+
+def test_lora_on_fp16_has_an_fp16_base_and_nothing_to_decode(llava):
+    on_nf4, on_fp16 = (
+        memory.plan_training(llava, method=method) for method in ("bitsandbytes", "fp16")
+    )
+    assert {part: on_fp16[part] for part in memory.plan_weights(llava)} == memory.plan_weights(
+        llava
+    )
+    assert (
+        on_fp16["workspace"] == 0 < on_nf4["workspace"]
+        and on_fp16["activations"] == on_nf4["activations"]
+    )
+
+
+def test_checkpointing_trades_activations(llava):
+    kept, redone = (memory.plan_training(llava, checkpointing=c, batch=4) for c in (False, True))
+    assert redone["activations"] < 0.1 * kept["activations"]
+    assert total(redone) < 8 < 20 < total(kept)
+    wide = memory.plan_training(llava, rest=4)
+    assert wide["head"] == 2 * kept["head"] and wide["decoder_linears"] == kept["decoder_linears"]
+
+
+def test_variants_are_planned_at_the_same_fraction_of_7b(llava):
+    twelve = shapes.architecture(config_of(12))
+    variants = pd.DataFrame(
+        [
+            ("original", 0, "fp16", 16, np.nan),
+            ("pruned-4", 4, "fp16", 16, np.nan),
+            ("pruned-4|awq4", 4, "awq", 4, 64),
+        ],
+        columns=["variant", "blocks_removed", "method", "bits", "group_size"],
+    )
+    plan = memory.plan_variants(variants, twelve, llava, prompt_tokens=30).set_index("variant")
+    assert plan["blocks_removed_7b"].tolist() == [0, 11, 11]  # 10.7
+    assert plan.loc["original", "params_b_7b"] == 7.063427072
+    assert plan.loc["pruned-4", "params_b"] == twelve.parameters(4) / 1e9
+    assert plan.loc["pruned-4|awq4", "vram_gib_7b"] == total(
+        memory.plan_weights(llava, blocks_removed=11, method="awq", bits=4)
+    )
+    assert (plan["peak_gib_7b"] > plan["vram_gib_7b"]).all() and (
+        plan["peak_gib"] > plan["vram_gib"]
+    ).all()
+    assert not plan.isna().any().any()
+
+
+def test_plans_that_cannot_be_are_refused(small):
+    with pytest.raises(DermError, match="2 of 2 blocks"):
+        memory.plan_weights(small, blocks_removed=2)
+    with pytest.raises(DermError, match="gguf.*known: fp16, awq"):
+        memory.plan_weights(small, method="gguf", bits=4)
+    with pytest.raises(DermError, match="4 bits"):
+        memory.plan_peak(small, method="fp16", bits=4)
+
+
+def test_a_stored_architecture_plans_without_torch(llava):
+    stored = json.dumps(asdict(llava))
+    assert shapes.Architecture(**json.loads(stored)) == llava
+    code = (
+        "import json, sys; from derm_compress.model import memory; "
+        "arch = memory.Architecture(**json.loads(sys.stdin.read())); "
+        "print(sum(memory.plan_peak(arch, method='awq', bits=4).values()), memory.resident_gib()['rss_gib'] > 0); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=stored, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[0]) == total(memory.plan_peak(llava, method="awq", bits=4))
+
+
+def test_resident_memory_follows_an_allocation():
+    before = usage.resident_gib()
+    block = np.ones(2**26, dtype=np.uint8)
+    after = usage.resident_gib()
+    assert after["rss_gib"] - before["rss_gib"] > 0.9 * block.nbytes / memory.GIB
+    assert after["rss_peak_gib"] >= 0.99 * after["rss_gib"]
+    assert usage.peak_gib() == pytest.approx(after["rss_peak_gib"], rel=0.01)
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="a process keeps its peak off Linux"
+)
+def test_a_process_peak_starts_anew_after_what_was_freed():
+    block = np.ones(2**28, dtype=np.uint8)
+    size, before = block.nbytes / memory.GIB, usage.peak_gib()
+    del block
+    assert usage.peak_gib() == pytest.approx(before, rel=0.01)
+    usage.reset_peak()
+    after = usage.resident_gib()
+    assert after["rss_peak_gib"] < before - 0.9 * size
+    assert after["rss_peak_gib"] == pytest.approx(after["rss_gib"], rel=0.05)
+
+
+def test_a_mix_of_formats_is_the_sum_of_its_blocks(llava):
+    fp16, awq = (
+        {"method": "fp16", "bits": 16, "group_size": 64},
+        {"method": "awq", "bits": 4, "group_size": 64},
+    )
+    for form in (fp16, awq):
+        whole = memory.plan_weights(llava, blocks_removed=6, **form)
+        assert memory.plan_mix(llava, [{"blocks": 26, **form}]) == pytest.approx(whole)
+        split = memory.plan_peak(llava, mix=[{"blocks": 20, **form}, {"blocks": 6, **form}])
+        assert split == pytest.approx(memory.plan_peak(llava, blocks_removed=6, **form))
+    mixed = total(memory.plan_mix(llava, [{"blocks": 4, **fp16}, {"blocks": 28, **awq}]))
+    ends = [total(memory.plan_weights(llava, **form)) for form in (fp16, awq)]
+    assert mixed == pytest.approx((4 * ends[0] + 28 * ends[1]) / 32)
+    both = [
+        {"blocks": 30, **awq},
+        {"blocks": 2, "method": "bitsandbytes", "bits": 4, "group_size": 64},
+    ]
+    assert memory.plan_peak(llava, mix=both)["workspace"] > 0
+    with pytest.raises(DermError, match="of 32 blocks"):
+        memory.plan_mix(llava, [{"blocks": 30, **awq}, {"blocks": 3, **fp16}])
+
+
+def test_the_kernels_steps_are_counted_by_default_and_in_a_mix(llava):
+    four, groups = {"method": "awq", "bits": 4}, llava.decoder_linears() // 64
+    steps = memory.plan_peak(llava, int4_kernel=True, **four)["kernel_steps"]
+    assert steps * memory.GIB == 4 * groups
+    assert (
+        memory.plan_peak(llava, int4_kernel=True, group_size=128, **four)["kernel_steps"]
+        == steps / 2
+    )
+    assert (
+        memory.plan_peak(llava, **four)["kernel_steps"]
+        == memory.plan_peak(llava, int4_kernel=True)["kernel_steps"]
+    )
+    mix = [
+        {"blocks": 8, **four},
+        {"blocks": 16, "group_size": 128, **four},
+        {"blocks": 4, "method": "rtn", "bits": 3},
+    ]
+    mixed = memory.plan_peak(llava, int4_kernel=True, mix=mix)["kernel_steps"]
+    assert mixed == pytest.approx(steps * (8 / 32 + 16 / 32 / 2))

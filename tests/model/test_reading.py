@@ -1,0 +1,124 @@
+import pytest
+import torch
+from test_ablation import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
+
+from derm_compress.data import dialogue
+from derm_compress.method.importance import measure
+from derm_compress.method.importance.rankings import Ranking
+from derm_compress.model import anatomy, removal, shapes
+from derm_compress.model.prompts import prepare, prompt
+from derm_compress.model.reading import Prompts, Reading
+from derm_compress.study import stage_costs
+
+TOLD = [[7, 8, 9], [], [11], [12, 13, 14, 15, 16, 17], [18, 19], [20]]
+UNITS = [0, 2, "1.attention", "3.mlp"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    return speaker()
+
+
+@pytest.fixture(scope="module")
+def read(small):
+    """Two questions about each of three pictures, continued by tokens of different number."""
+    with torch.inference_mode():
+        prompts = Prompts.of(Words(), PICTURES[0], QUESTIONS, "cpu")
+        kinds = [*QUESTIONS] * 3
+        return Reading(small, prompts, PICTURES, [0, 0, 1, 1, 2, 2], kinds, TOLD, UNITS)
+
+
+def whole(model, row):
+    """The ordinary forward pass over one row's prompt and continuation, with its cache."""
+    inputs = inputs_of([*QUESTIONS.values()][row % 2], PICTURES[row // 2])
+    inputs["input_ids"] = torch.cat(
+        [inputs["input_ids"], torch.tensor([TOLD[row]], dtype=torch.long)], 1
+    )
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return model(**inputs, use_cache=True, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("unit", [None, *UNITS])
+def test_a_reading_is_that_of_the_model_without_the_unit(small, read, unit):
+    """Hidden states, logits at the told tokens' places and the cache, row by row."""
+    with torch.inference_mode():
+        x, memory = read.without(unit)
+        states, scores = anatomy.decoder(small).norm(x), read.predictions(x)
+        held = dict(read.parts(memory, torch.arange(len(TOLD))))
+        with altered(small, unit):
+            for row, told in enumerate(TOLD):
+                expected, asked = whole(small, row), read.asked[row] + len(told)
+                last = expected.hidden_states[-1][0]
+                assert torch.allclose(states[row, :asked], last[read.begin :], atol=1e-5)
+                assert len(scores[row]) == len(told) + 1
+                assert torch.allclose(scores[row], expected.logits[0, -len(told) - 1 :], atol=1e-4)
+                for layer, parts in held.items():
+                    cached = expected.past_key_values.layers[layer]
+                    pair = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+                    for part, other in zip(pair, (cached.keys, cached.values), strict=True):
+                        assert torch.allclose(
+                            part[row, :, : read.begin + asked], other[0], atol=1e-5
+                        )
+
+
+@pytest.mark.parametrize("ranking", ("output_similarity", "perplexity-sublayers"))
+def test_a_reading_holds_what_is_planned(small, read, ranking):
+    """Bytes alive with what one unit needs, units going from the last to the first, against stage_costs."""
+    asked, arch = Ranking.of(ranking), shapes.architecture(small.config)
+    units, most = measure.units_of(asked, arch.blocks), 0
+    prompts = Prompts.of(Words(), PICTURES[0], QUESTIONS, "cpu")
+    with torch.inference_mode():
+        reading = Reading(
+            small, prompts, PICTURES, [0, 0, 1, 1, 2, 2], [*QUESTIONS] * 3, TOLD, units
+        )
+        for unit in sorted(units, key=removal.span, reverse=True):
+            x, without = reading.without(unit)
+            assert torch.allclose(x, read.without(unit)[0] if unit in UNITS else x, atol=1e-6)
+            caches = [
+                held for own in (reading.memory, without) for held in (own.held, own.prefix.held)
+            ]
+            tensors = [part for held in caches for pair in held.values() for part in pair]
+            tensors += [x for states in reading.states for x in states.values()]
+            alive = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+            most = max(most, sum(alive.values()))
+            reading.forget(unit)
+    tokens = 3 * reading.begin, len(TOLD) * reading.places[1].shape[1]
+    costs = stage_costs.Costs({"rankings": ["last"], "finetune_rank": 1, "sft_rank": 1}, arch)
+    costs.kinds = len(QUESTIONS)
+    joined = (
+        2 * arch.cache_width * (2 * costs.kinds * tokens[0] + tokens[1])
+    )  # gone again when a block is through
+    planned = 2 * costs.held(asked, *tokens) - 4 * joined  # in fp32
+    assert 0.9 * planned < most <= planned
+
+
+def test_units_do_change_what_is_read(read):
+    with torch.inference_mode():
+        states = [read.without(unit)[0] for unit in (None, *UNITS)]
+    assert all((a - b).abs().max() > 0.01 for i, a in enumerate(states) for b in states[:i])
+
+
+def test_the_common_beginning_holds_the_picture_and_no_more_than_all_share(pico, dataset):
+    model, processor = pico
+    questions = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
+    prompts = Prompts.of(processor, dataset.images[0], questions, "cpu")
+    assert (prompts.prefix == model.config.image_token_id).sum() == 36
+    for kind in questions:
+        inputs = prepare(processor, [prompt(processor, kind)], dataset.images[:1], "cpu")
+        assert prompts.prefix.tolist() + prompts.rest[kind] == inputs["input_ids"][0].tolist()
+    assert len({rest[0] for rest in prompts.rest.values()}) > 1
+    with torch.inference_mode():
+        expected = model.model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+        found = prompts.embedded(model, dataset.images[:2])[
+            :, prompts.prefix == model.config.image_token_id
+        ]
+    assert torch.allclose(found[0], expected, atol=1e-5) and not torch.allclose(
+        found[1], expected, atol=1e-2
+    )
+
+
+def test_one_question_is_common_but_for_its_last_token(pico, dataset):
+    prompts = Prompts.of(pico[1], dataset.images[0], {"any": "What is it?"}, "cpu", text_only=True)
+    ids = pico[1].tokenizer("USER: What is it? ASSISTANT:")["input_ids"]
+    assert (prompts.prefix.tolist(), prompts.rest) == (ids[:-1], {"any": ids[-1:]})
+    assert prompts.embedded(pico[0], dataset.images[:2]).isfinite().all()

@@ -1,0 +1,228 @@
+"""The store under damage, kills, full disks and company."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from derm_compress import files
+from derm_compress.errors import DermError
+from derm_compress.files import Journal, atomic, read_frame, write_frame, write_json
+from derm_compress.study.store import Store
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from derm_compress.files import Journal, write_json
+from derm_compress.study.store import Store
+store = Store(Path(sys.argv[1]))
+pause = float(sys.argv[2])
+print("up", flush=True)
+folder, finished = store.begin("s", "k")
+if not finished:
+    print("computing", flush=True)
+    for part in range(6):
+        if not (folder / f"{part}.json").exists():
+            journal = Journal(folder / "journal" / f"{part}.jsonl")
+            for item in range(20):
+                if str(item) not in journal.done:
+                    journal.add(str(item), part * item)
+                    time.sleep(pause)
+            write_json(folder / f"{part}.json", journal.done)
+    store.commit("s", "k", {})
+print("done", flush=True)
+"""
+
+
+def worker(root, pause):
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(root), str(pause)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def finished_store(root) -> Store:
+    store = Store(root)
+    folder, _ = store.begin("s", "k")
+    write_json(folder / "a.json", {"x": 1})
+    write_frame(folder / "deep" / "b.parquet", pd.DataFrame({"y": [1, 2]}))
+    write_json(folder / "measured.json", {"seconds": random.random()})
+    Journal(folder / "journal" / "j.jsonl").add("1", 1)
+    store.commit("s", "k", {"seconds": 1})
+    return store
+
+
+def test_a_finished_artifact_lists_its_files_and_is_read_again(tmp_path):
+    store = finished_store(tmp_path)
+    manifest = store.manifest("s", "k")
+    assert set(manifest["files"]) == {"a.json", "deep/b.parquet", "measured.json"}
+    assert store.complete("s", "k") and store.begin("s", "k") == (tmp_path / "s" / "k", True)
+    assert not store.work("s", "k").exists()
+    again = finished_store(tmp_path / "again").manifest("s", "k")
+    assert (
+        again["results"] == manifest["results"] and again["files"] != manifest["files"]
+    )  # what was measured differs
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "word"),
+    [
+        ("a.json", _cut, "a.json was changed"),
+        (
+            "deep/b.parquet",
+            lambda p: p.write_bytes(p.read_bytes().replace(b"y", b"z", 1)),
+            "b.parquet was changed",
+        ),
+        ("deep/b.parquet", lambda p: p.unlink(), "b.parquet is missing"),
+        ("manifest.json", lambda p: p.unlink(), "manifest.json is missing"),
+        ("manifest.json", _cut, "manifest.json is unreadable"),
+        ("manifest.json", lambda p: p.write_text("[]"), "manifest.json is unreadable"),
+    ],
+)
+def test_damage_is_named_and_never_used(tmp_path, capsys, file, damage, word):
+    store = finished_store(tmp_path)
+    cut_short = file == "manifest.json" and damage is _cut
+    damage(store.entry("s", "k") / file)
+    if cut_short:
+        _cut(
+            store.entry("s", "k") / file
+        )  # the last byte is a line end, without which it is still whole
+    assert word in store.fault("s", "k")
+    folder, finished = store.begin("s", "k")
+    assert word in capsys.readouterr().out and not finished and not any(folder.iterdir())
+    with pytest.raises(DermError, match=r"s/k/a.json is not in .*: run notebooks/s.ipynb again"):
+        store.resolve("s/k/a.json")
+    files.release(store.lock("s", "k"))
+
+
+def test_a_recipe_finds_finished_files_and_this_process_own(tmp_path):
+    store = Store(tmp_path)
+    folder, _ = store.begin("s", "k")
+    write_json(folder / "a.json", 1)
+    assert store.resolve("s/k/a.json") == folder / "a.json"
+    code = "import sys; from derm_compress.study.store import Store; Store(sys.argv[1]).resolve('s/k/a.json')"
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert "DermError" in other.stderr
+    store.commit("s", "k", {})
+    assert store.resolve("s/k/a.json") == tmp_path / "s" / "k" / "a.json"
+    with pytest.raises(DermError):
+        store.resolve("s/k/../k/a.json")
+
+
+def test_nothing_remains_of_a_write_that_fails(tmp_path):
+    with pytest.raises(ValueError), atomic(tmp_path / "x") as part:
+        part.mkdir()
+        (part / "half").write_text("half")
+        raise ValueError
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", float("nan"))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    target = tmp_path / "answers.parquet"
+    (tmp_path / f".part-{os.getpid()}-answers.parquet").symlink_to("/dev/full")
+    with pytest.raises(
+        DermError, match="the disk is full while writing .*answers.parquet: free some space"
+    ):
+        write_frame(target, pd.DataFrame({"x": range(10000)}))
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "journal.jsonl").symlink_to("/dev/full")
+    journal = Journal()
+    journal._path = tmp_path / "journal.jsonl"
+    with pytest.raises(DermError, match="the disk is full"):
+        journal.add("1", 1)
+    assert journal.done == {}
+
+
+def test_a_full_disk_in_a_librarys_words(tmp_path):
+    with pytest.raises(DermError, match="the disk is full"), atomic(tmp_path / "adapter"):
+        raise RuntimeError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
+
+
+def test_frames_and_json_come_back_as_they_were(tmp_path):
+    frame = pd.DataFrame({"a": [1, 2], "b": ["x", None], "c": [0.5, float("nan")]}, index=[5, 6])
+    write_frame(tmp_path / "f.parquet", frame)
+    pd.testing.assert_frame_equal(read_frame(tmp_path / "f.parquet"), frame.reset_index(drop=True))
+    write_json(
+        tmp_path / "j.json", {"b": pd.Series([1, 2]).to_numpy(), "a": pd.Series([1.5]).iloc[0]}
+    )
+    assert (tmp_path / "j.json").read_text() == json.dumps({"a": 1.5, "b": [1, 2]}, indent=1) + "\n"
+
+
+def test_a_journal_cut_anywhere_is_a_prefix_and_goes_on(tmp_path):
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path)
+    for item in range(4):
+        journal.add(str(item), {"text": "é\n" * item})
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        done = Journal(path).done
+        assert done == {str(i): {"text": "é\n" * i} for i in range(len(done))}
+        assert len(done) == whole[:length].count(b"\n")
+        Journal(path).add("next", 1)
+        assert Journal(path).done == done | {"next": 1}
+    path.write_bytes(whole[:20] + bytes(40))  # what a power cut can leave
+    assert len(Journal(path).done) <= 1
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path):
+    finished_by = worker(tmp_path / "calm", 0).communicate()[0]
+    assert "done" in finished_by
+    expected = Store(tmp_path / "calm").manifest("s", "k")["results"]
+    chance = random.Random(0)
+    store, kills = Store(tmp_path / "wild"), 0
+    for _ in range(60):
+        process = worker(store.root, 0.002)
+        assert process.stdout.readline() == "up\n"
+        time.sleep(chance.uniform(0, 0.12))
+        process.send_signal(signal.SIGKILL)
+        kills += "done" not in process.communicate()[0]
+        if store.entry("s", "k").exists():
+            break
+        assert store.fault("s", "k") == "absent"
+    assert (
+        kills >= 2
+        and store.fault("s", "k") == ""
+        and store.manifest("s", "k")["results"] == expected
+    )
+
+
+def test_the_second_of_two_waits_and_computes_nothing(tmp_path):
+    first = worker(tmp_path, 0.005)
+    assert [first.stdout.readline() for _ in range(2)] == ["up\n", "computing\n"]
+    second = worker(tmp_path, 0).communicate()[0]
+    assert second.splitlines() == [
+        "up",
+        "s: another process computes the same; waiting for it",
+        "done",
+    ]
+    assert first.communicate()[0] == "done\n"
+
+
+def test_a_lock_can_be_refused_and_can_be_missing(tmp_path, monkeypatch):
+    first = worker(tmp_path, 0.02)
+    assert [first.stdout.readline() for _ in range(2)] == ["up\n", "computing\n"]
+    lock = Store(tmp_path).lock("s", "k")
+    assert not files.hold(lock)
+    monkeypatch.setattr(files, "fcntl", None)
+    assert files.hold(lock) and files.hold(lock)
+    files.release(lock)
+    first.kill()
+    first.communicate()

@@ -1,0 +1,563 @@
+"""Keys, stages and the runner, on a toy project with real kernels."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+import toy
+
+from derm_compress import __main__ as main
+from derm_compress import progress
+from derm_compress.errors import DermError
+from derm_compress.study import params, plan
+from derm_compress.study.stage import resolve, start_stage
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in ("DERM_COMPRESS_ROOT", "DERM_COMPRESS_PARAMS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return toy.project(tmp_path)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def listed(root, *words) -> dict:
+    """Stage -> key, as a fresh process sees it."""
+    result = toy.call(root, "run", "params/tiny.yaml", "--list", *words)
+    assert result.returncode == 0, result.stderr
+    return {line.split()[1]: line.split()[2] for line in result.stdout.splitlines()}
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changed"),
+    [
+        ("notebooks/01_data.ipynb", "# 01_data", "# Another title", ""),
+        ("notebooks/01_data.ipynb", "print(len(frame))", "print(frame)", ""),
+        (
+            "notebooks/01_data.ipynb",
+            "stage.p.count, stage.p.seed",
+            "stage.p.count,   # why\\n stage.p.seed",
+            "",
+        ),
+        (
+            "notebooks/01_data.ipynb",
+            "import shapes\\n",
+            "import figures, shapes\\nimport os\\n",
+            "",
+        ),
+        ("notebooks/01_data.ipynb", "numbers to make", "how many numbers", ""),
+        (
+            "derm_compress/method/shapes.py",
+            '"""Numbers."""',
+            '"""Other words."""  # and a remark',
+            "",
+        ),
+        ("derm_compress/study/store.py", "import re\n", "import re  # x\nX = 1\n", ""),
+        ("notebooks/03_right.ipynb", "stage.p.factor", "stage.p.factor + 1", "03_right"),
+        ("notebooks/01_data.ipynb", "stage.p.seed", "stage.p.seed + 1", "01_data 02_left 03_right"),
+        ("derm_compress/method/shapes.py", "seed + i", "seed - i", "01_data 02_left 03_right"),
+        (
+            "derm_compress/method/words.py",
+            "read_text()",
+            "read_text().strip()",
+            "01_data 02_left 03_right",
+        ),
+        ("derm_compress/method/words.yaml", "mole", "wart", "01_data 02_left 03_right"),
+        ("params/tiny.yaml", "count: 4", "count: 5", "01_data 02_left 03_right"),
+        ("params/tiny.yaml", "count: 4", "count: 4\nfactor: 2", ""),
+        ("params/tiny.yaml", "count: 4", "count: 4\nfactor: 2.5", "02_left 03_right"),
+        ("params/tiny.yaml", "count: 4", "count: 4\nartifact_root: elsewhere", ""),
+    ],
+)
+def test_a_key_changes_with_what_the_result_depends_on(root, file, old, new, changed):
+    before = listed(root)
+    edit(root / file, old, new)
+    after = listed(root)
+    assert {stage for stage in before if before[stage] != after[stage]} == set(changed.split())
+
+
+def test_a_data_folder_counts_by_its_files_not_by_its_place(root):
+    photos = root / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_text("a")
+    first = listed(root, "--set", "data_root=photos")
+    shutil.copytree(photos, root / "moved there")
+    assert listed(root, "--set", "data_root=moved there") == first
+    (photos / "a.jpg").write_text("another")
+    assert listed(root, "--set", "data_root=photos")["01_data"] != first["01_data"]
+
+
+# A stage in its notebook, without a kernel
+
+
+def begin(root, name, **values):
+    """A stage as it starts when its parameters cell has just run."""
+    schema = params.read_notebooks(root)[name].schema
+    namespace = {parameter: known.default for parameter, known in schema.items()} | values
+    return start_stage(name, namespace, root=root)
+
+
+def test_results_are_made_once_and_read_afterwards(root, capsys):
+    calls = []
+
+    def make(value):
+        calls.append(value)
+        return pd.DataFrame({"x": [value]})
+
+    def fill(path, text):
+        calls.append(text)
+        (path / "inner.txt").write_text(text)
+
+    for attempt in range(3):
+        stage = begin(root, "01_data")
+        assert stage.p.count == 3 and stage.finished == (attempt == 2)
+        assert stage.frame("f", make, 1).x.tolist() == [1]
+        assert stage.json("j", dict, a=1) == {"a": 1}
+        assert (stage.folder("sub/d", fill, "text") / "inner.txt").read_text() == "text"
+        assert stage.measure("speed", lambda: {"ms": len(calls)}) == {"ms": 2}
+        assert stage.measure("table", pd.DataFrame({"ms": [1]})).ms.tolist() == [1]
+        assert stage.store.resolve(stage.ref("sub/d/inner.txt")).read_text() == "text"
+        if attempt:
+            stage.finish()
+    assert calls == [1, "text"]
+    assert set(stage.measured("01_data", "f")) == {"seconds"}
+    names = stage.store.manifest("01_data", stage.key)["files"]
+    assert set(names) == {
+        "f.parquet",
+        "j.json",
+        "sub/d/inner.txt",
+        "measured.json",
+        "measured/table.parquet",
+    }
+    assert "from the store" in capsys.readouterr().out
+    with pytest.raises(DermError, match="01_data is finished without new.json"):
+        stage.json("new", dict)
+    with pytest.raises(AttributeError):
+        stage.p.count = 4
+
+
+def test_an_input_is_found_or_named(root):
+    with pytest.raises(
+        DermError,
+        match="02_left needs 01_data with the same parameters: run notebooks/01_data.ipynb",
+    ):
+        begin(root, "02_left").input("01_data")
+    data = begin(root, "01_data")
+    data.frame("numbers", pd.DataFrame)
+    data.measure("speed", {"ms": 1})
+    data.finish()
+    stage = begin(root, "02_left")
+    assert (stage.input("01_data") / "numbers.parquet").exists()
+    assert stage.measured("01_data", "speed") == {"ms": 1}
+    with pytest.raises(DermError, match="measured nothing under the name pace"):
+        stage.measured("01_data", "pace")
+    with pytest.raises(DermError, match="03_right is no earlier stage"):
+        stage.input("03_right")
+    with pytest.raises(DermError, match="with the same parameters"):
+        begin(root, "02_left", seed=5).input("01_data")
+
+
+def test_papermill_overrules_the_environment_which_overrules_the_cell(root, monkeypatch, tmp_path):
+    notebooks = params.read_notebooks(root)
+    cell = {name: known.default for name, known in notebooks["02_left"].schema.items()} | {
+        "factor": 3.0
+    }
+    kaggle = tmp_path / "kaggle.yaml"
+    kaggle.write_text("factor: 4\nseed: 7\ncount: 9\n")
+
+    def resolved(text="", **values):
+        return resolve(
+            "02_left", cell | values | {"In": ["", "x = 1", text, "start_stage(...)"]}, notebooks
+        )
+
+    assert resolved()["factor"] == 3.0
+    monkeypatch.setenv("DERM_COMPRESS_PARAMS", str(kaggle))
+    assert {k: resolved()[k] for k in ("factor", "seed", "count")} == {
+        "factor": 4.0,
+        "seed": 7,
+        "count": 9,
+    }
+    assert resolved("# Parameters\nfactor = 5.0\n")["factor"] == 5.0
+    assert (
+        resolved("# Parameters\ncount = 8\n")["count"] == 8
+    )  # another notebook's: needed for its key
+    assert (
+        resolved('# Parameters\nrun = "tiny"\n', run="tiny")["seed"] == 0
+    )  # a run of its own: no environment
+    kaggle.write_text("run: tiny\nfactor: 4\n")
+    assert resolved('# Parameters\nrun = "tiny"\n', run="tiny")["factor"] == 4.0  # its own file
+    for text, words in (
+        (
+            "# Parameters\nfactro = 5.0\n",
+            "papermill's parameters of 02_left: factro is no parameter .*nearest: factor",
+        ),
+        ('# Parameters\nfactor = "1e-4"\n', "text to YAML"),
+        ('# Parameters\nfactor = float("inf")\n', "papermill's parameters may be"),
+    ):
+        with pytest.raises(DermError, match=words):
+            resolved(text)
+    with pytest.raises(
+        DermError, match=r"notebooks/02_left.ipynb: factor is 99.0; allowed: float 0.001..10"
+    ):
+        resolve("02_left", cell | {"factor": 99.0}, notebooks)
+
+
+def test_only_cells_as_saved_make_results(root):
+    start = "from derm_compress.method import shapes\nfrom derm_compress.study.stage import start_stage\n"
+    history = ["", "scratch = 1", start + 'stage = start_stage("01_data", globals())']
+    stage = start_stage("01_data", {"In": history}, root=root)
+    history.append(
+        'frame = stage.frame("numbers",shapes.numbers, stage.p.count, stage.p.seed) # remark'
+    )
+    stage.frame("numbers", pd.DataFrame)
+    history.append('frame = stage.frame("more", shapes.numbers, 99, stage.p.seed)')
+    for attempt in (
+        lambda: stage.frame("more", pd.DataFrame),
+        lambda: stage.journal("x"),
+        stage.finish,
+    ):
+        with pytest.raises(
+            DermError,
+            match=r"01_data: `frame = stage.frame\(\"more\".*` is not in the saved notebook",
+        ):
+            attempt()
+    assert begin(root, "01_data").finished is False
+
+
+def test_track_says_little_and_the_right_thing(capsys, monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    assert list(progress.track(range(100), "answers", every=10)) == list(range(100))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "answers: 10 of 100, 1.0/s, 1:30 left"
+    assert lines[-1].startswith("answers: 100 in 1:4") and len(lines) == 5
+    assert list(progress.track((i for i in range(3)), "short", every=10)) == [0, 1, 2]
+    assert capsys.readouterr().out == ""
+    assert list(progress.track([], "none")) == [] and progress.clock(3725) == "1:02:05"
+
+
+# Models of a run, for export
+
+
+def test_export_finds_the_recipe_or_lists_what_there_is(tmp_path):
+    root, cell = tmp_path, toy.cell(toy.PARAMETERS, "parameters")
+    stages = {
+        "02_finetune": [],
+        "04_pruning": [],
+        "05_sft": ["04_pruning"],
+        "07_quantization": ["04_pruning"],
+    }
+    for name in stages:
+        toy.notebook(root / "notebooks" / f"{name}.ipynb", cell)
+    for name, ids in {
+        "04_pruning": ["original", "pruned-6"],
+        "05_sft": ["pruned-6+sft"],
+        "07_quantization": ["pruned-6+sft|awq4"],
+    }.items():
+        stage = begin(root, name)
+        stage.frame(
+            "variants",
+            lambda ids: pd.DataFrame({"variant": ids, "recipe": [f"<{i}>" for i in ids]}),
+            ids,
+        )
+        stage.json("choice", dict, operating=6)
+        stage.finish()
+    stage = begin(root, "02_finetune")
+    stage.json("recipe", dict, base="tiny")
+    stage.finish()
+
+    def recipe(model):
+        return plan.find_recipe(model, root=root)[0]
+
+    assert json.loads(recipe("default/02_finetune")) == {"base": "tiny"}
+    assert recipe("default/04_pruning") == recipe("default/04/pruned-6") == "<pruned-6>"
+    assert recipe("default/04_pruning/original") == "<original>"
+    assert (
+        recipe("default/05_sft") == "<pruned-6+sft>"
+        and recipe("default/07") == "<pruned-6+sft|awq4>"
+    )
+    for model, words in {
+        "default/04/prund": "known: original, pruned-6",
+        "default/09": "no stage 09; known: 02_finetune",
+        "other/04": "there is no run other; runs are default",
+        "default/02/x": "02_finetune has no model of that name",
+    }.items():
+        with pytest.raises(DermError, match=words):
+            recipe(model)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["params/tniy.yaml"], "no parameter file params/tniy.yaml; its folder has"),
+        (
+            ["params/odd.yaml"],
+            "params/odd.yaml: run is 'tiny'; a file's run is its name, so write `run: odd`",
+        ),
+        (["params/trap.yaml"], "params/trap.yaml: factor is '1e-2' (text to YAML"),
+        (
+            ["params/tiny.yaml", "--set", "facto=1"],
+            "--set: facto is no parameter of any notebook; nearest: factor",
+        ),
+        (["params/tiny.yaml", "--set", "factor"], "--set factor: write name=value"),
+        (["params/tiny.yaml", "--only", "09"], "no stage 09; known: 01_data, 02_left, 03_right"),
+        (
+            ["params/tiny.yaml", "--from", "02"],
+            "01_data is not computed with these parameters: add --from 01",
+        ),
+        (["params/tiny.yaml", "params/tiny.yaml"], "two parameter files make one run: tiny, tiny"),
+    ],
+)
+def test_a_wrong_request_is_one_line_before_any_kernel(root, words, message):
+    (root / "params" / "odd.yaml").write_text("run: tiny\n")
+    (root / "params" / "trap.yaml").write_text("run: trap\nfactor: 1e-2\n")
+    result = toy.call(root, "run", *words)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_set_takes_several_and_values_with_spaces():
+    words = ["a=1 b=two words c=[1, 2]", "d=x=y"]
+    assert main.assignments(words) == {"a": "1", "b": "two words", "c": "[1, 2]", "d": "x=y"}
+    assert main.assignments([]) == main.assignments([""]) == {}
+
+
+def test_every_process_of_a_run_has_the_same_arithmetic(root, monkeypatch, capsys):
+    from derm_compress.study import execution, plan
+
+    for name in plan.ARITHMETIC:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    begin(root, "01_data")
+    wanted = plan.ARITHMETIC | {"MKL_CBWR": "COMPATIBLE"}  # what is set already stays
+    assert (
+        {name: os.environ[name] for name in plan.ARITHMETIC}
+        == wanted
+        == plan.environment()["arithmetic"]
+    )
+    assert execution.KERNEL.items() >= plan.ARITHMETIC.items()
+    for name in plan.ARITHMETIC:
+        monkeypatch.delenv(name)
+    code = "import derm_compress.study.plan as p; p.settle(); import torch; print(torch.backends.cpu.get_cpu_capability())"
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert told in ("AVX2", "DEFAULT", "NO AVX"), told
+
+
+def test_the_runner_needs_no_torch():
+    code = "import sys, derm_compress.__main__, derm_compress.study.run, derm_compress.study.stage as s; print([m for m in "
+    code += "('torch', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "[]\n"
+    )
+
+
+STAND_IN = """#!/bin/sh
+echo "$@" >> log
+[ "$2" != venv ] || { mkdir -p .venv/bin && cp "$0" .venv/bin/python; }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_installs_once_and_hands_everything_on(tmp_path):
+    here, top = tmp_path / "a path with spaces", toy.PACKAGE.parent
+    (here / ".ci").mkdir(parents=True)
+    for name in ("Makefile", ".ci/run", "requirements.txt", "pyproject.toml"):
+        shutil.copy(top / name, here / name)
+    (here / "stand in").write_text(STAND_IN)
+    (here / "stand in").chmod(0o755)
+    (here / "report").write_text("a file of that name is no reason to do nothing")
+
+    def make(*words):
+        (here / "log").unlink(missing_ok=True)
+        subprocess.run(
+            words,
+            cwd=here,
+            check=True,
+            capture_output=True,
+            env=dict(os.environ, PYTHON="./stand in"),
+        )
+        return (here / "log").read_text().splitlines()
+
+    first = make("make", "report", "RUN=x", "SET=a=1 b=two words")
+    assert (
+        first[0] == "-m venv .venv" and first[1].endswith("-r requirements.txt") and len(first) == 4
+    )
+    assert first[-1] == "-m derm_compress run params/x.yaml --set a=1 b=two words"
+    assert make("make", "report") == ["-m derm_compress run params/tiny.yaml"]
+    tests, geometry, mock = make(".ci/run")
+    assert tests.startswith("-m pytest") and "geometry-7b" in geometry and "mock_kaggle" in mock
+    os.utime(here / "requirements.txt", (time.time() + 9, time.time() + 9))
+    assert len(make("make", "test")) == 4
+
+
+# With kernels
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A toy project after its first run, and what the run said."""
+    root = toy.project(tmp_path_factory.mktemp("run"))
+    return root, toy.call(root, "run", "params/tiny.yaml")
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of that project to do harm to."""
+    shutil.copytree(finished[0], tmp_path / "copied project")
+    return tmp_path / "copied project"
+
+
+def test_a_run_leaves_notebooks_pointers_and_a_report(finished):
+    root, result = finished
+    assert result.returncode == 0, result.stdout + result.stderr
+    runs = root / "artifacts" / "runs" / "tiny"
+    assert (
+        len([*(runs / "notebooks").glob("0*.ipynb")]) == 3
+        and (root / "reports" / "tiny" / "index.html").exists()
+    )
+    starts = [
+        line.split()[1:3]
+        for line in result.stdout.splitlines()
+        if line.split()[2:3] in (["starts"], ["done"])
+    ]
+    assert starts[:4] == [
+        ["01_data", "starts"],
+        ["01_data", "done"],
+        ["02_left", "starts"],
+        ["03_right", "starts"],
+    ]
+    pointer = json.loads((runs / "02_left.json").read_text())
+    assert pointer["parameters"] == {"seed": 0, "factor": 2.0, "sizes": [1, 2], "mode": "plain"}
+    assert pointer["cached"] is False and pointer["upstream"].keys() == {"01_data"}
+    assert json.loads((runs / "run_info.json").read_text())["params_file"] == "params/tiny.yaml"
+    shown = "".join(path.read_text() for path in runs.glob("*.json"))
+    assert str(root) not in shown and socket.gethostname() not in shown
+    frame = pd.read_parquet(
+        next((root / "artifacts" / "store" / "02_left").glob("*/scaled.parquet"))
+    )
+    assert frame.n.tolist() == [0, 2, 4, 6]
+
+
+def test_again_nothing_runs_and_only_what_depends_runs_after_a_change(copy):
+    books = copy / "artifacts" / "runs" / "tiny" / "notebooks"
+    times = {path.name: path.stat().st_mtime_ns for path in books.iterdir()}
+    begun = time.monotonic()
+    again = toy.call(copy, "run", "params/tiny.yaml")
+    assert (
+        again.stdout == "nothing has changed: reports/tiny/index.html\n"
+        and time.monotonic() - begun < 15
+    )
+    edit(copy / "notebooks" / "03_right.ipynb", "# 03_right", "# Better words")
+    (copy / "params" / "other.yaml").write_text("run: other\ncount: 4\n")
+    both = toy.call(copy, "run", "params/tiny.yaml", "params/other.yaml")
+    assert (
+        both.returncode == 0
+        and both.stdout.count(" starts") == 1
+        and "03_right from the store" in both.stdout
+    )
+    assert {n for n in times if times[n] != (books / n).stat().st_mtime_ns} == {"03_right.ipynb"}
+    assert (
+        "Better words"
+        in (copy / "artifacts" / "runs" / "other" / "notebooks" / "03_right.ipynb").read_text()
+    )
+    assert json.loads((books.parent / "01_data.json").read_text())["cached"] is True
+
+
+def test_a_damaged_artifact_is_named_and_computed_again(copy):
+    target = next((copy / "artifacts" / "store" / "03_right").glob("*/scaled.parquet"))
+    target.write_bytes(target.read_bytes()[:-9])
+    listing = toy.call(copy, "run", "params/tiny.yaml", "--list").stdout
+    assert "to compute (scaled.parquet was changed or cut short)" in listing and target.exists()
+    result = toy.call(copy, "run", "params/tiny.yaml")
+    assert "scaled.parquet was changed or cut short; set aside" in result.stdout
+    assert (
+        result.returncode == 0
+        and result.stdout.count(" starts") == 1
+        and len(pd.read_parquet(target)) == 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("crash", ["in [6] ValueError: the toy crashed", "shapes.py:25, in misbehave"]),
+        ("exit", ["failed: in [6] SystemExit: 0"]),
+        ("die", ["failed: its kernel died in cell 7"]),
+    ],
+)
+def test_a_notebook_that_fails_is_noticed_and_kept(copy, mode, words):
+    result = toy.call(copy, "run", "params/tiny.yaml", "--only", "02", "--set", f"mode={mode}")
+    assert result.returncode == 1, result.stdout
+    assert all(
+        word in result.stdout for word in [*words, "artifacts/runs/tiny/notebooks/02_left.ipynb"]
+    ), result.stdout
+    assert (copy / "artifacts" / "runs" / "tiny" / "notebooks" / "02_left.ipynb").exists()
+    assert not (copy / "artifacts" / "runs" / "tiny" / "02_left.json").exists()
+
+
+def test_ctrl_c_ends_the_kernel_and_the_same_command_goes_on(copy):
+    words = ["run", "params/tiny.yaml", "--only", "02", "--set", "mode=slow"]
+    options = {"cwd": copy, "env": toy.environment(copy), "stdout": subprocess.PIPE, "text": True}
+    options["preexec_fn"] = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a job in the background ignores it
+    process = subprocess.Popen(toy.command(copy, *words), **options)
+    while "item 3" not in process.stdout.readline():
+        assert process.poll() is None
+    family = psutil.Process(process.pid).children(recursive=True)
+    second = toy.call(copy, *words)
+    assert second.returncode == 2 and second.stderr.startswith(
+        "run tiny is going on in another process: wait for it"
+    )
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode == 130 and said.splitlines()[-1].startswith(
+        "stopped; what was finished is kept"
+    )
+    assert len(family) >= 2 and not psutil.wait_procs(family, timeout=5)[1]
+    result = toy.call(copy, *words)
+    assert result.returncode == 0 and "item 3\n" not in result.stdout and "item 27" in result.stdout
+
+
+def test_plain_papermill_finds_what_the_runner_made(copy):
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "notebooks/02_left.ipynb",
+        "out.ipynb",
+        "-f",
+        "params/tiny.yaml",
+    ]
+    result = subprocess.run(
+        command, cwd=copy, env=toy.environment(copy), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "02_left from the store" in (copy / "out.ipynb").read_text()
+    assert os.listdir(copy / "artifacts" / "runs") == ["tiny"]
