@@ -73,26 +73,36 @@ def imported(tree: ast.AST, package: Path) -> set[str]:
             head, _, inner = (node.module or "").partition(".")
             if head == package.name:
                 for alias in node.names:
-                    found |= behind(inner, alias.name, package)
+                    found |= behind(inner, alias, tree, package)
     return found
 
 
-def behind(inner: str, name: str, package: Path) -> set[str]:
-    """The modules behind `from package.inner import name`: a module, a folder's whole, or what a face offers."""
-    dotted = f"{inner}.{name}" if inner else name
+def behind(inner: str, alias: ast.alias, tree: ast.AST, package: Path) -> set[str]:
+    """The modules behind `from package.inner import name`: a module, what a face offers, or a folder.
+
+    Of a folder with a face only what the tree takes from it counts, as in `method.Plan`.
+    """
+    dotted = f"{inner}.{alias.name}" if inner else alias.name
+    folder = package.joinpath(*dotted.split("."))
+    if offers := face_of(folder):
+        taken = attributes(alias.asname or alias.name, tree)
+        return set().union(*(modules_of(f"{dotted}.{offers.get(name, name)}", package) for name in taken))
     if below := modules_of(dotted, package):
         return below
-    folder = package.joinpath(*inner.split(".")) if inner else package
-    if not folder.is_dir():
-        return {inner}
-    offers = face_of(folder)
-    if name in offers:
-        return {f"{inner}.{offers[name]}"}
-    return modules_of(inner, package) if inner else set()
+    offers = face_of(package.joinpath(*inner.split("."))) if inner else {}
+    return modules_of(f"{inner}.{offers[alias.name]}" if alias.name in offers else inner, package)
+
+
+def attributes(name: str, tree: ast.AST) -> set[str]:
+    """What a syntax tree takes from a name: `Plan` of `method.Plan`."""
+    taken = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return {node.attr for node in taken if isinstance(node.value, ast.Name) and node.value.id == name}
 
 
 def modules_of(dotted: str, package: Path) -> set[str]:
     """A module itself, or every module in a folder; empty where there is neither."""
+    if not dotted:
+        return set()
     path = package.joinpath(*dotted.split("."))
     if path.with_suffix(".py").is_file():
         return {dotted}
