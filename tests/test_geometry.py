@@ -29,7 +29,7 @@ from derm_compress.method.importance import criteria, measure
 from derm_compress.method.materialize import materialize
 from derm_compress.method.quantization import forms
 from derm_compress.model import anatomy, loading, memory, removal, shapes
-from derm_compress.model import variants as variants_of
+from derm_compress.model import variants as frames
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import pruned, to_heal
 from derm_compress.report import render, tables
@@ -88,7 +88,7 @@ def variants_of(recipe, folder):
     run_all(
         folder / "adapters", jobs, data=folder, store=None, scratch=folder / "scratch", processes=2
     )  # fmt: skip
-    healed = variants_of.healed(sources, "adapters", folder / "adapters")
+    healed = frames.healed(sources, "adapters", folder / "adapters")
     every = pd.concat([sources, healed])
     methods = ["awq", "bitsandbytes", "rtn", "rtn_symmetric"]
     wanted = forms.asked(every.variant, methods, 4, 64)
