@@ -15,7 +15,7 @@ from derm_compress.method.quantization import calibration, folding, quantize, sc
 from derm_compress.method.quantization.calibration import InputStatistics
 from derm_compress.method.quantization.codes import pack, unpack
 from derm_compress.method.quantization.grids import IntegerGrid, NF4Grid
-from derm_compress.method.quantization.packed import PackedLinear, dtype, use_kernels
+from derm_compress.method.quantization.packed import PackedLinear, use_kernels
 from derm_compress.method.quantization.search import search_one
 from derm_compress.model import anatomy
 
@@ -112,7 +112,7 @@ def test_packing_is_exact_for_all_codes_and_dense(bits):
         torch.arange(2**bits, dtype=torch.uint8).repeat(5)[: 5 * 2**bits - 1].view(1, -1)
     )  # an odd count
     packed = pack(codes, bits)
-    assert dtype == torch.uint8 and len(packed) <= codes.numel() * bits / 8 + 2
+    assert packed.dtype == torch.uint8 and len(packed) <= codes.numel() * bits / 8 + 2
     assert torch.equal(unpack(packed, bits, codes.shape), codes)
 
 
