@@ -60,15 +60,16 @@ FACTS = {
 
 def variant(name, blocks=0, *, criterion="", healed=False, method="fp16", bits=16):
     return {
-        "variant": name, "blocks_removed": blocks, "criterion": criterion, "healed": healed, "method": method,
+        "variant": name, "source": name,
+        "blocks_removed": blocks, "criterion": criterion, "healed": healed, "method": method,
         "bits": bits, "group_size": 64, "recipe": '{"base": "tiny"}', "attentions_removed": 0, "mlps_removed": 0,
         "sft_seed": 0, "quantizer": "",
     }  # fmt: skip
 
 
 def quantized(row, method, bits=4):
-    return row | {"variant": f"{row['variant']}|{method}{bits}", "method": method, "bits": bits,
-                  "quantizer": method}  # fmt: skip
+    name = f"{row['variant']}|{method}{bits}"
+    return row | {"variant": name, "method": method, "bits": bits, "quantizer": method}
 
 
 def variants():

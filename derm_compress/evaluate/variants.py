@@ -24,7 +24,7 @@ from derm_compress.method.quantization import folding, forms, quantize, search
 from derm_compress.model import anatomy, devices, oom, prompts, removal, shapes, usage
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
-from derm_compress.model.variants import ORIGINAL
+from derm_compress.model.variants import ORIGINAL, paper_depth
 from derm_compress.progress import track
 
 COPIED = 2**30  # bytes up to which a model is copied before it is quantized, rather than made again
@@ -192,7 +192,7 @@ def activation_surface(
     frames = []
     for name, model, processor in each_model(variants, store, device, "Figure 4"):
         recipe = Recipe.from_json(variants.set_index("variant").recipe[name])
-        index = max(0, round(block / 32 * recipe.blocks) - 1)
+        index = paper_depth(block, recipe.blocks) - 1
         if index not in recipe.kept():
             continue
         position = recipe.kept().index(index)

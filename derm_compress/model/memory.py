@@ -6,11 +6,12 @@ weights. They hold tensors only: a GPU's context and its allocator's slack come 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from derm_compress.errors import DermError
 from derm_compress.model.shapes import Architecture
+from derm_compress.model.variants import paper_depth
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,92 +31,100 @@ REMOVED = (
     "attentions_removed",
     "mlps_removed",
 )  # the latter two from blocks that stay
-# Bytes stored per weight beside its own bits. Integers: an fp16 scale a group and a zero point packed like the weights
-# (GEMM layout; hqq's is fp16). NF4: an fp32 absmax a block; doubly quantized, a byte a block and an fp32 constant for
-# 256 of them.
-OVERHEAD = {
-    "fp16": lambda bits, group: 0,
-    "awq": lambda bits, group: (FP16 + bits / 8) / group,
-    "rtn": lambda bits, group: (FP16 + bits / 8) / group,
-    "rtn_symmetric": lambda bits, group: FP16 / group,
-    "autoawq": lambda bits, group: (FP16 + bits / 8) / group,
-    "hqq": lambda bits, group: 2 * FP16 / group,
-    "bitsandbytes": lambda bits, group: FP32 / group,
-    "bitsandbytes_double": lambda bits, group: (1 + FP32 / 256) / group,
-    "awq_nf4": lambda bits, group: FP32 / group,
-    "awq_nf4_double": lambda bits, group: (1 + FP32 / 256) / group,
-    "llm_int8": lambda bits, group: 0,  # an fp32 scale a row, which plan_weights adds
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a decoder linear's weights are stored: `bits` each (a mean over blocks may be a fraction), and
+    `group_bytes` for the scale and zero point of each `group_size` of them, or of each row where that is 0."""
+
+    bits: float = 16
+    group_size: float = GROUP
+    group_bytes: float = 0
+
+    @property
+    def packed(self) -> bool:
+        return self.bits < 16
+
+    @property
+    def overhead(self) -> float:
+        """Bytes a weight beside its own bits; rows, whose length this does not know, count nothing."""
+        return self.group_bytes / self.group_size if self.group_size else 0.0
+
+
+# Bytes a group. Integers: an fp16 scale, and a zero point packed like the weights (GEMM layout; hqq's is fp16). NF4: an
+# fp32 absmax; doubly quantized, a byte, and an fp32 constant for 256 of them. LLM.int8: an fp32 scale a row.
+GROUP_BYTES = {
+    "fp16": lambda bits: 0,
+    "awq": lambda bits: FP16 + bits / 8,
+    "rtn": lambda bits: FP16 + bits / 8,
+    "rtn_symmetric": lambda bits: FP16,
+    "autoawq": lambda bits: FP16 + bits / 8,
+    "hqq": lambda bits: 2 * FP16,
+    "bitsandbytes": lambda bits: FP32,
+    "bitsandbytes_double": lambda bits: 1 + FP32 / 256,
+    "awq_nf4": lambda bits: FP32,
+    "awq_nf4_double": lambda bits: 1 + FP32 / 256,
+    "llm_int8": lambda bits: FP32,
+}
+
+
+def format_of(method: str, bits: float = 4, group_size: float = GROUP) -> Format:
+    """The format of a method's weights, as the frame of variants names it; DermError where there is none."""
+    if method not in GROUP_BYTES or (method == "fp16") != (bits == 16):
+        raise DermError(
+            f"memory plan: no format {method!r} of {bits} bits; known: {', '.join(GROUP_BYTES)}"
+        )
+    if method == "fp16":
+        return Format()
+    return Format(bits, 0 if method == "llm_int8" else group_size, GROUP_BYTES[method](bits))
+
+
+OVERHEAD = {  # on its way out: format_of(method, bits, group_size).overhead
+    name: lambda bits, group, name=name: format_of(name, bits, group).overhead
+    for name in GROUP_BYTES
 }
 
 
 def plan_weights(
     arch: Architecture,
     *,
+    form: Format | None = None,
     method: str = "fp16",
-    bits: int = 16,
-    group_size: int = GROUP,
+    bits: float = 16,
+    group_size: float = GROUP,
     **removed: int,
 ) -> dict[str, float]:
     """GiB of the weights by component; only the decoder blocks' linears are quantized, all else is fp16.
 
-    `removed` are counts by name: blocks_removed, attentions_removed, mlps_removed. A quantized weight takes bits/8
-    bytes and its format's overhead: (2 + bits/8)/group for awq and rtn, 2/group for rtn_symmetric, 4/group for hqq,
-    bitsandbytes and awq_nf4, (1 + 4/256)/group for the _double forms of these two. bits may be a mean over blocks.
-    Left out: NF4's codebook of 64 bytes a linear, padding of odd shapes, and the 4/group that torch's int4 kernel adds
-    where it is used.
+    form: a Format; method, bits and group_size name one by format_of. `removed` are counts by name: blocks_removed,
+    attentions_removed, mlps_removed. Left out: NF4's codebook of 64 bytes a linear, padding of odd shapes, and the
+    4/group that torch's int4 kernel adds where it is used.
     """
-    if method not in OVERHEAD or (method == "fp16") != (bits == 16):
-        raise DermError(
-            f"memory plan: no format {method!r} of {bits} bits; known: {', '.join(OVERHEAD)}"
-        )
+    form = form or format_of(method, bits, group_size)
     weights = arch.over_linears(lambda out, into: out * into, **removed)
-    scales = weights * OVERHEAD[method](bits, group_size)
-    if method == "llm_int8":
-        scales = FP32 * arch.over_linears(lambda out, into: out, **removed)
+    scales = weights * form.overhead
+    if not form.group_size:
+        scales = form.group_bytes * arch.over_linears(lambda out, into: out, **removed)
     rest = {part: FP16 * count for part, count in arch.outside.items()}
     rest["block_norms"] = FP16 * arch.decoder_norms(**removed)
-    return _gib(decoder_linears=weights * bits / 8, quantization_scales=scales, **rest)
-
-
-def plan_mix(arch: Architecture, mix: Sequence[dict]) -> dict[str, float]:
-    """plan_weights of a model whose blocks differ; mix: {blocks: how many of them, method, bits, group_size} each.
-
-    Blocks of no part are gone. Raises DermError where there are more than the architecture has, or none.
-    """
-    planned = [plan_weights(arch, **form) for form in _apart(arch, mix)]
-    removed_by(arch, mix)
-    own = ("decoder_linears", "quantization_scales", "block_norms")
-    return planned[0] | {name: sum(plan[name] for plan in planned) for name in own}
-
-
-def _apart(arch: Architecture, mix: Sequence[dict]) -> list[dict]:
-    """Each part of a mix as plan_weights' `weights`, as if its blocks were all there are."""
-    forms = [{"blocks_removed": arch.blocks - part["blocks"], **part} for part in mix]
-    return [{key: value for key, value in form.items() if key != "blocks"} for form in forms]
-
-
-def _groups(arch: Architecture, form: dict) -> int:
-    """Groups of 4-bit weights; form: plan_weights' `weights`."""
-    removed = {key: form[key] for key in REMOVED if key in form}
-    sizes = arch.over_linears(
-        lambda out, into: out * into // form.get("group_size", GROUP), **removed
-    )
-    return sizes * (form.get("bits") == 4)
-
-
-def removed_by(arch: Architecture, mix: Sequence[dict]) -> int:
-    """How many blocks a mix lacks."""
-    removed = arch.blocks - sum(part["blocks"] for part in mix)
-    return arch.blocks - arch.kept(removed)
+    return _gib(decoder_linears=weights * form.bits / 8, quantization_scales=scales, **rest)
 
 
 def plan_peak(
-    arch: Architecture, *, batch: int = 1, prompt_tokens: int = QUESTION, new_tokens: int = ANSWER,
-    int4_kernel: bool = False, mix: Sequence[dict] = (), **weights,
-) -> dict[str, float]:  # fmt: skip
-    """GiB while questions of `prompt_tokens` about one picture each are answered; `weights` as in plan_weights.
-
-    `mix` as in plan_mix, instead of `weights`.
+    arch: Architecture,
+    *,
+    batch: int = 1,
+    prompt_tokens: int = QUESTION,
+    new_tokens: int = ANSWER,
+    int4_kernel: bool = False,
+    form: Format | None = None,
+    method: str = "fp16",
+    bits: float = 16,
+    group_size: float = GROUP,
+    **removed: int,
+) -> dict[str, float]:
+    """GiB while questions of `prompt_tokens` about one picture each are answered; the rest as in plan_weights.
 
     Weights + fp16 KV cache at its final length (2 x width x blocks a token) + the prefill's activations + one linear
     decoded to fp16 where quantized: parts that peak at different times, so rather too much. Activations, with fused
@@ -123,20 +132,18 @@ def plan_peak(
     residual's width (embeddings, block input, residual, normed), three of the MLP's, and the picture's features; or
     the tower's peak if larger. `int4_kernel`: torch's, which holds a bfloat16 scale and offset a group of 4 bits.
     """
-    planned = plan_mix(arch, mix) if mix else plan_weights(arch, **weights)
-    weights |= {"blocks_removed": removed_by(arch, mix)} if mix else {}
-    packed = any(part.get("method", "fp16") != "fp16" for part in mix or [weights])
+    form = form or format_of(method, bits, group_size)
     tokens = prompt_tokens + arch.image_tokens
-    attentions = arch.kept(weights.get("blocks_removed", 0)) - weights.get("attentions_removed", 0)
+    attentions = arch.kept(removed.get("blocks_removed", 0)) - removed.get("attentions_removed", 0)
     decoder = tokens * (4 * arch.hidden + 3 * arch.intermediate) + arch.image_tokens * arch.hidden
-    groups = (
-        sum(_groups(arch, form) for form in _apart(arch, mix) or [weights]) if int4_kernel else 0
-    )
-    return planned | _gib(
+    groups = 0
+    if int4_kernel and form.bits == 4:
+        groups = arch.over_linears(lambda out, into: out * into // form.group_size, **removed)
+    return plan_weights(arch, form=form, **removed) | _gib(
         kernel_steps=2 * FP16 * groups,
         kv_cache=FP16 * 2 * arch.cache_width * attentions * batch * (tokens + new_tokens),
         activations=FP16 * batch * max(decoder, arch.tower_values + tokens * arch.hidden),
-        workspace=FP16 * arch.hidden * arch.intermediate * packed,
+        workspace=FP16 * arch.hidden * arch.intermediate * form.packed,
     )
 
 
@@ -180,26 +187,22 @@ def plan_variants(
     """One row a variant: params_b, vram_gib (weights), peak_gib, and with `_7b` those of arch_7b.
 
     variants: blocks_removed, attentions_removed, mlps_removed (of arch), method, bits, group_size;
-    `blocks_removed_7b` is the same fraction of arch_7b's blocks, rounded.
+    `blocks_removed_7b` is the same fraction of arch_7b's blocks.
     asked: batch, prompt_tokens, new_tokens as in plan_peak.
     """
     import pandas as pd
 
     rows = []
     for row in variants.to_dict("records"):
-        planned, removed = (
-            {"variant": row["variant"]},
-            {key: int(row.get(key, 0)) for key in REMOVED},
-        )
-        removed_7b = {
-            key: int(n * arch_7b.blocks / arch.blocks + 0.5) for key, n in removed.items()
-        }
-        for end, of, gone in (("", arch, removed), ("_7b", arch_7b, removed_7b)):
-            form = gone | {key: row[key] for key in ("method", "bits", "group_size")}
+        form = format_of(row["method"], row["bits"], row["group_size"])
+        removed = {key: int(row.get(key, 0)) for key in REMOVED}
+        of_7b = {key: paper_depth(n, arch_7b.blocks, arch.blocks) for key, n in removed.items()}
+        planned = {"variant": row["variant"]}
+        for end, of, gone in (("", arch, removed), ("_7b", arch_7b, of_7b)):
             planned[f"params_b{end}"] = of.parameters(*gone.values()) / 1e9
-            planned[f"vram_gib{end}"] = sum(plan_weights(of, **form).values())
-            planned[f"peak_gib{end}"] = sum(plan_peak(of, **form, **asked).values())
-        rows.append(planned | {"blocks_removed_7b": removed_7b["blocks_removed"]})
+            planned[f"vram_gib{end}"] = sum(plan_weights(of, form=form, **gone).values())
+            planned[f"peak_gib{end}"] = sum(plan_peak(of, form=form, **gone, **asked).values())
+        rows.append(planned | {"blocks_removed_7b": of_7b["blocks_removed"]})
     return pd.DataFrame(rows)
 
 

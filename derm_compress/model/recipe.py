@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from derm_compress.errors import DermError
+from derm_compress.model.units import Unit
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class Recipe:
         pruned = [step.get("absent", ()) for step in self.steps if step["step"] == "prune"]
         return tuple(pruned[-1]) if pruned else ()
 
-    def pruned(self, kept: Iterable[int], absent: Iterable[str] = ()) -> Recipe:
-        return self.then("prune", kept=list(kept), **({"absent": list(absent)} if absent else {}))
+    def pruned(self, kept: Iterable[int], absent: Iterable[Unit | str] = ()) -> Recipe:
+        lacking = {"absent": [str(unit) for unit in absent]} if absent else {}
+        return self.then("prune", kept=list(kept), **lacking)
 
     def with_adapter(self, ref: str, folder: Path) -> Recipe:
         """The recipe with a trained adapter merged; it belongs to what is left now."""
@@ -57,7 +62,20 @@ class Recipe:
     @staticmethod
     def from_json(text: str) -> Recipe:
         value = json.loads(text)
+        for step in value["steps"]:
+            if "ref" in step:
+                check_ref(step["ref"])
         return Recipe(**value | {"steps": tuple(value["steps"])})
+
+
+REF = re.compile(r"\d\d_[a-z_]+/[0-9a-f]{64}(/[^/\\\0]+)*")
+
+
+def check_ref(text: str) -> str:
+    """A reference to what a stage left, "02_finetune/<64-digit key>/adapter", or DermError: it must lead nowhere else."""
+    if not REF.fullmatch(text) or {".", ".."} & set(text.split("/")):
+        raise DermError(f"reference {text!r}: is not STAGE/KEY/NAME of a stored result")
+    return text
 
 
 def adapter_digest(folder: Path) -> str:

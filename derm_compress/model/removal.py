@@ -9,18 +9,15 @@ import torch
 from torch import nn
 
 from derm_compress.errors import DermError
-from derm_compress.model import anatomy
+from derm_compress.model import anatomy, units
+from derm_compress.model.units import SUBLAYERS, Unit
 
-SUBLAYERS = ("attention", "mlp")  # of a block, in the order of their use
 PARTS = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
-Unit = int | str  # what can be removed: block 12, "12.attention" or "12.mlp"
 
 
-def span(unit: Unit) -> tuple[int, int]:
+def span(unit: Unit | int | str) -> tuple[int, int]:
     """First sublayer of a unit and the one after its last, counted over all blocks, two a block."""
-    block, _, part = str(unit).partition(".")
-    first = 2 * int(block) + (SUBLAYERS.index(part) if part else 0)
-    return first, first + (1 if part else 2)
+    return Unit.of(unit).span
 
 
 def name_of(sublayer: int) -> str:
@@ -28,11 +25,12 @@ def name_of(sublayer: int) -> str:
     return f"{sublayer // 2}.{SUBLAYERS[sublayer % 2]}"
 
 
-def left(blocks: int, removed: Iterable[Unit]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def left(
+    blocks: int, removed: Iterable[Unit | int | str]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Blocks of which something is left without these units, and the sublayers that those lack."""
-    gone = {s for unit in removed for s in range(*span(unit))}
-    kept = tuple(b for b in range(blocks) if not {2 * b, 2 * b + 1} <= gone)
-    return kept, tuple(name_of(s) for s in sorted(gone) if s // 2 in kept)
+    kept, absent = units.left(blocks, map(Unit.of, removed))
+    return kept, tuple(map(str, absent))
 
 
 class Absent(nn.Module):
@@ -58,9 +56,9 @@ def apply(model, kept: Sequence[int], absent: Sequence[str] = ()) -> None:
         raise DermError(
             f"pruning: kept blocks {list(kept)} are not rising positions among {len(layers)} blocks"
         )
-    for unit in absent:
-        block = layers[span(unit)[0] // 2]
-        module, norm = PARTS[unit.partition(".")[2]]
+    for unit in map(Unit.of, absent):
+        block = layers[unit.block]
+        module, norm = PARTS[unit.part]
         block.set_submodule(module, AbsentAttention() if module == "self_attn" else Absent())
         block.set_submodule(norm, nn.Identity())
     _set_blocks(model, [layers[i] for i in kept])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,24 +22,45 @@ if TYPE_CHECKING:  # a machine that only rehearses may lack it
 ORIGINAL, HEALED = "original", "+sft"
 
 
-def variant(name: str, recipe: Recipe, **known) -> dict:
-    """One row of the variants frame; unquantized weights count as 16 bits, whatever the CPU computes in."""
-    row = {
-        "variant": name,
-        "blocks_removed": recipe.blocks - len(recipe.kept()),
-        "criterion": "",
-        "healed": False,
-    }
-    row |= {"sft_seed": 0} | {
-        f"{part}s_removed": sum(u.endswith(part) for u in recipe.absent())
-        for part in ("attention", "mlp")
-    }
-    return (
-        row
-        | {"method": "fp16", "bits": 16, "group_size": 0, "quantizer": ""}
-        | known
-        | {"recipe": recipe.to_json()}
+@dataclass(frozen=True)
+class Variant:
+    """A row of the frame of variants; its fields are the frame's columns.
+
+    `source` is the unquantized variant that a quantized one was made of, and any other's own name. Unquantized weights
+    count as 16 bits, whatever the CPU computes in.
+    """
+
+    variant: str
+    source: str
+    blocks_removed: int = 0
+    attentions_removed: int = 0  # of blocks that stay
+    mlps_removed: int = 0
+    criterion: str = ""
+    healed: bool = False
+    sft_seed: int = 0
+    method: str = "fp16"
+    bits: float = 16
+    group_size: float = 0
+    quantizer: str = ""
+    recipe: str = ""
+
+
+COLUMNS = tuple(field.name for field in fields(Variant))
+
+
+def variant(name: str, recipe: Recipe, *, source: str = "", **known) -> dict:
+    """One row of the variants frame, what is removed being read off the recipe; `known`: further columns."""
+    absent = recipe.absent()
+    row = Variant(
+        variant=name,
+        source=source or name,
+        blocks_removed=recipe.blocks - len(recipe.kept()),
+        attentions_removed=sum(unit.endswith("attention") for unit in absent),
+        mlps_removed=sum(unit.endswith("mlp") for unit in absent),
+        recipe=recipe.to_json(),
+        **known,
     )
+    return asdict(row)
 
 
 def pruned(
@@ -59,9 +81,9 @@ def pruned(
     return pd.DataFrame(rows)
 
 
-def paper_depth(of_32: int, blocks: int) -> int:
-    """The same fraction of another model's blocks, at least one."""
-    return max(1, int(of_32 / 32 * blocks + 0.5))
+def paper_depth(removed: int, blocks: int, of: int = 32) -> int:
+    """The same fraction of another model's blocks, half a block rounded up, and at least one where any goes."""
+    return max(min(removed, 1), int(removed * blocks / of + 0.5))
 
 
 def to_heal(
@@ -99,10 +121,9 @@ def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
 
     rows = []
     for row in sources.to_dict("records"):
-        folder, known = row["adapter"], {key: row[key] for key in ("criterion", "sft_seed")}
-        recipe = Recipe.from_json(row["recipe"]).with_adapter(
-            f"{ref}/{folder}", Path(adapters) / folder
-        )
+        folder = row["adapter"]
+        recipe = Recipe.from_json(row["recipe"]).with_adapter(f"{ref}/{folder}", adapters / folder)
+        known = {key: row[key] for key in ("criterion", "sft_seed")}
         rows.append(variant(healed_name(folder), recipe, healed=True, **known))
     return pd.DataFrame(rows)
 

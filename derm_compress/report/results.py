@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from derm_compress.model.variants import paper_depth
 from derm_compress.report import paper
 
 ANSWERING = (
@@ -96,11 +97,11 @@ class Results:
 
     @property
     def operating(self) -> int:
-        return (self.choice or {}).get("operating", round(6 * self.blocks / paper.BLOCKS))
+        return (self.choice or {}).get("operating", paper_depth(6, self.blocks))
 
     @property
     def deeper(self) -> int:
-        return (self.choice or {}).get("deeper", round(9 * self.blocks / paper.BLOCKS))
+        return (self.choice or {}).get("deeper", paper_depth(9, self.blocks))
 
 
 def load_results(folders: dict[str, Path], **given) -> Results:

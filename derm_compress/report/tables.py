@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.evaluate import judge_controls, metrics
+from derm_compress.model.variants import paper_depth
 from derm_compress.report import agreement, paper, precision, rivals, statistics_tables
 from derm_compress.report.results import ANSWERING as ANSWERING
 from derm_compress.report.results import Results, answers_of, variant_id
@@ -168,7 +169,9 @@ def table1(results: Results) -> pd.DataFrame:
         [v == variant_id(n) for v, n in zip(table.variant, table.blocks_removed, strict=True)]
     ]
     table = _measured(table.sort_values("blocks_removed"), results, results.answers)
-    table["of_32"] = (table.blocks_removed * paper.BLOCKS / results.blocks + 0.5).astype(int)
+    table["of_32"] = [
+        paper_depth(n, paper.BLOCKS, of=results.blocks) for n in table.blocks_removed
+    ]
     theirs = paper.table(1).rename(columns={"blocks_removed": "of_32"})
     return table.merge(theirs, on="of_32", how="left")
 

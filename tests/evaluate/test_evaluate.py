@@ -27,6 +27,8 @@ from derm_compress.model.recipe import Recipe
 PLAN = pruning.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
 HOW = {"device": "cpu", "batch_size": 12, "max_new_tokens": 3}
 
+SCALES = f"07_quantization/{'a' * 64}/scales"
+
 
 def variants(recipe):
     return variants_of.pruned(recipe, [PLAN, PLAN], [1, 3], [1, 3])
@@ -43,7 +45,7 @@ def test_variants_name_depth_criterion_and_recipe(recipe):
     ]
     assert frame.variant.tolist() == names and frame.blocks_removed.tolist() == [0, 1, 3, 1, 3]
     quantized = forms.quantized(
-        frame, forms.asked(frame.variant[:2], ["awq", "rtn"], 4, 64), "07/k/scales"
+        frame, forms.asked(frame.variant[:2], ["awq", "rtn"], 4, 64), SCALES
     )
     assert quantized.variant.tolist() == [
         "original|awq4",
@@ -52,7 +54,7 @@ def test_variants_name_depth_criterion_and_recipe(recipe):
         "pruned-1|rtn4",
     ]
     steps = [Recipe.from_json(r).steps[-1] for r in quantized.recipe]
-    assert steps[0]["ref"] == "07/k/scales/awq4/original.safetensors" and "ref" not in steps[1]
+    assert steps[0]["ref"] == f"{SCALES}/awq4/original.safetensors" and "ref" not in steps[1]
     with pytest.raises(DermError, match="pruned-9"):
         variants_of.named(frame, ["pruned-9"])
 

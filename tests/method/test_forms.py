@@ -41,9 +41,9 @@ def test_blocks_left_at_16_bits_have_no_scales_in_the_plan(method):
     bits, arch = 8 if method == "llm_int8" else 4, llava_7b()
     form = {"method": method, "bits": bits, "group_size": 64}
     stored = forms.stored_as(form | {"block_bits": {0: 16, 3: 16, 4: 16}}, 32)
-    mixed = memory.plan_mix(
-        arch, [{"blocks": 3, "method": "fp16", "bits": 16}, {"blocks": 29, **form}]
-    )
+    mixed = memory.plan_weights(arch, blocks_removed=3, **form)
+    plain = memory.plan_weights(arch, blocks_removed=29)
+    mixed |= {name: mixed[name] + plain[name] for name in ("decoder_linears", "block_norms")}
     planned = memory.plan_weights(arch, **stored)
     scales = planned.pop("quantization_scales"), mixed.pop("quantization_scales")
     assert planned == pytest.approx(mixed) and stored["bits"] == (29 * bits + 48) / 32

@@ -318,9 +318,9 @@ def test_a_stored_architecture_plans_without_torch(llava):
     stored = json.dumps(asdict(llava))
     assert shapes.Architecture(**json.loads(stored)) == llava
     code = (
-        "import json, sys; from derm_compress.model import memory; "
-        "arch = memory.Architecture(**json.loads(sys.stdin.read())); "
-        "print(sum(memory.plan_peak(arch, method='awq', bits=4).values()), memory.resident_gib()['rss_gib'] > 0); "
+        "import json, sys; from derm_compress.model import memory, shapes, usage; "
+        "arch = shapes.Architecture(**json.loads(sys.stdin.read())); "
+        "print(sum(memory.plan_peak(arch, method='awq', bits=4).values()), usage.resident_gib()['rss_gib'] > 0); "
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run(
@@ -353,44 +353,11 @@ def test_a_process_peak_starts_anew_after_what_was_freed():
     assert after["rss_peak_gib"] == pytest.approx(after["rss_gib"], rel=0.05)
 
 
-def test_a_mix_of_formats_is_the_sum_of_its_blocks(llava):
-    fp16, awq = (
-        {"method": "fp16", "bits": 16, "group_size": 64},
-        {"method": "awq", "bits": 4, "group_size": 64},
-    )
-    for form in (fp16, awq):
-        whole = memory.plan_weights(llava, blocks_removed=6, **form)
-        assert memory.plan_mix(llava, [{"blocks": 26, **form}]) == pytest.approx(whole)
-        split = memory.plan_peak(llava, mix=[{"blocks": 20, **form}, {"blocks": 6, **form}])
-        assert split == pytest.approx(memory.plan_peak(llava, blocks_removed=6, **form))
-    mixed = total(memory.plan_mix(llava, [{"blocks": 4, **fp16}, {"blocks": 28, **awq}]))
-    ends = [total(memory.plan_weights(llava, **form)) for form in (fp16, awq)]
-    assert mixed == pytest.approx((4 * ends[0] + 28 * ends[1]) / 32)
-    both = [
-        {"blocks": 30, **awq},
-        {"blocks": 2, "method": "bitsandbytes", "bits": 4, "group_size": 64},
-    ]
-    assert memory.plan_peak(llava, mix=both)["workspace"] > 0
-    with pytest.raises(DermError, match="of 32 blocks"):
-        memory.plan_mix(llava, [{"blocks": 30, **awq}, {"blocks": 3, **fp16}])
-
-
-def test_the_kernels_steps_are_counted_by_default_and_in_a_mix(llava):
-    four, groups = {"method": "awq", "bits": 4}, llava.decoder_linears() // 64
-    steps = memory.plan_peak(llava, int4_kernel=True, **four)["kernel_steps"]
+def test_the_kernels_steps_are_counted(llava):
+    four, groups = memory.format_of("awq", 4), llava.decoder_linears() // 64
+    steps = memory.plan_peak(llava, int4_kernel=True, form=four)["kernel_steps"]
     assert steps * memory.GIB == 4 * groups
-    assert (
-        memory.plan_peak(llava, int4_kernel=True, group_size=128, **four)["kernel_steps"]
-        == steps / 2
-    )
-    assert (
-        memory.plan_peak(llava, **four)["kernel_steps"]
-        == memory.plan_peak(llava, int4_kernel=True)["kernel_steps"]
-    )
-    mix = [
-        {"blocks": 8, **four},
-        {"blocks": 16, "group_size": 128, **four},
-        {"blocks": 4, "method": "rtn", "bits": 3},
-    ]
-    mixed = memory.plan_peak(llava, int4_kernel=True, mix=mix)["kernel_steps"]
-    assert mixed == pytest.approx(steps * (8 / 32 + 16 / 32 / 2))
+    wide = memory.plan_peak(llava, int4_kernel=True, form=memory.format_of("awq", 4, 128))
+    assert wide["kernel_steps"] == steps / 2
+    assert memory.plan_peak(llava, form=four)["kernel_steps"] == 0
+    assert memory.plan_peak(llava, int4_kernel=True)["kernel_steps"] == 0

@@ -8,6 +8,7 @@ from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
 
 ORIGINAL = Recipe("pico", "f" * 16, 8)
+KEY = "a" * 64
 CHOICE = {"operating": 2, "deeper": 3}
 
 
@@ -35,13 +36,13 @@ def test_further_depths_and_seeds_are_healed_beside_the_roles(known, tmp_path):
     for name in asked.adapter:
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode())
-    healed = variants_of.healed(asked, "05/k/adapters", tmp_path)
+    healed = variants_of.healed(asked, f"05_sft/{KEY}/adapters", tmp_path)
     assert healed.variant.tolist() == [f"{name}+sft" for name in names] + [
         "original+sft~1", "pruned-2+sft~1", "original+sft~2", "pruned-2+sft~2"
     ]  # fmt: skip
     assert healed.sft_seed.tolist() == asked.sft_seed.tolist() and healed.healed.all()
     last = Recipe.from_json(healed.recipe.iloc[-1]).steps[-1]
-    assert last["ref"] == "05/k/adapters/pruned-2~2" and last["kept"] == [0, 1, 4, 5, 6, 7]
+    assert last["ref"] == f"05_sft/{KEY}/adapters/pruned-2~2" and last["kept"] == [0, 1, 4, 5, 6, 7]
 
 
 def test_a_depth_that_was_not_pruned_is_refused(known):

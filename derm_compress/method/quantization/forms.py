@@ -195,7 +195,7 @@ def quantized(sources: pd.DataFrame, wanted: pd.DataFrame, ref: str) -> pd.DataF
             "quantizer": row.quantizer,
         }
         told |= stored_as(step, len(recipe.kept()))
-        rows.append(variant(f"{row.source}|{row.form}", recipe, **told))
+        rows.append(variant(f"{row.source}|{row.form}", recipe, source=row.source, **told))
     return pd.DataFrame(rows)
 
 
