@@ -135,7 +135,7 @@ def export_command(a) -> int:
 
 def prune_command(a) -> int:
     from derm_compress.evaluate.export import prune_folder
-    from derm_compress.method.pruning import read_plan
+    from derm_compress.method.pruning.plan import read_plan
 
     prune_folder(a.model, read_plan(a.plan), a.count, a.path)
     return written(a)

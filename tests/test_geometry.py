@@ -21,12 +21,13 @@ from derm_compress.evaluate.variants import (
     search_scales,
 )
 from derm_compress.files import Journal
-from derm_compress.method import pruning
+from derm_compress.method.pruning.depths import choose_operating_point
+from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.finetune import jobs as jobs_
 from derm_compress.method.finetune import train
-from derm_compress.method.finetune.jobs import Job, run_all
+from derm_compress.method.finetune.jobs import Job, fine_tune_all
 from derm_compress.method.importance import criteria, measure
-from derm_compress.method.materialize import materialize
+from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import forms
 from derm_compress.model import anatomy, loading, memory, removal, shapes
 from derm_compress.model import variants as frames
@@ -79,13 +80,13 @@ def test_a_fingerprint_of_shapes_tells_depths_apart():
 
 def variants_of(recipe, folder):
     """All variants of the study as its stages make them."""
-    known = pruned(recipe, [pruning.published()], [2, 4, 6, 7, 8, 9, 10])
+    known = pruned(recipe, [published_plan()], [2, 4, 6, 7, 8, 9, 10])
     training = train.Training(rank=16, alpha=8, learning_rate=1e-3, steps=2, batch_size=2, seed=0)
     sources = to_heal(known, {"operating": 6, "deeper": 9})
     jobs = [Job(row.adapter, row.recipe, training, anatomy.META) for row in sources.itertuples()]
     (folder / "scratch").mkdir()
     (folder / "adapters").mkdir()
-    run_all(
+    fine_tune_all(
         folder / "adapters", jobs, data=folder, store=None, scratch=folder / "scratch", processes=2
     )  # fmt: skip
     healed = frames.healed(sources, "adapters", folder / "adapters")
@@ -125,7 +126,7 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     answers = answer_variants(variants, **ask, batch_size=4, max_new_tokens=4)
     controls = answer_controls(variants, **ask, seed=0, batch_size=4, max_new_tokens=4)
     assert answers.empty and controls.empty and {"variant", "score", "answer"} <= set(answers)
-    choice = pruning.choose(variants_.scores(answers, variants), pruning.published())
+    choice = choose_operating_point(variants_.scores(answers, variants), published_plan())
     assert (choice["operating"], choice["deeper"]) == (6, 9) and "no scores" in choice["why"]
     how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": anatomy.META}
     assert activation_statistics(sources, store, batch_size=1, **how).empty
@@ -136,7 +137,7 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     timed = latency.of_variants(
         variants, store, dataset.of("test"), dataset.images, device=anatomy.META
     )
-    training = jobs_.measured(tmp_path / "scratch", [job.variant for job in jobs])
+    training = jobs_.training_costs(tmp_path / "scratch", [job.variant for job in jobs])
     assert training.seconds.isna().all() and (training.train_peak_gib > 4).all()
     arch = shapes.Architecture(**architecture(variants, store, anatomy.META))
     results = Results(

@@ -10,7 +10,7 @@ from safetensors.torch import save_model
 
 from derm_compress.errors import DermError
 from derm_compress.files import atomic
-from derm_compress.method.materialize import materialize
+from derm_compress.method.assemble import materialize
 from derm_compress.model.anatomy import blocks, fingerprint
 from derm_compress.model.loading import PARTIAL, config_of, load_base
 from derm_compress.model.recipe import Recipe

@@ -12,7 +12,7 @@ from torch import nn
 
 from derm_compress.errors import DermError
 from derm_compress.files import Journal
-from derm_compress.method.materialize import materialize
+from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import packed
 from derm_compress.model import anatomy, devices, memory, usage
 from derm_compress.model.recipe import Recipe

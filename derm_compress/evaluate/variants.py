@@ -19,7 +19,7 @@ from derm_compress.evaluate import rubric
 from derm_compress.evaluate.answers import COLUMNS, answer
 from derm_compress.files import digest
 from derm_compress.method import activations
-from derm_compress.method.materialize import materialize
+from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import folding, forms, quantize, search
 from derm_compress.model import anatomy, devices, oom, prompts, removal, shapes, usage
 from derm_compress.model import variants as variants_of

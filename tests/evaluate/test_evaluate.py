@@ -17,14 +17,14 @@ from derm_compress.evaluate.variants import (
     search_scales,
     shuffled_rows,
 )
-from derm_compress.method import pruning
-from derm_compress.method.materialize import materialize
+from derm_compress.method.pruning.plan import Plan
+from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import forms, search
 from derm_compress.model import anatomy
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
 
-PLAN = pruning.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+PLAN = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
 HOW = {"device": "cpu", "batch_size": 12, "max_new_tokens": 3}
 
 SCALES = f"07_quantization/{'a' * 64}/scales"

@@ -10,7 +10,7 @@ from small_llava import batch, small_llava
 from derm_compress import files
 from derm_compress.errors import DermError
 from derm_compress.evaluate import latency
-from derm_compress.method import pruning
+from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization import packed
 from derm_compress.model import variants as variants_of
 
@@ -99,7 +99,7 @@ def test_bandwidth_is_the_best_copy_or_sum(monkeypatch):
 
 
 def test_each_variant_is_measured_at_batch_1_first(recipe, store, dataset):
-    plan = pruning.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+    plan = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
     frame, how = (
         variants_of.pruned(recipe, [plan], [3]),
         {"device": "cpu", "new_tokens": 3, "repeats": 3, "warmup": 1},
@@ -125,7 +125,7 @@ def test_each_variant_is_measured_at_batch_1_first(recipe, store, dataset):
 
 @pytest.fixture
 def frame(recipe):
-    plan = pruning.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+    plan = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
     rounded = recipe.then("quantize", method="rtn", bits=4, group_size=16)
     frame = variants_of.pruned(recipe, [plan], [3])
     last = frame.iloc[[0]].assign(variant="original|rtn4", recipe=rounded.to_json())

@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 
 from derm_compress.errors import DermError
 from derm_compress.evaluate.export import export_model, prune_folder, to_half
-from derm_compress.method import pruning
+from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.quantization import checkpoint, gemm, packed, quantize
 from derm_compress.method.quantization.grids import IntegerGrid
 from derm_compress.method.quantization.packed import PackedLinear
@@ -123,7 +123,7 @@ def test_a_quantized_folder_is_not_pruned(recipe, store, tmp_path):
         path.stat().st_mode & 0o777 for path in (tmp_path / "q").iterdir() if path.is_file()
     } == {0o644}
     with pytest.raises(DermError, match="is quantized; prune the model that it was made of"):
-        prune_folder(str(tmp_path / "q"), pruning.published(), 1, tmp_path / "out")
+        prune_folder(str(tmp_path / "q"), published_plan(), 1, tmp_path / "out")
 
 
 def test_stored_bytes_are_the_planned_ones(pico, tmp_path):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from derm_compress.errors import DermError
 from derm_compress.evaluate import answers
 from derm_compress.files import Journal
-from derm_compress.method import pruning
+from derm_compress.method.pruning.plan import Plan, published_plan
 from derm_compress.method.importance import criteria, measure
 from derm_compress.method.importance.rankings import Ranking, rankings
 from derm_compress.model import anatomy, removal
@@ -41,7 +41,7 @@ def ranked(names, c, *, journal=None, protected=(0, 1, 7), most=5):
     told = measure.plans(
         names, measured, c, protected=protected, most=most, fingerprint="f", journal=journal
     )
-    return {name: pruning.Plan.from_dict(plan) for name, plan in told.items()}, measured
+    return {name: Plan.from_dict(plan) for name, plan in told.items()}, measured
 
 
 def scripted(monkeypatch, table, name="block_influence"):
@@ -278,7 +278,7 @@ def test_plans_say_how_they_were_made_and_survive_json(calibration):
         ["block_influence-text", "random-2", "angular-contiguous", "last-sublayers"], calibration
     )
     for plan in plans.values():
-        assert pruning.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+        assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
         plan.check(blocks=8, fingerprint="f")
         for wrong in ({"blocks": 9, "fingerprint": "f"}, {"blocks": 8, "fingerprint": "g"}):
             with pytest.raises(
@@ -301,7 +301,7 @@ def test_plans_say_how_they_were_made_and_survive_json(calibration):
 
 
 def test_the_published_plan_is_for_32_blocks(calibration):
-    plan = pruning.published()
+    plan = published_plan()
     plan.check(blocks=32, fingerprint="any")
     assert plan.order == (
         23,

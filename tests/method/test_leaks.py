@@ -72,7 +72,7 @@ def test_fine_tuning_gives_the_same_bytes_whatever_the_unseen_pictures_are(
         for path in (folder, scratch, kept):
             path.mkdir(parents=True)
         save_dataset(kept, version)
-        jobs.run_all(folder, [job], data=kept, store=store, scratch=scratch, processes=1)
+        jobs.fine_tune_all(folder, [job], data=kept, store=store, scratch=scratch, processes=1)
         made.append((folder / "original" / "adapter_model.safetensors").read_bytes())
     assert made[0] == made[1]
 

@@ -11,15 +11,16 @@ from transformers import LlavaForConditionalGeneration
 from derm_compress.__main__ import main
 from derm_compress.errors import DermError
 from derm_compress.evaluate.export import export_model
-from derm_compress.method import pruning
-from derm_compress.method.materialize import materialize
+from derm_compress.method.pruning.depths import choose_operating_point, plan_depths
+from derm_compress.method.pruning.plan import Plan, published_plan, read_plan, read_plans
+from derm_compress.method.assemble import materialize
 from derm_compress.model import anatomy, cache, loading, memory, prompts, reading, removal, shapes
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
 
-PLAN = pruning.Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
-RUNS = pruning.Plan("angular-contiguous", (), (0, 1, 7), 8, "f" * 16, starts=(4, 2, 3, 3, 2))
-PARTS = pruning.Plan(
+PLAN = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+RUNS = Plan("angular-contiguous", (), (0, 1, 7), 8, "f" * 16, starts=(4, 2, 3, 3, 2))
+PARTS = Plan(
     "x-sublayers", ("2.mlp", "0.attention", "5.attention", "5.mlp", "1.attention", "6.mlp"), (7,), 8
 )
 
@@ -201,9 +202,9 @@ def test_sublayers_removed_by_plan_are_gated_are_exported_and_reloaded(
 @pytest.mark.parametrize("plan", ["published", "file"])
 def test_a_plan_is_applied_to_a_model_folder_by_one_command(dataset, tmp_path, capsys, plan):
     model, processor = loading.load_base("tiny")
-    batch, made = prompt_of(processor, dataset), pruning.published()
+    batch, made = prompt_of(processor, dataset), published_plan()
     if plan == "file":
-        made = pruning.Plan("by hand", ("3.mlp", 7, 5), (0,), 32, anatomy.fingerprint(model))
+        made = Plan("by hand", ("3.mlp", 7, 5), (0,), 32, anatomy.fingerprint(model))
         (tmp_path / "plan.json").write_text(json.dumps(made.to_dict()))
         plan = str(tmp_path / "plan.json")
     assert main(["prune", "tiny", plan, "2", str(tmp_path / "out")]) == 0
@@ -218,7 +219,7 @@ def test_a_plan_is_applied_to_a_model_folder_by_one_command(dataset, tmp_path, c
 
 def test_plans_that_cannot_be_applied_are_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "text.json").write_text("[1]")
-    other = dataclasses.replace(pruning.published(), fingerprint="0" * 16)
+    other = dataclasses.replace(published_plan(), fingerprint="0" * 16)
     (tmp_path / "other.json").write_text(json.dumps(other.to_dict()))
     for plan, count, why in (
         ("none", 2, "neither"),
@@ -243,20 +244,20 @@ def test_plans_that_cannot_be_applied_are_refused_in_one_line(tmp_path, capsys):
 ])  # fmt: skip
 def test_plans_that_name_what_cannot_go_are_refused(changed, why):
     with pytest.raises(DermError, match=f"pruning plan {PLAN.criterion}: {why}"):
-        pruning.Plan.from_dict(PLAN.to_dict() | changed)
+        Plan.from_dict(PLAN.to_dict() | changed)
 
 
 def test_one_of_a_stages_plans_is_applied_by_its_name(tmp_path, capsys):
     (tmp_path / "plans.json").write_text(
         json.dumps({plan.criterion: plan.to_dict() for plan in (PLAN, PARTS)})
     )
-    assert pruning.read_plan(f"{tmp_path / 'plans.json'}:x-sublayers") == PARTS
+    assert read_plan(f"{tmp_path / 'plans.json'}:x-sublayers") == PARTS
     for name, why in (
         ("plans.json", f"name one as .*plans.json:RANKING, of {PLAN.criterion}, x"),
         ("plans.json:y", "y"),
     ):
         with pytest.raises(DermError, match=why):
-            pruning.read_plan(str(tmp_path / name))
+            read_plan(str(tmp_path / name))
 
 
 def test_a_later_step_cannot_bring_sublayers_back(recipe, store):
@@ -276,7 +277,7 @@ def test_plans_refuse_what_they_were_not_made_for():
     with pytest.raises(DermError, match="0 to 5"):
         PLAN.kept(6)
     assert PLAN.kept(2) == (0, 1, 2, 4, 6, 7)
-    assert pruning.Plan.from_dict(PLAN.to_dict()) == PLAN
+    assert Plan.from_dict(PLAN.to_dict()) == PLAN
 
 
 @pytest.mark.parametrize("kept", [[], [0, 0, 1], [2, 1], [0, 8]])
@@ -290,29 +291,29 @@ def scores(**by_depth):
 
 
 def test_the_operating_point_is_where_a_third_is_gone():
-    big = pruning.Plan("x", tuple(range(2, 31)), (0, 1, 31), 32, "f")
+    big = Plan("x", tuple(range(2, 31)), (0, 1, 31), 32, "f")
     papers = scores(d0=80.12, d2=73.15, d4=65.75, d6=62.5, d7=57.25, d9=36.25)
-    assert pruning.choose(papers, big) | {"why": ""} == {"operating": 6, "deeper": 9, "why": ""}
-    cliff = pruning.choose(scores(d0=80, d4=79, d8=26), big)
+    assert choose_operating_point(papers, big) | {"why": ""} == {"operating": 6, "deeper": 9, "why": ""}
+    cliff = choose_operating_point(scores(d0=80, d4=79, d8=26), big)
     assert (cliff["operating"], cliff["deeper"]) == (6, 9) and "no depth" in cliff["why"]
-    floor = pruning.choose(scores(d0=25, d4=25), big)
+    floor = choose_operating_point(scores(d0=25, d4=25), big)
     assert (floor["operating"], floor["deeper"]) == (6, 9) and "no score" in floor["why"]
-    assert pruning.choose(papers, big, fixed=8)["operating"] == 8
+    assert choose_operating_point(papers, big, fixed=8)["operating"] == 8
 
 
 def test_depths_keep_the_papers_fractions():
-    assert pruning.depths([2, 4, 16, 20], PLAN) == [1, 4, 5]
+    assert plan_depths([2, 4, 16, 20], PLAN) == [1, 4, 5]
 
 
 def test_depths_beyond_a_plan_are_named(capsys):
-    assert pruning.depths([4, 20, 24], PLAN) == [1, 5]
+    assert plan_depths([4, 20, 24], PLAN) == [1, 5]
     assert "goes as far as 5 units: depths [6] are left out" in capsys.readouterr().out
     with pytest.raises(
         DermError, match="as far as 5 units, and depths begin at 6; set depths lower"
     ):
-        pruning.depths([24, 28], PLAN)
-    assert pruning.depths([], PLAN) == []
-    far = pruning.choose(scores(d0=80), PLAN, fixed=28)
+        plan_depths([24, 28], PLAN)
+    assert plan_depths([], PLAN) == []
+    far = choose_operating_point(scores(d0=80), PLAN, fixed=28)
     assert far["operating"] == 5 and far["why"].endswith(
         "operating_blocks, as far as the plan goes"
     )
@@ -322,8 +323,8 @@ def test_stored_plans_are_read_by_name(tmp_path):
     (tmp_path / "plans.json").write_text(
         json.dumps({plan.criterion: plan.to_dict() for plan in (PLAN, RUNS, PARTS)})
     )
-    assert pruning.read_plans(tmp_path, ["x-sublayers", "angular-contiguous"]) == [PARTS, RUNS]
+    assert read_plans(tmp_path, ["x-sublayers", "angular-contiguous"]) == [PARTS, RUNS]
     with pytest.raises(
         DermError, match="stage 03 has plans for angular-contiguous, output_similarity, x-sublayers"
     ):
-        pruning.read_plans(tmp_path, ["taylor"])
+        read_plans(tmp_path, ["taylor"])

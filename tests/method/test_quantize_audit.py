@@ -16,7 +16,7 @@ from derm_compress import files
 from derm_compress.errors import DermError
 from derm_compress.evaluate import latency
 from derm_compress.evaluate.variants import quantization_errors, search_scales
-from derm_compress.method.materialize import materialize
+from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import calibration, checkpoint, forms, grids, quantize
 from derm_compress.method.quantization.search import search_one
 from derm_compress.model import anatomy, memory, prompts, shapes, usage  # fmt: skip
@@ -158,7 +158,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from derm_compress.data import synthetic
-from derm_compress.method.materialize import materialize
+from derm_compress.method.assemble import materialize
 from derm_compress.model import prompts
 from derm_compress.model.recipe import Recipe
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from derm_compress.evaluate import judge_local
 from derm_compress.evaluate.answers import answer
 from derm_compress.method.finetune import train
 from derm_compress.method.finetune.merge import merge_adapter
-from derm_compress.method.materialize import materialize
+from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import quantize
 from derm_compress.model import anatomy, devices, loading, prompts, removal
 from derm_compress.model.recipe import Recipe, adapter_digest

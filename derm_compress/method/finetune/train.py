@@ -1,4 +1,4 @@
-"""QLoRA: adapters on an NF4 base, trained on answers only, merged into the unquantized base and never into 4 bits."""
+"""QLoRA: adapters on an NF4 base, trained on answers only (prompts.encode masks the labels)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from derm_compress.model import anatomy, memory, oom, shapes
 from derm_compress.model.prompts import collate, encode, image_tokens
 from derm_compress.progress import track
 
-if TYPE_CHECKING:  # data needs scipy and pandas, which a machine that only rehearses may lack
+if TYPE_CHECKING:
+    import pandas as pd
+
     from derm_compress.data.items import Item
 
 FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of two changes no digit
 TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # plain name lists would also hit CLIP
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
 @dataclass(frozen=True)
@@ -46,32 +49,34 @@ def training_batch(
 ) -> dict:
     """One batch of conversations, each with its picture and its turns in random order and words."""
     tokenizer, expanded = processor.tokenizer, image_tokens(model)
-    told = [dialogue.conversation(i.disease, i.facts, rng) for i in items]
-    batch = collate([encode(tokenizer, t, expanded) for t in told], pad=tokenizer.pad_token_id)
-    pixels = processor.image_processor(list(images[[i.row for i in items]]), return_tensors="pt")[
-        "pixel_values"
-    ]
-    return {
-        k: v.to(model.device) for k, v in (batch | {"pixel_values": pixels.to(model.dtype)}).items()
-    }
+    told = [dialogue.conversation(item.disease, item.facts, rng) for item in items]
+    batch = collate(
+        [encode(tokenizer, turns, expanded) for turns in told], pad=tokenizer.pad_token_id
+    )
+    pictures = list(images[[item.row for item in items]])
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    batch["pixel_values"] = pixels.to(model.dtype)
+    return {name: part.to(model.device) for name, part in batch.items()}
 
 
 def planned_peak(
     model, processor, items: Sequence[Item], images: np.ndarray, training: Training
 ) -> float:
     """GiB that memory.plan_training gives for this model and these settings, with the first batch's length."""
-    first = [items[i] for i in range(min(training.batch_size, len(items)))]
-    width = training_batch(model, processor, first, images, np.random.default_rng(training.seed))[
-        "input_ids"
-    ].shape[1]
+    first = items[: training.batch_size]
+    rng = np.random.default_rng(training.seed)
+    width = training_batch(model, processor, first, images, rng)["input_ids"].shape[1]
     element = model.get_input_embeddings().weight.element_size()
-    return sum(
-        memory.plan_training(
-            shapes.architecture(model.config), rank=training.rank, batch=len(first),
-            text_tokens=width - image_tokens(model), element=element, rest=element,
-            checkpointing=model.device.type == "cuda",
-        ).values()
-    )  # fmt: skip
+    plan = memory.plan_training(
+        shapes.architecture(model.config),
+        rank=training.rank,
+        batch=len(first),
+        text_tokens=width - image_tokens(model),
+        element=element,
+        rest=element,
+        checkpointing=model.device.type == "cuda",
+    )
+    return sum(plan.values())
 
 
 def attach(model, training: Training):
@@ -83,20 +88,15 @@ def attach(model, training: Training):
         r=training.rank, lora_alpha=training.alpha, target_modules=TARGETS, lora_dropout=0.0
     )
     torch.manual_seed(training.seed)
-    model.is_loaded_in_4bit = (
-        True  # else peft asks torchao, too, and refuses the one that Kaggle's image has
-    )
+    # else peft asks torchao, too, and refuses the one that Kaggle's image has
+    model.is_loaded_in_4bit = True
     try:
         tuned = get_peft_model(model, config)
     finally:
         del model.is_loaded_in_4bit
-    astray = [
-        n for n, p in tuned.named_parameters() if p.requires_grad and "language_model" not in n
-    ]
-    if astray:
-        raise DermError(
-            f"finetune: adapters outside the decoder, first {astray[0]}; check the target names"
-        )
+    for name, weight in tuned.named_parameters():
+        if weight.requires_grad and "language_model" not in name:
+            raise DermError(f"finetune: {name} is an adapter outside the decoder")
     return tuned
 
 
@@ -116,7 +116,7 @@ def train(
     *,
     checkpoint: Path,
     what: str,
-):
+) -> tuple[object, pd.DataFrame, dict]:
     """QLoRA steps, going on from the checkpoint if there is one; the peft model, the curve, and {seconds, skipped}.
 
     skipped: steps not taken since gradients were not finite; DermError for more than a tenth of all, or for all.
@@ -126,78 +126,84 @@ def train(
     tuned = attach(model, training)
     if model.device.type == "cuda":
         save_memory(model)
-    weights = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    weights = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=training.learning_rate, weight_decay=0.0)
-    done, curve, told = _resume(checkpoint, weights, optimizer)
-    scale = FP16_SCALE if model.dtype == torch.float16 else 1
+    curve, told = resume(checkpoint, weights, optimizer)
+    done, batch_size = len(curve), min(training.batch_size, len(items))
     tuned.train()
     for step in track(range(done, training.steps), what, total=training.steps - done):
         began = time.perf_counter()
         rng = np.random.default_rng([training.seed, step])
-        chosen = [
-            items[i]
-            for i in rng.choice(len(items), min(training.batch_size, len(items)), replace=False)
-        ]
+        chosen = [items[i] for i in rng.choice(len(items), batch_size, replace=False)]
         batch = training_batch(model, processor, chosen, images, rng)
         for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate * _schedule(step, training.steps)
-        optimizer.zero_grad()
+            group["lr"] = training.learning_rate * schedule(step, training.steps)
         with oom.naming("finetune_batch or sft_batch", what):
-            loss = tuned(**batch, use_cache=False).loss
-            (scale * loss).backward()
-            for weight in weights.values():
-                weight.grad.div_(scale)
-            finite = bool(torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).isfinite())
-            if finite:  # half precision may overflow now and then
-                optimizer.step()
-        curve.append((step, loss.item()))
-        told["skipped"] += not finite
-        _check_skipped(told["skipped"], step + 1, training.steps, what)
+            loss, taken = one_step(tuned, batch, optimizer)
+        curve.append((step, loss))
+        told["skipped"] += not taken
+        check_skipped(told["skipped"], step + 1, training.steps, what)
         told["seconds"] += time.perf_counter() - began
         if (step + 1) % training.checkpoint_every == 0 and step + 1 < training.steps:
-            _checkpoint(checkpoint, weights, optimizer, curve, told)
+            keep(checkpoint, weights, optimizer, curve, told)
     return tuned.eval(), pd.DataFrame(curve, columns=["step", "loss"]), told
 
 
-def _check_skipped(skipped: int, done: int, steps: int, what: str) -> None:
+def one_step(tuned, batch: dict, optimizer) -> tuple[float, bool]:
+    """The loss, and whether gradients were finite, so that a step was taken: half precision may overflow."""
+    scale = FP16_SCALE if tuned.dtype == torch.float16 else 1
+    weights = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss = tuned(**batch, use_cache=False).loss
+    (scale * loss).backward()
+    for weight in weights:
+        weight.grad.div_(scale)
+    finite = bool(torch.nn.utils.clip_grad_norm_(weights, 1.0).isfinite())
+    if finite:
+        optimizer.step()
+    return loss.item(), finite
+
+
+def check_skipped(skipped: int, done: int, steps: int, what: str) -> None:
     if skipped > max(9, steps / 10) or skipped == steps:
         raise DermError(
-            f"{what}: gradients of {skipped} of {done} steps were not finite; set the learning rate lower and run again"
+            f"{what}: gradients of {skipped} of {done} steps were not finite; "
+            "set the learning rate lower and run again"
         )
 
 
-def _schedule(step: int, steps: int, warmup: float = 0.05) -> float:
+def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
     """Linear warm-up, then cosine to a tenth."""
-    if step < (rise := max(1, round(warmup * steps))):
+    rise = max(1, round(warmup * steps))
+    if step < rise:
         return (step + 1) / rise
     return 0.1 + 0.45 * (1 + np.cos(np.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _checkpoint(path: Path, weights: dict, optimizer, curve: list, told: dict) -> None:
+def keep(path: Path, weights: dict, optimizer, curve: list, told: dict) -> None:
     """Adapters and Adam's moments, if a step was taken, as safetensors, replaced at once."""
     tensors = {}
     for name, weight in weights.items():
         tensors[f"w.{name}"] = weight.detach()
-        for moment in ("exp_avg", "exp_avg_sq") if optimizer.state[weight] else ():
-            tensors[f"{moment}.{name}"] = optimizer.state[weight][moment]
+        state = optimizer.state[weight]
+        tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if state}
     draft = path.with_suffix(".part")
     save_file(tensors, draft, metadata={"curve": json.dumps(curve), "told": json.dumps(told)})
     draft.replace(path)
 
 
-def _resume(path: Path, weights: dict, optimizer) -> tuple[int, list, dict]:
+def resume(path: Path, weights: dict, optimizer) -> tuple[list, dict]:
+    """The curve so far and {seconds, skipped}, with weights and moments put back."""
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
-            kept = {name: json.loads(text) for name, text in file.metadata().items()}
+            curve, told = (json.loads(file.metadata()[name]) for name in ("curve", "told"))
     except (FileNotFoundError, SafetensorError):  # none yet, or cut short by a power failure
-        return 0, [], {"seconds": 0.0, "skipped": 0}
-    curve, told = [tuple(pair) for pair in kept["curve"]], kept["told"]
+        return [], {"seconds": 0.0, "skipped": 0}
+    taken = len(curve) - told["skipped"]
     for name, weight in weights.items():
         weight.data.copy_(tensors[f"w.{name}"])
-        if taken := len(curve) - told["skipped"]:
-            moments = {
-                m: tensors[f"{m}.{name}"].to(weight.device) for m in ("exp_avg", "exp_avg_sq")
-            }
+        if taken:
+            moments = {moment: tensors[f"{moment}.{name}"].to(weight.device) for moment in MOMENTS}
             optimizer.state[weight] = {"step": torch.tensor(float(taken)), **moments}
-    return len(curve), curve, told
+    return curve, told

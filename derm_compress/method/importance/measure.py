@@ -13,7 +13,7 @@ import pandas as pd
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.errors import DermError
-from derm_compress.method import pruning
+from derm_compress.method.pruning.plan import Plan, published_plan
 from derm_compress.method.importance.criteria import CRITERIA, Calibration
 from derm_compress.method.importance.rankings import PUBLISHED, Ranking, rankings
 from derm_compress.model import anatomy, oom, removal
@@ -197,7 +197,7 @@ def plans(
     made = []
     for name in dict.fromkeys(names):
         if name == PUBLISHED:
-            made.append(pruning.published())
+            made.append(published_plan())
             made[-1].check(blocks=blocks, fingerprint=fingerprint)
             continue
         ranking = found[name]
@@ -226,7 +226,7 @@ def plans(
             tuple(scored),
             settings(ranking, c),
         )
-        made.append(pruning.Plan(name, *about))
+        made.append(Plan(name, *about))
         if "iterative" in ranking.options:
             made[-1].settings["iterative_blocks"] = most
     return {plan.criterion: plan.to_dict() for plan in made}

@@ -1,11 +1,13 @@
-"""Models: loading, anatomy (the one place that knows where blocks, projector and head live), making, exporting."""
+"""A model from its recipe: base, adapters, pruned blocks, quantized weights, in the order of the recipe's steps."""
 
 from __future__ import annotations
 
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from derm_compress.errors import DermError
-from derm_compress.model import usage
+from derm_compress.method.finetune.merge import merge_adapter
+from derm_compress.method.quantization import quantize
+from derm_compress.model import removal, usage
 from derm_compress.model.anatomy import META, blocks, fingerprint
 from derm_compress.model.loading import load_base
 from derm_compress.model.recipe import Recipe
@@ -15,30 +17,30 @@ def materialize(
     recipe: Recipe, store, device: str = "cpu", packed: bool = False, dtype=None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Make the variant of a recipe; `store.resolve(ref)` finds adapter and scale files. Merged, never left as LoRA."""
-    from derm_compress.method.finetune.merge import merge_adapter
-    from derm_compress.method.quantization import quantize
-    from derm_compress.model import removal
-
     usage.reset_peak(device)  # a GPU has room for one model, and none for what is left of the last
     model, processor = load_base(recipe.base, device, dtype)
     if (found := fingerprint(model)) != recipe.fingerprint:
         raise DermError(
-            f"model {recipe.base}: fingerprint {found}, but the recipe was made for {recipe.fingerprint}"
+            f"model {recipe.base}: fingerprint {found}, "
+            f"but the recipe was made for {recipe.fingerprint}"
         )
     kept, absent = tuple(range(len(blocks(model)))), ()
     for step in recipe.steps:
         if rounded := quantize.quantized_linears(model)["decoder"]:
             raise DermError(
-                f"recipe: {step['step']} after a quantize step ({rounded} linears); quantize comes last"
+                f"recipe: {step['step']} after a quantize step ({rounded} linears); "
+                "quantize comes last"
             )
         if device == META and step["step"] in ("adapter", "quantize"):
-            continue  # neither changes a shape that is counted here; formats are planned (memory.plan_weights)
-        if step["step"] == "adapter":
-            merge_adapter(model, store.resolve(step["ref"]), step, kept=kept, absent=absent)
-        elif step["step"] == "prune":
-            kept, absent = removal.apply_step(model, step, kept), tuple(step.get("absent", ()))
-        elif step["step"] == "quantize":
-            quantize.apply_step(model, step, store, packed=packed)
-        else:
-            raise DermError(f"recipe: unknown step {step['step']!r}; adapter, prune or quantize")
+            continue  # neither changes a shape; formats are planned (memory.plan_weights)
+        match step["step"]:
+            case "adapter":
+                merge_adapter(model, store.resolve(step["ref"]), step, kept=kept, absent=absent)
+            case "prune":
+                kept = removal.apply_step(model, step, kept)
+                absent = tuple(step.get("absent", ()))
+            case "quantize":
+                quantize.apply_step(model, step, store, packed=packed)
+            case unknown:
+                raise DermError(f"recipe: unknown step {unknown!r}; adapter, prune or quantize")
     return model, processor

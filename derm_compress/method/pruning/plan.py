@@ -6,16 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
 from derm_compress.errors import DermError
 from derm_compress.model.removal import SUBLAYERS, Unit, left, span
-from derm_compress.model.variants import paper_depth
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-PAPER_DEPTHS = {"operating": 6, "deeper": 9}  # of 32 blocks
 
 
 def _is_unit(unit, blocks: int) -> bool:
@@ -107,7 +101,7 @@ class Plan:
         return Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
 
-def published() -> Plan:
+def published_plan() -> Plan:
     """The removal order of the paper's published code for its fine-tuned LLaVA-1.5-7B; it names 14 blocks."""
     return Plan.from_dict(
         json.loads((Path(__file__).parent / "published_plan.json").read_text("utf-8"))
@@ -117,7 +111,7 @@ def published() -> Plan:
 def read_plan(name: str) -> Plan:
     """`published`, a plan's JSON file, or FILE:RANKING for one of stage 03's plans.json."""
     if name == "published":
-        return published()
+        return published_plan()
     file, _, ranking = (name, "", "") if Path(name).is_file() else name.rpartition(":")
     try:
         told = json.loads(Path(file or name).read_text("utf-8"))
@@ -138,59 +132,3 @@ def read_plans(folder: Path, criteria: Sequence[str]) -> list[Plan]:
     if unknown := [name for name in criteria if name not in known]:
         raise DermError(f"criteria {unknown}: stage 03 has plans for {', '.join(sorted(known))}")
     return [Plan.from_dict(known[name]) for name in criteria]
-
-
-def depths(of_32: Sequence[int], plan: Plan) -> list[int]:
-    """Depths of the paper's 32 blocks as the same fractions of this model's, as far as the plan reaches.
-
-    Says which it does not reach; DermError if it is none.
-    """
-    asked = sorted({paper_depth(n, plan.blocks) for n in of_32})
-    found = [depth for depth in asked if depth <= plan.most]
-    if asked and not found:
-        advice = (
-            "set iterative_blocks higher" if "iterative" in plan.criterion else "set depths lower"
-        )
-        far = f"pruning plan {plan.criterion} goes as far as {plan.most} units, and depths begin at {asked[0]}"
-        raise DermError(f"{far}; {advice}")
-    if beyond := asked[len(found) :]:
-        print(
-            f"plan {plan.criterion} goes as far as {plan.most} units: depths {beyond} are left out",
-            flush=True,
-        )
-    return found
-
-
-def choose(
-    scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 25.0, share: float = 1 / 3
-) -> dict:
-    """Operating depth, where about a third of the score above the floor is gone, and one half as deep again.
-
-    `scores` has blocks_removed and score (percent) on development items. As in the paper, where 80.12 -> 62.50 over a
-    floor of 25 at 6 of 32. `fixed` (of 32) overrules; where no depth loses between half and one and a half times that
-    share, the paper's fractions are taken.
-    """
-    most = plan.most
-    paper = {name: min(paper_depth(n, plan.blocks), most) for name, n in PAPER_DEPTHS.items()}
-    paper["deeper"] = min(max(paper["deeper"], paper["operating"] + 1), most)
-    known = scores.dropna(subset="score").set_index("blocks_removed").score
-    if known.empty and not fixed:
-        return paper | {"why": "there are no scores, so the paper's fractions"}
-    if fixed:
-        depth, why = (
-            min(paper_depth(fixed, plan.blocks), most),
-            "set by the parameter operating_blocks",
-        )
-        why += ", as far as the plan goes" if paper_depth(fixed, plan.blocks) > most else ""
-    elif (above := known.get(0, floor) - floor) <= 0:
-        return paper | {"why": "no score above the floor: the paper's fractions"}
-    else:
-        lost = (known[0] - known.drop(0)) / above
-        lost = lost[(lost >= share / 2) & (lost <= 1.5 * share)]
-        if lost.empty:
-            return paper | {
-                "why": "no depth loses about a third of the score above the floor: the paper's fractions"
-            }
-        depth = int((lost - share).abs().idxmin())
-        why = f"removing {depth} blocks loses {lost[depth]:.0%} of the development score above the floor"
-    return {"operating": depth, "deeper": min(int(1.5 * depth + 0.5), most), "why": why}
