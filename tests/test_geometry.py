@@ -78,8 +78,9 @@ def test_a_fingerprint_of_shapes_tells_depths_apart():
     assert before != anatomy.fingerprint(pico)
 
 
-def variants_of(recipe, folder):
+def variants_of(recipe, store):
     """All variants of the study as its stages make them."""
+    folder = store.root
     known = pruned(recipe, [published_plan()], [2, 4, 6, 7, 8, 9, 10])
     training = train.Training(rank=16, alpha=8, learning_rate=1e-3, steps=2, batch_size=2, seed=0)
     sources = to_heal(known, {"operating": 6, "deeper": 9})
@@ -89,11 +90,11 @@ def variants_of(recipe, folder):
     fine_tune_all(
         folder / "adapters", jobs, data=folder, store=None, scratch=folder / "scratch", processes=2
     )  # fmt: skip
-    healed = frames.healed(sources, "adapters", folder / "adapters")
+    healed = frames.healed(sources, store.ref("adapters"), folder / "adapters")
     every = pd.concat([sources, healed])
     methods = ["awq", "bitsandbytes", "rtn", "rtn_symmetric"]
     wanted = forms.asked(every.variant, methods, 4, 64)
-    rounded = forms.quantized(every, wanted, "scales")
+    rounded = forms.quantized(every, wanted, store.ref("scales"))
     return pd.concat([known, healed, rounded], ignore_index=True), jobs, sources, wanted, rounded
 
 
@@ -116,7 +117,7 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
         journal=Journal(),
         **told,
     )
-    variants, jobs, sources, wanted, rounded = variants_of(recipe, tmp_path)
+    variants, jobs, sources, wanted, rounded = variants_of(recipe, store)
     ask = {
         "items": dataset.of("test"),
         "images": dataset.images,

@@ -92,7 +92,7 @@ def test_a_model_is_let_go_before_the_next_is_loaded(
     monkeypatch.setattr(variants_, "COPIED", 0)  # quantized models are made anew, as large ones are
     alive.clear()
     rounded = forms.quantized(
-        frame[:1], forms.asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], 4, 64), ""
+        frame[:1], forms.asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], 4, 64), SCALES
     )
     assert len(list(each_model(rounded, store, "cpu", "x"))) == 3
     assert alive == [0, 1, 1, 1]  # beside the source that they share
@@ -149,7 +149,7 @@ def test_quantized_variants_run_from_search_to_errors(recipe, store, dataset, tm
     )
     assert scaled_channels(tmp_path / "scales", "awq9", frame, store, **how).empty
     wanted = wanted[wanted.form != "awq3-text"]
-    quantized = forms.quantized(frame, wanted, "scales")
+    quantized = forms.quantized(frame, wanted, store.ref("scales"))
     errors = quantization_errors(quantized, frame, store, **how)
     assert (
         errors.groupby("variant").size().tolist() == [8, 8, 7, 7]

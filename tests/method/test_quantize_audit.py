@@ -149,7 +149,7 @@ def awq_variant(recipe, store, dataset, folder):
     wanted = forms.asked(["original"], ["awq"], 4, 64)
     (folder / "scales").mkdir()
     search_scales(folder / "scales", wanted, sources, store, scratch=folder / "scratch", **how)
-    return forms.quantized(sources, wanted, "scales"), sources, how
+    return forms.quantized(sources, wanted, store.ref("scales")), sources, how
 
 
 ELSEWHERE = """
@@ -163,7 +163,7 @@ from derm_compress.model import prompts
 from derm_compress.model.recipe import Recipe
 torch.set_num_threads(1)
 root, text = Path(sys.argv[1]), sys.argv[2]
-store = SimpleNamespace(resolve=lambda ref: root / ref)
+store = SimpleNamespace(resolve=lambda ref: root.joinpath(*ref.split("/")[2:]))
 model, processor = materialize(Recipe.from_json(text), store)
 dataset = synthetic.make(n_train=24, n_test=8, n_heldout=8, size=72, seed=3)
 inputs = prompts.prepare(processor, [prompts.prompt(processor, "name")], dataset.images[[0]], model.device)
