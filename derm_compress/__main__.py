@@ -1,84 +1,73 @@
-"""Command line: run parameter files, export or prune a model, render a report again, carry a study to Kaggle."""
+"""Compute and report the runs of the study, export its models, carry it to Kaggle."""
 
-import argparse
 import re
 import signal
 import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from derm_compress.errors import DermError
+
+app = typer.Typer(
+    help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+)
+Owner = Annotated[str, typer.Option(help="user name on Kaggle")]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a stage failed, 2 a wrong request, 130 stopped."""
-    arguments = parser().parse_args(argv)
     for name in ("SIGTERM", "SIGHUP"):  # end like Ctrl-C, so that no kernel is left behind
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
-    from derm_compress.study.plan import settle
-
-    settle()
     try:
-        return arguments.command(arguments)
+        app(argv, prog_name="python -m derm_compress")
     except DermError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except SystemExit as done:
+        return done.code or 0
+    return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    commands = argparse.ArgumentParser(prog="python -m derm_compress", description=__doc__)
-    add = commands.add_subparsers(
-        required=True, metavar="run | export | prune | report | pack | kaggle"
-    ).add_parser
-    run = add("run", help="compute what is missing of the runs of parameter files, and report")
-    run.add_argument("params", nargs="+", type=Path, help="params/NAME.yaml")
-    run.add_argument("--only", metavar="04", help="this stage only")
-    run.add_argument("--from", dest="from_", metavar="04", help="this stage and those after it")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="'KEY=VALUE …'", help="over the files' values"
-    )
-    run.add_argument(
-        "--force", action="store_true", help="compute again, even if nothing has changed"
-    )
-    run.add_argument(
-        "--list", action="store_true", help="only say what is cached and what is to compute"
-    )
-    run.add_argument(
-        "--hours", type=float, default=0, help="stop then, to go on later with the same command"
-    )
-    run.set_defaults(command=run_command)
-    export = add("export", help="write a model of a run as an ordinary model folder")
-    export.add_argument("model", help="RUN/STAGE[/NAME], without NAME the operating point")
-    export.add_argument("path", type=Path)
-    export.add_argument(
-        "--half", action="store_true", help="unquantized weights in fp16, as readers of AWQ expect"
-    )
-    export.set_defaults(command=export_command)
-    prune = add("prune", help="write a model folder without some of its blocks, by a pruning plan")
-    prune.add_argument("model", help="a model folder, a hub id, or tiny")
-    prune.add_argument("plan", help="published, or a plan's JSON file")
-    prune.add_argument("count", type=int, help="how many of the plan's units go")
-    prune.add_argument("path", type=Path)
-    prune.set_defaults(command=prune_command)
-    report = add("report", help="render reports/RUN again from what is stored")
-    report.add_argument("runs", nargs="+", metavar="RUN")
-    report.set_defaults(command=report_command)
-    pack = add("pack", help="copy what a run has finished and begun into a Kaggle data set folder")
-    pack.add_argument("run", metavar="RUN")
-    pack.add_argument("path", type=Path)
-    pack.set_defaults(command=pack_command)
-    kaggle = add("kaggle", help="build the data set and the kernels that go to Kaggle")
-    kaggle.add_argument("path", type=Path)
-    kaggle.set_defaults(command=kaggle_command)
-    for command in (pack, kaggle):
-        command.add_argument("--owner", default="INSERT_USERNAME_HERE", help="user name on Kaggle")
-    return commands
+@app.callback()
+def begin() -> None:
+    """Before every command, and so before the first sum."""
+    from derm_compress.study.plan import settle
+
+    settle()
+
+
+@app.command()
+def run(
+    params: Annotated[list[Path], typer.Argument(help="params/NAME.yaml", show_default=False)],
+    only: Annotated[str | None, typer.Option(metavar="04", help="this stage only")] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="04", help="this stage and those after it")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="'KEY=VALUE …'", help="over the files' values"),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="compute even what has not changed")
+    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="only say what is to compute")] = False,
+    hours: Annotated[float, typer.Option(help="stop then; the same command goes on later")] = 0,
+) -> None:
+    """Compute what is missing of the runs of parameter files, and report."""
+    from derm_compress.study.run import run as compute
+
+    if hours and not list_:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 3600 * hours)
+    code = compute(params, only, from_, assignments(sets or []), force=force, list_=list_)
+    raise typer.Exit(code)
 
 
 def assignments(texts: list[str]) -> dict[str, str]:
-    """{"a": "1", "b": "two words"} from ["a=1 b=two words"]: a value goes on until the next `name=`."""
+    """{"a": "1", "b": "two words"} from ["a=1 b=two words"]: values end before the next `name=`."""
     found = {}
     for text in filter(None, re.split(r"\s+(?=\w+=)", " ".join(texts).strip())):
         name, sign, value = text.partition("=")
@@ -88,68 +77,76 @@ def assignments(texts: list[str]) -> dict[str, str]:
     return found
 
 
-def run_command(a) -> int:
-    from derm_compress.study.run import run
-
-    if a.hours and not a.list:
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 3600 * a.hours)
-    return run(a.params, a.only, a.from_, assignments(a.set), a.force, a.list)
-
-
-def pack_command(a) -> int:
-    from derm_compress.kaggle.build import pack
-
-    print(*pack(a.run, a.path, owner=a.owner), f"-> {a.path}", sep="\n")
-    return 0
-
-
-def kaggle_command(a) -> int:
-    from derm_compress.kaggle.build import build, describe
-
-    print(describe(build(a.path, owner=a.owner), a.owner))
-    return 0
-
-
-def report_command(a) -> int:
-    from derm_compress.report.render import render, render_index
-    from derm_compress.study.plan import project_root
-
-    for name in a.runs:
-        print(render(name, root=project_root()))
-    render_index(project_root())
-    return 0
-
-
-def export_command(a) -> int:
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="RUN/STAGE[/NAME], without NAME the operating point")
+    ],
+    path: Path,
+    half: Annotated[bool, typer.Option("--half", help="unquantized weights in fp16")] = False,
+) -> None:
+    """Write a model of a run as an ordinary model folder."""
     from derm_compress.study.plan import find_recipe
 
-    recipe, store = find_recipe(a.model)
+    recipe, store = find_recipe(model)
     from derm_compress.evaluate import cards
     from derm_compress.evaluate.export import export_model
 
-    known = cards.facts(recipe, store.root.parent, a.model.split("/")[0])
-    export_model(recipe, store, a.path, known=known, half=a.half)
-    return written(a)
+    known = cards.facts(recipe, store.root.parent, model.split("/")[0])
+    export_model(recipe, store, path, known=known, half=half)
+    tell_written(model, path)
 
 
-def prune_command(a) -> int:
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="a model folder, a hub id, or tiny")],
+    plan: Annotated[str, typer.Argument(help="published, or a plan's JSON file")],
+    count: Annotated[int, typer.Argument(help="how many of the plan's units go")],
+    path: Path,
+) -> None:
+    """Write a model folder without some of its blocks, by a pruning plan."""
     from derm_compress.evaluate.export import prune_folder
     from derm_compress.method.pruning.plan import read_plan
 
-    prune_folder(a.model, read_plan(a.plan), a.count, a.path)
-    return written(a)
+    prune_folder(model, read_plan(plan), count, path)
+    tell_written(model, path)
 
 
-def written(a) -> int:
+def tell_written(model: str, path: Path) -> None:
     """Says what was written, and who cannot open it."""
     from derm_compress.evaluate import cards
     from derm_compress.model import loading
 
-    print(f"{a.model} -> {a.path}; README.md there says what it is and how it opens")
-    if (a.path / loading.PARTIAL).exists():
+    print(f"{model} -> {path}; README.md there says what it is and how it opens")
+    if (path / loading.PARTIAL).exists():
         print(cards.NOT_PLAIN)
-    return 0
+
+
+@app.command()
+def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...")]) -> None:
+    """Render reports/RUN again from what is stored."""
+    from derm_compress.report.render import render, render_index
+    from derm_compress.study.plan import project_root
+
+    for name in runs:
+        print(render(name, root=project_root()))
+    render_index(project_root())
+
+
+@app.command()
+def pack(run: str, path: Path, owner: Owner = "") -> None:
+    """Copy what a run has finished and begun into a Kaggle data set folder."""
+    from derm_compress.kaggle.build import pack as copy
+
+    print(*copy(run, path, owner=owner), f"-> {path}", sep="\n")
+
+
+@app.command()
+def kaggle(path: Path, owner: Owner = "") -> None:
+    """Build the data set and the kernels that go to Kaggle."""
+    from derm_compress.kaggle.build import build, describe
+
+    print(describe(build(path, owner=owner), owner))
 
 
 if __name__ == "__main__":

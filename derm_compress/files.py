@@ -1,26 +1,33 @@
-"""The content-addressed store: artifacts that are whole or absent, work that survives a kill, journals (no torch)."""
+"""Files: written whole or not at all, journals that survive a kill, locks, digests (no torch)."""
 
 import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path, PurePath
 
+from filelock import FileLock, Timeout
+
 from derm_compress.errors import DermError
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may compute one key twice, and the first rename wins
-    fcntl = None
-_HELD: dict = {}  # a lock belongs to the open file: a second handle in this process would wait for the first
+STAGE, KEY = re.compile(r"[0-9]{2}_[a-z0-9_]+"), re.compile(r"[0-9a-f]{64}")
+_HELD: dict[Path, FileLock] = {}  # a second lock on one file would wait for this process's own
 
 
 def shown(path: Path) -> str:
     """A path as people should see it: relative to the working folder where it lies inside."""
     here = Path.cwd()
     return path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path)
+
+
+def public(value):
+    """A value as reports may show it: without the folders of this machine."""
+    if isinstance(value, str) and PurePath(value).is_absolute():
+        return f"…/{PurePath(value).name}"
+    return value
 
 
 def remove(path: Path) -> None:
@@ -43,15 +50,12 @@ def sync(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def disk_guard(path: Path):
-    """Turns a full disk, also one that a library reports in words of its own, into one clear line."""
+    """Turns a full disk, also one that a library reports in its own words, into one clear line."""
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ) or "No space left" in str(error)
-        if not full:
+        number = getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
             raise
         advice = "free some space and run again, what was finished is kept"
         raise DermError(f"the disk is full while writing {shown(path)}: {advice}") from error
@@ -59,7 +63,7 @@ def disk_guard(path: Path):
 
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Yields a temporary path beside `path`: renamed onto it when the block ends well, removed otherwise."""
+    """Yields a path beside `path`: renamed onto it when the block ends well, else removed."""
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         with disk_guard(path):
@@ -80,23 +84,27 @@ def copy(folder: Path, path: Path) -> None:
             inner.chmod(0o755 if inner.is_dir() else 0o644)
 
 
-def _plain(value):
-    if hasattr(value, "tolist"):  # numpy's scalars and arrays
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be kept as JSON")
-
-
 def write_json(path: Path, value) -> None:
     """JSON as the store keeps it: indent 1, sorted keys; NaN is refused, unknown is null."""
     text = json.dumps(
         value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain
     )
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     with atomic(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _plain(value):
+    if hasattr(value, "tolist"):  # numpy's scalars and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be kept as JSON")
 
 
 def write_frame(path: Path, frame) -> None:
@@ -112,48 +120,66 @@ def read_frame(path: Path):
 
 
 def hold(path: Path, *, waiting: str = "") -> bool:
-    """Takes the lock file `path` until `release` or the process ends; where another process has it, says `waiting`
-    and waits, or returns False if there is nothing to say."""
+    """Takes the lock file `path` until `release` or the process ends; whether it is taken now.
+
+    Where another process has it: says `waiting` and waits, or is False if there is nothing to say.
+    """
     if path in _HELD:
         return True
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as opened:
-        handle = opened.enter_context(open(path, "a"))
-        try:
-            if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not waiting:
-                return False
-            print(waiting, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass  # some network file systems have no locks
-        _HELD[path] = opened.pop_all()
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if not waiting:
+            return False
+        print(waiting, flush=True)
+        lock.acquire()
+    _HELD[path] = lock
     return True
 
 
+def held(path: Path) -> bool:
+    """Whether this process holds a lock file."""
+    return path in _HELD
+
+
 def release(path: Path) -> None:
-    """Gives a lock up; without effect where this process does not hold it."""
-    if opened := _HELD.pop(path, None):
-        opened.close()
+    """Gives a lock file up; without effect where this process does not hold it."""
+    if path in _HELD:
+        _HELD.pop(path).release()
+
+
+def artifact(store: Path, stage: str, key: str) -> Path:
+    """Where a store keeps a stage's result; DermError for what can be no stage and key."""
+    if not STAGE.fullmatch(str(stage)) or not KEY.fullmatch(str(key)):
+        raise DermError(
+            f"{stage}/{key} names no artifact: NN_stage and a key of 64 digits are wanted"
+        )
+    return store / stage / key
 
 
 class Journal:
-    """An append-only log of finished items; a line that a kill cut short is dropped when it is opened again.
+    """An append-only log of finished items; a line that a kill cut short is dropped on opening.
 
     `done` maps each key (str) to its row (JSON value). Without a path it lives in memory only.
     """
 
     def __init__(self, path: Path | None = None):
-        self.done, self._path, whole = {}, path, 0
-        for line in path.read_bytes().splitlines(keepends=True) if path and path.exists() else ():
+        self.done, self._path = {}, path
+        if path and path.exists():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
                 key, row = json.loads(line if line.endswith(b"\n") else b"")
             except (ValueError, TypeError):
                 os.truncate(path, whole)
                 break
-            self.done[key], whole = row, whole + len(line)
+            self.done[key] = row
+            whole += len(line)
 
     def add(self, key: str, row) -> None:
         """Keeps a row, as a later run will read it."""
@@ -178,30 +204,16 @@ def file_digest(path: Path) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Digest of a folder's listing (names, sizes, times of change): a changed photograph is new input.
+    """Digest of a folder's listing (names, sizes, times): a changed photograph is new input.
 
-    Of Kaggle's read-only inputs names and sizes alone: they may be mounted with other times in every session.
+    Of Kaggle's read-only inputs names and sizes alone: their times may differ in every session.
     """
-    mounted = folder.resolve().is_relative_to(
-        Path(os.environ.get("KAGGLE_ROOT", "/kaggle"), "input").resolve()
-    )
-    stats = {
-        path.relative_to(folder).as_posix(): path.stat()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    return digest(
-        {
-            name: [stat.st_size, *([] if mounted else [stat.st_mtime_ns])]
-            for name, stat in stats.items()
-        }
-    )
-
-
-def public(value):
-    """A value as reports may show it: without the folders of this machine."""
-    return (
-        f"…/{PurePath(value).name}"
-        if isinstance(value, str) and PurePath(value).is_absolute()
-        else value
-    )
+    inputs = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"), "input").resolve()
+    mounted = folder.resolve().is_relative_to(inputs)
+    listing = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            stat = path.stat()
+            times = [] if mounted else [stat.st_mtime_ns]
+            listing[path.relative_to(folder).as_posix()] = [stat.st_size, *times]
+    return digest(listing)

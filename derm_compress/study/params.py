@@ -1,4 +1,4 @@
-"""Notebooks as data: their parameter cells are the schema that every parameter file is checked against (no torch)."""
+"""Notebooks as data: their parameter cells are the schema of every parameter file (no torch)."""
 
 import ast
 import contextlib
@@ -6,72 +6,75 @@ import difflib
 import importlib
 import io
 import json
-import math
 import re
 import tokenize
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
 import yaml
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from derm_compress.errors import DermError
 
-SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
-RULE = re.compile(r"\[([^\[\]]*(?:\.\.|\|)[^\[\]]*|[a-z_]+(?:\.[a-z_]+)+)\]\s*$")
+SCALARS = {"int": int, "float": FiniteFloat, "str": str, "bool": bool}
+WRITE = "write `name: type = value  # help [low..high]`"
+DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
+RULE = re.compile(rf"\[([^\[\]]*(?:\.\.|\|)[^\[\]]*|{DOTTED.pattern})\]\s*$")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line of a parameters cell: `name: kind = default  # help [low..high]`, or `[a|b|c]` for choices.
+    """One line of a parameters cell: `name: kind = default  # help [low..high]` or `[a|b|c]`.
 
-    `[module.function]` of this package raises DermError for a value that it does not allow. A list's limits hold for
-    each of its elements. Equal but for their help: two notebooks may share it.
+    `[module.function]` of this package raises DermError for a value that it does not allow.
+    A list's limits hold for each element. Equal but for their help: two notebooks may share it.
     """
 
     name: str
     kind: str  # int, float, str, bool or list
     default: object
     help: str = field(default="", compare=False)
-    low: float = -math.inf
-    high: float = math.inf
+    low: float | None = None
+    high: float | None = None
     choices: tuple = ()
     rule: str = ""
 
     @property
     def element(self) -> str:
-        """The kind of one value; a list's is that of its default's first element (empty default: any)."""
-        return (
-            self.kind
-            if self.kind != "list"
-            else type(self.default[0]).__name__
-            if self.default
-            else ""
-        )
+        """The kind of one value; a list's is that of its default's first element, "" for any."""
+        if self.kind != "list":
+            return self.kind
+        return type(self.default[0]).__name__ if self.default else ""
 
     @property
     def allowed(self) -> str:
         """What a value may be, in words."""
         kind = f"list of {self.element or 'values'}" if self.kind == "list" else self.kind
-        limits = (
-            ""
-            if self.low == -math.inf and self.high == math.inf
-            else f" {self.low:g}..{self.high:g}"
-        )
-        return (
-            f"{kind} out of {', '.join(map(str, self.choices))}" if self.choices else kind + limits
-        )
+        if self.choices:
+            return f"{kind} out of {', '.join(map(str, self.choices))}"
+        limits = ["" if limit is None else f"{limit:g}" for limit in (self.low, self.high)]
+        return f"{kind} {'..'.join(limits)}" if any(limits) else kind
+
+    @cached_property
+    def type(self) -> TypeAdapter:
+        if self.choices:
+            one = Literal[self.choices]
+        elif self.element:
+            one = Annotated[SCALARS[self.element], Field(ge=self.low, le=self.high)]
+        else:
+            one = int | FiniteFloat | str | bool
+        return TypeAdapter(list[one] if self.kind == "list" else one)
 
     def check(self, value, where: str):
-        """The value in its declared type (an int will do for a float); DermError if it is not allowed."""
-        if (self.kind == "list") != isinstance(value, list):
-            raise self._error(value, where)
-        value = (
-            [self._one(item, where) for item in value]
-            if isinstance(value, list)
-            else self._one(value, where)
-        )
+        """The value in its declared type, an int for a float too; DermError if not allowed."""
+        try:
+            value = self.type.validate_python(value, strict=True)
+        except ValidationError as error:
+            raise DermError(f"{where}: {self.name} is {self.told(error)}") from None
         if self.rule:
             module, _, function = self.rule.rpartition(".")
             try:
@@ -80,41 +83,23 @@ class Parameter:
                 raise DermError(f"{where}: {self.name}: {error}") from error
         return value
 
-    def _one(self, value, where):
-        kind = self.element or type(value).__name__
-        value = float(value) if kind == "float" and type(value) is int else value
-        fits = type(value) is SCALARS.get(kind) and (not self.choices or value in self.choices)
-        if not fits or (
-            kind in ("int", "float")
-            and not (math.isfinite(value) and self.low <= value <= self.high)
-        ):
-            raise self._error(value, where)
-        return value
-
-    def _error(self, value, where):
-        trap = (
-            self.element in ("int", "float")
-            and isinstance(value, str)
-            and not isinstance(as_number(value), str)
-        )
-        hint = (
-            " (text to YAML: a number with an exponent needs a dot, as in 1.0e-4)" if trap else ""
-        )
-        return DermError(f"{where}: {self.name} is {value!r}{hint}; allowed: {self.allowed}")
+    def told(self, error: ValidationError) -> str:
+        value, hint = error.errors()[0]["input"], ""
+        number = isinstance(value, str) and not isinstance(as_number(value), str)
+        if number and self.element in ("int", "float"):
+            hint = " (text to YAML: a number with an exponent needs a dot, as in 1.0e-4)"
+        return f"{value!r}{hint}; allowed: {self.allowed}"
 
     def from_text(self, text: str):
-        """A value from the command line, not yet checked: there `1e-4` is a number and `2,4` a list."""
+        """A value from the command line, yet unchecked: `1e-4` is a number and `2,4` a list."""
+        if self.kind == "str":
+            return text
         value = text
-        if self.kind != "str":
-            with contextlib.suppress(yaml.YAMLError):
-                value = yaml.safe_load(
-                    f"[{text}]" if self.kind == "list" and text[:1] != "[" else text
-                )
-        if self.element == "float":
-            value = (
-                [as_number(item) for item in value] if isinstance(value, list) else as_number(value)
-            )
-        return value
+        with contextlib.suppress(yaml.YAMLError):
+            value = yaml.safe_load(f"[{text}]" if self.kind == "list" and text[:1] != "[" else text)
+        if self.element != "float":
+            return value
+        return [as_number(item) for item in value] if isinstance(value, list) else as_number(value)
 
 
 def as_number(value):
@@ -127,116 +112,110 @@ def as_number(value):
 def read_schema(source: str, where: str) -> dict[str, Parameter]:
     """The parameters that a parameters cell declares, by name."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokens
-        if token.type == tokenize.COMMENT
-    }
-    found = [
-        read_line(node, comments.get(node.end_lineno, ""), where) for node in ast.parse(source).body
-    ]
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    nodes = ast.parse(source).body
+    found = [read_line(node, comments.get(node.end_lineno, ""), where) for node in nodes]
     return {parameter.name: parameter for parameter in found}
 
 
 def read_line(node: ast.stmt, comment: str, where: str) -> Parameter:
     rule = RULE.search(comment)
-    text, help_text = (rule[1], comment[: rule.start()].strip()) if rule else ("", comment)
+    told = comment[: rule.start()].strip() if rule else comment
     try:
         name, kind, default = node.target.id, node.annotation.id, ast.literal_eval(node.value)
-        element = SCALARS[Parameter(name, kind, default).element or "str"]
-        if re.fullmatch(r"[a-z_]+(?:\.[a-z_]+)+", text):
-            limits = {"rule": text}
-        elif "|" in text:
-            limits = {"choices": tuple(element(choice.strip()) for choice in text.split("|"))}
-        else:
-            limits = {
-                "low": float(text.partition("..")[0] or "-inf"),
-                "high": float(text.partition("..")[2] or "inf"),
-            }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        parameter = Parameter(name, kind, default, told)
+        if kind not in {*SCALARS, "list"} or parameter.element not in {*SCALARS, ""}:
+            raise TypeError(kind)
+        if rule:
+            parameter = replace(parameter, **read_rule(rule[1], parameter.element))
+    except (AttributeError, TypeError, ValueError) as error:
         line = ast.unparse(node).splitlines()[0]
-        raise DermError(
-            f"{where}: write `name: type = value  # help [low..high]`, not `{line}`"
-        ) from error
-    parameter = Parameter(name, kind, default, help_text, **limits)
+        raise DermError(f"{where}: {WRITE}, not `{line}`") from error
     parameter.check(default, f"{where}, default")
     return parameter
 
 
+def read_rule(text: str, element: str) -> dict:
+    """Fields of a Parameter from what its brackets hold: a function's name, choices, or limits."""
+    if DOTTED.fullmatch(text):
+        return {"rule": text}
+    number = float if element == "float" else int
+    if "|" in text:
+        choices = [choice.strip() for choice in text.split("|")]
+        return {"choices": tuple(choices if element == "str" else map(number, choices))}
+    ends = zip(("low", "high"), text.split(".."), strict=True)
+    return {name: number(end) for name, end in ends if end}
+
+
 @dataclass(frozen=True)
 class Notebook:
-    """One stage: the source of its cells, each with its tags and whether it is code, and its parameters."""
+    """One stage: its parameters, and its cells as (source, tags, whether it is code)."""
 
     name: str
     cells: tuple[tuple[str, frozenset, bool], ...]
     schema: dict[str, Parameter]
 
     def code(self, *, figures: bool = False) -> list[str]:
-        """Code cells that results depend on (`figures`: with those that only show), without setup and parameters."""
+        """Code that results depend on, with `figures` what only shows them too."""
         skip = {"setup", "parameters"} if figures else {"setup", "parameters", "figure"}
         return [text for text, tags, is_code in self.cells if is_code and not tags & skip]
 
-    @cached_property
-    def strings(self) -> frozenset[str]:
-        """Every string constant of its code: the names of the stages it reads are among them."""
-        nodes = ast.walk(ast.parse("\n".join(self.code(figures=True))))
-        return frozenset(
-            n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
-        )
+    def reads(self, earlier: Sequence[str]) -> tuple[str, ...]:
+        """The earlier stages that its code reads: stage.input("NN_name"), or stage.inputs()."""
+        named = set()
+        for node in ast.walk(ast.parse("\n".join(self.code(figures=True)))):
+            match node:
+                case ast.Call(ast.Attribute(ast.Name("stage"), "inputs")):
+                    named.update(earlier)
+                case ast.Call(ast.Attribute(ast.Name("stage"), "input"), [ast.Constant(name)]):
+                    named.add(name)
+        return tuple(name for name in earlier if name in named)
 
 
 def read_notebook(path: Path) -> Notebook:
     """A notebook of plain Python (no magics) with one cell tagged `parameters`."""
     try:
-        source = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        tagged = [
-            ("".join(c["source"]), frozenset(c["metadata"].get("tags", ())), c["cell_type"])
-            for c in source
-        ]
-        cells = tuple((text, tags, kind == "code") for text, tags, kind in tagged)
-        ast.parse("\n".join(text for text, _, is_code in cells if is_code))
-        (parameters,) = [text for text, tags, is_code in cells if is_code and "parameters" in tags]
+        cells = []
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            tags = frozenset(cell["metadata"].get("tags", ()))
+            cells.append(("".join(cell["source"]), tags, cell["cell_type"] == "code"))
+        code = [(text, tags) for text, tags, is_code in cells if is_code]
+        ast.parse("\n".join(text for text, _ in code))
+        (parameters,) = [text for text, tags in code if "parameters" in tags]
     except (KeyError, SyntaxError, ValueError) as error:
         wanted = "a notebook of plain Python with one cell tagged `parameters`"
         raise DermError(f"notebooks/{path.name} is not {wanted}: {error}") from error
-    return Notebook(path.stem, cells, read_schema(parameters, f"notebooks/{path.name}"))
+    return Notebook(path.stem, tuple(cells), read_schema(parameters, f"notebooks/{path.name}"))
 
 
 def read_notebooks(root: Path) -> dict[str, Notebook]:
-    """The stages in order, by name: every notebooks/NN_name.ipynb; parameters they share must agree."""
+    """The stages in order: every notebooks/NN_name.ipynb; parameters they share must agree."""
     paths = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if not paths:
-        raise DermError(
-            f"no notebooks/NN_name.ipynb in {root}: set DERM_COMPRESS_ROOT to the project's folder"
-        )
-    notebooks, owner = {path.stem: read_notebook(path) for path in paths}, {}
+        advice = "set DERM_COMPRESS_ROOT to the project's folder"
+        raise DermError(f"no notebooks/NN_name.ipynb in {root}: {advice}")
+    notebooks, first = {path.stem: read_notebook(path) for path in paths}, {}
     for stage, notebook in notebooks.items():
         for name, parameter in notebook.schema.items():
-            first = owner.setdefault(name, stage)
-            if notebooks[first].schema[name] != parameter:
-                raise DermError(
-                    f"notebooks {first} and {stage} declare {name} with another type, default or range"
-                )
+            owner, declared = first.setdefault(name, (stage, parameter))
+            if declared != parameter:
+                other = "with another type, default or range"
+                raise DermError(f"notebooks {owner} and {stage} declare {name} {other}")
     return notebooks
 
 
 def graph(notebooks: dict[str, Notebook]) -> dict[str, tuple[str, ...]]:
-    """Stage -> the earlier stages it reads: those whose names stand as strings in its code."""
-    return {
-        name: tuple(
-            earlier for earlier in notebooks if earlier < name and earlier in notebook.strings
-        )
-        for name, notebook in notebooks.items()
-    }
+    """Stage -> the earlier stages that its code reads."""
+    names = list(notebooks)
+    return {name: notebooks[name].reads(names[:place]) for place, name in enumerate(names)}
 
 
 def known_parameters(notebooks: dict[str, Notebook]) -> dict[str, Parameter]:
     """All parameters of all notebooks, by name."""
-    return {
-        name: parameter
-        for notebook in notebooks.values()
-        for name, parameter in notebook.schema.items()
-    }
+    known = {}
+    for notebook in notebooks.values():
+        known |= notebook.schema
+    return known
 
 
 def nearest(name: str, known) -> str:
@@ -247,27 +226,31 @@ def nearest(name: str, known) -> str:
 
 def select(wanted: str | None, notebooks) -> list[str]:
     """The stages that a name or a number like 04 means; all of them for None."""
-    number = wanted and wanted.zfill(2)
-    found = [
-        name for name in notebooks if not wanted or name == wanted or name.startswith(f"{number}_")
-    ]
+    if not wanted:
+        return list(notebooks)
+    number = f"{wanted.zfill(2)}_"
+    found = [name for name in notebooks if name == wanted or name.startswith(number)]
     if not found:
         raise DermError(f"no stage {wanted}; {nearest(wanted, notebooks)}")
     return found
 
 
+def run_name(run: str, where: str) -> str:
+    """The name of a run, which is a folder's; DermError for what would lead elsewhere."""
+    if not RUN_NAME.fullmatch(run):
+        allowed = "letters, digits, dot, dash, underscore"
+        raise DermError(f"{where}: run is {run!r}; allowed: {allowed}")
+    return run
+
+
 def check(values: dict, known: dict[str, Parameter], where: str) -> dict:
-    """The values in their declared types; one clear line for the first that is unknown or not allowed."""
+    """The values in their declared types; one clear line for the first that cannot be."""
     for name in values:
         if name not in known:
-            raise DermError(
-                f"{where}: {name} is no parameter of any notebook; {nearest(str(name), known)}"
-            )
+            hint = nearest(str(name), known)
+            raise DermError(f"{where}: {name} is no parameter of any notebook; {hint}")
     checked = {name: known[name].check(value, where) for name, value in values.items()}
-    if not RUN_NAME.fullmatch(checked.get("run", "default")):
-        raise DermError(
-            f"{where}: run is {checked['run']!r}; allowed: letters, digits, dot, dash, underscore"
-        )
+    run_name(checked.get("run", "default"), where)
     return checked
 
 
@@ -276,9 +259,8 @@ def read_params(path: Path, known: dict[str, Parameter]) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        there = (
-            ", ".join(sorted(other.name for other in path.parent.glob("*.yaml"))) or "no .yaml file"
-        )
+        names = sorted(other.name for other in path.parent.glob("*.yaml"))
+        there = ", ".join(names) or "no .yaml file"
         raise DermError(f"no parameter file {path}; its folder has {there}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DermError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error

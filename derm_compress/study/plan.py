@@ -1,4 +1,4 @@
-"""One run as data: where it lies, the key of every stage, the notes it leaves, the recipes it holds (no torch)."""
+"""One run as data: where it lies, the key of every stage, its notes, its models (no torch)."""
 
 import os
 import platform
@@ -19,28 +19,27 @@ from derm_compress.study.params import (
     known_parameters,
     read_notebooks,
     read_params,
+    run_name,
     select,
 )
 from derm_compress.study.store import Store
 
-ARITHMETIC = {  # what x86 CPUs of the last ten years share: with wider vectors sums end in other digits, no sooner
+ARITHMETIC = {  # what x86 CPUs of the last ten years share: wider vectors sum to other digits
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_CBWR": "AVX2",
 }
-PLACES = (
-    "run",
-    "artifact_root",
-    "processes",
-    "judge_url",
-    "judge_concurrency",
-)  # where and how, not what
-FULL = {"05_sft": "+sft", "07_quantization": "+sft|awq4"}  # the operating point's name there
+PLACES = ("run", "artifact_root", "processes", "judge_url", "judge_concurrency")  # not what is made
 FOLDERS = ("data_root", "model", "judge_model")  # a folder named here counts by its files
+CUT = ["blocks_removed", "attentions_removed", "mlps_removed", "criterion"]  # how a model is pruned
+OPERATING = {  # what a stage does to the operating point; export takes it where no name is given
+    "05_sft": {"healed": True},
+    "07_quantization": {"healed": True, "quantizer": "awq", "bits": 4},
+}
 
 
 def project_root(root: Path | None = None) -> Path:
-    """The folder with notebooks/ and params/: `root`, else DERM_COMPRESS_ROOT, else the folder above the package."""
+    """The folder of notebooks/ and params/: `root`, DERM_COMPRESS_ROOT or that of the package."""
     return Path(root or os.environ.get("DERM_COMPRESS_ROOT") or keys_.PACKAGE.parent).resolve()
 
 
@@ -67,12 +66,12 @@ class Plan:
 
     @cached_property
     def store(self) -> Store:
-        """The run's store, above those that DERM_COMPRESS_STORES names (as PATH does), read-only."""
+        """The run's store over those, read-only, that DERM_COMPRESS_STORES names as PATH does."""
         mounted = filter(None, os.environ.get("DERM_COMPRESS_STORES", "").split(os.pathsep))
         return Store(self.artifacts / "store", [Path(root) for root in mounted])
 
     def adopt(self) -> None:
-        """Copies what mounted stores have of this run: its own store is then all that the next session needs."""
+        """Copies what mounted stores have of this run, which then needs its own store alone."""
         for stage, key in self.keys.items():
             self.store.adopt(stage, key)
 
@@ -85,10 +84,9 @@ class Plan:
         """Stage -> key."""
         found = {}
         for stage, notebook in self.notebooks.items():
-            values = {k: v for k, v in self.parameters(stage).items() if k not in PLACES}
-            parts = keys_.code_parts(
-                notebook.code(), words={v for v in values.values() if isinstance(v, str)}
-            )
+            values = self.counted(stage)
+            words = {value for value in values.values() if isinstance(value, str)}
+            parts = keys_.code_parts(notebook.code(), words=words)
             upstream = {earlier: found[earlier] for earlier in self.graph[stage]}
             values = {k: self._by_content(v) if k in FOLDERS else v for k, v in values.items()}
             found[stage] = files.digest([stage, parts, values, upstream, keys_.versions()])
@@ -102,8 +100,12 @@ class Plan:
         """The values of the parameters that a stage's notebook declares."""
         return {name: self.values[name] for name in self.notebooks[stage].schema}
 
+    def counted(self, stage: str) -> dict:
+        """Those of its parameters that say what is made, not where or how."""
+        return {k: v for k, v in self.parameters(stage).items() if k not in PLACES}
+
     def view(self, stage: str) -> str:
-        """Digest of how a notebook shows its results: its text, its figure cells, the modules that draw."""
+        """Digest of how a notebook shows results: its text, figure cells, the modules that draw."""
         notebook = self.notebooks[stage]
         modules = keys_.code_parts(notebook.code(figures=True), folders=keys_.SHOWN)["modules"]
         return files.digest([[text for text, _, _ in notebook.cells], modules])
@@ -119,23 +121,19 @@ class Plan:
 
     def point(self, stage: str, *, cached: bool) -> None:
         """Notes that the run's stage is the finished artifact of its key."""
-        key, upstream = (
-            self.keys[stage],
-            {earlier: self.keys[earlier] for earlier in self.graph[stage]},
-        )
-        parameters = {k: public(v) for k, v in self.parameters(stage).items() if k not in PLACES}
         note = {
             "stage": stage,
-            "key": key,
+            "key": self.keys[stage],
             "cached": cached,
-            "parameters": parameters,
-            "upstream": upstream,
+            "parameters": {name: public(value) for name, value in self.counted(stage).items()},
+            "upstream": {earlier: self.keys[earlier] for earlier in self.graph[stage]},
+            "view": self.view(stage),
         }
-        made = self.store.manifest(stage, key)["made"]
-        write_json(self.folder / f"{stage}.json", note | made | {"view": self.view(stage)})
+        made = self.store.manifest(stage, self.keys[stage])["made"]
+        write_json(self.folder / f"{stage}.json", made | note)
 
     def made(self, stage: str) -> Path:
-        """The folder of the artifact that this run last noted for a stage, whatever its key would be today."""
+        """The folder of what this run last noted for a stage, whatever its key is today."""
         key, runs = self.pointer(stage).get("key"), self.folder.parent
         if not self.folder.is_dir():
             known = ", ".join(sorted(path.name for path in runs.glob("*/"))) or "none yet"
@@ -150,33 +148,27 @@ class Plan:
 def make_plan(root: Path, notebooks: dict[str, Notebook], values: dict) -> Plan:
     """A run of the given values over the notebooks' defaults."""
     known = known_parameters(notebooks)
-    return Plan(
-        root, notebooks, {name: parameter.default for name, parameter in known.items()} | values
-    )
+    defaults = {name: parameter.default for name, parameter in known.items()}
+    return Plan(root, notebooks, defaults | values)
 
 
 def git_state(root: Path) -> dict:
-    """Commit of the project and whether its sources differ from it; nulls outside of a repository."""
+    """Commit of the project, and whether its sources differ; nulls outside of a repository."""
 
     def git(*words):
-        return subprocess.run(
-            ["git", "-C", root, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        asked = ["git", "-C", root, *words]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
+    sources = [name for name in ("derm_compress", "notebooks", "params") if (root / name).exists()]
     try:
-        sources = [
-            path for path in ("derm_compress", "notebooks", "params") if (root / path).exists()
-        ]
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--", *sources)),
-        }
+        changed = git("status", "--porcelain", "--", *sources)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
 
 
 def settle() -> None:
-    """The same vector instructions for all kernels from now on, before the first sum; what is set already stays."""
+    """The same vector instructions for all kernels from now on; what is set already stays."""
     for name, value in ARITHMETIC.items():
         os.environ.setdefault(name, value)
 
@@ -199,6 +191,7 @@ def environment() -> dict:
 
 def find_plan(run: str, root: Path | None = None) -> Plan:
     """A run by its name: of params/<run>.yaml if there is one, else of the defaults."""
+    run_name(run, "command line")
     root = project_root(root)
     notebooks, file = read_notebooks(root), root / "params" / f"{run}.yaml"
     values = read_params(file, known_parameters(notebooks)) if file.exists() else {}
@@ -206,22 +199,31 @@ def find_plan(run: str, root: Path | None = None) -> Plan:
 
 
 def find_recipe(model: str, *, root: Path | None = None) -> tuple[str, Store]:
-    """The recipe (JSON) of RUN/STAGE[/NAME], without NAME that of the operating point, and its store."""
+    """The recipe (JSON) of RUN/STAGE[/NAME], without NAME of the operating point; and its store."""
     run, stage, name = [*model.split("/", 2), "", ""][:3]
     plan = find_plan(run, root)
     stage = select(stage, plan.notebooks)[0]
-    single, table = plan.made(stage) / "recipe.json", plan.made(stage) / "variants.parquet"
-    if single.exists() and not name:
-        return single.read_text(encoding="utf-8"), plan.store
-    if not table.exists():
-        raise DermError(
-            f"{run}/{stage} has no model of that name; try 02_finetune, 04_pruning, 05_sft, 07_quantization"
-        )
-    recipes = read_frame(table).set_index("variant")["recipe"]
-    name = (
-        name
-        or f"pruned-{read_json(plan.made('04_pruning') / 'choice.json')['operating']}{FULL.get(stage, '')}"
-    )
-    if name not in recipes:
-        raise DermError(f"{run}/{stage} has no {name}; known: {', '.join(recipes.index)}")
-    return recipes[name], plan.store
+    folder = plan.made(stage)
+    if (folder / "recipe.json").exists() and not name:
+        return (folder / "recipe.json").read_text(encoding="utf-8"), plan.store
+    if not (folder / "variants.parquet").exists():
+        others = "02_finetune, 04_pruning, 05_sft, 07_quantization"
+        raise DermError(f"{run}/{stage} has no model of that name; try {others}")
+    frame = read_frame(folder / "variants.parquet")
+    wanted = {"variant": name} if name else operating(plan, stage)
+    found = frame[(frame[list(wanted)] == list(wanted.values())).all(axis=1)]
+    if found.empty:
+        known = ", ".join(frame.variant)
+        raise DermError(f"{run}/{stage} has no {name or 'operating point'}; known: {known}")
+    return found.recipe.iloc[0], plan.store
+
+
+def operating(plan: Plan, stage: str) -> dict:
+    """What the columns of a stage's frame of variants hold for the operating point."""
+    from derm_compress.model.variants import named, read_choice, read_variants, roles
+
+    folder = plan.made("04_pruning")
+    name = roles(read_choice(folder))["operating"]
+    pruned = named(read_variants(folder), [name]).iloc[0]
+    plain = {"healed": False, "sft_seed": 0, "quantizer": ""}
+    return {column: pruned[column] for column in CUT} | plain | OPERATING.get(stage, {})

@@ -1,4 +1,4 @@
-"""A stage as its notebook sees it: validated parameters, inputs, results that are kept as they are made (no torch)."""
+"""A stage as its notebook sees it: parameters, inputs, results kept as they are made (no torch)."""
 
 import ast
 import os
@@ -27,56 +27,57 @@ from derm_compress.study.params import (
     read_notebooks,
     read_params,
 )
-from derm_compress.study.plan import (
-    PLACES,
-    Plan,
-    environment,
-    git_state,
-    make_plan,
-    project_root,
-    settle,
-)
+from derm_compress.study.plan import Plan, environment, git_state, make_plan, project_root, settle
 
 
 class Stage:
-    """A stage under way: what it makes is kept at once, and read instead of made when it is there already."""
+    """A stage under way: what it makes is kept at once, and read instead where it is there."""
 
     def __init__(self, name: str, plan: Plan, history: list):
-        self.name, self.key, self.store, self._plan = name, plan.keys[name], plan.store, plan
-        self._history, self._seen, self._begun = history, max(len(history) - 1, 0), time.monotonic()
-        values, self.root = plan.parameters(name), plan.root
+        self.name, self.key = name, plan.keys[name]
+        self.root, self.store, self._plan = plan.root, plan.store, plan
+        self._history, self._seen = history, max(len(history) - 1, 0)
+        self._begun = time.monotonic()
+        values = plan.parameters(name)
         self.p = namedtuple("Parameters", values)(**values)  # noqa: PYI024
         self._folder, self.finished = self.store.begin(name, self.key)
 
     def input(self, stage: str) -> Path:
-        """The folder of an upstream stage's finished artifact of this run."""
+        """The folder of an earlier stage's finished artifact, of this run; name it literally."""
         if stage not in self._plan.graph[self.name]:
-            raise DermError(
-                f"{self.name}: {stage} is no earlier stage that its cells name as a string"
-            )
+            said = f'its saved cells say stage.input("{stage}") nowhere, or it is no earlier stage'
+            raise DermError(f"{self.name} does not read {stage}: {said}")
         if not self.store.ready(stage, self._plan.keys[stage]):
-            raise DermError(
-                f"{self.name} needs {stage} with the same parameters: run notebooks/{stage}.ipynb first"
-            )
+            advice = f"run notebooks/{stage}.ipynb first"
+            raise DermError(f"{self.name} needs {stage} with the same parameters: {advice}")
         return self.store.entry(stage, self._plan.keys[stage])
+
+    def inputs(self) -> dict[str, Path]:
+        """The folders of all earlier stages, by stage."""
+        return {stage: self.input(stage) for stage in self._plan.graph[self.name]}
 
     def ref(self, name: str) -> str:
         """How a recipe refers to a file or folder of this stage: stage/key/name."""
         return f"{self.name}/{self.key}/{name}"
 
     def frame(self, name: str, make, *args, **kwargs):
-        """make(*args, **kwargs) -> DataFrame, kept as <name>.parquet without index, and read back."""
-        path = self._keep(f"{name}.parquet", lambda path: write_frame(path, make(*args, **kwargs)))
-        return read_frame(path)
+        """make(*args, **kwargs) -> DataFrame, kept as <name>.parquet without index, read back."""
+
+        def write(path):
+            write_frame(path, make(*args, **kwargs))
+
+        return read_frame(self._keep(f"{name}.parquet", write))
 
     def json(self, name: str, make, *args, **kwargs):
         """The same for JSON values, kept as <name>.json."""
-        return read_json(
-            self._keep(f"{name}.json", lambda path: write_json(path, make(*args, **kwargs)))
-        )
+
+        def write(path):
+            write_json(path, make(*args, **kwargs))
+
+        return read_json(self._keep(f"{name}.json", write))
 
     def folder(self, name: str, make, *args, **kwargs) -> Path:
-        """make(path, *args, **kwargs) fills an empty folder, which is kept as <name>/ when it is done."""
+        """make(path, *args, **kwargs) fills an empty folder, kept as <name>/ when it is done."""
 
         def fill(path):
             with atomic(path) as part:
@@ -98,62 +99,54 @@ class Stage:
         return path
 
     def journal(self, name: str) -> Journal:
-        """An append-only log of the items inside a long step; empty and not kept once the stage is finished."""
+        """A log of the items inside a long step; empty and not kept once the stage is finished."""
         if self.finished:
             return Journal()
         self._check_own(name)
         return Journal(self._folder / "journal" / f"{name}.jsonl")
 
     def scratch(self, name: str) -> Path:
-        """A folder for checkpoints inside a long step: kept over a kill, gone once the stage is finished."""
+        """A folder for checkpoints: kept over a kill, gone once the stage is finished."""
         path = self._folder / "journal" / name
         if not self.finished:
             path.mkdir(parents=True, exist_ok=True)
         return path
 
     def measure(self, name: str, value, *args, **kwargs):
-        """Keeps what differs from run to run (seconds, memory) apart from the results and returns what is kept: a
-        dict, a DataFrame, or a function that makes one of them and is called only if there is nothing yet."""
-        before = self._measured(self._folder, name)
+        """Keeps what differs from run to run (seconds, memory) apart; returns what is kept.
+
+        value: a dict, a DataFrame, or a function that makes one, called if there is nothing yet.
+        """
+        before = _measured(self._folder, name)
         if self.finished or (callable(value) and before is not None):
             return before
         value = value(*args, **kwargs) if callable(value) else value
         if isinstance(value, dict):
             path = self._folder / "measured.json"
-            write_json(
-                path, (read_json(path) if path.exists() else {}) | {name: (before or {}) | value}
-            )
+            kept = read_json(path) if path.exists() else {}
+            write_json(path, kept | {name: (before or {}) | value})
         else:
             write_frame(self._folder / "measured" / f"{name}.parquet", value)
-        return self._measured(self._folder, name)
+        return _measured(self._folder, name)
 
     def measured(self, stage: str, name: str):
-        """What a stage measured under a name: this one's, or an upstream stage's."""
-        value = self._measured(self._folder if stage == self.name else self.input(stage), name)
+        """What this stage, or one that it reads, measured under a name."""
+        value = _measured(self._folder if stage == self.name else self.input(stage), name)
         if value is None:
             raise DermError(f"{stage} measured nothing under the name {name}")
         return value
 
-    @staticmethod
-    def _measured(folder: Path, name: str):
-        frame, notes = folder / "measured" / f"{name}.parquet", folder / "measured.json"
-        if frame.exists():
-            return read_frame(frame)
-        return read_json(notes).get(name) if notes.exists() else None
-
     def _check_own(self, what: str) -> None:
-        """Results are filed under the key of the saved notebook, so only cells as they are saved may make them."""
+        """Results have the key of the saved notebook, so only its cells may make them."""
         if self.finished:
-            raise DermError(
-                f"{self.name} is finished without {what}: cells tagged `figure` cannot add results"
-            )
+            why = "cells tagged `figure` cannot add results"
+            raise DermError(f"{self.name} is finished without {what}: {why}")
         saved = {_syntax(text) for text in self._plan.notebooks[self.name].code(figures=True)}
         for text in self._history[self._seen :]:
             if text.strip() and _syntax(text) not in saved:
                 line = text.strip().splitlines()[0]
-                raise DermError(
-                    f"{self.name}: `{line}` is not in the saved notebook: save it, restart and run all"
-                )
+                advice = "save it, restart and run all"
+                raise DermError(f"{self.name}: `{line}` is not in the saved notebook: {advice}")
 
     def finish(self) -> None:
         """Makes the work the finished artifact, notes it for the run, and says what it holds."""
@@ -163,40 +156,47 @@ class Stage:
             made = {
                 "seconds": round(time.monotonic() - self._begun, 1),
                 "environment": environment(),
-            }
-            made |= {
-                "git": git_state(self._plan.root),
+                "git": git_state(self.root),
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             self.store.commit(self.name, self.key, made)
             self._folder, self.finished = self.store.entry(self.name, self.key), True
         self._plan.point(self.name, cached=cached)
         manifest = self.store.manifest(self.name, self.key)
-        state = "from the store" if cached else f"finished in {clock(manifest['made']['seconds'])}"
-        print(
-            f"{self.name} {state}: {len(manifest['files'])} files, results {manifest['results'][:12]}"
-        )
+        state = "from the store"
+        if not cached:
+            state = f"finished in {clock(manifest['made']['seconds'])}"
+        told = f"{len(manifest['files'])} files, results {manifest['results'][:12]}"
+        print(f"{self.name} {state}: {told}")
 
     def provenance(self) -> str:
-        """Where the stage's results come from, one fact a line."""
-        plan, kept = self._plan, len([*self._folder.iterdir()])
-        state = "in the store" if self.finished else "to be continued" if kept else "to be computed"
-        git, machine = git_state(plan.root), environment()
-        rows = {
-            "stage": f"{self.name}, key {self.key[:12]}, {state}",
-            "run": plan.run,
-            "parameters": ", ".join(
-                f"{k}={public(v)!r}" for k, v in self.p._asdict().items() if k not in PLACES
-            ),
-            "inputs": ", ".join(f"{name} {plan.keys[name][:12]}" for name in plan.graph[self.name])
-            or "none",
-            "code": f"commit {(git['commit'] or 'unknown')[:12]}{', with changes' if git['dirty'] else ''}",
-            "machine": f"{machine['platform']}, {machine['cores']} cores, Python {machine['python']}",
-            "versions": ", ".join(
-                f"{name} {version or 'absent'}" for name, version in machine["versions"].items()
-            ),
-        }
-        return "\n".join(f"{name:10}  {text}" for name, text in rows.items())
+        """Where the stage stands, in three lines; in a fourth what differs from the defaults."""
+        plan = self._plan
+        state = "to be computed"
+        if self.finished:
+            state = "in the store"
+        elif any(self._folder.iterdir()):
+            state = "to be continued"
+        inputs = [f"{name} {plan.keys[name][:8]}" for name in plan.graph[self.name]]
+        machine, schema = environment(), plan.notebooks[self.name].schema
+        lines = [
+            f"{self.name}  run {plan.run}, key {self.key[:12]}, {state}",
+            f"reads  {', '.join(inputs) or 'nothing'}",
+            f"on  {machine['gpu'] or machine['processor']}, Python {machine['python']}",
+        ]
+        changed = [
+            f"{name}={public(value)!r}"
+            for name, value in plan.counted(self.name).items()
+            if value != schema[name].default
+        ]
+        return "\n".join([*lines, *([f"with  {', '.join(changed)}"] if changed else [])])
+
+
+def _measured(folder: Path, name: str):
+    frame, notes = folder / "measured" / f"{name}.parquet", folder / "measured.json"
+    if frame.exists():
+        return read_frame(frame)
+    return read_json(notes).get(name) if notes.exists() else None
 
 
 def _syntax(text: str) -> str:
@@ -207,38 +207,36 @@ def _syntax(text: str) -> str:
 
 
 def injected_values(history: list) -> dict:
-    """The values that papermill put into the cell it adds after the parameters; {} outside of papermill."""
-    cell = next(
-        (text for text in reversed(history) if text.lstrip().startswith("# Parameters\n")), ""
-    )
+    """The values in the cell that papermill adds after the parameters; {} outside of papermill."""
+    cells = [text for text in history if text.lstrip().startswith("# Parameters\n")]
+    body = ast.parse(cells[-1]).body if cells else ()
     try:
-        return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell).body}
+        return {node.targets[0].id: ast.literal_eval(node.value) for node in body}
     except (AttributeError, ValueError) as error:
-        raise DermError(
-            "papermill's parameters may be numbers, texts, booleans and lists of these"
-        ) from error
+        allowed = "numbers, texts, booleans and lists of these"
+        raise DermError(f"papermill's parameters may be {allowed}") from error
 
 
 def resolve(name: str, namespace: dict, notebooks: dict[str, Notebook]) -> dict:
-    """Values of all parameters, checked: papermill's over the environment file's over the parameters cell's.
+    """Values of all parameters, checked: papermill's over the environment file's over the cell's.
 
-    The file that DERM_COMPRESS_PARAMS names counts while `run` has its default, or if it is the file of this very run.
+    The file that DERM_COMPRESS_PARAMS names counts while `run` has its default, or if it is the
+    file of this very run.
     """
-    known = known_parameters(notebooks)
-    cell = {
-        k: namespace.get(k, parameter.default) for k, parameter in notebooks[name].schema.items()
-    }
+    known, schema = known_parameters(notebooks), notebooks[name].schema
+    cell = {key: namespace.get(key, parameter.default) for key, parameter in schema.items()}
     cell = check(cell, known, f"notebooks/{name}.ipynb")
-    injected = check(
-        injected_values(namespace.get("In", [])), known, f"papermill's parameters of {name}"
-    )
-    path, run = os.environ.get("DERM_COMPRESS_PARAMS"), injected.get("run", cell.get("run"))
+    history = namespace.get("In", [])
+    injected = check(injected_values(history), known, f"papermill's parameters of {name}")
+    path, run = os.environ.get("DERM_COMPRESS_PARAMS"), (cell | injected).get("run")
     outside = read_params(Path(path), known) if path else {}
-    return cell | (outside if run in (known["run"].default, outside.get("run")) else {}) | injected
+    if run not in (known["run"].default, outside.get("run")):
+        outside = {}
+    return cell | outside | injected
 
 
 def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stage:
-    """Begins a stage right after its parameters cell; `namespace` is the notebook's globals(). Prints provenance."""
+    """Begins a stage after its parameters cell, and says so; `namespace`: its globals()."""
     settle()
     root = project_root(root)
     notebooks = read_notebooks(root)

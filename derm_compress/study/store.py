@@ -1,18 +1,18 @@
-"""The content-addressed store: artifacts that are whole or absent, work that survives a kill, journals (no torch)."""
+"""The content-addressed store: artifacts are whole or absent, work survives a kill (no torch)."""
 
 import contextlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from derm_compress.errors import DermError
 from derm_compress.files import (
-    _HELD,
+    artifact,
     copy,
     digest,
     disk_guard,
     file_digest,
+    held,
     hold,
     read_json,
     release,
@@ -23,48 +23,37 @@ from derm_compress.files import (
 )
 
 MANIFEST = "manifest.json"
-MEASURED = re.compile(r"measured(\.json$|/)")
-
-
-def reached(work: Path) -> tuple[int, ...]:
-    """How far a work folder has come: results, lines of journals, files, bytes."""
-    files = [path for path in work.rglob("*") if path.is_file()]
-    lines = sum(path.read_bytes().count(b"\n") for path in files if path.suffix == ".jsonl")
-    results = sum(path.relative_to(work).parts[0] != "journal" for path in files)
-    return results, lines, len(files), sum(path.stat().st_size for path in files)
+MEASURED = ("measured.json", "measured/")  # differ from run to run
 
 
 class Store:
-    """`root/<stage>/<key>/` holds finished artifacts, `root/<stage>/<key>.work/` what is being computed.
+    """`root/<stage>/<key>/` holds finished artifacts, `root/<stage>/<key>.work/` what is begun.
 
-    `mounted`: roots of other stores, read-only; what they have finished counts, what they have begun is gone on with.
+    `mounted`: roots of other stores, read-only; what they have finished counts, what they have
+    begun is gone on with. Every stage and key is checked first: no other place is ever touched.
     """
 
     def __init__(self, root: Path, mounted: Sequence[Path] = ()):
-        self.root, self.mounted, self._verified, self._refused = (
-            Path(root),
-            tuple(mounted),
-            set(),
-            set(),
-        )
+        self.root, self.mounted = Path(root), tuple(mounted)
+        self._verified: set[tuple[str, str]] = set()
+        self._refused: set[Path] = set()
 
     def own(self, stage: str, key: str) -> Path:
-        return self.root / stage / key
+        return artifact(self.root, stage, key)
+
+    def work(self, stage: str, key: str) -> Path:
+        return self.own(stage, key).with_name(f"{key}.work")
+
+    def lock(self, stage: str, key: str) -> Path:
+        return self.own(stage, key).parents[1] / ".locks" / f"{stage}-{key}"
 
     def entry(self, stage: str, key: str) -> Path:
         """Where an artifact is: of this store or, if it has none, mounted and not found damaged."""
-        own, there = self.own(stage, key), [root / stage / key for root in self.mounted]
-        return (
-            own
-            if own.is_dir()
-            else next((p for p in there if p.is_dir() and p not in self._refused), own)
-        )
-
-    def work(self, stage: str, key: str) -> Path:
-        return self.root / stage / f"{key}.work"
-
-    def lock(self, stage: str, key: str) -> Path:
-        return self.root / ".locks" / f"{stage}-{key}"
+        own = self.own(stage, key)
+        for place in [own, *(artifact(root, stage, key) for root in self.mounted)]:
+            if place.is_dir() and place not in self._refused:
+                return place
+        return own
 
     def manifest(self, stage: str, key: str) -> dict:
         return read_json(self.entry(stage, key) / MANIFEST)
@@ -89,54 +78,65 @@ class Store:
         fault, entry = self.fault(stage, key), self.entry(stage, key)
         if not fault:
             self._verified.add((stage, key))
-        elif entry != self.own(stage, key):
+            return True
+        if entry != self.own(stage, key):
             print(f"damaged: {shown(entry)}: {fault}; it is not used", flush=True)
             self._refused.add(entry)
             return self.complete(stage, key)
-        elif fault != "absent":
-            print(
-                f"damaged: {shown(self.entry(stage, key))}: {fault}; set aside, to be recomputed",
-                flush=True,
-            )
+        if fault != "absent":
+            print(f"damaged: {shown(entry)}: {fault}; set aside, to be recomputed", flush=True)
             self._set_aside(stage, key)
-        return not fault
+        return False
 
-    def _set_aside(self, stage: str, key: str) -> None:
-        self._verified.discard((stage, key))
-        remove(aside := self.root / stage / f"{key}.old")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.own(stage, key), aside)
+    def ready(self, stage: str, key: str) -> bool:
+        """`complete`, looked at once per process."""
+        return (stage, key) in self._verified or self.complete(stage, key)
+
+    def resolve(self, ref: str) -> Path:
+        """What a recipe calls "stage/key/name"; of unfinished stages only this process's own."""
+        stage, key, *inner = *PurePosixPath(ref).parts, "", ""
+        self.own(stage, key)  # refuses what names no artifact
+        if ".." in inner:
+            raise DermError(f"{ref} leads out of its artifact")
+        unfinished = not self.ready(stage, key) and held(self.lock(stage, key))
+        folder = self.work(stage, key) if unfinished else self.entry(stage, key)
+        path = folder.joinpath(*inner)
+        if not path.exists():
+            raise DermError(
+                f"{ref} is not in {shown(self.root)}: run notebooks/{stage}.ipynb again"
+            )
+        return path
 
     def begin(self, stage: str, key: str) -> tuple[Path, bool]:
-        """The folder of an artifact, and whether it is finished; else its work folder, locked for this process."""
-        finished = self.complete(stage, key)
-        if not finished:
-            hold(
-                self.lock(stage, key),
-                waiting=f"{stage}: another process computes the same; waiting for it",
-            )
-            finished = self.complete(stage, key)
-        if finished:
+        """An artifact's folder and True; if unfinished, its work folder, now locked, and False."""
+        if not self.complete(stage, key):
+            waiting = f"{stage}: another process computes the same; waiting for it"
+            hold(self.lock(stage, key), waiting=waiting)
+            if not self.complete(stage, key):
+                return self._begun(stage, key), False
             release(self.lock(stage, key))
-            return self.entry(stage, key), True
+        return self.entry(stage, key), True
+
+    def _begun(self, stage: str, key: str) -> Path:
         work = self.work(stage, key)
         self._go_on(stage, key)
         with disk_guard(work):
             work.mkdir(parents=True, exist_ok=True)
         for leftover in [*work.rglob(".part-*")]:
             remove(leftover)
-        return work, False
+        return work
 
     def _go_on(self, stage: str, key: str) -> None:
-        """Copies the furthest of what mounted stores have begun, unless this one has begun as well."""
-        begun = [root / stage / f"{key}.work" for root in self.mounted]
+        """Copies the furthest of what mounted stores have begun, unless this one has begun."""
+        work = self.work(stage, key)
+        begun = [artifact(root, stage, key).with_name(work.name) for root in self.mounted]
         found = max((path for path in begun if path.is_dir()), key=reached, default=None)
-        if found and not self.work(stage, key).exists():
+        if found and not work.exists():
             print(f"{stage}: goes on from {shown(found)}", flush=True)
-            copy(found, self.work(stage, key))
+            copy(found, work)
 
     def adopt(self, stage: str, key: str) -> None:
-        """Copies what mounted stores have of an artifact, finished or begun: this one then stands without them."""
+        """Copies what mounted stores have finished or begun of it: this one then stands alone."""
         if not self.mounted or self.own(stage, key).is_dir():
             return
         if self.complete(stage, key):
@@ -147,53 +147,46 @@ class Store:
     def commit(self, stage: str, key: str, made: dict) -> None:
         """Turns the work folder into the artifact: manifest last, then one rename.
 
-        `results` is the digest of all but what was measured (measured.json, measured/), which differs from run to run.
+        `results` is the digest of all but what was measured.
         """
-        work, entry = self.work(stage, key), self.own(stage, key)
+        work, own = self.work(stage, key), self.own(stage, key)
         for passing in (work / "journal", work / MANIFEST):
             remove(passing)
-        paths = {
-            path.relative_to(work).as_posix(): path for path in work.rglob("*") if path.is_file()
-        }
-        files = {
-            name: {"sha256": file_digest(path), "size": path.stat().st_size}
-            for name, path in paths.items()
-        }
-        results = digest(
-            {name: kept["sha256"] for name, kept in files.items() if not MEASURED.match(name)}
-        )
+        files = {}
+        for path in work.rglob("*"):
+            if path.is_file():
+                name = path.relative_to(work).as_posix()
+                files[name] = {"sha256": file_digest(path), "size": path.stat().st_size}
+        results = {n: kept["sha256"] for n, kept in files.items() if not n.startswith(MEASURED)}
         sync(*work.rglob("*"))
-        write_json(work / MANIFEST, {"files": files, "results": results, "made": made})
-        if not self.complete(
-            stage, key
-        ):  # where locks do not exist, another process may have been first
-            os.rename(work, entry)
-            sync(entry.parent)
+        write_json(work / MANIFEST, {"files": files, "results": digest(results), "made": made})
+        if not self.complete(stage, key):  # without locks another process may have been first
+            os.rename(work, own)
+            sync(own.parent)
         remove(work)
         release(self.lock(stage, key))
 
     def discard(self, stage: str, key: str) -> None:
-        """Forgets an artifact and all work on it; DermError if it is mounted, since it would be found again."""
-        if any((root / stage / key).is_dir() for root in self.mounted):
+        """Forgets an artifact and all work on it; DermError if it is mounted and so found again."""
+        if any(artifact(root, stage, key).is_dir() for root in self.mounted):
             raise DermError(f"{stage} is mounted read-only: detach that input to compute it anew")
-        hold(
-            self.lock(stage, key), waiting=f"{stage}: another process computes this; waiting for it"
-        )
+        waiting = f"{stage}: another process computes this; waiting for it"
+        hold(self.lock(stage, key), waiting=waiting)
         self._set_aside(stage, key)
         remove(self.work(stage, key))
         release(self.lock(stage, key))
 
-    def ready(self, stage: str, key: str) -> bool:
-        """`complete`, looked at once per process."""
-        return (stage, key) in self._verified or self.complete(stage, key)
+    def _set_aside(self, stage: str, key: str) -> None:
+        own = self.own(stage, key)
+        self._verified.discard((stage, key))
+        remove(aside := own.with_name(f"{key}.old"))
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(own, aside)
 
-    def resolve(self, ref: str) -> Path:
-        """The file or folder that a recipe calls "stage/key/name"; of unfinished stages only this process's own."""
-        stage, key, *rest = PurePosixPath(ref).parts
-        own = not self.ready(stage, key) and self.lock(stage, key) in _HELD
-        path = (self.work(stage, key) if own else self.entry(stage, key)).joinpath(*rest)
-        if ".." in rest or not path.exists():
-            raise DermError(
-                f"{ref} is not in {shown(self.root)}: run notebooks/{stage}.ipynb again"
-            )
-        return path
+
+def reached(work: Path) -> tuple[int, ...]:
+    """How far a work folder has come: results, lines of journals, files, bytes."""
+    files = [path for path in work.rglob("*") if path.is_file()]
+    results = sum(path.relative_to(work).parts[0] != "journal" for path in files)
+    lines = sum(path.read_bytes().count(b"\n") for path in files if path.suffix == ".jsonl")
+    return results, lines, len(files), sum(path.stat().st_size for path in files)

@@ -211,34 +211,37 @@ def test_a_mounted_folder_counts_without_its_times(tmp_path, monkeypatch):
     assert found[0] == found[1] and found[2] != found[3] and found[0] != found[2]
 
 
+K1, K2 = "1" * 64, "2" * 64
+
+
 class TestMounted:
     """A second store, below the first, that is never written to."""
 
     @pytest.fixture
     def stores(self, tmp_path):
         below = store_.Store(tmp_path / "mounted")
-        work, _ = below.begin("01_a", "k1")
+        work, _ = below.begin("01_a", K1)
         (work / "x.json").write_text("1")
-        below.commit("01_a", "k1", {})
-        work, _ = below.begin("02_b", "k2")
+        below.commit("01_a", K1, {})
+        work, _ = below.begin("02_b", K2)
         files.Journal(work / "journal" / "j.jsonl").add("one", 1)
-        files.release(below.lock("02_b", "k2"))
+        files.release(below.lock("02_b", K2))
         return store_.Store(tmp_path / "own", [tmp_path / "mounted"]), below
 
     def test_what_is_finished_is_used_where_it_is(self, stores):
         store, below = stores
-        folder, finished = store.begin("01_a", "k1")
+        folder, finished = store.begin("01_a", K1)
         assert (
             finished
-            and folder == below.own("01_a", "k1")
-            and store.resolve("01_a/k1/x.json").read_text() == "1"
+            and folder == below.own("01_a", K1)
+            and store.resolve(f"01_a/{K1}/x.json").read_text() == "1"
         )
-        assert not store.own("01_a", "k1").exists()
+        assert not store.own("01_a", K1).exists()
 
     def test_what_is_begun_goes_on_in_a_copy(self, stores, capsys):
         store, below = stores
         before = {p: p.read_bytes() for p in below.root.rglob("*") if p.is_file()}
-        folder, finished = store.begin("02_b", "k2")
+        folder, finished = store.begin("02_b", K2)
         journal = files.Journal(folder / "journal" / "j.jsonl")
         assert (
             not finished
@@ -246,34 +249,32 @@ class TestMounted:
             and "goes on from" in capsys.readouterr().out
         )
         journal.add("two", 2)
-        store.commit("02_b", "k2", {})
-        assert store.own("02_b", "k2").is_dir()
+        store.commit("02_b", K2, {})
+        assert store.own("02_b", K2).is_dir()
         assert {p: p.read_bytes() for p in below.root.rglob("*") if p.is_file()} == before
 
     def test_what_is_damaged_is_named_and_computed_anew(self, stores, capsys):
         store, below = stores
-        (below.own("01_a", "k1") / "x.json").write_text("2")
-        folder, finished = store.begin("01_a", "k1")
+        (below.own("01_a", K1) / "x.json").write_text("2")
+        folder, finished = store.begin("01_a", K1)
         assert (
             not finished
-            and folder == store.work("01_a", "k1")
+            and folder == store.work("01_a", K1)
             and "it is not used" in capsys.readouterr().out
         )
         (folder / "x.json").write_text("1")
-        store.commit("01_a", "k1", {})
-        assert (
-            store.complete("01_a", "k1") and (below.own("01_a", "k1") / "x.json").read_text() == "2"
-        )
+        store.commit("01_a", K1, {})
+        assert store.complete("01_a", K1) and (below.own("01_a", K1) / "x.json").read_text() == "2"
 
     def test_what_is_adopted_stands_alone(self, stores):
         store, below = stores
         for path in below.root.rglob("*"):
             path.chmod(0o555 if path.is_dir() else 0o444)
-        for stage, key in (("01_a", "k1"), ("02_b", "k2"), ("03_c", "none")):
+        for stage, key in (("01_a", K1), ("02_b", K2), ("03_c", "0" * 64)):
             store.adopt(stage, key)
         alone = store_.Store(store.root)
-        assert alone.complete("01_a", "k1") and not alone.own("03_c", "none").exists()
-        folder, _ = alone.begin("02_b", "k2")
+        assert alone.complete("01_a", K1) and not alone.own("03_c", "0" * 64).exists()
+        folder, _ = alone.begin("02_b", K2)
         journal = files.Journal(folder / "journal" / "j.jsonl")
         journal.add("two", 2)
         assert journal.done == {"one": 1, "two": 2}
@@ -282,16 +283,16 @@ class TestMounted:
 
     def test_of_several_the_furthest_is_gone_on_with(self, stores, tmp_path):
         further = store_.Store(tmp_path / "further", [tmp_path / "mounted"])
-        work, _ = further.begin("02_b", "k2")
+        work, _ = further.begin("02_b", K2)
         files.Journal(work / "journal" / "j.jsonl").add("two", 2)
         for roots in (["mounted", "further"], ["further", "mounted"]):
             store = store_.Store(tmp_path / f"own-{roots[0]}", [tmp_path / root for root in roots])
-            folder, _ = store.begin("02_b", "k2")
+            folder, _ = store.begin("02_b", K2)
             assert files.Journal(folder / "journal" / "j.jsonl").done == {"one": 1, "two": 2}
 
     def test_it_cannot_be_forced_away(self, stores):
         with pytest.raises(DermError, match="detach"):
-            stores[0].discard("01_a", "k1")
+            stores[0].discard("01_a", K1)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from derm_compress.errors import DermError
 from derm_compress.files import Journal, atomic, read_frame, write_frame, write_json
 from derm_compress.study.store import Store
 
-WORKER = """
+STAGE, KEY = "01_s", "5a" * 32
+WORKER = f"""
 import sys, time
 from pathlib import Path
 from derm_compress.files import Journal, write_json
@@ -24,18 +25,18 @@ from derm_compress.study.store import Store
 store = Store(Path(sys.argv[1]))
 pause = float(sys.argv[2])
 print("up", flush=True)
-folder, finished = store.begin("s", "k")
+folder, finished = store.begin("{STAGE}", "{KEY}")
 if not finished:
     print("computing", flush=True)
     for part in range(6):
-        if not (folder / f"{part}.json").exists():
-            journal = Journal(folder / "journal" / f"{part}.jsonl")
+        if not (folder / f"{{part}}.json").exists():
+            journal = Journal(folder / "journal" / f"{{part}}.jsonl")
             for item in range(20):
                 if str(item) not in journal.done:
                     journal.add(str(item), part * item)
                     time.sleep(pause)
-            write_json(folder / f"{part}.json", journal.done)
-    store.commit("s", "k", {})
+            write_json(folder / f"{{part}}.json", journal.done)
+    store.commit("{STAGE}", "{KEY}", {{}})
 print("done", flush=True)
 """
 
@@ -48,22 +49,22 @@ def worker(root, pause):
 
 def finished_store(root) -> Store:
     store = Store(root)
-    folder, _ = store.begin("s", "k")
+    folder, _ = store.begin(STAGE, KEY)
     write_json(folder / "a.json", {"x": 1})
     write_frame(folder / "deep" / "b.parquet", pd.DataFrame({"y": [1, 2]}))
     write_json(folder / "measured.json", {"seconds": random.random()})
     Journal(folder / "journal" / "j.jsonl").add("1", 1)
-    store.commit("s", "k", {"seconds": 1})
+    store.commit(STAGE, KEY, {"seconds": 1})
     return store
 
 
 def test_a_finished_artifact_lists_its_files_and_is_read_again(tmp_path):
     store = finished_store(tmp_path)
-    manifest = store.manifest("s", "k")
+    manifest = store.manifest(STAGE, KEY)
     assert set(manifest["files"]) == {"a.json", "deep/b.parquet", "measured.json"}
-    assert store.complete("s", "k") and store.begin("s", "k") == (tmp_path / "s" / "k", True)
-    assert not store.work("s", "k").exists()
-    again = finished_store(tmp_path / "again").manifest("s", "k")
+    assert store.complete(STAGE, KEY) and store.begin(STAGE, KEY) == (tmp_path / STAGE / KEY, True)
+    assert not store.work(STAGE, KEY).exists()
+    again = finished_store(tmp_path / "again").manifest(STAGE, KEY)
     assert (
         again["results"] == manifest["results"] and again["files"] != manifest["files"]
     )  # what was measured differs
@@ -91,33 +92,35 @@ def _cut(path):
 def test_damage_is_named_and_never_used(tmp_path, capsys, file, damage, word):
     store = finished_store(tmp_path)
     cut_short = file == "manifest.json" and damage is _cut
-    damage(store.entry("s", "k") / file)
+    damage(store.entry(STAGE, KEY) / file)
     if cut_short:
         _cut(
-            store.entry("s", "k") / file
+            store.entry(STAGE, KEY) / file
         )  # the last byte is a line end, without which it is still whole
-    assert word in store.fault("s", "k")
-    folder, finished = store.begin("s", "k")
+    assert word in store.fault(STAGE, KEY)
+    folder, finished = store.begin(STAGE, KEY)
     assert word in capsys.readouterr().out and not finished and not any(folder.iterdir())
-    with pytest.raises(DermError, match=r"s/k/a.json is not in .*: run notebooks/s.ipynb again"):
-        store.resolve("s/k/a.json")
-    files.release(store.lock("s", "k"))
+    with pytest.raises(
+        DermError, match=rf"{KEY}/a.json is not in .*: run notebooks/{STAGE}.ipynb again"
+    ):
+        store.resolve(f"{STAGE}/{KEY}/a.json")
+    files.release(store.lock(STAGE, KEY))
 
 
 def test_a_recipe_finds_finished_files_and_this_process_own(tmp_path):
     store = Store(tmp_path)
-    folder, _ = store.begin("s", "k")
+    folder, _ = store.begin(STAGE, KEY)
     write_json(folder / "a.json", 1)
-    assert store.resolve("s/k/a.json") == folder / "a.json"
-    code = "import sys; from derm_compress.study.store import Store; Store(sys.argv[1]).resolve('s/k/a.json')"
+    assert store.resolve(f"{STAGE}/{KEY}/a.json") == folder / "a.json"
+    code = f"import sys; from derm_compress.study.store import Store; Store(sys.argv[1]).resolve('{STAGE}/{KEY}/a.json')"
     other = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
     )
     assert "DermError" in other.stderr
-    store.commit("s", "k", {})
-    assert store.resolve("s/k/a.json") == tmp_path / "s" / "k" / "a.json"
+    store.commit(STAGE, KEY, {})
+    assert store.resolve(f"{STAGE}/{KEY}/a.json") == tmp_path / STAGE / KEY / "a.json"
     with pytest.raises(DermError):
-        store.resolve("s/k/../k/a.json")
+        store.resolve(f"{STAGE}/{KEY}/../{KEY}/a.json")
 
 
 def test_nothing_remains_of_a_write_that_fails(tmp_path):
@@ -185,7 +188,7 @@ def test_a_journal_cut_anywhere_is_a_prefix_and_goes_on(tmp_path):
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path):
     finished_by = worker(tmp_path / "calm", 0).communicate()[0]
     assert "done" in finished_by
-    expected = Store(tmp_path / "calm").manifest("s", "k")["results"]
+    expected = Store(tmp_path / "calm").manifest(STAGE, KEY)["results"]
     chance = random.Random(0)
     store, kills = Store(tmp_path / "wild"), 0
     for _ in range(60):
@@ -194,13 +197,13 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path):
         time.sleep(chance.uniform(0, 0.12))
         process.send_signal(signal.SIGKILL)
         kills += "done" not in process.communicate()[0]
-        if store.entry("s", "k").exists():
+        if store.entry(STAGE, KEY).exists():
             break
-        assert store.fault("s", "k") == "absent"
+        assert store.fault(STAGE, KEY) == "absent"
     assert (
         kills >= 2
-        and store.fault("s", "k") == ""
-        and store.manifest("s", "k")["results"] == expected
+        and store.fault(STAGE, KEY) == ""
+        and store.manifest(STAGE, KEY)["results"] == expected
     )
 
 
@@ -210,19 +213,19 @@ def test_the_second_of_two_waits_and_computes_nothing(tmp_path):
     second = worker(tmp_path, 0).communicate()[0]
     assert second.splitlines() == [
         "up",
-        "s: another process computes the same; waiting for it",
+        f"{STAGE}: another process computes the same; waiting for it",
         "done",
     ]
     assert first.communicate()[0] == "done\n"
 
 
-def test_a_lock_can_be_refused_and_can_be_missing(tmp_path, monkeypatch):
+def test_a_lock_can_be_refused_and_is_given_back_by_a_kill(tmp_path):
     first = worker(tmp_path, 0.02)
     assert [first.stdout.readline() for _ in range(2)] == ["up\n", "computing\n"]
-    lock = Store(tmp_path).lock("s", "k")
-    assert not files.hold(lock)
-    monkeypatch.setattr(files, "fcntl", None)
-    assert files.hold(lock) and files.hold(lock)
-    files.release(lock)
+    lock = Store(tmp_path).lock(STAGE, KEY)
+    assert not files.hold(lock) and not files.held(lock)
     first.kill()
     first.communicate()
+    assert files.hold(lock) and files.hold(lock) and files.held(lock)
+    files.release(lock)
+    assert not files.held(lock)

@@ -17,6 +17,8 @@ import toy
 from derm_compress import __main__ as main
 from derm_compress import progress
 from derm_compress.errors import DermError
+from derm_compress.model.recipe import Recipe
+from derm_compress.model.variants import variant
 from derm_compress.study import params, plan
 from derm_compress.study.stage import resolve, start_stage
 
@@ -72,7 +74,7 @@ def listed(root, *words) -> dict:
             '"""Other words."""  # and a remark',
             "",
         ),
-        ("derm_compress/study/store.py", "import re\n", "import re  # x\nX = 1\n", ""),
+        ("derm_compress/study/store.py", "import os\n", "import os  # x\nX = 1\n", ""),
         ("notebooks/03_right.ipynb", "stage.p.factor", "stage.p.factor + 1", "03_right"),
         ("notebooks/01_data.ipynb", "stage.p.seed", "stage.p.seed + 1", "01_data 02_left 03_right"),
         ("derm_compress/method/shapes.py", "seed + i", "seed - i", "01_data 02_left 03_right"),
@@ -171,7 +173,7 @@ def test_an_input_is_found_or_named(root):
     assert stage.measured("01_data", "speed") == {"ms": 1}
     with pytest.raises(DermError, match="measured nothing under the name pace"):
         stage.measured("01_data", "pace")
-    with pytest.raises(DermError, match="03_right is no earlier stage"):
+    with pytest.raises(DermError, match="02_left does not read 03_right"):
         stage.input("03_right")
     with pytest.raises(DermError, match="with the same parameters"):
         begin(root, "02_left", seed=5).input("01_data")
@@ -259,51 +261,58 @@ def test_track_says_little_and_the_right_thing(capsys, monkeypatch):
 # Models of a run, for export
 
 
-def test_export_finds_the_recipe_or_lists_what_there_is(tmp_path):
-    root, cell = tmp_path, toy.cell(toy.PARAMETERS, "parameters")
-    stages = {
-        "02_finetune": [],
-        "04_pruning": [],
-        "05_sft": ["04_pruning"],
-        "07_quantization": ["04_pruning"],
+def test_export_finds_the_operating_point_by_its_columns(tmp_path):
+    def made(name, removed, **known):
+        recipe = Recipe("tiny", "0", 8).pruned(range(8 - removed))
+        return variant(name, recipe, **known)
+
+    ours, rival = {"criterion": "perplexity"}, {"criterion": "magnitude"}
+    models = {
+        "04_pruning": [
+            made("original", 0),
+            made("pruned-2", 2, **ours),
+            made("pruned-2-magnitude", 2, **rival),
+        ],
+        "05_sft": [
+            made("rival", 2, healed=True, **rival),
+            made("again", 2, healed=True, sft_seed=1, **ours),
+            made("any name", 2, healed=True, **ours),
+        ],
+        "07_quantization": [
+            made("unhealed", 2, quantizer="awq", bits=4, **ours),
+            made("wide", 2, healed=True, quantizer="awq", bits=8, **ours),
+            made("small", 2, healed=True, quantizer="awq", bits=4, **ours),
+        ],
     }
-    for name in stages:
-        toy.notebook(root / "notebooks" / f"{name}.ipynb", cell)
-    for name, ids in {
-        "04_pruning": ["original", "pruned-6"],
-        "05_sft": ["pruned-6+sft"],
-        "07_quantization": ["pruned-6+sft|awq4"],
-    }.items():
-        stage = begin(root, name)
-        stage.frame(
-            "variants",
-            lambda ids: pd.DataFrame({"variant": ids, "recipe": [f"<{i}>" for i in ids]}),
-            ids,
-        )
-        stage.json("choice", dict, operating=6)
+    cell = toy.cell(toy.PARAMETERS, "parameters")
+    for name in ("02_finetune", *models):
+        toy.notebook(tmp_path / "notebooks" / f"{name}.ipynb", cell)
+        stage = begin(tmp_path, name)
+        if name in models:
+            stage.frame("variants", pd.DataFrame, models[name])
+            stage.json("choice", dict, operating=2, deeper=3)
+        else:
+            stage.json("recipe", dict, base="tiny")
         stage.finish()
-    stage = begin(root, "02_finetune")
-    stage.json("recipe", dict, base="tiny")
-    stage.finish()
+    recipes = {row["variant"]: row["recipe"] for rows in models.values() for row in rows}
 
-    def recipe(model):
-        return plan.find_recipe(model, root=root)[0]
+    def found(model):
+        return plan.find_recipe(model, root=tmp_path)[0]
 
-    assert json.loads(recipe("default/02_finetune")) == {"base": "tiny"}
-    assert recipe("default/04_pruning") == recipe("default/04/pruned-6") == "<pruned-6>"
-    assert recipe("default/04_pruning/original") == "<original>"
-    assert (
-        recipe("default/05_sft") == "<pruned-6+sft>"
-        and recipe("default/07") == "<pruned-6+sft|awq4>"
-    )
+    assert json.loads(found("default/02_finetune")) == {"base": "tiny"}
+    assert found("default/04_pruning") == recipes["pruned-2"]
+    assert found("default/04/original") == recipes["original"]
+    assert found("default/05_sft") == recipes["any name"]
+    assert found("default/07") == recipes["small"]
     for model, words in {
-        "default/04/prund": "known: original, pruned-6",
+        "default/04/prund": "has no prund; known: original, pruned-2",
         "default/09": "no stage 09; known: 02_finetune",
         "other/04": "there is no run other; runs are default",
+        "../runs/04": r"run is '\.\.'",
         "default/02/x": "02_finetune has no model of that name",
     }.items():
         with pytest.raises(DermError, match=words):
-            recipe(model)
+            found(model)
 
 
 # The command line
