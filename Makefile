@@ -42,4 +42,4 @@ install: .venv/installed
 	@touch $@
 
 rehearsal-gpu:
-	@"$(PYTHON)" -m derm_compress.rehearsal reports/gpu-rehearsal
+	@PYTHONPATH=. "$(PYTHON)" benchmarks/gpu.py --out reports/gpu-rehearsal
