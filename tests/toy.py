@@ -100,7 +100,7 @@ def project(root: Path) -> Path:
     )
     (package / "method" / "words.yaml").write_text("mole")
     (package / "report" / "render.py").write_text(
-        "def render(run, *, root):\n    folder = root / 'reports' / run\n"
+        "def render(run, *, root, artifacts):\n    folder = root / 'reports' / run\n"
         "    folder.mkdir(parents=True, exist_ok=True)\n"
         "    (folder / 'index.html').write_text('report')\n    print('rendered', run)\n    return folder\n\n\n"
         "def render_index(root):\n    print('indexed')\n"

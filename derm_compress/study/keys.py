@@ -86,7 +86,9 @@ def behind(inner: str, alias: ast.alias, tree: ast.AST, package: Path) -> set[st
     folder = package.joinpath(*dotted.split("."))
     if offers := face_of(folder):
         taken = attributes(alias.asname or alias.name, tree)
-        return set().union(*(modules_of(f"{dotted}.{offers.get(name, name)}", package) for name in taken))
+        return set().union(
+            *(modules_of(f"{dotted}.{offers.get(name, name)}", package) for name in taken)
+        )
     if below := modules_of(dotted, package):
         return below
     offers = face_of(package.joinpath(*inner.split("."))) if inner else {}
@@ -96,7 +98,9 @@ def behind(inner: str, alias: ast.alias, tree: ast.AST, package: Path) -> set[st
 def attributes(name: str, tree: ast.AST) -> set[str]:
     """What a syntax tree takes from a name: `Plan` of `method.Plan`."""
     taken = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-    return {node.attr for node in taken if isinstance(node.value, ast.Name) and node.value.id == name}
+    return {
+        node.attr for node in taken if isinstance(node.value, ast.Name) and node.value.id == name
+    }
 
 
 def modules_of(dotted: str, package: Path) -> set[str]:

@@ -1,5 +1,6 @@
 """One run as data: where it lies, the key of every stage, its notes, its models (no torch)."""
 
+import contextlib
 import os
 import platform
 import re
@@ -116,8 +117,7 @@ class Plan:
 
     def pointer(self, stage: str) -> dict:
         """What this run last noted of a stage; empty if it did not."""
-        path = self.folder / f"{stage}.json"
-        return read_json(path) if path.exists() else {}
+        return read_note(self.folder / f"{stage}.json")
 
     def point(self, stage: str, *, cached: bool) -> None:
         """Notes that the run's stage is the finished artifact of its key."""
@@ -143,6 +143,14 @@ class Plan:
                 f"run {self.run} has no finished {stage}; it may have {', '.join(self.notebooks)}"
             )
         return self.store.entry(stage, key)
+
+
+def read_note(path: Path) -> dict:
+    """A JSON file of notes; empty where it is missing or damaged: notes can be made anew."""
+    with contextlib.suppress(OSError, ValueError):
+        note = read_json(path)
+        return note if isinstance(note, dict) else {}
+    return {}
 
 
 def make_plan(root: Path, notebooks: dict[str, Notebook], values: dict) -> Plan:
