@@ -28,7 +28,7 @@ from derm_compress.method.finetune import train
 from derm_compress.method.finetune.jobs import Job, fine_tune_all
 from derm_compress.method.importance import criteria, measure
 from derm_compress.method.assemble import materialize
-from derm_compress.method.quantization import forms
+from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import anatomy, loading, memory, removal, shapes
 from derm_compress.model import variants as frames
 from derm_compress.model.recipe import Recipe
@@ -93,8 +93,8 @@ def variants_of(recipe, store):
     healed = frames.healed(sources, store.ref("adapters"), folder / "adapters")
     every = pd.concat([sources, healed])
     methods = ["awq", "bitsandbytes", "rtn", "rtn_symmetric"]
-    wanted = forms.asked(every.variant, methods, 4, 64)
-    rounded = forms.quantized(every, wanted, store.ref("scales"))
+    wanted = wanted_frames.asked(every.variant, methods, [4], 64)
+    rounded = wanted_frames.quantized_variants(every, wanted, store.ref("scales"))
     return pd.concat([known, healed, rounded], ignore_index=True), jobs, sources, wanted, rounded
 
 

@@ -20,7 +20,9 @@ from derm_compress.evaluate.answers import COLUMNS, answer
 from derm_compress.files import digest
 from derm_compress.method import activations
 from derm_compress.method.assemble import materialize
-from derm_compress.method.quantization import folding, forms, quantize, search
+from derm_compress.method.quantization import folding, quantize, search
+from derm_compress.method.quantization.forms import Form, check_groups
+from derm_compress.method.quantization.wanted import calibrations
 from derm_compress.model import anatomy, devices, oom, prompts, removal, shapes, usage
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
@@ -160,7 +162,7 @@ def activation_statistics(
     frames = []
     for name, model, processor in each_model(variants, store, device, "activations"):
         told = oom.halved(
-            lambda size, on=(processor, model): activations.activation_statistics(
+            lambda size, on=(processor, model): activations.projection_statistics(
                 on[1], _batches(*on, items, images, size)
             ),
             batch_size, f"activations of {name}",
@@ -219,7 +221,7 @@ def search_scales(
     folder: Path, wanted: pd.DataFrame, sources: pd.DataFrame, store, *, items, images, batch_size, device,
     answer_weight: float = 1.0, scratch=None, offload: bool | None = None,
 ) -> None:  # fmt: skip
-    """What forms.asked() needs to be quantized: <form>/<source>.safetensors, and all rows as search.parquet.
+    """What wanted_forms() needs to be quantized: <form>/<source>.safetensors, and all rows as search.parquet.
 
     A calibration pass of a source serves all forms, and another one those without pictures; answer_weight weighs the
     answers' tokens. scratch: a folder in which a killed search goes on at its block. offload (None: on a GPU): fp16
@@ -235,25 +237,24 @@ def search_scales(
     needed = {
         name: found
         for name in wanted.source.unique()
-        if (found := forms.calibrations(wanted, name))
+        if (found := calibrations(wanted, name))
     }
     needed = {} if device == anatomy.META else needed
-    every = [json.loads(step) for step in wanted.step]
-    forms.check_groups(every, {})
+    every = [Form.of(json.loads(step)) for step in wanted.step]
     for name, row in track(
         list(variants_of.named(sources, needed).set_index("variant").iterrows()), "scales searched"
     ):
         model, processor = materialize(Recipe.from_json(row.recipe), store, **home)
-        forms.check_groups(every, anatomy.inputs(model))
-        for text_only, steps in needed[name].items():
+        check_groups(every, anatomy.inputs(model))
+        for text_only, asked in needed[name].items():
             how = {"text_only": text_only, "answer_weight": answer_weight}
+            steps = {form: asked[form].step for form in asked}
             kept = (
                 scratch
                 and Path(scratch)
                 / digest([row.recipe, steps, how, batch_size, [i.id for i in items]])[:16]
             )
             where = {"device": device if offload else None, "scratch": kept}
-            asked = {form: quantize.Form.of(step) for form, step in steps.items()}
             found = oom.halved(
                 lambda pictures, on=(processor, model), asked=asked, how=how, where=where: search.search_forms(
                     on[1], _batches(*on, items, images, kinds * pictures, **how), asked, **where
@@ -342,7 +343,7 @@ def quantization_errors(
             )
         both = processor, model, held[1]
         done[name] = oom.halved(
-            lambda size, on=both: quantize.block_errors(on[2], on[1], _batches(*on[:2], items, images, size)),
+            lambda size, on=both: activations.block_errors(on[2], on[1], _batches(*on[:2], items, images, size)),
             batch_size, f"errors of {name}",
         )  # fmt: skip
         if journal:

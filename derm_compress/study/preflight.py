@@ -218,9 +218,10 @@ def check_forms(p: dict, arch: Architecture | None = None) -> None:
     if not p["methods"]:
         raise DermError("methods: name at least one, such as awq")
     inputs = {name: into for name, (_, into) in arch.linears.items()} if arch else {}
-    steps = [*forms.forms(p["methods"], p["bits"], p["group_size"]).values()]
-    steps += [{"method": budgets.METHOD, "group_size": p["group_size"]}] * bool(p["equal_bytes"])
-    forms.check_groups(steps, inputs)
+    asked = forms.forms(p["methods"], p["bits"], p["group_size"])
+    if p["equal_bytes"]:
+        asked.append(forms.Form(budgets.METHOD, group_size=p["group_size"]))
+    forms.check_groups(asked, inputs)
     budgets.check(p["equal_bytes"], p["bits"][1:])
 
 

@@ -19,7 +19,8 @@ from derm_compress.evaluate.variants import (
 )
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.assemble import materialize
-from derm_compress.method.quantization import forms, search
+from derm_compress.method.quantization import search
+from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import anatomy
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
@@ -44,8 +45,8 @@ def test_variants_name_depth_criterion_and_recipe(recipe):
         "pruned-3-output_similarity",
     ]
     assert frame.variant.tolist() == names and frame.blocks_removed.tolist() == [0, 1, 3, 1, 3]
-    quantized = forms.quantized(
-        frame, forms.asked(frame.variant[:2], ["awq", "rtn"], 4, 64), SCALES
+    quantized = wanted_frames.quantized_variants(
+        frame, wanted_frames.asked(frame.variant[:2], ["awq", "rtn"], [4], 64), SCALES
     )
     assert quantized.variant.tolist() == [
         "original|awq4",
@@ -87,12 +88,12 @@ def test_a_model_is_let_go_before_the_next_is_loaded(
 ):
     frame, images = variants(recipe)[:2], dataset.images
     how = {"items": dataset.of("train")[:1], "images": images, "batch_size": 3, "device": "cpu"}
-    search_scales(tmp_path, forms.asked(frame.variant, ["awq"], 4, 64), frame, store, **how)
+    search_scales(tmp_path, wanted_frames.asked(frame.variant, ["awq"], [4], 64), frame, store, **how)
     assert alive == [0, 0]
     monkeypatch.setattr(variants_, "COPIED", 0)  # quantized models are made anew, as large ones are
     alive.clear()
-    rounded = forms.quantized(
-        frame[:1], forms.asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], 4, 64), SCALES
+    rounded = wanted_frames.quantized_variants(
+        frame[:1], wanted_frames.asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], [4], 64), SCALES
     )
     assert len(list(each_model(rounded, store, "cpu", "x"))) == 3
     assert alive == [0, 1, 1, 1]  # beside the source that they share
@@ -128,7 +129,7 @@ def test_quantized_variants_run_from_search_to_errors(recipe, store, dataset, tm
         "device": "cpu",
     }
     (tmp_path / "scales").mkdir()
-    wanted = forms.asked(frame.variant, ["awq", "rtn", "awq-text"], 3, 64)
+    wanted = wanted_frames.asked(frame.variant, ["awq", "rtn", "awq-text"], [3], 64)
     search_scales(tmp_path / "scales", wanted, frame, store, **how)
     found = pd.read_parquet(tmp_path / "scales" / "search.parquet")
     both = found.pivot(index=["variant", "block", "group"], columns="form", values="loss")
@@ -149,7 +150,7 @@ def test_quantized_variants_run_from_search_to_errors(recipe, store, dataset, tm
     )
     assert scaled_channels(tmp_path / "scales", "awq9", frame, store, **how).empty
     wanted = wanted[wanted.form != "awq3-text"]
-    quantized = forms.quantized(frame, wanted, store.ref("scales"))
+    quantized = wanted_frames.quantized_variants(frame, wanted, store.ref("scales"))
     errors = quantization_errors(quantized, frame, store, **how)
     assert (
         errors.groupby("variant").size().tolist() == [8, 8, 7, 7]
@@ -175,7 +176,7 @@ def test_group_sizes_are_refused_before_a_search(
     }
     frame = variants(recipe)[:1]
     with pytest.raises(DermError, match="group_size: "):
-        search_scales(tmp_path, forms.asked(frame.variant, names, 4, size), frame, store, **how)
+        search_scales(tmp_path, wanted_frames.asked(frame.variant, names, [4], size), frame, store, **how)
 
 
 def test_activations_carry_original_block_numbers(recipe, store, dataset):

@@ -11,7 +11,8 @@ from derm_compress.evaluate import answers, variants
 from derm_compress.method import activations
 from derm_compress.method.finetune import train
 from derm_compress.method.importance import criteria, measure, rankings
-from derm_compress.method.quantization import forms, search
+from derm_compress.method.quantization import search
+from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import loading, oom
 from derm_compress.model import variants as variants_of
 from derm_compress.model.generate import generate
@@ -80,7 +81,7 @@ def test_answers_go_on_with_smaller_batches(pico, dataset, monkeypatch, capsys):
     assert "out of GPU memory with 4 at once; going on with 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ("activation_statistics", "input_peaks"))
+@pytest.mark.parametrize("what", ("projection_statistics", "input_peaks"))
 def test_calibration_goes_on_with_smaller_batches(
     recipe, store, dataset, tmp_path, monkeypatch, what
 ):
@@ -114,7 +115,7 @@ def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(
     def searched(folder, size):
         folder.mkdir()
         variants.search_scales(
-            folder, forms.asked(["original"], ["awq"], 4, 64), known, store, batch_size=size, **how
+            folder, wanted_frames.asked(["original"], ["awq"], [4], 64), known, store, batch_size=size, **how
         )
         return load_file(folder / "awq4" / "original.safetensors")
 

@@ -7,7 +7,7 @@ import pytest
 from derm_compress.errors import DermError
 from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.importance import criteria
-from derm_compress.method.quantization import forms
+from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import memory, shapes
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
@@ -178,7 +178,7 @@ def test_a_training_step_is_three_forwards_with_checkpointing():
 def test_times_on_a_t4_follow_bytes_and_operations():
     recipe = Recipe("llava-1.5-7b", "0", 32)
     known = variants_of.pruned(recipe, [published_plan()], [6])
-    packed = forms.quantized(known, forms.asked(known.variant, ["awq"], 4, 64), f"07_quantization/{64 * '0'}")
+    packed = wanted_frames.quantized_variants(known, wanted_frames.asked(known.variant, ["awq"], [4], 64), f"07_quantization/{64 * '0'}")
     told = preflight.times(pd.concat([known, packed]), ARCH).set_index("variant")
     assert 60 < told.t4_decode_ms_per_token["original"] < 80  # 13.2 GB at 60 % of 320 GB/s
     assert (
