@@ -88,12 +88,16 @@ def test_a_model_is_let_go_before_the_next_is_loaded(
 ):
     frame, images = variants(recipe)[:2], dataset.images
     how = {"items": dataset.of("train")[:1], "images": images, "batch_size": 3, "device": "cpu"}
-    search_scales(tmp_path, wanted_frames.asked(frame.variant, ["awq"], [4], 64), frame, store, **how)
+    search_scales(
+        tmp_path, wanted_frames.asked(frame.variant, ["awq"], [4], 64), frame, store, **how
+    )
     assert alive == [0, 0]
     monkeypatch.setattr(variants_, "COPIED", 0)  # quantized models are made anew, as large ones are
     alive.clear()
     rounded = wanted_frames.quantized_variants(
-        frame[:1], wanted_frames.asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], [4], 64), SCALES
+        frame[:1],
+        wanted_frames.asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], [4], 64),
+        SCALES,
     )
     assert len(list(each_model(rounded, store, "cpu", "x"))) == 3
     assert alive == [0, 1, 1, 1]  # beside the source that they share
@@ -176,7 +180,9 @@ def test_group_sizes_are_refused_before_a_search(
     }
     frame = variants(recipe)[:1]
     with pytest.raises(DermError, match="group_size: "):
-        search_scales(tmp_path, wanted_frames.asked(frame.variant, names, [4], size), frame, store, **how)
+        search_scales(
+            tmp_path, wanted_frames.asked(frame.variant, names, [4], size), frame, store, **how
+        )
 
 
 def test_activations_carry_original_block_numbers(recipe, store, dataset):

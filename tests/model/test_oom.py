@@ -115,7 +115,12 @@ def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(
     def searched(folder, size):
         folder.mkdir()
         variants.search_scales(
-            folder, wanted_frames.asked(["original"], ["awq"], [4], 64), known, store, batch_size=size, **how
+            folder,
+            wanted_frames.asked(["original"], ["awq"], [4], 64),
+            known,
+            store,
+            batch_size=size,
+            **how,
         )
         return load_file(folder / "awq4" / "original.safetensors")
 

@@ -178,7 +178,9 @@ def test_a_training_step_is_three_forwards_with_checkpointing():
 def test_times_on_a_t4_follow_bytes_and_operations():
     recipe = Recipe("llava-1.5-7b", "0", 32)
     known = variants_of.pruned(recipe, [published_plan()], [6])
-    packed = wanted_frames.quantized_variants(known, wanted_frames.asked(known.variant, ["awq"], [4], 64), f"07_quantization/{64 * '0'}")
+    packed = wanted_frames.quantized_variants(
+        known, wanted_frames.asked(known.variant, ["awq"], [4], 64), f"07_quantization/{64 * '0'}"
+    )
     told = preflight.times(pd.concat([known, packed]), ARCH).set_index("variant")
     assert 60 < told.t4_decode_ms_per_token["original"] < 80  # 13.2 GB at 60 % of 320 GB/s
     assert (

@@ -180,8 +180,8 @@ def _load_bitsandbytes(path, device):
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # as grids.NF4Grid.packed says
             module.compute_dtype, module.compute_type_is_set = dtype, True
-            state = module.weight.quant_state
-            module.grid = NF4Grid(state.blocksize, state.nested)
+            state = getattr(module.weight, "quant_state", None)  # none: the file has no codes for it
+            module.grid = state and NF4Grid(state.blocksize, state.nested)
     return model
 
 

@@ -27,7 +27,7 @@ class Form:
     clip: bool = False
     double: bool = False
     text: bool = False
-    block_bits: Mapping[int, int] = field(default_factory=dict)
+    block_bits: Mapping[int, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         if self.method not in METHODS:
