@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from small_llava import asked, batch, collect_all, loud_llava, small_llava
+from small_llava import asked, batch, loud_llava, small_llava
 
 from derm_compress.errors import DermError
 from derm_compress.method.activations import block_errors
