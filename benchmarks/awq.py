@@ -26,8 +26,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from derm_compress.data import synthetic
 from derm_compress.method import activations
-from derm_compress.method.quantization import calibration, quantize, search
+from derm_compress.method.quantization import calibration
 from derm_compress.method.quantization.autoawq import equal_rows, quantizer
+from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization.quantize import quantize
+from derm_compress.method.quantization.search import search_one
 from derm_compress.model import anatomy, loading, prompts
 
 BITS, GROUP = 4, 64
@@ -50,8 +53,8 @@ def autoawq(model, tokens, *, clip):
 
 def ours(model, tokens, *, clip):
     """Quantize a model in place by this package."""
-    scales, _ = search.search_one(model, [tokens], bits=BITS, group_size=GROUP, clip=clip)
-    quantize.quantize(model, method="awq", bits=BITS, group_size=GROUP, clip=clip, scales=scales)
+    form = Form("awq", BITS, GROUP, clip=clip)
+    quantize(model, form, scales=search_one(model, [tokens], form)[0])
 
 
 def compare(model, tokens, held_out, *, clip, last, repeats=5):
@@ -63,7 +66,7 @@ def compare(model, tokens, held_out, *, clip, last, repeats=5):
         seconds[how].append(time.process_time() - begun)
         if how is autoawq:
             theirs = error(output(made, held_out, last), expected)
-    rounded = quantize.quantize(copy.deepcopy(model), method="rtn", bits=BITS, group_size=GROUP)
+    rounded = quantize(copy.deepcopy(model), Form("rtn", BITS, GROUP))
     found = {"ratio": seconds[autoawq][0] / statistics.median(seconds[ours])}
     found |= {"error": error(output(made, held_out, last), expected), "autoawq_error": theirs}
     found |= {"rtn_error": error(output(rounded, held_out, last), expected)}

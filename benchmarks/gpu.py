@@ -30,14 +30,16 @@ from derm_compress.errors import DermError
 from derm_compress.evaluate import latency
 from derm_compress.files import atomic, write_json
 from derm_compress.method.finetune import train
-from derm_compress.method.quantization import calibration, folding, grids, quantize, scaling
+from derm_compress.method.quantization import calibration, folding, grids, scaling
+from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, loading, memory, removal, usage
 from derm_compress.model.shapes import Architecture, architecture, llava_7b_config
 
 FORMS = {
-    "fp16": {},
-    "NF4": {"method": "bitsandbytes", "bits": 4, "group_size": 64},
-    "packed W4": {"method": "rtn", "bits": 4, "group_size": 64},
+    "fp16": None,
+    "NF4": Form("bitsandbytes", 4, 64),
+    "packed W4": Form("rtn", 4, 64),
 }
 COLUMNS = ["step", "variant", "quantity", "unit", "measured", "planned"]
 Rows = Iterator[tuple[str, str, float | None, float | None]]  # from "quantity"; None: unknown
@@ -89,7 +91,7 @@ def build(rig: Rig, *, removed: int = 0, form: str = "fp16"):
         model = AutoModelForImageTextToText.from_config(rig.config(), dtype=torch.float16)
     model.eval().requires_grad_(False)
     removal.apply(model, range(rig.arch.kept(removed)))
-    return quantize.quantize(model, **FORMS[form], packed=True) if FORMS[form] else model
+    return quantize(model, FORMS[form], packed=True) if FORMS[form] else model
 
 
 def request(rig: Rig, batch: int, text_tokens: int) -> dict[str, torch.Tensor]:
@@ -163,7 +165,9 @@ def generate(rig: Rig, *, form: str, removed: int, batch: int) -> Rows:
     long = {"new_tokens": rig.new_tokens}
     told = latency.measure_latency(model, inputs, warmup=1, repeats=rig.repeats, **long)
     peak, floor = peak_gib(rig), latency.floor(model, told, bandwidth(rig.device))["floor_ms"]
-    what = {"blocks_removed": removed} | FORMS[form]
+    what = {"blocks_removed": removed}
+    if FORMS[form]:
+        what |= FORMS[form].stored(rig.arch.blocks)
     sizes = {"batch": batch, "prompt_tokens": rig.prompt_tokens} | long
     kernel = any(getattr(module, "steps", None) is not None for module in model.modules())
     plan = memory.plan_peak(rig.arch, int4_kernel=kernel, **sizes, **what)
@@ -204,11 +208,11 @@ def awq(rig: Rig, *, blocks: int) -> Rows:
     """Activation-aware quantization: a block's share of the statistics and the search."""
     model = build(rig, removed=rig.arch.blocks - blocks)
     batches = [request(rig, 1, rig.text_tokens) for _ in range(rig.conversations)]
-    grid = dict.fromkeys(rig.arch.linears, grids.IntegerGrid(4, 64))
+    form = Form("awq", 4, 64)
 
     def search():
         for i, found in kept.items():
-            scaling.search_block(model, i, found, grid)
+            scaling.search_block(model, i, found, form)
 
     before = release(rig)
     kept = dict(calibration.collect(model, batches))

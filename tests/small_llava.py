@@ -4,6 +4,7 @@ import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from derm_compress.method.quantization import calibration
+from derm_compress.model import anatomy
 
 IMAGE, PAD, IMAGE_TOKENS = 199, 0, 9
 
@@ -28,6 +29,15 @@ def small_llava(blocks=4, *, seed=0, hidden=64, kv_heads=4, std=0.1):
         vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2
     )
     return LlavaForConditionalGeneration(config).eval()
+
+
+def loud_llava(blocks=4, **how):
+    """small_llava with six channels of every norm 20 times as loud, so that scaling has something to do."""
+    model = small_llava(blocks, **how)
+    for block in anatomy.blocks(model):
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.weight.data[torch.arange(6) * 9] *= 20
+    return model
 
 
 def batch(rows=3, words=20, *, seed=0, padding=0, side="right"):

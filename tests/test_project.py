@@ -46,7 +46,7 @@ def test_all_roads_install_the_same_pinned_set():
 
 def test_the_modules_for_reports_need_no_torch():
     modules = "tables figures findings report metrics paper artifacts study runner recipes judge data memory cost preflight"
-    modules += " stage_costs"
+    modules += " stage_costs judging judge_controls judge_openai judge_local"
     code = "import sys\n" + "".join(f"import derm_compress.{m}\n" for m in modules.split())
     done = subprocess.run(
         [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], cwd=ROOT

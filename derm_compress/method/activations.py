@@ -1,32 +1,29 @@
-"""What flows through the decoder: a tap on a model's real tokens, and statistics of its projections."""
+"""What flows through the decoder: a tap on a model's real tokens, statistics of its projections,
+errors of its blocks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import pandas as pd
 import torch
 
 from derm_compress.errors import DermError
 from derm_compress.model import anatomy
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 STATISTICS = ["mean_abs", "p99", "max", "kurtosis", "outlier_channels"]
-OUTLIER_FACTOR = (
-    6.0  # a channel is an outlier if its max |x| exceeds this many times the median channel's
-)
+OUTLIER_FACTOR = 6.0  # an outlier channel's max |x| exceeds this many times the median channel's
 DROPPED_BITS = (
-    16  # of |x| as a float32: the bits above number the histogram's bins, each at most 0.8 % wide
+    16  # of |x| as a float32: those above number the histogram's bins, 0.8 % wide at most
 )
 
 
 @torch.no_grad()
 def tap(model, batches, modules, see, *, inputs=False):
-    """Run the model once over the batches; see(key, x) gets what each of {key: module} writes (or reads).
+    """Run the model once over the batches; see(key, x) gets what each of {key: module} writes (or
+    reads).
 
-    x: [real tokens, channels], float32. Positions the attention mask excludes are left out, on whichever side
-    they stand; image tokens are real tokens. Batches are the processor's output; labels are ignored.
+    x: [real tokens, channels], float32. Positions the attention mask excludes are left out, on
+    whichever side they stand; image tokens are real tokens. Batches are the processor's output;
+    labels are ignored.
     """
     real, training = None, model.training
 
@@ -41,11 +38,8 @@ def tap(model, batches, modules, see, *, inputs=False):
     try:
         model.eval()
         for batch in batches:
-            feed = {
-                k: v.to(model.device)
-                for k, v in batch.items()
-                if k not in ("labels", "token_weights")
-            }
+            ignored = ("labels", "token_weights")
+            feed = {k: v.to(model.device) for k, v in batch.items() if k not in ignored}
             real = feed.get("attention_mask", torch.ones_like(feed["input_ids"])).bool()
             model(**feed, use_cache=False, logits_to_keep=1)
     finally:
@@ -53,13 +47,13 @@ def tap(model, batches, modules, see, *, inputs=False):
         for handle in handles:
             handle.remove()
     if real is None:
-        raise DermError(
-            "activations: no batch was given; pass at least one batch of the processor's output"
-        )
+        said = "no batch was given; pass at least one batch of the processor's output"
+        raise DermError(f"activations: {said}")
 
 
 class Summary:
-    """Streaming summary of one projection's outputs; its size does not depend on the number of tokens."""
+    """Streaming summary of one projection's outputs; its size does not depend on the number of
+    tokens."""
 
     def __init__(self):
         self.count, self.powers, self.peak, self.histogram = 0, 0.0, None, 0
@@ -68,26 +62,23 @@ class Summary:
         """Take in x [tokens, channels]."""
         size, wide = x.abs().contiguous(), x.double().flatten()
         square = wide * wide
-        sums = (
-            wide.sum(),
-            square.sum(),
-            square @ wide,
-            square @ square,
-            size.sum(dtype=torch.float64),
-        )
-        self.count, self.powers = self.count + x.numel(), self.powers + torch.stack(sums)
+        moments = [wide.sum(), square.sum(), square @ wide, square @ square]
+        self.count += x.numel()
+        self.powers = self.powers + torch.stack([*moments, size.sum(dtype=torch.float64)])
         self.peak = size.amax(0) if self.peak is None else torch.maximum(self.peak, size.amax(0))
         bins = size.view(torch.int32).flatten() >> DROPPED_BITS
         self.histogram += torch.bincount(bins, minlength=1 << (31 - DROPPED_BITS))
 
     def quantile(self, share):
-        """Quantile of |x| to within 0.4 %: the middle of its histogram bin (exactly 0 for the lowest bin)."""
+        """Quantile of |x| to within 0.4 %: the middle of its histogram bin (exactly 0 for the
+        lowest bin)."""
         index = int((self.histogram.cumsum(0) < share * self.count).sum())
         middle = (index << DROPPED_BITS) + (1 << (DROPPED_BITS - 1))
         return torch.tensor(middle, dtype=torch.int32).view(torch.float32).item() if index else 0.0
 
     def row(self):
-        """Statistics over all tokens and channels; kurtosis is Pearson's (3 for a normal distribution)."""
+        """Statistics over all tokens and channels; kurtosis is Pearson's (3 for a normal
+        distribution)."""
         m1, m2, m3, m4, mean_abs = (self.powers / self.count).tolist()
         variance, fourth = m2 - m1**2, m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         return {
@@ -109,24 +100,22 @@ def projections(model):
 
 
 def projection_statistics(model, batches) -> pd.DataFrame:
-    """Outputs of every projection: block, projection, mean_abs, p99, max, kurtosis, outlier_channels.
+    """Outputs of every projection: block, projection, mean_abs, p99, max, kurtosis,
+    outlier_channels.
 
-    Blocks count within the given model. Outlier rule: a channel's max |x| > 6 x the median channel's max |x|.
+    Blocks count within the given model. Outlier rule: a channel's max |x| > 6 x the median
+    channel's max |x|.
     """
-    import pandas as pd
-
     watched = projections(model)
     summaries = {key: Summary() for key in watched}
     tap(model, batches, watched, lambda key, x: summaries[key].add(x))
+    rows = []
     for (block, name), summary in summaries.items():
         if not torch.isfinite(summary.powers).all():
-            raise DermError(
-                f"activations: NaN or infinite outputs of block {block} {name}; check its dtype"
-            )
-
-    return pd.DataFrame(
-        [{"block": b, "projection": p} | s.row() for (b, p), s in summaries.items()]
-    )
+            where = f"NaN or infinite outputs of block {block} {name}"
+            raise DermError(f"activations: {where}; check its dtype")
+        rows.append({"block": block, "projection": name} | summary.row())
+    return pd.DataFrame(rows)
 
 
 def input_peaks(model, batches, modules):
@@ -142,16 +131,37 @@ def input_peaks(model, batches, modules):
 
 
 def projection_output(model, batch, block, projection):
-    """Outputs of one projection, float32 array [real tokens, channels] (Figure 4: block 30, q_proj)."""
+    """Outputs of one projection, float32 array [real tokens, channels] (Figure 4: block 30,
+    q_proj)."""
     watched, seen = projections(model), []
     key = block, projection.rpartition(".")[2]
     if key not in watched:
-        last, names = (
-            len(anatomy.blocks(model)) - 1,
-            ", ".join(dict.fromkeys(name for _, name in watched)),
-        )
-        raise DermError(
-            f"activations: no {projection} in block {block}; blocks are 0 to {last}, names {names}"
-        )
+        last = len(anatomy.blocks(model)) - 1
+        names = ", ".join(dict.fromkeys(name for _, name in watched))
+        told = f"no {projection} in block {block}; blocks are 0 to {last}, names {names}"
+        raise DermError(f"activations: {told}")
     tap(model, [batch], {key: watched[key]}, lambda _, x: seen.append(x.cpu()))
     return torch.cat(seen).numpy()
+
+
+def block_errors(model, changed, batches):
+    """Rows (block, relative_error): ||h' - h|| / ||h|| of each block's output h over all real
+    tokens."""
+    full, other = (dict(enumerate(anatomy.blocks(one))) for one in (model, changed))
+    if len(full) != len(other):
+        said = f"models of {len(full)} and {len(other)} blocks; compare equal depths"
+        raise DermError(f"quantize: {said}")
+    errors, sizes, held = dict.fromkeys(full, 0.0), dict.fromkeys(full, 0.0), {}
+
+    def compare(block, x):
+        h = held.pop(block).to(x.device)
+        errors[block] += (x - h).double().square().sum().item()
+        sizes[block] += h.double().square().sum().item()
+
+    for batch in batches:
+        tap(model, [batch], full, held.__setitem__)
+        tap(changed, [batch], other, compare)
+    return [
+        {"block": block, "relative_error": (errors[block] / max(sizes[block], 1e-30)) ** 0.5}
+        for block in full
+    ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pandas as pd
 
 from derm_compress.evaluate import metrics
-from derm_compress.method.quantization import forms
+from derm_compress.method.quantization.forms import MIXED
+from derm_compress.method.quantization.methods import quantizers
 from derm_compress.report.results import variant_id
 
 CHANGE = ["difference", "difference_lo", "difference_hi", "p"]
@@ -21,7 +22,7 @@ EQUAL = [*MODEL, "budget", "method", "mean_bits", "reference", *CHANGE, "p_holm"
 def quantized(variants: pd.DataFrame) -> pd.DataFrame:
     """The study's own models at one width each, with `source`, and the quantizer's name as `method`."""
     table = variants[variants.bits < 16].drop_duplicates("variant")
-    table = table[~table.quantizer.str.endswith(f"-{forms.MIXED}")]
+    table = table[~table.quantizer.str.endswith(f"-{MIXED}")]
     table = table.assign(source=table.variant.str.split("|").str[0], bits=table.bits.astype(int))
     plain = [
         variant_id(n, healed=h) for n, h in zip(table.blocks_removed, table.healed, strict=True)
@@ -31,8 +32,8 @@ def quantized(variants: pd.DataFrame) -> pd.DataFrame:
 
 def calibrated(quantizer: str) -> bool:
     """Whether a quantizer looks at what flows through the model."""
-    (method, options), = forms.quantizers([quantizer])  # fmt: skip
-    return forms.searched({"method": method, **dict.fromkeys(options, True)})
+    ((method, options),) = quantizers([quantizer])
+    return method.searched(options)
 
 
 def changes(

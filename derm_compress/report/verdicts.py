@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from derm_compress.evaluate import metrics
+from derm_compress.method.quantization.methods import METHODS
 from derm_compress.report import paper, paper_model
 from derm_compress.report.contradictions import SAVED, SPEEDUP
 from derm_compress.report.results import Results, answers_of, variant_id
@@ -36,7 +37,7 @@ SHOWN = [
     "why",
     "where",
 ]  # in this order
-FREE = ("rtn", "rtn_symmetric", "bitsandbytes", "hqq")  # methods that look at no data
+FREE = [name for name, m in METHODS.items() if not m.searched() and 4 in m.widths]  # at no data
 RULES = (
     "Rule for shapes: parameters and compression must round to what is printed; planned 7B weights must lie within "
     f"{LOOSE:.0%} of the printed VRAM at 16 bits and {LOOSE_GIB:.2f} GiB at 4 bits, at the paper's own depth.",

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import pandas as pd
 
 from derm_compress.evaluate import metrics
+from derm_compress.method.quantization.methods import METHODS
 from derm_compress.report.results import answers_of
 
-NAMES = {"rtn": "round-to-nearest", "rtn_symmetric": "symmetric round-to-nearest", "awq": "AWQ"}
-NAMES |= {"awq_nf4": "AWQ-NF4", "hqq": "HQQ", "llm_int8": "LLM.int8", "autoawq": "AutoAWQ"}
+NAMES = {name: method.words for name, method in METHODS.items()}
 NAMES |= {"published": "the published order", "last": "last blocks first"}
 WAYS = {  # what a ranking's ending says: in short, and explained
     "text": ("text only", "ranked on the questions without pictures"),

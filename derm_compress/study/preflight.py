@@ -163,8 +163,8 @@ def here(device: str) -> Machine:
 def foresee(plan, *, refuse: bool) -> None:
     """Prints what the stages of a run will need; before a GPU is asked for it, DermError where that is not to be had.
 
-    plan: plan.Plan. Nothing is said of what a run on a CPU needs. The hours
-    of a judging model are not planned.
+    plan: plan.Plan. Nothing is said of what a run on a CPU needs. A judging model is told by the headers of its
+    weights; its hours are not planned.
     """
     values, device = plan.values, plan.values["device"]
     if refuse:
@@ -172,6 +172,7 @@ def foresee(plan, *, refuse: bool) -> None:
         check_embedder(plan)
     if device == "cpu" and not (refuse and _missing(plan, "07_quantization")):
         return
+    from derm_compress.evaluate import judging
     from derm_compress.model import loading
 
     arch = shapes.architecture(loading.config_of(values["model"]))
@@ -183,6 +184,9 @@ def foresee(plan, *, refuse: bool) -> None:
     print(f"{plan.run}, {says(values, arch, machine)}", flush=True)
     if device == "cuda" and refuse:
         check(values, arch, machine)
+        if values["judge"] == "transformers":
+            how = {"form": values["judge_prompt"], "device": device, "root": plan.root}
+            judging.choose("transformers", model=values["judge_model"], **how).foresee()
     for fault in faults(values, arch, machine):
         print(fault, flush=True)
 
@@ -214,9 +218,10 @@ def check_forms(p: dict, arch: Architecture | None = None) -> None:
     if not p["methods"]:
         raise DermError("methods: name at least one, such as awq")
     inputs = {name: into for name, (_, into) in arch.linears.items()} if arch else {}
-    steps = [*forms.forms(p["methods"], p["bits"], p["group_size"]).values()]
-    steps += [{"method": budgets.METHOD, "group_size": p["group_size"]}] * bool(p["equal_bytes"])
-    forms.check_groups(steps, inputs)
+    asked = forms.forms(p["methods"], p["bits"], p["group_size"])
+    if p["equal_bytes"]:
+        asked.append(forms.Form(budgets.METHOD, group_size=p["group_size"]))
+    forms.check_groups(asked, inputs)
     budgets.check(p["equal_bytes"], p["bits"][1:])
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from derm_compress.data import dialogue
 from derm_compress.method.importance.rankings import CALIBRATED, Ranking, rankings
-from derm_compress.method.quantization import forms
+from derm_compress.method.quantization import forms, methods
 from derm_compress.model import memory
 from derm_compress.model.memory import CONVERSATION, FP16, FP32, GIB
 from derm_compress.model.shapes import Architecture
@@ -345,7 +345,7 @@ class Costs:
         p, sources = self.p, 4 + self.rival
         asked, common = (
             forms.forms(p["methods"], p["bits"], p["group_size"]),
-            set(p["methods"]) & set(forms.COMMON),
+            set(p["methods"]) & set(methods.IN_PAPER),
         )
         rounded = 3 * len(asked) + (sources - 3) * len(common)
         kept = sources * FP32 * self.arch.blocks * 5 * self.arch.hidden + self.waiting()

@@ -1,12 +1,18 @@
 """The tap and the statistics of the projections' outputs, against direct computation."""
 
+import copy
+import math
+
 import pytest
 import torch
 from small_llava import batch, small_llava
 
 from derm_compress.errors import DermError
 from derm_compress.method.activations import (
+    STATISTICS,
     Summary,
+    block_errors,
+    input_peaks,
     projection_statistics,
     projection_output,
     projections,
@@ -25,10 +31,8 @@ def model():
 
 def outputs(model, feed, block, projection):
     """Outputs of a projection at the unmasked positions, by a hook of its own."""
-    seen = []
-    handle = projections(model)[block, projection].register_forward_hook(
-        lambda _, __, out: seen.append(out)
-    )
+    seen, linear = [], projections(model)[block, projection]
+    handle = linear.register_forward_hook(lambda _, __, out: seen.append(out))
     with torch.no_grad():
         model(**feed)
     handle.remove()
@@ -44,9 +48,7 @@ def summary(x):
 def test_statistics_equal_direct_ones(model):
     feed = batch(3, seed=1, padding=4, side="left")
     frame = projection_statistics(model, [feed])
-    assert list(frame.columns) == [
-        "block", "projection", "mean_abs", "p99", "max", "kurtosis", "outlier_channels",
-    ]  # fmt: skip
+    assert list(frame) == ["block", "projection", *STATISTICS]
     assert len(frame) == 14 and not frame.isna().any().any()
     for row in frame.itertuples():
         x = outputs(model, feed, row.block, row.projection).double()
@@ -59,9 +61,8 @@ def test_statistics_equal_direct_ones(model):
 
 
 def test_the_planted_outlier_channel_is_counted(model):
-    frame = (
-        projection_statistics(model, [batch()]).set_index(["block", "projection"]).outlier_channels
-    )
+    frame = projection_statistics(model, [batch()])
+    frame = frame.set_index(["block", "projection"]).outlier_channels
     assert frame[1, "q_proj"] == 1 and frame[0, "q_proj"] == 0
 
 
@@ -74,21 +75,15 @@ def test_the_outlier_rule_is_six_times_the_median_channel():
 def test_statistics_stream(model):
     feed = batch(4, seed=2)
     halves = [{k: v[half] for k, v in feed.items()} for half in (slice(0, 2), slice(2, 4))]
-    once, twice = (
-        projection_statistics(model, batches).set_index(["block", "projection"])
-        for batches in ([feed], halves)
-    )
+    frames = [projection_statistics(model, batches) for batches in ([feed], halves)]
+    once, twice = (frame.set_index(["block", "projection"]) for frame in frames)
     assert (once / twice - 1).drop(columns="outlier_channels").abs().max().max() < 5e-3
     assert (once.outlier_channels == twice.outlier_channels).all()
 
 
 def test_padding_is_left_out(model):
-    plain, padded = (
-        projection_statistics(model, [batch(3, seed=3, padding=n)]).set_index(
-            ["block", "projection"]
-        )
-        for n in (0, 7)
-    )
+    feeds = [batch(3, seed=3, padding=n) for n in (0, 7)]
+    plain, padded = (projection_statistics(model, [feed]) for feed in feeds)
     assert (plain.mean_abs / padded.mean_abs - 1).abs().max() < 1e-4
 
 
@@ -97,9 +92,7 @@ def test_kurtosis_of_known_distributions():
     assert summary(torch.randn(4000, 50, generator=rng))["kurtosis"] == pytest.approx(3, abs=0.05)
     assert summary(torch.tensor([[-1.0, 1.0]]))["kurtosis"] == pytest.approx(1)
     still = summary(torch.full((3, 4), 2.0))
-    assert (
-        still["kurtosis"] != still["kurtosis"] and still["max"] == 2
-    )  # undefined, not a number made up
+    assert math.isnan(still["kurtosis"]) and still["max"] == 2  # undefined, not made up
 
 
 def test_quantile_of_zeros_is_zero():
@@ -144,3 +137,27 @@ def test_infinite_outputs_are_refused():
     anatomy.blocks(model)[0].mlp.gate_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(DermError, match="block 0 gate_proj"):
         projection_statistics(model, [batch()])
+
+
+def test_block_errors_are_relative_norms(model):
+    feed, changed = batch(2, seed=4), copy.deepcopy(model)
+    assert all(row["relative_error"] == 0 for row in block_errors(model, changed, [feed]))
+    last = anatomy.blocks(changed)[1]
+    for linear in (last.self_attn.o_proj, last.mlp.down_proj):
+        linear.weight.data.zero_()  # the block passes its input on
+    seen = {}
+    tap(model, [feed], dict(enumerate(anatomy.blocks(model))), seen.__setitem__)
+    first, second = block_errors(model, changed, [feed])
+    assert first == {"block": 0, "relative_error": 0} and second["block"] == 1
+    expected = ((seen[0] - seen[1]).norm() / seen[1].norm()).item()
+    assert second["relative_error"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(DermError, match="1 and 2 blocks"):
+        block_errors(small_llava(1), model, [feed])
+
+
+def test_input_peaks_are_the_largest_of_all_batches(model):
+    linear = anatomy.blocks(model)[1].mlp.down_proj
+    feeds, seen = [batch(2, seed=seed, padding=3) for seed in (1, 2)], []
+    tap(model, feeds, {"": linear}, lambda _, x: seen.append(x), inputs=True)
+    peaks = input_peaks(model, feeds, {"down": linear})["down"]
+    assert torch.equal(peaks, torch.cat(seen).abs().amax(0))

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlavaForConditionalGeneration
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import quantize
+from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, memory, shapes, usage
 
 
@@ -164,9 +165,7 @@ def test_the_nf4_plan_is_what_bitsandbytes_holds(double):
 
 @pytest.mark.parametrize("method, bits", [("rtn", 4), ("rtn", 3), ("rtn_symmetric", 4)])
 def test_the_integer_plan_is_what_packed_blocks_hold(method, bits, small):
-    model = quantize.quantize(
-        small_llava(2).half(), method=method, bits=bits, group_size=64, packed=True
-    )
+    model = quantize(small_llava(2).half(), Form(method, bits, 64), packed=True)
     plan = memory.plan_weights(small, method=method, bits=bits)
     planned = plan["decoder_linears"] + plan["quantization_scales"] + plan["block_norms"]
     assert usage.tensor_gib(anatomy.blocks(model)) == pytest.approx(planned, rel=1e-12)

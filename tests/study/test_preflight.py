@@ -7,7 +7,7 @@ import pytest
 from derm_compress.errors import DermError
 from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.importance import criteria
-from derm_compress.method.quantization import forms
+from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import memory, shapes
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
@@ -178,7 +178,9 @@ def test_a_training_step_is_three_forwards_with_checkpointing():
 def test_times_on_a_t4_follow_bytes_and_operations():
     recipe = Recipe("llava-1.5-7b", "0", 32)
     known = variants_of.pruned(recipe, [published_plan()], [6])
-    packed = forms.quantized(known, forms.asked(known.variant, ["awq"], 4, 64), f"07_quantization/{64 * '0'}")
+    packed = wanted_frames.quantized_variants(
+        known, wanted_frames.asked(known.variant, ["awq"], [4], 64), f"07_quantization/{64 * '0'}"
+    )
     told = preflight.times(pd.concat([known, packed]), ARCH).set_index("variant")
     assert 60 < told.t4_decode_ms_per_token["original"] < 80  # 13.2 GB at 60 % of 320 GB/s
     assert (
@@ -282,6 +284,15 @@ def test_a_sentence_transformer_in_the_projects_folder_is_found(tmp_path):
         run="x", device="cpu", embedder=folder.name, rankings=["output_similarity"], artifact_root=str(tmp_path)
     ))  # fmt: skip
     preflight.foresee(asked, refuse=True)
+
+
+def test_a_judging_model_is_told_before_any_other_is_loaded(monkeypatch):
+    asked = plan.make_plan(
+        ROOT, params.read_notebooks(ROOT), values(run="x", device="cuda", judge="transformers")
+    )
+    asked.values["judge_model"] = "no/such/folder/anywhere"
+    with pytest.raises(DermError, match="judge no/such/folder/anywhere cannot be loaded"):
+        preflight.foresee(asked, refuse=True)
 
 
 def test_a_gpu_at_hand_counts_with_its_own_memory(monkeypatch):

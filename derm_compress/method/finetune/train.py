@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import quantize
+from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, memory, oom, shapes
 from derm_compress.model.prompts import collate, encode, image_tokens
 from derm_compress.progress import track
@@ -83,7 +84,7 @@ def attach(model, training: Training):
     """NF4 for the decoder's linears, fp32 adapters on them and nowhere else."""
     from peft import LoraConfig, get_peft_model  # three seconds that only training needs
 
-    quantize.quantize(model, method="bitsandbytes", bits=4, group_size=64, packed=True)
+    quantize(model, Form("bitsandbytes", 4, group_size=64), packed=True)
     config = LoraConfig(
         r=training.rank, lora_alpha=training.alpha, target_modules=TARGETS, lora_dropout=0.0
     )

@@ -1,7 +1,9 @@
-"""AutoAWQ 0.2.9's own quantizer on a LLaVA decoder under Transformers 5: the reference to measure against (Linux).
+"""AutoAWQ 0.2.9's own quantizer on a LLaVA decoder under Transformers 5: the reference to measure
+against (Linux).
 
-Its calibration (texts from a hub) is replaced by the hidden states that multimodal prompts have before the first block;
-its choices are kept as this package's scales and clipping, which any recipe can apply.
+Its calibration (texts from a hub) is replaced by the hidden states that multimodal prompts have
+before the first block; its choices are kept as this package's scales and clipping, which any recipe
+can apply.
 """
 
 import contextlib
@@ -12,7 +14,7 @@ import warnings
 import torch
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import calibration, folding, quantize
+from derm_compress.method.quantization import calibration, folding
 from derm_compress.model import anatomy, removal
 
 
@@ -34,21 +36,15 @@ class Layers:
 
 
 def quantizer(model, hidden, arguments, *, bits=4, group_size=64, duo=False, clip=True):
-    """AutoAWQ's quantizer for hidden states [rows, tokens, channels] before the first block and the blocks' arguments.
+    """AutoAWQ's quantizer for hidden states [rows, tokens, channels] before the first block and the
+    blocks' arguments.
 
-    Its quantize() scales and clips the blocks' weights in place and leaves the rounding to pseudo_quantize_tensor;
-    found_scales [(before, names, s)] and found_clips [{name: shares}] keep what it chose, group by group.
+    Its quantize() scales and clips the blocks' weights in place and leaves the rounding to
+    pseudo_quantize_tensor; found_scales [(before, names, s)] and found_clips [{name: shares}] keep
+    what it chose, group by group.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a farewell of 20 lines at every import
-        try:
-            from awq.quantize.quantizer import AwqQuantizer
-        except ImportError as error:
-            raise DermError(
-                f"quantize: autoawq cannot be imported here, it is for Linux ({error})"
-            ) from error
 
-    class Quantizer(AwqQuantizer):
+    class Quantizer(_imported()):
         def init_quant(self, n_samples, max_seq_len):
             self.found_scales, self.found_clips = [], []
             return anatomy.blocks(self.model), dict(arguments), hidden
@@ -60,19 +56,29 @@ def quantizer(model, hidden, arguments, *, bits=4, group_size=64, duo=False, cli
         def _search_best_clip(self, block, *args):
             found = super()._search_best_clip(block, *args)
             weights = {name: block.get_submodule(name).weight for name, _ in found}
-            self.found_clips.append(
-                {name: _ends(weights[name], bound, group_size) for name, bound in found}
-            )
+            ends = {name: _ends(weights[name], bound, group_size) for name, bound in found}
+            self.found_clips.append(ends)
             return found
 
-    return Quantizer(
-        Layers(), model, None, bits, group_size, True, "gemm", None, None, None, duo,
-        export_compatible=True, apply_clip=clip,
-    )  # fmt: skip
+    how = {"duo_scaling": duo, "export_compatible": True, "apply_clip": clip}
+    return Quantizer(Layers(), model, None, bits, group_size, True, "gemm", None, None, None, **how)
+
+
+def _imported():
+    """AutoAWQ's class; its import says farewell in 20 lines, whatever filters say, and turns
+    warnings on."""
+    with warnings.catch_warnings(record=True):
+        try:
+            from awq.quantize.quantizer import AwqQuantizer
+        except ImportError as error:
+            said = f"autoawq cannot be imported here, it is for Linux ({error})"
+            raise DermError(f"quantize: {said}") from error
+    return AwqQuantizer
 
 
 def _ends(weight, bound, group_size):
-    """The bounds [out, in / g, 1] on |w| as shares [out, in / g, 2] of each group's lowest and highest weight."""
+    """The bounds [out, in / g, 1] on |w| as shares [out, in / g, 2] of each group's lowest and
+    highest weight."""
     groups = weight.float().unflatten(1, (-1, group_size))
     largest = torch.stack([-groups.amin(2), groups.amax(2)], 2).clamp(min=1e-30)
     return (bound.float().to(largest.device) / largest).clamp(max=1).cpu()
@@ -80,19 +86,17 @@ def _ends(weight, bound, group_size):
 
 def check(model, batches, form):
     """DermError, before anything is computed, for what AutoAWQ's quantizer does not know."""
-    if form.block_bits or form.keep or form.parts != ("decoder",) or removal.lacking(model):
-        raise DermError(
-            "quantize: autoawq takes whole blocks at one width, all of them; use awq for exceptions"
-        )
+    if form.block_bits or removal.lacking(model):
+        said = "autoawq takes whole blocks at one width, all of them; use awq for exceptions"
+        raise DermError(f"quantize: {said}")
     if any("token_weights" in batch for batch in batches):
-        raise DermError(
-            "quantize: autoawq weighs all tokens alike; set answer_weight to 1, or leave autoawq out"
-        )
-    quantize.targets(model, form)
+        said = "autoawq weighs all tokens alike; set answer_weight to 1, or leave autoawq out"
+        raise DermError(f"quantize: {said}")
 
 
 def search(model, batches, form):
-    """(tensors, rows) as search.search gives them, chosen by AutoAWQ's quantizer on a copy of what check() lets pass.
+    """(tensors, rows) as search.search_forms gives them, chosen by AutoAWQ's quantizer on a copy of
+    the model.
 
     It knows no padding: every prompt is cut to the shortest one's length.
     """
@@ -106,19 +110,20 @@ def search(model, batches, form):
 
 
 def _kept(reference, blocks):
-    groups = {names[0]: group for group, (_, names) in folding.GROUPS.items()}
-    found, (tensors, rows) = reference.found_scales, ({}, [])
+    group_of = {names[0]: group for group, (_, names) in folding.GROUPS.items()}
+    found, tensors, rows = reference.found_scales, {}, []
     for i, (_, names, s) in enumerate(found):
-        block, group = i * blocks // len(found), groups[names[0]]
+        block, group = i * blocks // len(found), group_of[names[0]]
         tensors[f"{block}.{group}"] = s.float().clone()
         rows.append({"block": block, "group": group, "alpha": None, "loss": None, "loss_rtn": None})
     for block, clips in enumerate(reference.found_clips):
-        tensors |= {f"{block}.{name}": index for name, index in clips.items()}
+        tensors |= {f"{block}.{name}": shares for name, shares in clips.items()}
     return tensors, rows
 
 
 def equal_rows(batches):
-    """All batches as one without padding: the first real tokens of each row, as many as the shortest row has."""
+    """All batches as one without padding: the first real tokens of each row, as many as the
+    shortest row has."""
     rows, pictures = [], []
     for batch in batches:
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()

@@ -1,7 +1,7 @@
 """Equal bytes: fewer blocks at 4 bits, all blocks at fewer bits, or blocks of two widths. No torch.
 
-A budget is what all blocks' linears take in AWQ at some width. Which blocks get the wider codes is told by the plan of
-stage 03, made on training pictures: those that it would remove last.
+A budget is what all blocks' linears take in AWQ at some width. Which blocks get the wider codes is
+told by the plan of stage 03, made on training pictures: those that it would remove last.
 """
 
 from __future__ import annotations
@@ -11,31 +11,34 @@ from collections.abc import Sequence
 import pandas as pd
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import forms
-from derm_compress.model.memory import OVERHEAD
+from derm_compress.method.quantization import wanted
+from derm_compress.method.quantization.forms import Form
+from derm_compress.model.memory import format_of
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import HEALED, ORIGINAL, named, paper_depth
 
 METHOD, WIDEST, NARROWEST = "awq", 4, 2
 NEAR = 0.15  # of a bit: a mean so near to the widest width counts as that width
-COLUMNS = ["budget", "source", "form", "quantizer", "step"]
+COLUMNS = ["budget", *wanted.COLUMNS]
 
 
 def mean_bits(budget: int, blocks: int, kept: int, group_size: int) -> float:
-    """Bits a weight at which `kept` blocks take the bytes of all `blocks` at `budget` bits, scales and zeros included.
+    """Bits a weight at which `kept` blocks take the bytes of all `blocks` at `budget` bits, scales
+    and zeros included.
 
     Those of a group cost (16 + bits) / group bits a weight, so bytes are linear in bits.
     """
-    fixed = 8 * OVERHEAD[METHOD](0, group_size)
-    each = 1 + 8 * OVERHEAD[METHOD](1, group_size) - fixed
+    fixed = 8 * format_of(METHOD, 0, group_size).overhead
+    each = 1 + 8 * format_of(METHOD, 1, group_size).overhead - fixed
     return ((budget * each + fixed) * blocks / kept - fixed) / each
 
 
 def widths(budget: int, blocks: int, kept: int, group_size: int) -> list[tuple[int, int, int]]:
     """(wide, narrow, number of blocks at the wide one) of what is tried within a budget at a depth.
 
-    All blocks: at the budget's width, and at the widths above and below it. Fewer: at 4 bits where that is as near as
-    NEAR, else at the two widths around what the bytes allow; nothing where 4 bits leave bytes over or 2 are too many.
+    All blocks: at the budget's width, and at the widths above and below it. Fewer: at 4 bits where
+    that is as near as NEAR, else at the two widths around what the bytes allow; nothing where 4
+    bits leave bytes over or 2 are too many.
     """
     if kept == blocks:
         mixed = [(budget + 1, budget - 1, kept // 2)] if NARROWEST < budget < WIDEST else []
@@ -43,16 +46,18 @@ def widths(budget: int, blocks: int, kept: int, group_size: int) -> list[tuple[i
     mean = mean_bits(budget, blocks, kept, group_size)
     if abs(mean - WIDEST) <= NEAR:
         return [(WIDEST, WIDEST, kept)]
+    if not NARROWEST <= mean < WIDEST:
+        return []
     narrow = int(mean)
-    return [(narrow + 1, narrow, int((mean - narrow) * kept))] if NARROWEST <= mean < WIDEST else []
+    return [(narrow + 1, narrow, int((mean - narrow) * kept))]
 
 
 def important(kept: Sequence[int], order: Sequence[int], count: int) -> list[int]:
-    """Positions of the `count` most important of the kept blocks, by a plan's order (the first to go first)."""
+    """Positions of the `count` most important of the kept blocks, by a plan's order (the first to
+    go first)."""
     if not order:
-        raise DermError(
-            "equal_bytes: the study's own ranking takes runs of blocks and orders none; name another first"
-        )
+        said = "the study's own ranking takes runs of blocks and orders none; name another first"
+        raise DermError(f"equal_bytes: {said}")
     rank = {block: i for i, block in enumerate(order)}
     by_rank = sorted(range(len(kept)), key=lambda i: rank.get(kept[i], len(rank) + i))
     return sorted(by_rank[len(kept) - count :])
@@ -61,50 +66,50 @@ def important(kept: Sequence[int], order: Sequence[int], count: int) -> list[int
 def check(depths: Sequence[int], budgets: Sequence[int]) -> None:
     """DermError where there are depths and no budget that fewer blocks could share."""
     if depths and not any(budget < WIDEST for budget in budgets):
-        raise DermError(
-            "equal_bytes: no narrower width sets a budget; set bits to several, as [4, 3, 2], or no depths"
-        )
+        said = "no narrower width sets a budget; set bits to several, as [4, 3, 2], or no depths"
+        raise DermError(f"equal_bytes: {said}")
 
 
 def _sources(known: pd.DataFrame, n: int) -> list:
-    """The model without n blocks, before and after SFT where the original is known after it; DermError for none."""
+    """The model without n blocks, before and after SFT where the original is known after it;
+    DermError for none."""
     plain, there = f"pruned-{n}" if n else ORIGINAL, set(known.variant)
     asked = [plain, plain + HEALED] if ORIGINAL + HEALED in there else [plain]
     for name, parameter in zip(asked, ("depths", "sft_depths"), strict=False):
         if name not in there:
-            raise DermError(
-                f"equal_bytes: there is no {name}; add its depth to {parameter}, or leave it out here"
-            )
+            said = f"there is no {name}; add its depth to {parameter}, or leave it out here"
+            raise DermError(f"equal_bytes: {said}")
     return list(named(known, asked).itertuples())
 
 
-def wanted(
+def equal_bytes(
     known: pd.DataFrame,
     order: Sequence[int],
     depths: Sequence[int],
     budgets: Sequence[int],
     group_size: int,
 ) -> pd.DataFrame:
-    """What the table of equal bytes quantizes: forms.asked() rows with their `budget`, before and after SFT.
+    """What the table of equal bytes quantizes: wanted_forms() rows with their `budget`, before and
+    after SFT.
 
     depths: blocks removed, of 32, by the study's own plan, whose `order` says what matters least.
     """
     check(depths, budgets)
-    rows = [pd.DataFrame(columns=COLUMNS)]
-    original = Recipe.from_json(named(known, [ORIGINAL]).recipe[0])
-    removed = sorted({paper_depth(n, original.blocks) for n in depths})
+    blocks = Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
+    removed = sorted({paper_depth(n, blocks) for n in depths})
+    frames = [pd.DataFrame(columns=COLUMNS)]
     for budget in budgets:
         for n in [0, *removed] if removed else []:
             for source in _sources(known, n):
                 kept = Recipe.from_json(source.recipe).kept()
-                for one in widths(budget, original.blocks, len(kept), group_size):
-                    rows.append(
-                        _asked(source.variant, kept, order, one, group_size).assign(budget=budget)
-                    )
-    return pd.concat(rows, ignore_index=True)[COLUMNS]
+                tried = widths(budget, blocks, len(kept), group_size)
+                forms = [_form(kept, order, one, group_size) for one in tried]
+                rows = wanted.frame((source.variant, form) for form in forms)
+                frames.append(rows.assign(budget=budget))
+    return pd.concat(frames, ignore_index=True)[COLUMNS]
 
 
-def _asked(source, kept, order, one, group_size):
+def _form(kept, order, one, group_size) -> Form:
     wide, narrow, count = one
-    apart = {"block_bits": dict.fromkeys(important(kept, order, count), wide), "label": forms.MIXED}
-    return forms.asked([source], [METHOD], narrow, group_size, **(apart if wide > narrow else {}))
+    wider = important(kept, order, count) if wide > narrow else []
+    return Form(METHOD, narrow, group_size, block_bits=dict.fromkeys(wider, wide))

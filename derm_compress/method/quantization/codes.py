@@ -1,21 +1,14 @@
-"""Grids: which numbers a quantized weight may take, and how a linear holds them packed.
-
-Integer codes are chosen against scales already rounded to fp16, so that both ways are the same numbers.
-"""
+"""Codes as bytes: planes of 2 or 4 bits, or of 1 and 2 for 3 bits."""
 
 import torch
 from torch.nn import functional as F
 
-PLANES = {
-    2: [(0, 2)],
-    3: [(0, 2), (2, 1)],
-    4: [(0, 4)],
-    8: [(0, 8)],
-}  # bits: first bit, width of each plane
+PLANES = {2: [(0, 2)], 3: [(0, 2), (2, 1)], 4: [(0, 4)], 8: [(0, 8)]}  # bits: (first, width) each
 
 
 def pack(codes, bits):
-    """uint8 codes as bytes, plane by plane (3 bits: a plane of the 2 low bits, then one of the high bit).
+    """uint8 codes as bytes, plane by plane (3 bits: a plane of the 2 low bits, then one of the high
+    bit).
 
     In a plane of width w a byte holds 8 / w codes in their order, the first in the lowest bits.
     """

@@ -1,208 +1,129 @@
-"""Which models are quantized how, by name. No torch.
-
-A quantizer is a method and what is done differently, joined by dashes: awq, awq-duo-clip, bitsandbytes-double, awq-text
-(calibrated without pictures). With its width it is a form: awq4, awq3-text, awq2-mixed (blocks of two widths).
-"""
+"""A form: what a model's linears are quantized to, by name and as a recipe's step. No torch."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 from derm_compress.errors import DermError
-from derm_compress.model.memory import OVERHEAD
-from derm_compress.model.recipe import Recipe
-from derm_compress.model.variants import variant
+from derm_compress.method.quantization.methods import METHODS, Method, quantizers
 
-if TYPE_CHECKING:  # a machine that only rehearses may lack it
-    import pandas as pd
-
-SCALED = ("awq", "awq_nf4", "autoawq")  # methods whose scales are searched
-WIDTHS = {
-    "bitsandbytes": (4,),
-    "awq_nf4": (4,),
-    "autoawq": (4,),
-    "llm_int8": (8,),
-}  # of those that have one alone
-BLOCKS = dict.fromkeys(
-    ("bitsandbytes", "awq_nf4"), (32, 64, 128, 256)
-)  # group sizes of those that have not all
-METHODS = ("awq", "autoawq", "rtn", "rtn_symmetric", "bitsandbytes", "awq_nf4", "hqq", "llm_int8")
-COMMON = ("awq", "bitsandbytes", "rtn", "rtn_symmetric")  # of the paper's Tables 3 and 5
-TEXT, MIXED = "text", "mixed"
-TAKES = {  # who has an option, where not all have it
-    "duo": SCALED,
-    "clip": ("awq", "awq_nf4", "autoawq", "rtn", "rtn_symmetric"),
-    "double": ("bitsandbytes", "awq_nf4"),
-    TEXT: SCALED,
-}
+MIXED = "mixed"  # how names end where blocks have several widths
 
 
-def quantizers(names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """(method, options) of quantizers' names; DermError says what is known."""
-    found = []
-    for name in names:
-        method, *options = name.split("-")
-        if method not in METHODS:
-            raise DermError(f"quantizer {name!r}: methods are {', '.join(METHODS)}")
-        has = [option for option, methods in TAKES.items() if method in methods]
-        if set(options) - set(has) or len(set(options)) < len(options):
-            raise DermError(
-                f"quantizer {name!r}: options of {method}, each once: {', '.join(has) or 'none'}"
-            )
-        found.append((method, options))
-    return found
+@dataclass(frozen=True)
+class Form:
+    """A method at a width: awq4, awq3-duo-clip, awq4-text, awq2-mixed.
 
-
-def forms(
-    names: Iterable[str], bits: int | Sequence[int], group_size: int, *, label="", **options
-) -> dict[str, dict]:
-    """{form: step} of every quantizer at every width; a method of one width alone has that one, whatever is asked.
-
-    options: quantize.Form's, for all quantizers whose methods have them; `label` ends the names, and must where blocks
-    or linears are treated apart. A step's `text` says that it calibrates without pictures.
+    duo: scales also know the weights' magnitudes. clip: groups may be clipped. double: NF4's absmax
+    in 8 bits. text: calibrated without pictures. block_bits: {block of the model at hand: bits}
+    where they differ from `bits`.
     """
-    if not label and (options.keys() & {"block_bits", "keep", "parts"}):
-        raise DermError(
-            "quantized: forms with block_bits, keep or parts need a label to be told apart by"
-        )
-    found = {}
-    for method, ways in quantizers(names):
-        given = {
-            key: _plain(v)
-            for key, v in options.items()
-            if v and method in TAKES.get(key, (method,))
+
+    method: str
+    bits: int = 4
+    group_size: int = 64
+    duo: bool = False
+    clip: bool = False
+    double: bool = False
+    text: bool = False
+    block_bits: Mapping[int, int] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise DermError(f"quantize: unknown method {self.method!r}; use one of {known}")
+        widths = {int(block): bits for block, bits in self.block_bits.items()}  # JSON's keys: texts
+        object.__setattr__(self, "block_bits", widths)
+        self.kind.check_options(self.options)
+        for bits in {self.bits, *widths.values()}:
+            self.kind.check_size(bits, self.group_size)
+
+    @staticmethod
+    def of(step: Mapping) -> Form:
+        """The form of a recipe's step."""
+        told = {key: value for key, value in step.items() if key not in ("step", "ref")}
+        known = [f.name for f in fields(Form)]
+        if unknown := sorted(set(told) - set(known)):
+            said = f"a recipe's step has unknown fields {unknown}; known: {known}"
+            raise DermError(f"quantize: {said}")
+        return Form(**told)
+
+    @property
+    def step(self) -> dict:
+        """What a recipe's step says of it, as JSON holds it: nothing of its calibration."""
+        step = {"method": self.method, "bits": self.bits, "group_size": self.group_size}
+        step |= {option: True for option in self.options if option != "text"}
+        if self.block_bits:
+            step["block_bits"] = {str(block): bits for block, bits in self.block_bits.items()}
+        return step
+
+    @property
+    def kind(self) -> Method:
+        return METHODS[self.method]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(name for name in ("duo", "clip", "double", "text") if getattr(self, name))
+
+    @property
+    def scaled(self) -> bool:
+        return bool(self.kind.scaling)
+
+    @property
+    def searched(self) -> bool:
+        """Whether it needs a search on calibration inputs."""
+        return self.kind.searched(self.options)
+
+    @property
+    def quantizer(self) -> str:
+        """Its name without the width: awq-clip."""
+        return self._named(self.method)
+
+    @property
+    def name(self) -> str:
+        """awq4-clip; the width once, where the method's name ends with it."""
+        bits = str(self.bits)
+        return self._named(self.method if self.method.endswith(bits) else self.method + bits)
+
+    def _named(self, method: str) -> str:
+        return "-".join([method, *self.options, *([MIXED] if self.block_bits else [])])
+
+    def stored(self, blocks: int) -> dict:
+        """method, bits and group_size of the format that memory.plan_weights plans; bits: the
+        blocks' mean."""
+        bits = sum(self.block_bits.get(block, self.bits) for block in range(blocks)) / blocks
+        method = f"{self.method}_double" if self.double else self.method
+        return {
+            "method": method,
+            "bits": int(bits) if bits == int(bits) else bits,
+            "group_size": self.group_size,
         }
-        for width in WIDTHS.get(method) or ([bits] if isinstance(bits, int) else bits):
-            step = {
-                "method": method,
-                "bits": width,
-                "group_size": group_size,
-                **given,
-                **dict.fromkeys(ways, True),
-            }
-            found[form_name(step, label)] = step
+
+
+def forms(names: Iterable[str], bits: Sequence[int], group_size: int) -> list[Form]:
+    """Every quantizer at every width; a method of one width alone has that one, whatever is
+    asked."""
+    found = []
+    for method, options in quantizers(names):
+        widths = method.widths if len(method.widths) == 1 else bits
+        given = dict.fromkeys(options, True)
+        found += [Form(method.name, width, group_size, **given) for width in widths]
     return found
 
 
-def check_groups(steps: Iterable[dict], inputs: dict[str, int]) -> None:
-    """DermError for a group size that a step's method has not, or that does not divide the linears' inputs, by name."""
-    for step in steps:
-        method, size = step["method"], step["group_size"]
-        if size not in BLOCKS.get(method, (size,)):
-            raise DermError(
-                f"group_size: {method} has blocks of {', '.join(map(str, BLOCKS[method]))}, not of {size}"
-            )
-        odd = [] if method == "llm_int8" else [name for name, into in inputs.items() if into % size]
+def check_groups(asked: Iterable[Form], inputs: Mapping[str, int]) -> None:
+    """DermError for a group size that does not divide the linears' inputs, by name."""
+    for form in asked:
+        if form.kind.grid == "int8":  # whole rows
+            continue
+        size = form.group_size
+        odd = [name for name, into in inputs.items() if into % size]
         if odd:
-            told = f"the {inputs[odd[0]]} inputs of {odd[0]}"
             fit = [
                 n
-                for n in (256, 128, 64, 32, 16, 8)
+                for n in (256, 128, 64, 32, 16, 8, 1)
                 if not any(into % n for into in inputs.values())
             ]
-            raise DermError(
-                f"group_size: {size} does not divide {told}; use a divisor, such as {fit[0] if fit else 1}"
-            )
-
-
-def _plain(value):
-    """A value as JSON gives it back."""
-    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def searched(step: dict) -> bool:
-    """Whether a quantize step needs the result of a search on calibration inputs."""
-    return step["method"] in SCALED or bool(step.get("clip"))
-
-
-def form_name(step: dict, label: str = "") -> str:
-    """awq4, awq_nf4, awq3-duo-clip, awq3-mixed: method, bits, options, label."""
-    method, bits = step["method"], str(step["bits"])
-    return quantizer_name(
-        step | {"method": method if method.endswith(bits) else method + bits}, label
-    )
-
-
-def quantizer_name(step: dict, label: str = "") -> str:
-    """The same without the width."""
-    return "-".join(
-        [
-            step["method"],
-            *(option for option in TAKES if step.get(option)),
-            *([label] if label else []),
-        ]
-    )
-
-
-def stored_as(step: dict, blocks: int) -> dict:
-    """method, bits and group_size of the format that memory.plan_weights plans; bits are the mean over the blocks.
-
-    Where blocks stay at 16 bits, the group size is the one at which all blocks' scales would take what the others' do.
-    Not counted: linears that `keep` leaves as they are, and `parts` beyond the decoder.
-    """
-    method = step["method"] + "_double" * bool(step.get("double"))
-    own = {int(block): bits for block, bits in step.get("block_bits", {}).items()}
-    widths = [own.get(block, step["bits"]) for block in range(blocks)]
-    rounded, mean, size = (
-        [bits for bits in widths if bits < 16],
-        sum(widths) / blocks,
-        step["group_size"],
-    )
-    if not rounded:
-        return {"method": "fp16", "bits": 16, "group_size": 0}
-    if (
-        scales := sum(OVERHEAD[method](bits, size) for bits in rounded) / blocks
-        if len(rounded) < blocks
-        else 0
-    ):
-        size = OVERHEAD[method](mean, 1) / scales
-    return {"method": method, "bits": int(mean) if mean == int(mean) else mean, "group_size": size}
-
-
-def asked(
-    sources: Iterable[str], names: Iterable[str], bits, group_size: int, *, label="", **options
-) -> pd.DataFrame:
-    """What forms() gives, for every source: source, form, quantizer, step (JSON)."""
-    import pandas as pd
-
-    found = forms(names, bits, group_size, label=label, **options)
-    rows = [
-        (s, form, quantizer_name(step, label), json.dumps(step))
-        for s in sources
-        for form, step in found.items()
-    ]
-    return pd.DataFrame(rows, columns=["source", "form", "quantizer", "step"])
-
-
-def quantized(sources: pd.DataFrame, wanted: pd.DataFrame, ref: str) -> pd.DataFrame:
-    """The variants that asked() asks for.
-
-    What needs a search takes its scales from `ref/<form>/<variant>.safetensors`, as evaluate.search_scales leaves them.
-    """
-    import pandas as pd
-
-    known, rows = sources.drop_duplicates("variant").set_index("variant"), []
-    for row in wanted.itertuples():
-        source, step = known.loc[row.source], json.loads(row.step)
-        scales = {"ref": f"{ref}/{row.form}/{row.source}.safetensors"} if searched(step) else {}
-        step.pop(TEXT, None)
-        recipe = Recipe.from_json(source.recipe).then("quantize", **step, **scales)
-        told = {
-            "criterion": source.criterion,
-            "healed": bool(source.healed),
-            "quantizer": row.quantizer,
-        }
-        told |= stored_as(step, len(recipe.kept()))
-        rows.append(variant(f"{row.source}|{row.form}", recipe, source=row.source, **told))
-    return pd.DataFrame(rows)
-
-
-def calibrations(wanted: pd.DataFrame, source: str) -> dict[bool, dict[str, dict]]:
-    """{calibrated without pictures: {form: step}} of what a source needs a search for."""
-    found: dict[bool, dict[str, dict]] = {}
-    for row in wanted[wanted.source == source].itertuples():
-        if searched(step := json.loads(row.step)):
-            found.setdefault(step.pop(TEXT, False), {})[row.form] = step
-    return found
+            told = f"{size} does not divide the {inputs[odd[0]]} inputs of {odd[0]}"
+            raise DermError(f"group_size: {told}; use a divisor, such as {fit[0]}")

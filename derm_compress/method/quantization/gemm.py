@@ -1,7 +1,7 @@
 """AutoAWQ's GEMM layout of 4-bit integers: what vLLM and other readers of AWQ checkpoints take.
 
-qweight int32 [in, out / 8] and qzeros int32 [in / g, out / 8] hold eight outputs each, in ORDER from the lowest bits
-up; scales fp16 [in / g, out]; weight = (code - zero) * scale.
+qweight int32 [in, out / 8] and qzeros int32 [in / g, out / 8] hold eight outputs each, in ORDER
+from the lowest bits up; scales fp16 [in / g, out]; weight = (code - zero) * scale.
 """
 
 import torch
@@ -10,7 +10,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def to_gemm(codes, scales, zeros):
-    """{qweight, qzeros, scales} of 4-bit codes [out, in], scales and zeros [out, in / g] (None: symmetric, 8)."""
+    """{qweight, qzeros, scales} of 4-bit codes [out, in], scales and zeros [out, in / g] (None:
+    symmetric, 8)."""
     zeros = torch.full_like(scales, 8) if zeros is None else zeros
     scales = scales.T.contiguous()
     return {"qweight": pack_eight(codes.T), "qzeros": pack_eight(zeros.T), "scales": scales}

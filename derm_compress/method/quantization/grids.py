@@ -1,8 +1,13 @@
-"""Grids: which numbers a quantized weight may take, and how a linear holds them packed.
+"""Grids: which numbers a quantized weight may take (Eq. 1), and how a linear holds them packed.
 
-Integer codes are chosen against scales already rounded to fp16, so that both ways are the same numbers.
+Integer codes are chosen against scales already rounded to fp16, so that packed or not they are the
+same numbers. `ends` of a group are the shares of its lowest and of its highest weight to which it
+is clipped.
 """
 
+from __future__ import annotations
+
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +21,9 @@ FP16_MIN, FP16_MAX = 2.0**-24, 65504.0
 class IntegerGrid:
     """Integers of `bits` bits in groups along the input dimension: weight = (code - zero) * scale.
 
-    Asymmetric: min-max with a zero point; the range always holds 0, so that a group of one sign or one value
-    is represented too. Symmetric: Eq. 1, Delta = max|w| / 2^(N-1), codes within -2^(N-1) .. 2^(N-1) - 1.
+    Symmetric: Eq. 1, Delta = max|w| / 2^(N-1), codes within -2^(N-1) .. 2^(N-1) - 1. Asymmetric:
+    min-max with a zero point; the range always holds 0, so that a group of one sign or one value is
+    represented too.
     """
 
     bits: int
@@ -25,11 +31,10 @@ class IntegerGrid:
     symmetric: bool = False
 
     def levels(self, weight, ends=None):
-        """Weight [..., in] -> codes [..., in / g, g] and scales, zeros [..., in / g, 1]: whole numbers as float32.
-
-        ends [..., in / g, 2]: clip each group to these shares of its lowest and highest value.
-        """
-        groups, top = weight.float().unflatten(-1, (-1, self.group_size)), 2**self.bits - 1
+        """Weight [..., in] -> codes [..., in / g, g] and scales, zeros [..., in / g, 1]: whole
+        numbers as float32."""
+        groups = weight.float().unflatten(-1, (-1, self.group_size))
+        top = 2**self.bits - 1
         low, high = group_range(groups, ends)
         if self.symmetric:
             scales = _as_fp16(torch.maximum(-low, high) / 2 ** (self.bits - 1))
@@ -40,7 +45,8 @@ class IntegerGrid:
         return (groups / scales).round_().add_(zeros).clamp_(0, top), scales, zeros
 
     def encode(self, weight, ends=None):
-        """Weight [out, in] -> unsigned codes [out, in], fp16 scales and zeros (symmetric: None) [out, in / g]."""
+        """Weight [out, in] -> unsigned codes [out, in], fp16 scales and zeros (symmetric: None)
+        [out, in / g]."""
         codes, scales, zeros = self.levels(weight, ends)
         zeros = None if self.symmetric else zeros.squeeze(-1).to(torch.uint8)
         return codes.flatten(-2).to(torch.uint8), scales.squeeze(-1).half(), zeros
@@ -52,7 +58,8 @@ class IntegerGrid:
         return groups.mul_(scales.float()[..., None]).flatten(-2)
 
     def rounded(self, weight, ends=None):
-        """Weight [..., in] on the grid, float32: decode(encode(weight)) without the packing between."""
+        """Weight [..., in] on the grid, float32: decode(encode(weight)) without the packing
+        between."""
         codes, scales, zeros = self.levels(weight, ends)
         return codes.sub_(zeros).mul_(scales).flatten(-2)
 
@@ -63,36 +70,10 @@ class IntegerGrid:
         return PackedLinear(self, *self.encode(linear.weight.data, ends), bias=linear.bias)
 
 
-def group_range(groups, ends=None):
-    """Lowest and highest value [..., 1] of groups [..., g], the range always holding 0; the shares `ends` of them."""
-    low, high = (
-        groups.amin(-1, keepdim=True).clamp_(max=0),
-        groups.amax(-1, keepdim=True).clamp_(min=0),
-    )
-    return (low, high) if ends is None else (low * ends[..., :1], high * ends[..., 1:])
-
-
-def clipped(weight, ends, group_size):
-    """Weight [..., in] within the shares `ends` [..., in / g, 2] of each group's lowest and highest value."""
-    if ends is None:
-        return weight
-    groups = weight.unflatten(-1, (-1, group_size))
-    low, high = group_range(groups, ends)
-    return groups.maximum(low).minimum(high).flatten(-2)
-
-
-def _as_fp16(scales):
-    """Scales as fp16 holds them, never 0, in float32."""
-    if not (scales <= FP16_MAX).all():  # false for NaN as well
-        raise DermError(
-            "quantize: weights are NaN, infinite or beyond fp16 scales; check the model's files"
-        )
-    return scales.clamp(min=FP16_MIN).half().float()
-
-
 @dataclass(frozen=True)
 class HQQGrid(IntegerGrid):
-    """Integers with scale and a fractional zero, both fp16, that the hqq library fits to the weights alone."""
+    """Integers with scale and a fractional zero, both fp16, that the hqq library fits to the
+    weights alone."""
 
     def levels(self, weight, ends=None):
         """As IntegerGrid's; the zero [..., in / g, 1] that hqq finds is no whole number."""
@@ -105,19 +86,15 @@ class HQQGrid(IntegerGrid):
         shape = *weight.shape[:-1], -1, 1
         scales = made["scale"].float().abs().view(shape).clamp(FP16_MIN, FP16_MAX).half().float()
         zeros = made["zero"].float().view(shape).clamp(-FP16_MAX, FP16_MAX).half().float()
-        groups = weight.unflatten(
-            -1, (-1, self.group_size)
-        )  # the codes anew: scale and zero are now fp16
+        # the codes anew, as scale and zero are now fp16
+        groups = weight.unflatten(-1, (-1, self.group_size))
         return (groups / scales).add_(zeros).round_().clamp_(0, 2**self.bits - 1), scales, zeros
 
     def encode(self, weight, ends=None):
         """Weight [out, in] -> unsigned codes [out, in], fp16 scales and zeros [out, in / g]."""
         codes, scales, zeros = self.levels(weight, ends)
-        return (
-            codes.flatten(-2).to(torch.uint8),
-            scales.squeeze(-1).half(),
-            zeros.squeeze(-1).half(),
-        )
+        codes = codes.flatten(-2).to(torch.uint8)
+        return codes, scales.squeeze(-1).half(), zeros.squeeze(-1).half()
 
 
 @dataclass(frozen=True)
@@ -131,39 +108,34 @@ class NF4Grid:
     double: bool = False
     bits: int = 4
 
-    def rounded(self, weight, ends=None):
-        """Weight [..., in] on the grid, in its own dtype."""
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        form = {
+    @property
+    def _format(self):
+        return {
             "blocksize": self.group_size,
             "quant_type": "nf4",
             "compress_statistics": self.double,
         }
+
+    def rounded(self, weight, ends=None):
+        """Weight [..., in] on the grid, in its own dtype."""
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
         weight = clipped(weight, ends, self.group_size)
         flat = weight.flatten(0, -2).contiguous()
-        return dequantize_4bit(*quantize_4bit(flat, **form)).view(weight.shape)
+        return dequantize_4bit(*quantize_4bit(flat, **self._format)).view(weight.shape)
 
     def packed(self, linear, ends=None):
         """The linear as bitsandbytes' Linear4bit."""
         from bitsandbytes.nn import Linear4bit, Params4bit
 
-        kind = {
-            "blocksize": self.group_size,
-            "quant_type": "nf4",
-            "compress_statistics": self.double,
-        }
         made = Linear4bit(linear.in_features, linear.out_features, bias=False, device="meta")
         weight = clipped(linear.weight.data, ends, self.group_size)
-        made.weight = Params4bit(weight, **kind).to(linear.weight.device)
-        made.quant_state = (
-            made.weight.quant_state
-        )  # not by module=made: a cycle, which holds memory until gc runs
-        made.bias, made.compute_dtype, made.compute_type_is_set = (
-            linear.bias,
-            linear.weight.dtype,
-            True,
-        )
+        made.weight = Params4bit(weight, **self._format).to(linear.weight.device)
+        # not by module=made: a cycle, which holds memory until it is collected
+        made.quant_state = made.weight.quant_state
+        made.bias = linear.bias
+        made.compute_dtype = linear.weight.dtype
+        made.compute_type_is_set = True
         # On AVX512-BF16 CPUs its first forward would repack the weight in place and compute in bfloat16:
         # other numbers, and no way to save them afterwards.
         made.support_avx512bf16_for_cpu = False
@@ -172,7 +144,8 @@ class NF4Grid:
 
 @dataclass(frozen=True)
 class Int8Grid:
-    """LLM.int8 through bitsandbytes: 8 bits a row of the weights and a token of the inputs, loud channels apart.
+    """LLM.int8 through bitsandbytes: 8 bits a row of the weights and a token of the inputs, loud
+    channels apart.
 
     Inputs are rounded too, so there is no weight that stands for it: it exists packed alone.
     """
@@ -184,15 +157,71 @@ class Int8Grid:
         """The linear as bitsandbytes' Linear8bitLt."""
         from bitsandbytes.nn import Int8Params, Linear8bitLt
 
+        size = linear.in_features, linear.out_features
         form = {"has_fp16_weights": False, "threshold": self.threshold}
-        made = Linear8bitLt(
-            linear.in_features, linear.out_features, bias=False, device="meta", **form
-        )
-        weight = (
-            linear.weight.data.cpu().clone()
-        )  # on the way to a GPU it quantizes only what lies on the CPU
-        made.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(
-            linear.weight.device
-        )
+        made = Linear8bitLt(*size, bias=False, device="meta", **form)
+        weight = linear.weight.data.cpu().clone()  # it quantizes on the way from CPU to GPU alone
+        weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        made.weight = weight.to(linear.weight.device)
         made.bias = linear.bias
         return made
+
+
+def grid_of(form, block=None):
+    """The grid of a block's linears in a form (forms.Form)."""
+    bits = form.block_bits.get(block, form.bits)
+    match form.kind.grid:
+        case "integer":
+            return IntegerGrid(bits, form.group_size)
+        case "symmetric":
+            return IntegerGrid(bits, form.group_size, symmetric=True)
+        case "hqq":
+            return HQQGrid(bits, form.group_size)
+        case "nf4":
+            return NF4Grid(form.group_size, form.double)
+        case "int8":
+            return Int8Grid()
+    raise AssertionError(f"no grid of kind {form.kind.grid}")
+
+
+def group_range(groups, ends=None):
+    """Lowest and highest value [..., 1] of groups [..., g], the range always holding 0; the shares
+    `ends` of them."""
+    low = groups.amin(-1, keepdim=True).clamp_(max=0)
+    high = groups.amax(-1, keepdim=True).clamp_(min=0)
+    return (low, high) if ends is None else (low * ends[..., :1], high * ends[..., 1:])
+
+
+def clipped(weight, ends, group_size):
+    """Weight [..., in] with each group within the shares `ends` [..., in / g, 2] of its lowest and
+    highest value."""
+    if ends is None:
+        return weight
+    groups = weight.unflatten(-1, (-1, group_size))
+    low, high = group_range(groups, ends)
+    return groups.maximum(low).minimum(high).flatten(-2)
+
+
+@functools.cache
+def clip_shares(bits, device):
+    """Shares [16, 2] of a group's lowest and of its highest weight that are tried; the first leaves
+    it as it is."""
+    step = 0.1 if bits > 3 else 0.15  # the fewer levels, the more a narrower range helps
+    shares = 1 - step * torch.arange(4, device=device)
+    return torch.cartesian_prod(shares, shares)
+
+
+def clip_ends(found, bits, device):
+    """Shares [out, in / g, 2] that a search's clip tensor stands for: indices into clip_shares, or
+    shares already."""
+    if found.is_floating_point():
+        return found.to(device, torch.float32)
+    return clip_shares(bits, device)[found.to(device).long()]
+
+
+def _as_fp16(scales):
+    """Scales as fp16 holds them, never 0, in float32."""
+    if not (scales <= FP16_MAX).all():  # false for NaN as well
+        said = "weights are NaN, infinite or beyond fp16 scales; check the model's files"
+        raise DermError(f"quantize: {said}")
+    return scales.clamp(min=FP16_MIN).half().float()

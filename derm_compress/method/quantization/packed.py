@@ -1,7 +1,8 @@
-"""The module that a quantized linear becomes for inference, and the layouts that its codes take.
+"""The W4 linear: what a quantized linear becomes for inference, and the layouts that its codes
+take.
 
-There is one copy of the codes at a time: planes of bytes (grids.pack), as they are made and saved, or what torch's
-int4 kernel reads, from the first time that few enough tokens come for it.
+There is one copy of the codes at a time: planes of bytes (codes.pack), as they are made and saved,
+or what torch's int4 kernel reads, from the first time that few enough tokens come for it.
 """
 
 import functools
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from derm_compress.method.quantization.codes import pack, unpack
 
-FEW = 128  # tokens up to which torch's int4 kernel was faster on a CPU than decoding all weights for a matrix product
+FEW = 128  # tokens up to which torch's int4 kernel was faster on a CPU than decoding all weights
 ROWS = 1024  # decoded at a time
 KERNEL_GROUPS = (32, 64, 128, 256)
 INNER_TILES = 8  # of the CUDA layout: the inputs must be a multiple of 16 times as many
@@ -20,11 +21,13 @@ TILE = (8, 16 * INNER_TILES)  # outputs and inputs of its tiles
 
 
 class PackedLinear(nn.Module):
-    """A linear holding packed codes, fp16 scales and, if asymmetric, zeros (packed like the codes; of hqq, fp16).
+    """A linear holding packed codes, fp16 scales and, if asymmetric, zeros (packed like the codes;
+    of hqq, fp16).
 
-    bits / 8 + 2 / g bytes a weight, and bits / 8 / g (hqq: 2 / g) for zeros; 4 / g more once torch's int4 kernel was
-    used. Without it (other widths, long inputs, older GPUs, `kernels` off) the forward decodes the whole weight: the
-    same numbers as an unpacked model, on any device, and no faster. The kernel computes in bfloat16.
+    bits / 8 + 2 / g bytes a weight, and bits / 8 / g (hqq: 2 / g) for zeros; 4 / g more once
+    torch's int4 kernel was used. Without it (other widths, long inputs, older GPUs, `kernels` off)
+    the forward decodes the whole weight: the same numbers as an unpacked model, on any device, and
+    no faster. The kernel computes in bfloat16.
     """
 
     kernels = True
@@ -34,35 +37,33 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.grid, self.shape, self.bias = grid, codes.shape, bias
         self.out_features, self.in_features = codes.shape
+        if zeros is not None and not zeros.is_floating_point():
+            zeros = pack(zeros, grid.bits)
         self.register_buffer("codes", pack(codes, grid.bits))
         self.register_buffer("scales", scales)
-        self.register_buffer(
-            "zeros", zeros if zeros is None or zeros.is_floating_point() else pack(zeros, grid.bits)
-        )
-        self.register_buffer("steps", None, persistent=False)
+        self.register_buffer("zeros", zeros)
+        self.register_buffer("steps", None, persistent=False)  # the kernel's scales and offsets
 
     def encoded(self):
         """(codes [out, in], scales, zeros [out, in / g]) as grid.encode gave them."""
         zeros = self.zeros
         if zeros is not None and not zeros.is_floating_point():
             zeros = unpack(zeros, self.grid.bits, self.scales.shape)
-        kernel = self.steps is not None
-        codes = (
-            kernel_codes(self.codes, self.shape)
-            if kernel
-            else unpack(self.codes, self.grid.bits, self.shape)
-        )
+        if self.steps is None:
+            codes = unpack(self.codes, self.grid.bits, self.shape)
+        else:
+            codes = kernel_codes(self.codes, self.shape)
         return codes, self.scales, zeros
 
     def dequantized(self, dtype=torch.float32):
-        """Weight [out, in], decoded some rows at a time so that no second copy in float32 is needed."""
-        codes, *steps = self.encoded()
+        """Weight [out, in], decoded some rows at a time so that no second copy in float32 is
+        needed."""
+        codes, scales, zeros = self.encoded()
         weight = torch.empty(self.shape, dtype=dtype, device=codes.device)
         for start in range(0, len(codes), ROWS):
             rows = slice(start, start + ROWS)
-            weight[rows] = self.grid.decode(
-                codes[rows], *(part if part is None else part[rows] for part in steps)
-            )
+            own = None if zeros is None else zeros[rows]
+            weight[rows] = self.grid.decode(codes[rows], scales[rows], own)
         return weight
 
     def forward(self, x):
@@ -95,23 +96,25 @@ class PackedLinear(nn.Module):
         super()._save_to_state_dict(*args)
 
 
+def packed_linears(model):
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
 def use_kernels(model, use):
     """Let the packed linears of a model use torch's int4 kernel (the default), or never."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.kernels = use
+    for module in packed_linears(model):
+        module.kernels = use
 
 
 def kernel_share(model):
     """Of a model's packed linears, the share that torch's int4 kernel has read; nan without any."""
-    used = [
-        module.steps is not None for module in model.modules() if isinstance(module, PackedLinear)
-    ]
+    used = [module.steps is not None for module in packed_linears(model)]
     return sum(used) / len(used) if used else float("nan")
 
 
 def has_kernel(grid, shape, device):
-    """Whether torch has an int4 kernel for a linear of `shape` on this device; on CUDA from capability 8.0 on."""
+    """Whether torch has an int4 kernel for a linear of `shape` on this device; on CUDA from
+    capability 8.0 on."""
     if grid.bits != 4 or grid.group_size not in KERNEL_GROUPS:
         return False
     if device.type == "cpu":
@@ -121,46 +124,42 @@ def has_kernel(grid, shape, device):
 
 
 def int4_product(x, codes, group_size, steps):
-    """x [tokens, in] times the transposed weight, all bfloat16; codes and steps in the kernel's layout."""
-    cpu = x.device.type == "cpu"
-    kernel = (
-        torch.ops.aten._weight_int4pack_mm_for_cpu if cpu else torch.ops.aten._weight_int4pack_mm
-    )
-    return kernel(x, codes, group_size, steps)
+    """x [tokens, in] times the transposed weight, all bfloat16; codes and steps in the kernel's
+    layout."""
+    if x.device.type == "cpu":
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group_size, steps)
+    return torch.ops.aten._weight_int4pack_mm(x, codes, group_size, steps)
 
 
 def kernel_layout(codes):
     """uint8 codes [out, in] as the int4 kernel of their device reads them."""
     if codes.device.type == "cpu":
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), INNER_TILES)
-    return torch.ops.aten._convert_weight_to_int4pack(
-        codes[:, ::2] << 4 | codes[:, 1::2], INNER_TILES
-    )
+    pairs = codes[:, ::2] << 4 | codes[:, 1::2]
+    return torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_TILES)
 
 
 def kernel_steps(scales, offsets):
-    """What the kernels take for a weight of (code - 8) * scale + offset: bfloat16 [in / g, out, 2]."""
+    """What the kernels take for a weight of (code - 8) * scale + offset: bfloat16 [in / g, out,
+    2]."""
     return torch.stack([scales, offsets], 2).transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
 def kernel_codes(layout, shape):
     """The codes [out, in] that kernel_layout() was given."""
-    return (
-        _cpu_codes(layout, cpu_block())
-        if layout.device.type == "cpu"
-        else _cuda_codes(layout, shape)
-    )
+    if layout.device.type == "cpu":
+        return _cpu_codes(layout, cpu_block())
+    return _cuda_codes(layout, shape)
 
 
 def _cuda_codes(layout, shape):
     """The CUDA layout is made of tiles of TILE codes, each in the same order."""
     (rows, columns), (out, into) = TILE, shape
-    found = _nibbles(layout).view(out // rows, into // columns, rows * columns)
+    grid = out // rows, into // columns
+    found = _nibbles(layout).view(*grid, rows * columns)
     tiles = torch.empty_like(found)
     tiles[..., _tile_order(layout.device)] = found
-    return (
-        tiles.view(out // rows, into // columns, rows, columns).transpose(1, 2).reshape(out, into)
-    )
+    return tiles.view(*grid, rows, columns).transpose(1, 2).reshape(out, into)
 
 
 def _nibbles(layout):
@@ -173,30 +172,26 @@ def _nibbles(layout):
 def _tile_order(device):
     """Which code of a tile, counted row by row, stands in each of its places."""
     index = torch.arange(TILE[0] * TILE[1], device=device).view(TILE)
-    digits = [
-        _nibbles(kernel_layout((index >> shift & 15).to(torch.uint8))).long() << shift
-        for shift in (0, 4, 8)
-    ]
-    return sum(digits)
+    order = torch.zeros(index.numel(), dtype=torch.long, device=device)
+    for shift in (0, 4, 8):
+        digit = ((index >> shift) & 15).to(torch.uint8)
+        order += _nibbles(kernel_layout(digit)).long() << shift
+    return order
 
 
 def _cpu_codes(layout, block):
-    """A byte of the CPU's layout holds one input's codes of two outputs, half a block of outputs apart."""
+    """A byte of the CPU's layout holds one input's codes of two outputs, half a block of outputs
+    apart."""
     halves = layout.view(-1, layout.shape[1] * 2, block // 2)  # [out / block, in, block / 2]
     return torch.cat([halves & 15, halves >> 4], 2).transpose(1, 2).reshape(len(layout), -1)
 
 
 @functools.cache
 def cpu_block():
-    """Outputs in a block of the CPU kernel's layout (64 with AVX-512, 32 with AVX2); 0 where it is another or none."""
-    codes = (
-        torch.arange(64 * 64)
-        .view(64, 64)
-        .mul(7919)
-        .bitwise_right_shift(3)
-        .bitwise_and(15)
-        .to(torch.uint8)
-    )
+    """Outputs in a block of the CPU kernel's layout (64 with AVX-512, 32 with AVX2); 0 where it is
+    another or none."""
+    codes = ((torch.arange(64 * 64).view(64, 64) * 7919) >> 3) & 15
+    codes = codes.to(torch.uint8)
     try:
         layout = kernel_layout(codes)
         return next((b for b in (64, 32) if torch.equal(_cpu_codes(layout, b), codes)), 0)

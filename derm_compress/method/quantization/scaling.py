@@ -1,30 +1,23 @@
-"""Activation-aware scaling and clipping (paper, Eqs. 6-8): which scales, and where to clip, on any grid.
+"""Activation-aware scaling and clipping (Eqs. 6-8): which scales, and where to clip, on any grid.
 
-Eq. 7's square is tr(D H D^T) for a weight error D [out, in] and H = X^T X, so that tokens are read once.
+Eq. 8 is activation_scale(), Eq. 6's error Q(W s) / s - W, Eq. 7's square inputs.row_errors() of it
+(inputs.py), and search_scale() their minimum.
 """
 
 import math
 
 import torch
 
-from derm_compress.method.quantization.folding import GROUPS, _absorbs, clip_shares
+from derm_compress.method.quantization import folding
+from derm_compress.method.quantization.grids import clip_shares, grid_of
 from derm_compress.model import anatomy
 
 ALPHAS = tuple(i / 20 for i in range(20))  # Eq. 8's exponents
 FLOOR = 1e-4  # a channel counts as no quieter than this share of the loudest: bounds s and the folded weights
 SAMPLE = 128  # rows that choose FINALISTS of larger weights; all rows decide among these
 FINALISTS = 2
-UNCLIPPED = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-)  # their product, not they, is what attention reads
+UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # attention reads their product, not them
 CHUNK = 2**19  # weights rounded at a time on a CPU: what its caches hold
-
-
-def weight_magnitude(weight, group_size):
-    """Mean over outputs of |w| relative to the largest of its group [in], for the duo form."""
-    groups = weight.float().abs().unflatten(1, (-1, group_size))
-    return (groups / (groups.amax(2, keepdim=True) + 1e-6)).flatten(1).mean(0)
 
 
 def activation_scale(mean_abs, alpha, magnitude=None):
@@ -40,12 +33,19 @@ def activation_scale(mean_abs, alpha, magnitude=None):
     return s / (s.amax(-1, keepdim=True) * s.amin(-1, keepdim=True)).sqrt()
 
 
-def search_scale(weight, inputs, grid, *, duo=False, sample=SAMPLE):
-    """Eq. 8's s that minimises Eq. 7 for weight [out, in]: s, alpha, loss, loss of plain rounding (s = 1).
+def weight_magnitude(weight, group_size):
+    """Mean over outputs of |w| relative to the largest of its group [in], for the duo form."""
+    groups = weight.float().abs().unflatten(1, (-1, group_size))
+    return (groups / (groups.amax(2, keepdim=True) + 1e-6)).flatten(1).mean(0)
 
-    Losses are relative: the square of Eq. 7 over ||X W^T||^2. Of more than `sample` rows, evenly spaced ones choose
-    FINALISTS, which all rows then decide between. Where plain rounding is best alpha is 0; of the duo form, in which
-    no exponent stands for it, NaN.
+
+def search_scale(weight, inputs, grid, *, duo=False, sample=SAMPLE):
+    """Eq. 8's s that minimises Eq. 7 for weight [out, in]: s, alpha, loss, loss of plain rounding
+    (s = 1).
+
+    Losses are relative: the square of Eq. 7 over ||X W^T||^2. Of more than `sample` rows, evenly
+    spaced ones choose FINALISTS, which all rows then decide between. Where plain rounding is best
+    alpha is 0; of the duo form, in which no exponent stands for it, NaN.
     """
     magnitude = weight_magnitude(weight, grid.group_size) if duo else None
     alphas = torch.tensor(ALPHAS, device=weight.device)
@@ -73,9 +73,9 @@ def scale_losses(weight, scales, inputs, grid):
 
 def total_output(weight, inputs):
     """||X W^T||^2, never 0."""
-    return sum(
-        inputs.row_errors(part).sum(dtype=torch.float64) for part in _parts(weight, 1)
-    ).clamp(min=1e-30)
+    parts = _parts(weight, 1)
+    total = sum(inputs.row_errors(part).sum(dtype=torch.float64) for part in parts)
+    return total.clamp(min=1e-30)
 
 
 def _parts(weight, copies):
@@ -86,15 +86,13 @@ def _parts(weight, copies):
 def search_clip(weight, s, inputs, grid):
     """Index [out, in / g] into clip_shares for each group of weight * s [out, in].
 
-    The error of a group's own output, by H's diagonal block, chooses; a row whose whole error does not fall by it
-    (Eq. 7) is left as it is.
+    The error of a group's own output, by H's diagonal block, chooses; a row whose whole error does
+    not fall by it (Eq. 7) is left as it is.
     """
-    blocks = inputs.diagonal_blocks(grid.group_size) / _outer(s.view(-1, grid.group_size))
+    by_group = s.view(-1, grid.group_size)
+    outer = by_group[:, :, None] * by_group[:, None, :]
+    blocks = inputs.diagonal_blocks(grid.group_size) / outer
     return torch.cat([_clip_rows(part, s, blocks, inputs, grid) for part in _parts(weight * s, 16)])
-
-
-def _outer(rows):
-    return rows[:, :, None] * rows[:, None, :]
 
 
 def _clip_rows(part, s, blocks, inputs, grid):
@@ -109,33 +107,31 @@ def _clip_rows(part, s, blocks, inputs, grid):
 
 
 @torch.no_grad()
-def search_block(model, index, statistics, grids, *, scaled=True, duo=False, clip=False):
-    """One block's tensors ("block.group": s, "block.name": clip index) and a row (alpha, losses) for each group.
+def search_block(model, index, statistics, form):
+    """One block's tensors ("block.group": s, "block.name": clip index) and a row (alpha, losses)
+    for each group.
 
-    grids: {name: grid} of the linears to quantize. Groups are searched apart: folding 1 / s into the rows of the
-    linear before does not change how these are rounded, as every group of a grid lies within one row.
+    statistics: {group: InputStatistics}. Groups are searched apart: folding 1 / s into the rows of
+    the linear before does not change how these are rounded, as every group of a grid lies within
+    one row.
     """
-    block, tensors, rows = anatomy.blocks(model)[index], {}, []
-    there = anatomy.linears(block)
-    for group, (_, names) in GROUPS.items():
-        names = [name for name in names if name in grids]
-        if not names:
-            continue
-        inputs, key = statistics[group], f"{index}.{group}"
-        s, grid = torch.ones_like(inputs.mean_abs), grids[names[0]]
-        if scaled and _absorbs(block, there, group):
-            weight = torch.cat([there[name].weight for name in names]).float()
-            s, alpha, loss, plain = search_scale(weight, inputs, grid, duo=duo)
-            tensors[key] = s
-            rows.append(
-                {"block": index, "group": group, "alpha": alpha, "loss": loss, "loss_rtn": plain}
-            )
-        names = [name for name in names if clip and name not in UNCLIPPED]
-        weights = [there[name].weight.float() for name in names]
-        found = (
-            search_clip(torch.cat(weights), s, inputs, grid).split([len(w) for w in weights])
-            if names
-            else ()
-        )
-        tensors |= {f"{index}.{name}": clip for name, clip in zip(names, found, strict=True)}
+    block, grid = anatomy.blocks(model)[index], grid_of(form, index)
+    tensors, rows = {}, []
+    for group in statistics:
+        linears = folding.group_linears(block, group)
+        inputs = statistics[group]
+        s = torch.ones_like(inputs.mean_abs)
+        if form.scaled and folding.absorbs(block, group):
+            weight = torch.cat([linear.weight for linear in linears.values()]).float()
+            s, alpha, loss, plain = search_scale(weight, inputs, grid, duo=form.duo)
+            tensors[f"{index}.{group}"] = s
+            told = {"alpha": alpha, "loss": loss, "loss_rtn": plain}
+            rows.append({"block": index, "group": group, **told})
+        clipped = {name: one for name, one in linears.items() if name not in UNCLIPPED}
+        if form.clip and clipped:
+            weights = [linear.weight.float() for linear in clipped.values()]
+            found = search_clip(torch.cat(weights), s, inputs, grid)
+            parts = found.split([len(weight) for weight in weights])
+            named = zip(clipped, parts, strict=True)
+            tensors |= {f"{index}.{name}": part for name, part in named}
     return tensors, rows
