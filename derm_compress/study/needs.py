@@ -1,0 +1,243 @@
+"""What the stages of a run need: GiB of one GPU by batch, bytes of disk. Plans by shapes, no torch.
+
+Memory comes from model.memory's plans; nothing here is measured, and time is not foretold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from derm_compress.data import dialogue
+from derm_compress.method.importance.rankings import CALIBRATED, Ranking, rankings
+from derm_compress.model.memory import FP16, FP32, GIB, plan_peak, plan_training, plan_weights
+from derm_compress.model.shapes import Architecture
+
+PROMPT, ANSWER = 24, 60  # tokens beside a picture's: of a question, an answer
+GROUPED = (  # one of each that share inputs
+    "self_attn.q_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.down_proj",
+)
+TAP = 32  # bytes alive for each value of a projection whose statistics are summed
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a stage: GiB of one GPU as a function of the parameter that sets the batch."""
+
+    stage: str
+    what: str
+    gib: Callable[[int], float] = lambda batch: 0.0
+    parameter: str = ""
+    batch: int = 1
+    disk: float = 0.0  # bytes that stay
+    gpus: int = 1
+
+
+class Needs:
+    """Parts of a run with these parameters of all notebooks, on this architecture and so many GPUs."""
+
+    def __init__(self, p: dict, arch: Architecture, gpus: int = 1):
+        self.p, self.arch, self.gpus = p, arch, gpus
+        self.weights = sum(plan_weights(arch).values())
+        self.kinds = len(dialogue.QUESTIONS)
+        self.rival = "magnitude" in p["rankings"]
+
+    def steps(self) -> list[Step]:
+        """All parts of all stages, in order."""
+        return [
+            *self.learning(),
+            *self.pruning(),
+            *self.healing(),
+            *self.quantizing(),
+            *self.evaluating(),
+        ]
+
+    def learning(self) -> list[Step]:
+        """Stages 01 and 02."""
+        p = self.p
+        pictures = p["n_train"] + p["n_test"] + p["n_heldout"]
+        tuning, batch = self.training(p["finetune_rank"]), p["finetune_batch"]
+        adapter = self.adapter(p["finetune_rank"])
+        return [
+            Step("01_data", "pictures", disk=pictures * p["image_size"] ** 2 * 3),
+            self.answers("02_finetune"),
+            Step("02_finetune", "fine-tuning", tuning, "finetune_batch", batch, adapter),
+        ]
+
+    def pruning(self) -> list[Step]:
+        """Stages 03 and 04."""
+        steps = [Step("03_layer_importance", "plans", lambda _: self.weights)]
+        batch = self.p["importance_batch"]
+        for ranking in rankings(self.p["rankings"]):
+            gib = self.scoring(ranking)
+            steps.append(Step("03_layer_importance", ranking.name, gib, "importance_batch", batch))
+        return [*steps, self.answers("04_pruning")]
+
+    def healing(self) -> list[Step]:
+        """Stage 05: the models of the three roles and of a rival, further depths, further seeds."""
+        p = self.p
+        tuned = 3 + self.rival + len(p["sft_depths"]) + 2 * (p["sft_seeds"] - 1)
+        tuning, disk = self.training(p["sft_rank"]), tuned * self.adapter(p["sft_rank"])
+        return [
+            Step("05_sft", "fine-tuning", tuning, "sft_batch", p["sft_batch"], disk),
+            self.answers("05_sft"),
+        ]
+
+    def quantizing(self) -> list[Step]:
+        """Stages 06 and 07."""
+        activations, search = "06_activation_analysis", "07_quantization"
+        statistics = 10 * 3 * self.tokens(1) * self.arch.hidden
+        scales = (4 + self.rival) * FP32 * self.arch.blocks * 5 * self.arch.hidden
+        batch = self.p["quantization_batch"]
+        by = "quantization_batch"
+        return [
+            Step(
+                activations, "statistics", self.watching,
+                "activation_batch", self.p["activation_batch"], statistics,
+            ),
+            Step(search, "search", self.calibrating, by, batch, scales + self.waiting()),
+            Step(search, "errors", self.comparing, by, batch, gpus=2),
+            self.answers(search),
+        ]  # fmt: skip
+
+    def evaluating(self) -> list[Step]:
+        """Stage 08."""
+        widest = max(1, *self.p["latency_batches"])
+        return [
+            self.answers("08_evaluation"),
+            Step("08_evaluation", "latency", self.timing, "latency_batches", widest),
+        ]
+
+    def answers(self, stage: str) -> Step:
+        return Step(stage, "answers", self.answering, "batch_size", self.p["batch_size"])
+
+    def answering(self, batch: int) -> float:
+        """GiB on the first GPU: blocks and cache are spread over all of them."""
+        plan = plan_peak(
+            self.arch, batch=batch, prompt_tokens=PROMPT, new_tokens=self.p["max_new_tokens"]
+        )
+        shared = sum(plan[part] for part in ("decoder_linears", "block_norms", "kv_cache"))
+        elsewhere = shared * (1 - 1 / self.gpus) + plan["head"] * (self.gpus > 1)
+        return sum(plan.values()) - elsewhere
+
+    def timing(self, batch: int) -> float:
+        """GiB while latency is measured, which one GPU does alone."""
+        new = self.p["latency_tokens"]
+        plan = plan_peak(self.arch, batch=batch, prompt_tokens=PROMPT, new_tokens=new)
+        return sum(plan.values())
+
+    def tokens(self, batch: int) -> int:
+        return batch * (self.arch.image_tokens + PROMPT + ANSWER)
+
+    def reading(self, batch: int) -> float:
+        """GiB of a model that reads prompts with their answers, and keeps no cache."""
+        plan = plan_peak(self.arch, batch=batch, prompt_tokens=PROMPT + ANSWER, new_tokens=0)
+        return sum(plan.values()) - plan["kv_cache"]
+
+    def watching(self, batch: int) -> float:
+        return self.reading(batch) + TAP * self.tokens(batch) * self.arch.intermediate / GIB
+
+    def comparing(self, batch: int) -> float:
+        """GiB on the GPU of the unquantized model, whose blocks' outputs wait for the other's."""
+        outputs = FP32 * self.arch.blocks * self.tokens(batch) * self.arch.hidden
+        return self.reading(batch) + outputs / GIB
+
+    def adapter(self, rank: int) -> int:
+        """Bytes of one adapter."""
+        return FP32 * rank * self.arch.blocks * sum(map(sum, self.arch.linears.values()))
+
+    def training(self, rank: int) -> Callable[[int], float]:
+        """GiB of a fine-tune: its fp16 weights before they are rounded to NF4, or the training."""
+
+        def gib(batch: int) -> float:
+            plan = plan_training(self.arch, rank=rank, batch=batch, checkpointing=True)
+            return max(self.weights, sum(plan.values()))
+
+        return gib
+
+    def calibrating(self, batch: int) -> float:
+        """GiB while one block at a time is on the GPU, with what is before the blocks.
+
+        A block's inputs are summed in fp32. The prompts about a picture are read together: their
+        common beginning, then the rest of each.
+        """
+        arch, plan = self.arch, plan_weights(self.arch)
+        around = sum(plan[part] for part in ("vision_tower", "projector", "embedding"))
+        block = plan["decoder_linears"] / arch.blocks
+        widths = [arch.linears[name][1] for name in GROUPED if name in arch.linears]
+        sums = FP32 * (2 * max(widths) ** 2 + sum(width**2 for width in widths))
+        pictures = max(1, batch // self.kinds)
+        held = FP32 * max(self.calibration(pictures)) * (max(widths) + 4 * arch.hidden)
+        read = 2 * arch.cache_width * self.tokens(self.kinds * pictures)
+        held += FP16 * (read + pictures * arch.tower_values)
+        return around + 4 * block + (sums + self.waiting() + held) / GIB
+
+    def calibration(self, pictures: int) -> tuple[float, float]:
+        """Tokens that a quantizer's calibration reads once a picture, and once a prompt."""
+        once = pictures * (self.arch.image_tokens + PROMPT / 2)
+        return once, self.kinds * pictures * (PROMPT / 2 + ANSWER)
+
+    def waiting(self) -> float:
+        """Bytes of a model's hidden states between two blocks: memory or, with scratch, disk."""
+        return FP16 * sum(self.calibration(self.p["quantization_items"])) * self.arch.hidden
+
+    def held(self, ranking: Ranking, read: float, told: float) -> float:
+        """Bytes that a reading keeps of `read` tokens of pictures and `told` of their questions.
+
+        Keys and values of all blocks, one of them twice, and one's joined for every question; what
+        each unit starts from, or for angular each sublayer ends in.
+        """
+        cache, state = FP16 * 2 * self.arch.cache_width, FP16 * self.arch.hidden * self.arch.blocks
+        states = 0.0
+        if ranking.criterion in ("output_similarity", "perplexity"):
+            states = max(1, len(ranking.parts)) * (read + told)
+        elif ranking.criterion == "angular":
+            states = 2 * told
+        joined = 2 * self.kinds * read + told
+        return cache * ((self.arch.blocks + 1) * (read + told) + joined) + state * states
+
+    def scoring(self, ranking: Ranking) -> Callable[[int], float]:
+        """GiB of a criterion's values, `batch` questions at once, those about one picture together."""
+        if ranking.criterion not in CALIBRATED:
+            return lambda batch: self.reading(1)
+        if ranking.criterion == "taylor":
+            return self.differentiating
+        return lambda batch: self.leaving_out(ranking, max(1, batch // self.kinds), batch)
+
+    def differentiating(self, batch: int) -> float:
+        """GiB of Taylor, a picture at a time whatever the batch.
+
+        It holds what enters every block, one block's inner values, and a gradient twice.
+        """
+        arch = self.arch
+        state = FP16 * arch.hidden * arch.blocks
+        inner = FP16 * (8 * arch.hidden + 4 * arch.linears["mlp.up_proj"][0])
+        weight = (FP16 + FP32) * max(out * into for out, into in arch.linears.values())
+        told = self.kinds * (arch.image_tokens + PROMPT / 2 + PROMPT + ANSWER)
+        return self.reading(1) - self.tower() + ((state + inner) * told + weight) / GIB
+
+    def leaving_out(self, ranking: Ranking, pictures: int, batch: int) -> float:
+        """GiB of criteria that read `pictures` with their questions, once with every unit gone.
+
+        Pictures are looked at, then read; after that the tower is away. Answers without a block:
+        the model's own are read and written, in lines of full length, for all pictures, the others
+        for half of them, after drafts that may be as long.
+        """
+        prefix, most = self.arch.image_tokens + PROMPT / 2, self.p["max_new_tokens"]
+        some, lines, own, answer = pictures, 0.0, 0.0, ANSWER
+        if ranking.criterion == "output_similarity":
+            cache = FP16 * 2 * self.arch.cache_width * self.arch.blocks
+            lines = cache * batch * (prefix + PROMPT + most) / GIB
+            own = cache * pictures * (prefix + self.kinds * PROMPT) / GIB
+            some, answer = -(-pictures // 2), most
+        told = self.kinds * some * (PROMPT + answer)
+        looking = self.reading(pictures)
+        later = self.reading(some) + self.held(ranking, some * prefix, told) / GIB
+        return lines + max(looking, looking + own - self.tower(), later - self.tower())
+
+    def tower(self) -> float:
+        plan = plan_weights(self.arch)
+        return plan["vision_tower"] + plan["projector"]
