@@ -3,8 +3,7 @@
 The embedded base first learns one long question (name, treatment and features, these in two wordings), so that answers
 have 48 tokens or more and end by themselves. Then `ablation.written` and the loop over prune.without and
 model.generate, at its fastest batch, take turns in one thread, each of as many answers as a block has. The last line
-is JSON; an item is one (block, answer), `ratio` the loop's wall seconds over the drafts', t4_hours an estimate for
-LLaVA at 7B. A status of 1 if the texts differ or the ratio is below 3.
+is JSON; an item is one (block, answer), `ratio` the loop's wall seconds over the drafts'. A status of 1 if the texts differ or the ratio is below 3.
 """
 
 import ctypes
@@ -20,25 +19,13 @@ import torch
 
 from derm_compress.data import dialogue, synthetic
 from derm_compress.method.importance import without
-from derm_compress.model import (
-    anatomy,
-    loading,
-    memory,
-    prompts,
-    reading,
-    removal,
-    shapes,
-    tiny,
-    usage,
-)
+from derm_compress.model import anatomy, loading, prompts, reading, removal, tiny, usage
 from derm_compress.model.prompts import collate, encode
-from derm_compress.study import cost
 
 AIM = 3
 ITEMS, BLOCKS, LEAST, MOST = 32, list(range(2, 31)), 48, 96
 LONG = {"all": " ".join(map(dialogue.question, dialogue.QUESTIONS))}
 SHORT = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
-T4_GIB = 14.6  # of 16 GB, once the context has its part
 
 
 def teach(model, processor, items, images, *, steps: int, batch: int, lr: float) -> None:
@@ -214,31 +201,6 @@ def bounds(found: dict) -> str:
     return f"the drafts' seconds are {told}; {computed}, so {floor:.1f}x is the most at equal speed a token; {peaks}"
 
 
-def t4(found: dict) -> dict:
-    """Hours for llava-1.5-7b, 29 blocks x 100 items on a T4: answers as long, accepted and guessed as measured here.
-
-    Batches fill the memory. A written answer takes its cache twice, as the model's own answers are read and written;
-    the readings of half as many, with what every block starts from, take less.
-    """
-    arch, hours = shapes.llava_7b(), {}
-    shape = {
-        "prompt_tokens": 40,
-        "answer_tokens": found["answer_tokens"],
-        "accepted": found["accepted"],
-    }
-    for name, form in (("fp16", {}), ("nf4", {"method": "bitsandbytes", "bits": 4})):
-        one = memory.plan_peak(arch, prompt_tokens=40, new_tokens=MOST, **form)
-        free = T4_GIB - sum(one.values()) + one["kv_cache"]
-        rows = {"batch": int(free / one["kv_cache"]), "lines": int(free / (2 * one["kv_cache"]))}
-        for guessed, advance in (("", max(1, found["tokens_a_step"])), (" unguessed", 1)):
-            how = {"blocks": BLOCKS, "items": 100, "advance": advance, **rows, **shape, **form}
-            seconds = cost.importance_seconds(arch, cost.T4, **how)
-            hours[name + guessed] = {
-                k: round(v if k == "ratio" else v / 3600, 2) for k, v in seconds.items()
-            } | rows
-    return hours
-
-
 def main() -> None:
     torch.set_num_threads(1)
     model, processor = loading.load_base("tiny")
@@ -262,7 +224,6 @@ def main() -> None:
     found["short_questions_of_the_base"] = race(
         loading.load_base("tiny")[0], processor, chosen, images, SHORT, **how
     )
-    found["t4_hours"] = t4(found)
     print(bounds(found))
     print(json.dumps(found))
     equal = found["texts_equal"] and found["short_questions_of_the_base"]["texts_equal"]

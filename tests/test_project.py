@@ -44,14 +44,13 @@ def test_all_roads_install_the_same_pinned_set():
     assert any(line.startswith("autoawq") and 'sys_platform == "linux"' in line for line in wanted)
 
 
-def test_the_modules_for_reports_need_no_torch():
-    modules = "tables figures findings report metrics paper artifacts study runner recipes judge data memory cost preflight"
-    modules += " stage_costs judging judge_controls judge_openai judge_local"
-    code = "import sys\n" + "".join(f"import derm_compress.{m}\n" for m in modules.split())
-    done = subprocess.run(
-        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], cwd=ROOT
-    )
-    assert done.returncode == 0
+@pytest.mark.parametrize("folder", ["report", "study", "kaggle"])
+def test_reports_are_rendered_and_runs_planned_without_torch(folder):
+    paths = sorted((ROOT / "derm_compress" / folder).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    assert len(names) >= 2
+    code = f"import sys, {', '.join(names)}; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from derm_compress.errors import DermError
 from derm_compress.files import atomic, remove, write_json
+from derm_compress.kaggle.setup import HOURS
 from derm_compress.study.params import read_notebooks
 from derm_compress.study.plan import find_plan, project_root
-from derm_compress.study.preflight import SESSION
 
 NAME, DERMNET = "derm-compress", "shubhamgoel27/dermnet"
 NOBODY = "INSERT_USERNAME_HERE"  # as the Kaggle client writes it
@@ -70,7 +70,7 @@ def build(path: Path, *, owner: str = NOBODY, root: Path | None = None) -> Path:
                 part / "kernels" / stage, metadata, (root / "notebooks" / file).read_text("utf-8")
             )
         metadata = kernel(owner, "study", "study.py", "script", [])
-        write_kernel(part / "kernels" / "study", metadata, STUDY.format(hours=SESSION, name=NAME))
+        write_kernel(part / "kernels" / "study", metadata, STUDY.format(hours=HOURS, name=NAME))
     return path
 
 

@@ -21,7 +21,7 @@ INPUT, WORKING, SCRATCH = KAGGLE / "input", KAGGLE / "working", KAGGLE / "temp"
 DEEPEST = 7  # input/models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
 PICTURES = "Acne and Rosacea Photos"  # one of DermNet's folders
 PARAMS = "kaggle-t4"
-HOURS = 11.3  # of a session, as preflight.SESSION: Kaggle gives 12
+HOURS = 11.3  # of the 12 that Kaggle gives a session: the rest is for saving
 BLOCKS = int(
     os.environ.get("DERM_COMPRESS_BLOCKS", 32)
 )  # of LLaVA-1.5-7B; fewer are what pruning leaves

@@ -10,14 +10,10 @@ from derm_compress.report import (
     statistics_findings,
     verdicts,
 )
-from derm_compress.study.preflight import SESSION
 
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
 CAPTION = "score with its 95 % interval, n answers; what the paper has stands beside it"
 CAPTIONS = {  # of the tables that need another one
-    "extra_costs": "planned for two T4 at 35 % of their fp16 peak in readings and 60 % of their bandwidth in decoding; "
-    f"GPU memory of the largest step, disk that stays, minutes, and which session of {SESSION:g} hours they fall into",
-    "extra_t4": "one question on a T4 at the same shares of its peaks; disk: a checkpoint's, which recipes replace",
     "table3_quantization": f"{CAPTION}; output error: relative, on training pictures that no search saw. "
     "awq-duo: scales know weights' magnitudes too; -clip: ranges are clipped; -text: calibrated without pictures; "
     "-double: scales in 8 bits",
@@ -121,8 +117,6 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     "extra_latency": (
         "Beside Table 4", "How far is decoding from its floor?", statistics_findings.findings_latency
     ),
-    "extra_t4": ("Beside Table 4", "What should a T4 take for it?", None),
-    "extra_costs": ("Beside Table 4", "What would the whole study take on Kaggle?", None),
     "pareto": ("Beside Table 4", "What is the best score for the memory, and for the time?", None),
     "table5_ablation": ("Table 5", "Which part matters?", lambda results: findings.findings_evaluation(results)[1:]),
     "extra_comparisons": (

@@ -19,13 +19,11 @@ from markupsafe import Markup
 from derm_compress.errors import DermError
 from derm_compress.evaluate import judge_forms, rubric
 from derm_compress.files import atomic, disk_guard
-from derm_compress.model import shapes
 from derm_compress.report import (
     answers_html,
     comparison,
     figures,
     findings,
-    paper,
     pareto,
     quantization_figures,
     quotes,
@@ -48,7 +46,6 @@ from derm_compress.report.parts import (
     SAID_OF,
 )
 from derm_compress.report.results import Results, load_results, variant_id
-from derm_compress.study import preflight
 
 IN_WORDS = {  # figures that are text in the page
     "fig5_case_studies": lambda drawing: drawing and answers_html.case_studies(drawing.data),
@@ -96,7 +93,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     if results.items is not None:
         frozen["test_items_sha256"] = tables.items_hash(results.items)[:16]
     made = replace(made, info=made.info | frozen | {"headline": findings.headline(results)})
-    built = tables.build(results) | planned(results, parameters(made)) | side_by_side.build(results)
+    built = tables.build(results) | side_by_side.build(results)
     graph = {stage: list(note["upstream"]) for stage, note in made.stages.items()}
     drawn = draw(results, built, graph, asked_of_judge(parameters(made)))
     files = {
@@ -117,23 +114,6 @@ def render(run: str, *, root: Path, artifacts: Path | None = None) -> Path:
     folder = replace_folder(root / "reports" / run, files, drawn)
     print(made.info["headline"], flush=True)
     return folder / "index.html"
-
-
-def planned(results: Results, told: dict) -> dict[str, pd.DataFrame]:
-    """{stem: table} of what a run on a GPU, or on shapes without weights, is planned to take on Kaggle's T4."""
-    if (
-        told.get("device", "cpu") == "cpu"
-        or results.architecture is None
-        or results.variants is None
-    ):
-        return {}
-    arch = shapes.Architecture(**results.architecture)
-    theirs = paper.table(4, operating=results.operating, deeper=results.deeper)[
-        ["variant", "paper_ms_per_token"]
-    ]
-    own = results.variants[results.variants.criterion.isin(["", results.criterion])]
-    times = preflight.times(own, arch).merge(theirs, on="variant", how="left")
-    return {"extra_costs": preflight.table(told, arch), "extra_t4": times}
 
 
 def asked_of_judge(told: dict) -> str:

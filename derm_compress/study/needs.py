@@ -37,7 +37,7 @@ class Step:
 
 
 class Needs:
-    """Parts of a run with these parameters of all notebooks, on this architecture and so many GPUs."""
+    """Parts of a run with these parameters, on this architecture and so many GPUs."""
 
     def __init__(self, p: dict, arch: Architecture, gpus: int = 1):
         self.p, self.arch, self.gpus = p, arch, gpus
@@ -200,7 +200,7 @@ class Needs:
         return cache * ((self.arch.blocks + 1) * (read + told) + joined) + state * states
 
     def scoring(self, ranking: Ranking) -> Callable[[int], float]:
-        """GiB of a criterion's values, `batch` questions at once, those about one picture together."""
+        """GiB of a criterion's values, `batch` questions at once, a picture's together."""
         if ranking.criterion not in CALIBRATED:
             return lambda batch: self.reading(1)
         if ranking.criterion == "taylor":

@@ -31,9 +31,7 @@ def run(
         raise DermError(f"two parameter files make one run: {names}")
     for plan in plans:
         if "device" in plan.values:
-            from derm_compress.study import preflight
-
-            preflight.foresee(plan, refuse=not list_)
+            foresee(plan, refuse=not list_)
     if list_:
         for plan in plans:
             list_stages(plan, stages)
@@ -48,6 +46,17 @@ def run(
         print("stopped; what was finished is kept, the same command goes on from there", flush=True)
         return 130
     return 0 if all(done) else 1
+
+
+def foresee(plan: Plan, *, refuse: bool) -> None:
+    """Says what a run needs of a GPU; DermError, if asked to refuse, for what cannot work."""
+    from derm_compress.study import preflight  # numpy and more, which --help does not wait for
+
+    device = plan.values["device"]
+    if device == "cuda" or (device == "meta" and not refuse):
+        print(preflight.says(plan), flush=True)
+    if refuse:
+        preflight.check(plan)
 
 
 def plan_run(path: Path, sets: dict[str, str], root: Path, notebooks) -> Plan:

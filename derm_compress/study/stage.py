@@ -249,5 +249,5 @@ def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stag
     if plan.values.get("device") == "cuda" and not stage.finished:
         from derm_compress.study import preflight  # only here: it asks the GPU
 
-        preflight.foresee(plan, refuse=True)
+        preflight.check(plan)
     return stage

@@ -8,7 +8,7 @@ from derm_compress.method.importance.rankings import Ranking
 from derm_compress.model import anatomy, removal, shapes
 from derm_compress.model.prompts import prepare, prompt
 from derm_compress.model.reading import Prompts, Reading
-from derm_compress.study import stage_costs
+from derm_compress.study.needs import Needs
 
 TOLD = [[7, 8, 9], [], [11], [12, 13, 14, 15, 16, 17], [18, 19], [20]]
 UNITS = [0, 2, "1.attention", "3.mlp"]
@@ -63,7 +63,7 @@ def test_a_reading_is_that_of_the_model_without_the_unit(small, read, unit):
 
 @pytest.mark.parametrize("ranking", ("output_similarity", "perplexity-sublayers"))
 def test_a_reading_holds_what_is_planned(small, read, ranking):
-    """Bytes alive with what one unit needs, units going from the last to the first, against stage_costs."""
+    """Bytes alive with what one unit needs, units going from the last to the first, against needs."""
     asked, arch = Ranking.of(ranking), shapes.architecture(small.config)
     units, most = measure.units_of(asked, arch.blocks), 0
     prompts = Prompts.of(Words(), PICTURES[0], QUESTIONS, "cpu")
@@ -83,7 +83,7 @@ def test_a_reading_holds_what_is_planned(small, read, ranking):
             most = max(most, sum(alive.values()))
             reading.forget(unit)
     tokens = 3 * reading.begin, len(TOLD) * reading.places[1].shape[1]
-    costs = stage_costs.Costs({"rankings": ["last"], "finetune_rank": 1, "sft_rank": 1}, arch)
+    costs = Needs({"rankings": ["last"]}, arch)
     costs.kinds = len(QUESTIONS)
     joined = (
         2 * arch.cache_width * (2 * costs.kinds * tokens[0] + tokens[1])

@@ -84,8 +84,7 @@ def test_everything_is_there_and_small(home):
     )
 
 
-SHAPES_ALONE = ("extra_t4", "extra_costs")  # of a study without weights
-FULL_ALONE = ("extra_sublayers", "extra_seeds", *SHAPES_ALONE)
+FULL_ALONE = ("extra_sublayers", "extra_seeds")
 
 
 def test_the_page_follows_the_papers_order_below_the_answer(home):
@@ -107,9 +106,7 @@ def test_a_full_study_shows_every_part_and_folds_long_tables(tmp_path, home):
     fabricate.write_run(tmp_path, "full", files=fabricate.stage_files(full=True), notebooks=False)
     page = render.render("full", root=tmp_path)
     text, readme = page.read_text(), (page.parent / "README.md").read_text()
-    places = [
-        text.index(f'<section id="{stem}">') for stem in parts.PARTS if stem not in SHAPES_ALONE
-    ]
+    places = [text.index(f'<section id="{stem}">') for stem in parts.PARTS]
     assert places == sorted(places)
     for stem in ("extra_agreement", "extra_criteria"):
         rows = len((page.parent / "tables" / f"{stem}.csv").read_text().splitlines()) - 1
