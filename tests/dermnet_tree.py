@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from derm_compress.data import dermnet
+from derm_compress.data.sources import dermnet
 
 ACNE, ECZEMA, NAILS, PSORIASIS, TUMORS, CANCER, MOLES, IVY, ATOPIC, BULLOUS, VIRAL = (
     "Acne and Rosacea Photos",
@@ -71,25 +71,21 @@ def draw(path, seed):
     """A blotchy picture unlike that of any other seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     blotches = np.random.default_rng([seed, 9]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(blotches).resize((64, 48), Image.Resampling.BICUBIC).save(
-        path, "JPEG", quality=90
-    )
+    picture = Image.fromarray(blotches).resize((64, 48), Image.Resampling.BICUBIC)
+    picture.save(path, "JPEG", quality=90)
 
 
 def plant(root, each=6):
-    """train/ and test/ with all names of NAMES and `each` more of every disease in each; the number of pictures."""
+    """train/ and test/ with all of NAMES, and `each` more of every disease in both; how many."""
     for folder in dermnet.rules()["folders"]:
         for split in dermnet.SPLITS:
             (root / split / folder).mkdir(parents=True)
-    files = [(("train", "test")[i % 2], folder, name) for i, (folder, name, _) in enumerate(NAMES)]
-    prefixes = {d: rule["prefixes"][0] for d, rule in dermnet.rules()["diseases"].items()}
+    names = [(("train", "test")[i % 2], folder, name) for i, (folder, name, _) in enumerate(NAMES)]
     where = {disease: folder for folder, _, disease in NAMES}
     for split in dermnet.SPLITS:  # numbered alike in both: the same folder and name on both sides
-        files += [
-            (split, where[d], f"{p}-{100 + i}.jpg")
-            for d, p in prefixes.items()
-            for i in range(each)
-        ]
-    for seed, (split, folder, name) in enumerate(files):
+        for disease, rule in dermnet.rules()["diseases"].items():
+            prefix = rule["prefixes"][0]
+            names += [(split, where[disease], f"{prefix}-{100 + i}.jpg") for i in range(each)]
+    for seed, (split, folder, name) in enumerate(names):
         draw(root / split / folder / name, seed)
-    return len(files)
+    return len(names)

@@ -1,4 +1,4 @@
-"""What is asked and what is answered: questions, reference answers and training conversations from diseases.yaml."""
+"""What is asked and answered: questions, reference answers and training conversations. No torch."""
 
 from __future__ import annotations
 
@@ -36,26 +36,20 @@ def question(kind: str) -> str:
 
 def answers(disease: str, facts: dict[str, str], kind: str) -> list[str]:
     """All accepted paraphrases of an answer; `facts` are the picture's, empty for a photograph."""
-    entry = book()["diseases"][disease]
     if kind == "name":
         return [text.format(name=disease) for text in book()["name_answers"]]
-    if kind == "treatment":
-        return entry["treatment"]["answers"]
-    seen = picture_answers(facts) if facts else [""]
-    return [
-        f"{picture} {general}".strip()
-        for picture in seen
-        for general in entry["features"]["answers"]
-    ]
+    general = book()["diseases"][disease][kind]["answers"]
+    if kind == "treatment" or not facts:
+        return list(general)
+    return [f"{picture} {text}" for picture in picture_answers(facts) for text in general]
 
 
 def picture_answers(facts: dict[str, str]) -> list[str]:
     """Sentences that say what a synthetic picture shows."""
-    said = facts | {
-        "count": book()["phrases"]["count"][facts["count"]],
-        "lesion": book()["phrases"]["lesion"][facts["count"]],
-    }
-    return [(s := text.format(**said))[0].upper() + s[1:] for text in book()["picture_answers"]]
+    phrases, count = book()["phrases"], facts["count"]
+    said = facts | {"count": phrases["count"][count], "lesion": phrases["lesion"][count]}
+    sentences = [text.format(**said) for text in book()["picture_answers"]]
+    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
 
 
 def reference(disease: str, facts: dict[str, str], kind: str) -> str:
@@ -66,7 +60,7 @@ def reference(disease: str, facts: dict[str, str], kind: str) -> str:
 def conversation(
     disease: str, facts: dict[str, str], rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-    """Training turns (question, answer) about one picture: all three questions, in random order and words."""
+    """Training turns (question, answer) about one picture: all three, in random order and words."""
     turns = []
     for i in rng.permutation(len(QUESTIONS)):
         kind = QUESTIONS[i]

@@ -1,4 +1,4 @@
-"""One typed data set from any source: pictures, diseases, groups, splits, and a report on them. No torch."""
+"""One typed data set, whatever its source: pictures, diseases, groups and splits. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPLITS = ("train", "dev", "test", "heldout")
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: its split, disease, group, row in the images, and the facts known to be seen in it."""
+    """One picture; `row` is its place in the images, `facts` what is known to be seen in it."""
 
     id: str
     split: str
@@ -31,16 +31,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Items and their pictures, uint8 [N, S, S, 3]; DermError if an id repeats or a group crosses splits."""
+    """Items and their pictures, uint8 [N, S, S, 3]; a group never crosses splits."""
 
     items: tuple[Item, ...]
     images: np.ndarray
 
     def __post_init__(self):
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
-            raise DermError(
-                f"images must be uint8 [N, S, S, 3], not {self.images.dtype} {self.images.shape}"
-            )
+        kind, shape = self.images.dtype, self.images.shape
+        if kind != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise DermError(f"images must be uint8 [N, S, S, 3], not {kind} {shape}")
         seen: set[str] = set()
         homes: dict[str, str] = {}
         for item in self.items:

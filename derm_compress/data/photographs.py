@@ -1,4 +1,4 @@
-"""A photograph's file -> upright RGB pixels, safely, and hashes by which duplicates are found. No torch."""
+"""A photograph's file -> upright RGB pixels, and hashes by which duplicates are found. No torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.fft import dctn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-LARGE = (
-    2**24
-)  # pixels above which a picture shrinks while it is decoded, so that memory stays bounded
-STRIP = 16  # longest edge over shortest; a longer strip would be resized to a huge picture before the crop
+MIN_SIDE = 32
+LARGE = 2**24  # pixels above which a picture shrinks while it is decoded, to bound memory
+STRIP = 16  # longest edge over shortest; a longer strip would be resized to a huge picture
 
 
-def read_rgb(path: Path, *, size: int, min_side: int = 32) -> Image.Image:
-    """Decode a file fully and upright, on white where transparent; large ones shrink, but not below 4 x size.
+def read_rgb(path: Path, *, size: int) -> Image.Image:
+    """Decode a file fully and upright, on white; large ones shrink, but not below 4 x size.
 
-    Raises whatever the decoder raises on damage, and ValueError for a picture too small or too long.
+    Raises whatever the decoder raises on damage, ValueError for a picture too small or too long.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -28,8 +27,8 @@ def read_rgb(path: Path, *, size: int, min_side: int = 32) -> Image.Image:
             image.verify()
         with Image.open(path, formats=FORMATS) as image:
             shape = "{} x {}".format(*image.size)
-            if min(image.size) < min_side:
-                raise ValueError(f"too small: {shape}, min_side is {min_side}")
+            if min(image.size) < MIN_SIDE:
+                raise ValueError(f"too small: {shape}, the shorter edge needs {MIN_SIDE}")
             if max(image.size) > STRIP * min(image.size):
                 raise ValueError(f"too long: {shape}")
             large = image.width * image.height > LARGE
@@ -37,10 +36,10 @@ def read_rgb(path: Path, *, size: int, min_side: int = 32) -> Image.Image:
                 image.draft(None, (4 * size, 4 * size))
             image.load()
             image = _eight_bit(image)
-            factor = min(image.size) // (4 * size) if large else 1
-            return _on_white(
-                ImageOps.exif_transpose(_reduce(image, factor) if factor > 1 else image)
-            )
+            factor = min(image.size) // (4 * size)
+            if large and factor > 1:
+                image = _reduce(image, factor)
+            return _on_white(ImageOps.exif_transpose(image))
 
 
 def _reduce(image: Image.Image, factor: int) -> Image.Image:
@@ -73,7 +72,7 @@ def reason(error: Exception, path: Path) -> str:
 
 
 def fit(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter edge to `size` (bicubic), centre crop: uint8 [size, size, 3], as CLIP's processor does it."""
+    """Shorter edge to `size` (bicubic), centre crop: uint8 [size, size, 3], as CLIP's processor."""
     short = min(image.size)
     width, height = (int(size * edge / short) for edge in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -86,17 +85,17 @@ def pixel_hash(pixels: np.ndarray) -> str:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits: which of the 8 x 8 lowest cosine coefficients (of 32 x 32 grey pixels) exceed their median."""
+    """64 bits: which of a grey thumbnail's 8 x 8 lowest cosine coefficients exceed their median."""
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), float)
-    low = (
-        dctn(grey, norm="ortho")[:8, :8].ravel().round(6)
-    )  # rounded: a flat picture must not hash its noise
+    low = dctn(grey, norm="ortho")[:8, :8].ravel().round(6)  # a flat picture must not hash noise
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
 def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
-    """uint8 [N, S, S, 3] -> unit vectors [N, 3 x side x side]: coarse colours less their mean, an embedding that no
-    studied model has a part in. It finds recoloured and recompressed copies, not rotated or differently cropped ones.
+    """uint8 [N, S, S, 3] -> unit vectors [N, 3 x side x side]: coarse colours less their mean.
+
+    No studied model has a part in it. It finds recoloured and recompressed copies, not rotated or
+    differently cropped ones.
     """
     small = [Image.fromarray(image).resize((side, side), Image.Resampling.BOX) for image in images]
     flat = np.stack([np.asarray(image, np.float32).ravel() for image in small])

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+TRAIN_SHARE = 0.5  # of each class, at least
+
 
 def near(hashes: np.ndarray, distance: int) -> np.ndarray:
     """Label [N] of perceptual hashes (uint64 [N]), linked where at most `distance` bits differ."""
     unique, code = np.unique(hashes, return_inverse=True)
-    pairs = [np.empty((0, 2), int)]
-    for start in range(0, len(unique), 512):
-        differing = np.bitwise_count(unique[start : start + 512, None] ^ unique[None, start:])
-        pairs.append(np.argwhere(differing <= distance) + start)
-    return _components(len(unique), np.concatenate(pairs))[code]
+
+    def alike(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return np.bitwise_count(some[:, None] ^ others[None]) <= distance
+
+    return _linked(unique, alike)[code]
 
 
 def near_vectors(vectors: np.ndarray, distance: float) -> np.ndarray:
     """Label [N] of unit vectors [N, D], linked where their cosine is at least 1 - `distance`."""
+    return _linked(vectors, lambda some, others: some @ others.T >= 1 - distance)
+
+
+def _linked(values: np.ndarray, alike: Callable) -> np.ndarray:
+    """Label [N] of values, linked where alike(some, others) -> [n, m] says so; 512 at once."""
     pairs = [np.empty((0, 2), int)]
-    for start in range(0, len(vectors), 512):
-        alike = vectors[start : start + 512] @ vectors[start:].T >= 1 - distance
-        pairs.append(np.argwhere(alike) + start)
-    return _components(len(vectors), np.concatenate(pairs))
+    for start in range(0, len(values), 512):
+        pairs.append(np.argwhere(alike(values[start : start + 512], values[start:])) + start)
+    return _components(len(values), np.concatenate(pairs))
 
 
 def join(keys: Sequence[Iterable[str]]) -> np.ndarray:
@@ -46,17 +52,17 @@ def split(
     *,
     sizes: Mapping[str, int],
     seed: int,
-    min_train_share: float = 0.5,
     train_only: Collection[str] = (),
 ) -> dict[str, str]:
     """The split of each group (a Counter of its images' classes), classes as even as they allow.
 
-    `min_train_share` of each class stays for training, so a small source gives less than asked; dev is taken
-    out of train by the same rule. A train size of 0 takes all the rest; groups beyond all sizes are left out.
+    Half of each class stays for training, so a small source gives less than asked; dev is taken
+    out of train by the same rule. A train size of 0 takes all the rest; groups beyond all sizes are
+    left out, and those of `train_only` are never tested on.
     """
     names = sorted(groups)
     left = {names[i]: groups[names[i]] for i in np.random.default_rng(seed).permutation(len(names))}
-    room = _share(left, 1 - min_train_share)
+    room = _share(left, 1 - TRAIN_SHARE)
     home: dict[str, str] = {}
     for name in ("test", "heldout"):
         chosen = _take({g: left[g] for g in left if g not in train_only}, sizes.get(name, 0), room)
@@ -65,7 +71,7 @@ def split(
     total = _share(left, 1)
     train = {g: left[g] for g in _take(left, sizes.get("train", 0) or total.total(), total)}
     free = {g: train[g] for g in train if g not in train_only}
-    dev = _take(free, sizes.get("dev", 0), _share(train, 1 - min_train_share))
+    dev = _take(free, sizes.get("dev", 0), _share(train, 1 - TRAIN_SHARE))
     return home | dict.fromkeys(train, "train") | dict.fromkeys(dev, "dev")
 
 
@@ -76,7 +82,7 @@ def _share(groups: Mapping[str, Counter], share: float) -> Counter:
 
 
 def _take(groups: Mapping[str, Counter], n: int, room: Counter) -> list[str]:
-    """Groups of n images or fewer, each from the class with fewest so far; what is taken leaves `room`."""
+    """Groups of n images or fewer, each from the class with fewest so far; they leave `room`."""
     queues = defaultdict(deque)
     for group, counts in groups.items():
         for name in counts:

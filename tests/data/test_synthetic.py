@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 
 from derm_compress.data import synthetic
@@ -11,9 +13,11 @@ def test_rules_are_distributions_over_known_values():
             assert np.isclose(sum(rule.values()), 1)
 
 
-def test_same_seed_same_bytes_other_seed_other_pictures():
-    a, b, c = (synthetic.pictures(6, seed=s)[1] for s in (5, 5, 6))
-    assert np.array_equal(a, b) and not np.array_equal(a, c)
+def test_pictures_are_those_of_their_seed_and_never_change():
+    first, second = (synthetic.pictures(8, seed=seed)[1] for seed in (5, 6))
+    assert not np.array_equal(first, second)
+    digest = hashlib.sha256(first.tobytes()).hexdigest()
+    assert digest.startswith("5df32afeb71d")  # the tiny model and its report rest on them
 
 
 def test_the_task_has_a_ceiling_below_certainty():
@@ -21,20 +25,12 @@ def test_the_task_has_a_ceiling_below_certainty():
 
 
 def test_attributes_show_in_the_pixels():
-    facts = {
-        "count": "single",
-        "size": "large",
-        "colour": "black",
-        "border": "sharp",
-        "surface": "smooth",
-    }
-    dark = [
-        (
-            synthetic.render(facts | change | {"site": "trunk"}, np.random.default_rng(2)).mean(-1)
-            < 70
-        ).mean()
-        for change in ({}, {"size": "small"}, {"colour": "pink"})
-    ]
+    facts = {"count": "single", "border": "sharp", "surface": "smooth", "site": "trunk"}
+    dark = []
+    for size, colour in (("large", "black"), ("small", "black"), ("large", "pink")):
+        shown = facts | {"size": size, "colour": colour}
+        picture = synthetic.render(shown, np.random.default_rng(2))
+        dark.append((picture.mean(-1) < 70).mean())
     assert dark[0] > 3 * dark[1] > 0 and dark[2] == 0
 
 
