@@ -12,7 +12,8 @@ import pandas as pd
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
-from derm_compress.evaluate import judge_controls, judging, secondary
+from derm_compress.evaluate import secondary
+from derm_compress.evaluate.judges import controls, judge
 from derm_compress.model import shapes
 
 BLOCKS, DEPTHS, OPERATING, DEEPER = 32, (0, 2, 4, 6, 7, 8, 9, 10, 12), 6, 9
@@ -351,7 +352,7 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
     files["08_evaluation"] |= {
         "variants": pd.concat([table, blind]), "answers": pd.concat(eight), "memory": memory(table),
         "measured/latency": pd.concat([latency(shown), latency(shown, 4)]),
-        "judge_controls": judge_controls.judged(asked, judging.Rubric()),
+        "judge_controls": controls.judge_controls(asked, judge.RubricJudge()),
         "architecture_7b.json": dataclasses.asdict(shapes.llava_7b()),
     }  # fmt: skip
     earlier = {name: files[name]["answers"] for name in kinds}

@@ -8,6 +8,28 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pandas as pd
+
+from derm_compress.data import dialogue
+from derm_compress.evaluate.judges.judge import ModelJudge
+from derm_compress.evaluate.judges.prompts import judge_prompt
+from derm_compress.evaluate.judges.server import SIZE, ChatServer
+
+KEY = "sk-secret-123"
+
+
+def answers(*texts, reference="This is psoriasis.") -> pd.DataFrame:
+    """One variant's answers to the question for the name, each about a picture of its own."""
+    same = {"variant": "original", "split": "test", "question": "name", "stopped": True}
+    same |= {"prompt": dialogue.question("name"), "reference": reference}
+    return pd.DataFrame([same | {"item": f"i{n}", "answer": text} for n, text in enumerate(texts)])
+
+
+def model_judge(server, folder=None, prompt="paper", **how) -> ModelJudge:
+    """The judge behind a Server, impatient."""
+    served = ChatServer("pico", server.url, **{"timeout": 0.4, "retries": 2} | how)
+    return ModelJudge(served, judge_prompt(prompt), folder)
+
 
 def completion(content, model="pico") -> str:
     return json.dumps(
@@ -25,15 +47,13 @@ FAULTS = {  # fault: (status, headers, body)
     "moved": (302, {"Location": "http://127.0.0.1:9/v1"}, ""),
     "broken": (500, {}, "<html>oops</html>"),
     "garbage": (200, {}, "\x00<html>not json"),
-    "long": (
-        200,
-        {},
-        "garbage " + "x" * (2000 - 8 - 6) + "sk-secret-123",
-    ),  # the key lies where replies are cut
+    "endless": (200, {}, completion("x" * SIZE)),
+    "packed": (200, {"Content-Encoding": "gzip"}, completion(verdict(4))),
+    "long": (200, {}, "garbage " + "x" * 1986 + KEY),  # the key lies where replies are cut
     "no completion": (200, {}, '{"choices": []}'),
     "no text": (200, {}, completion(None)),
-    "refused": (401, {}, '{"error": "Incorrect API key provided: sk-secret-123"}'),
-    "bad request": (400, {}, '{"error": "no json_schema here, sk-secret-123"}'),
+    "refused": (401, {}, f'{{"error": "Incorrect API key provided: {KEY}"}}'),
+    "bad request": (400, {}, f'{{"error": "no json_schema here, {KEY}"}}'),
 }
 
 
@@ -42,13 +62,8 @@ class Server:
 
     def __init__(self, answer=lambda body: verdict(3), faults=(), seconds=0.0):
         self.answer, self.faults, self.seconds = answer, list(faults), seconds
-        self.bodies, self.headers, self.at_once, self._now, self._lock = (
-            [],
-            [],
-            0,
-            0,
-            threading.Lock(),
-        )
+        self.bodies, self.headers, self._lock = [], [], threading.Lock()
+        self.at_once = self._now = 0
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 

@@ -6,27 +6,20 @@ import torch
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
-from derm_compress.evaluate import latency
-from derm_compress.evaluate import variants as variants_
-from derm_compress.evaluate.answers import COLUMNS, answer
-from derm_compress.evaluate.variants import (
-    activation_statistics,
-    activation_surface,
-    answer_controls,
-    answer_variants,
-    architecture,
-    quantization_errors,
-    search_scales,
-)
+from derm_compress.evaluate import latency, metrics, schema
+from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, architecture
 from derm_compress.files import Journal
-from derm_compress.method.pruning.depths import choose_operating_point
-from derm_compress.method.pruning.plan import published_plan
+from derm_compress.method.activation_analysis import activation_statistics, activation_surface
+from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import jobs as jobs_
 from derm_compress.method.finetune import train
 from derm_compress.method.finetune.jobs import Job, fine_tune_all
 from derm_compress.method.importance import criteria, measure
-from derm_compress.method.assemble import materialize
+from derm_compress.method.pruning.depths import choose_operating_point
+from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.quantization import wanted as wanted_frames
+from derm_compress.method.quantization.errors import quantization_errors
+from derm_compress.method.quantization.scales import search_scales
 from derm_compress.model import anatomy, loading, memory, removal, shapes
 from derm_compress.model import variants as frames
 from derm_compress.model.recipe import Recipe
@@ -125,24 +118,24 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     answers = answer_variants(variants, **ask, batch_size=4, max_new_tokens=4)
     controls = answer_controls(variants, **ask, seed=0, batch_size=4, max_new_tokens=4)
     assert answers.empty and controls.empty and {"variant", "score", "answer"} <= set(answers)
-    choice = choose_operating_point(variants_.scores(answers, variants), published_plan())
+    choice = choose_operating_point(metrics.depth_scores(answers, variants), published_plan())
     assert (choice["operating"], choice["deeper"]) == (6, 9) and "no scores" in choice["why"]
     how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": anatomy.META}
     assert activation_statistics(sources, store, batch_size=1, **how).empty
     assert activation_surface(sources, store, block=30, projection="q_proj", **how).empty
-    assert quantization_errors(rounded, sources, store, batch_size=1, **how).empty
+    assert quantization_errors(rounded, store, batch_size=1, **how).empty
     search_scales(tmp_path, wanted, sources, store, batch_size=1, **how)
     assert pd.read_parquet(tmp_path / "search.parquet").empty
-    timed = latency.of_variants(
+    timed = latency.time_variants(
         variants, store, dataset.of("test"), dataset.images, device=anatomy.META
     )
     training = jobs_.training_costs(tmp_path / "scratch", [job.variant for job in jobs])
     assert training.seconds.isna().all() and (training.train_peak_gib > 4).all()
-    arch = shapes.Architecture(**architecture(variants, store, anatomy.META))
+    arch = shapes.Architecture(**architecture(variants))
     results = Results(
         scores=scores, plans=plans, choice=choice, variants=variants, answers=answers, evaluation=answers,
         training=training, latency=timed, memory=memory.plan_variants(variants, arch, arch),
-        architecture=architecture(variants, store, anatomy.META),
+        architecture=architecture(variants),
     )  # fmt: skip
     check_tables(tables.build(results))
 
@@ -187,7 +180,7 @@ def test_a_model_without_values_says_nothing(dataset):
         batch_size=1,
         max_new_tokens=4,
     )
-    assert told.empty and list(told) == COLUMNS and len(dialogue.QUESTIONS) == 3
+    assert told.empty and list(told) == list(schema.ANSWER) and len(dialogue.QUESTIONS) == 3
 
 
 def test_adapters_and_rounding_change_no_shape(store):

@@ -83,7 +83,7 @@ def test_the_graph_is_what_the_cells_read():
 
 def test_a_judge_that_cannot_work_is_refused_before_anything_is_answered():
     code = [text for kind, text, _ in cells(PATHS[-1]) if kind == "code"]
-    (judge,) = [i for i, text in enumerate(code) if "judging.choose(" in text]
+    (judge,) = [i for i, text in enumerate(code) if "choose_judge(" in text]
     assert "start_stage(" in code[judge - 1] and "answer_variants" in "".join(code[judge + 1 :])
 
 

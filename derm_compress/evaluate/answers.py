@@ -1,7 +1,8 @@
-"""Answers of a model to the study's questions: greedy, batched, kept item by item."""
+"""Answers to the study's questions: greedy, batched, kept one by one; of a model, of variants, and without seeing."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,14 +10,17 @@ import pandas as pd
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
-from derm_compress.model import anatomy, devices, oom
+from derm_compress.evaluate import schema
+from derm_compress.evaluate.judges.rubric import score_by_rubric
+from derm_compress.files import Journal
+from derm_compress.method.iterate import each_model
+from derm_compress.model import anatomy, devices, loading, oom, shapes
+from derm_compress.model import variants as variants_of
 from derm_compress.model.generate import generate
 from derm_compress.model.prompts import prepare, prompt
+from derm_compress.model.recipe import Recipe
+from derm_compress.model.variants import HEALED, ORIGINAL
 from derm_compress.progress import track
-
-COLUMNS = [
-    "variant", "item", "split", "disease", "question", "prompt", "answer", "reference", "tokens", "stopped",
-]  # fmt: skip
 
 
 def answer(
@@ -29,50 +33,96 @@ def answer(
     batch_size: int,
     max_new_tokens: int,
     questions: Sequence[str] = dialogue.QUESTIONS,
-    journal=None,
-    what: str | None = None,
+    journal: Journal | None = None,
 ) -> pd.DataFrame:
-    """One row per item and question (COLUMNS); answers already in the journal are not generated again.
+    """One row per item and question (schema.ANSWER); what is in the journal already is not generated again.
 
     A model without values says nothing: no row.
     """
     if not anatomy.has_values(model):
-        return pd.DataFrame(columns=COLUMNS)
+        return schema.frame([], schema.ANSWER)
     devices.spread(model)
-    done = dict(journal.done) if journal else {}
-    asked = [(item, kind) for kind in questions for item in items]
+    journal = journal or Journal()
+    keys = {(item.id, kind): f"{variant} {item.id} {kind}" for kind in questions for item in items}
     batches = []  # of one kind of question each: a batch goes on until its longest answer ends
     for kind in questions:
-        todo = [(i, kind) for i in items if f"{variant} {i.id} {kind}" not in done]
+        todo = [(item, kind) for item in items if keys[item.id, kind] not in journal.done]
         batches += [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-    what = what or f"answers of {variant}"
 
     def replies(part):
         texts = [prompt(processor, kind) for _, kind in part]
         inputs = prepare(processor, texts, images[[item.row for item, _ in part]], model.device)
         return zip(*generate(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True)
 
+    what = f"answers of {variant}"
     for part, told in oom.in_parts(replies, track(batches, what), what):
         for (item, kind), (text, tokens, stopped) in zip(part, told, strict=True):
-            row = _row(variant, item, kind, text, tokens, stopped)
-            done[f"{variant} {item.id} {kind}"] = row
-            if journal:
-                journal.add(f"{variant} {item.id} {kind}", row)
-    return pd.DataFrame([done[f"{variant} {i.id} {k}"] for i, k in asked], columns=COLUMNS)
+            said = {"variant": variant, "answer": text, "tokens": tokens, "stopped": stopped}
+            journal.add(keys[item.id, kind], _asked(item, kind) | said)
+    return schema.frame([journal.done[key] for key in keys.values()], schema.ANSWER)
 
 
-def _row(variant: str, item: Item, kind: str, text: str, tokens: int, stopped: bool) -> dict:
-    told = dialogue.reference(item.disease, item.facts, kind)
-    values = (
-        variant,
-        item.id,
-        item.split,
-        item.disease,
-        kind,
-        dialogue.question(kind),
-        text,
-        told,
-        tokens,
-        stopped,
-    )
-    return dict(zip(COLUMNS, values, strict=True))
+def _asked(item: Item, kind: str) -> dict:
+    return {
+        "item": item.id,
+        "split": item.split,
+        "disease": item.disease,
+        "question": kind,
+        "prompt": dialogue.question(kind),
+        "reference": dialogue.reference(item.disease, item.facts, kind),
+    }
+
+
+def answer_variants(
+    variants: pd.DataFrame, *, items: Sequence[Item], images: np.ndarray, store, device: str, **how
+) -> pd.DataFrame:
+    """Answers of every variant to all questions about the items, scored by the rubric; how: as of `answer`."""
+    frames = []
+    for turn in each_model(variants, store, device, "variants answered", wide=True):
+        asked = {"variant": turn.variant} | how
+        frames.append(answer(turn.model, turn.processor, items, images, **asked))
+    return score_by_rubric(schema.together(frames, schema.ANSWER))
+
+
+def answer_controls(
+    variants: pd.DataFrame, *, items: Sequence[Item], images: np.ndarray, seed: int, **how
+) -> pd.DataFrame:
+    """The original model on blank pictures and on those of other diseases: what is left is not seeing."""
+    original = variants_of.named(variants, [ORIGINAL])
+    blank = np.full_like(images[:1], int(images.mean()))
+    unseen = {"blank": ([0] * len(items), blank), "shuffled": (shuffled_rows(items, seed), images)}
+    frames = []
+    for name, (rows, pictures) in unseen.items():
+        moved = [dataclasses.replace(item, row=row) for item, row in zip(items, rows, strict=True)]
+        control = original.assign(variant=name)
+        frames.append(answer_variants(control, items=moved, images=pictures, **how))
+    return pd.concat(frames, ignore_index=True)
+
+
+def shuffled_rows(items: Sequence[Item], seed: int) -> list[int]:
+    """For each item the picture of another one, of another disease where there is one."""
+    rng = np.random.default_rng([seed, 11])
+    rows = []
+    for item in items:
+        others = [other for other in items if other.disease != item.disease]
+        others = others or [other for other in items if other.row != item.row]
+        rows.append(others[rng.integers(len(others))].row if others else item.row)
+    return rows
+
+
+def table_variants(variants: pd.DataFrame, choice: dict) -> pd.DataFrame:
+    """The variants of Tables 4 and 5, and the healed control beside them."""
+    role = variants_of.roles(choice)
+    pruned, full = role["operating"], role["operating"] + HEALED
+    names = [ORIGINAL, pruned, full, ORIGINAL + HEALED]
+    names += [f"{source}|awq4" for source in (ORIGINAL, pruned, full)]
+    names += [f"{full}|{method}4" for method in ("bitsandbytes", "rtn", "rtn_symmetric")]
+    names += [f"{role['rival']}{HEALED}|awq4"]
+    return variants_of.named(variants, [name for name in names if name in set(variants.variant)])
+
+
+def architecture(variants: pd.DataFrame) -> dict:
+    """Shapes of the original model, as memory.Architecture takes them."""
+    (recipe,) = variants_of.named(variants, [ORIGINAL]).recipe
+    config = loading.config_of(Recipe.from_json(recipe).base)
+    return dataclasses.asdict(shapes.architecture(config))

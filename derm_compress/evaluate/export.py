@@ -1,88 +1,51 @@
-"""Models: loading, anatomy (the one place that knows where blocks, projector and head live), making, exporting."""
+"""Ordinary model folders: of a recipe, or of a model without some of its blocks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_model
 
 from derm_compress.errors import DermError
+from derm_compress.evaluate import cards
 from derm_compress.files import atomic
 from derm_compress.method.assemble import materialize
+from derm_compress.method.quantization import checkpoint
+from derm_compress.model import removal
 from derm_compress.model.anatomy import blocks, fingerprint
 from derm_compress.model.loading import PARTIAL, config_of, load_base
 from derm_compress.model.recipe import Recipe
 
-if TYPE_CHECKING:
-    from derm_compress.evaluate import cards
-
 
 def export_model(
-    recipe_json: str, store, path: Path, packed: bool = True, device: str = "cpu", known: cards.Facts | None = None,
+    recipe_json: str,
+    store,
+    path: Path,
+    *,
+    packed: bool = True,
+    device: str = "cpu",
+    known: cards.Facts = cards.NOTHING,
     half: bool = False,
-) -> Path:  # fmt: skip
-    """Write a model folder and its card (`known`: what it says beside the recipe). Plain `from_pretrained` opens it,
-    but for integer grids, which checkpoint.load opens (and, of 4 bits, readers of AWQ), and for absent sublayers, which
-    load_base opens (Transformers would fill them with random weights); packed=False writes a quantized variant with
-    its dequantized weights instead. half: what is not quantized in fp16, as readers of AWQ expect it; by default it
-    stays as it was computed with."""
+) -> Path:
+    """Write a model folder and its card (`known`: what it says beside the recipe).
+
+    Plain `from_pretrained` opens it, but for integer grids, which checkpoint.load opens (and, of 4 bits, readers of
+    AWQ), and for absent sublayers, which load_base opens (Transformers would fill them with random weights).
+    packed=False writes a quantized variant with its dequantized weights instead. half: what is not quantized in fp16,
+    as readers of AWQ expect it; by default it stays as it was computed with.
+    """
     check_new(path)
     recipe = Recipe.from_json(recipe_json)
     packed = packed and any(step["step"] == "quantize" for step in recipe.steps)
     model, processor = materialize(recipe, store, device, packed=packed)
     if half:
         to_half(model)
-    return write_folder(Path(path), model, processor, recipe, packed=packed, known=known, half=half)
-
-
-def to_half(model) -> None:
-    """Make what is not quantized fp16, in place, and say so in the config; DermError where a weight overflows."""
-    model.half()
-    for config in (model.config, model.config.text_config, model.config.vision_config):
-        config.dtype = torch.float16
-    if large := [
-        name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()
-    ]:
-        raise DermError(f"export: {large[0]} overflows torch.float16; export without --half")
-
-
-def check_new(path: Path) -> None:
-    if Path(path).exists() and any(Path(path).iterdir()):
-        raise DermError(f"export: {path} exists and is not empty; name a new folder")
-
-
-def write_folder(
-    path: Path,
-    model,
-    processor,
-    recipe: Recipe,
-    *,
-    packed: bool = False,
-    known=None,
-    half: bool = False,
-) -> Path:
-    """A model folder of what a recipe has made, with its card; whole or not at all."""
-    from derm_compress.evaluate import (
-        cards,
-    )  # scores need pandas, which a machine that only rehearses may lack
-
-    with atomic(path) as draft:
-        draft.mkdir()
-        _save(model, draft, packed)
-        processor.save_pretrained(draft)
-        card = cards.model_card(recipe, len(blocks(model)), packed, known or cards.Facts(), half)
-        (draft / "README.md").write_text(card, encoding="utf-8")
-        for inner in draft.rglob("*"):  # safetensors are written for their owner alone
-            inner.chmod(0o755 if inner.is_dir() else 0o644)
-    return path
+    return write_folder(path, model, processor, recipe, packed=packed, known=known, half=half)
 
 
 def prune_folder(name: str, plan, count: int, path: Path) -> Path:
     """Write a model without the first `count` units of a plan, in the number format it is stored in."""
-    from derm_compress.model import removal
-
     check_new(path)
     config = config_of(name)
     if getattr(config, "quantization_config", None):
@@ -94,24 +57,53 @@ def prune_folder(name: str, plan, count: int, path: Path) -> Path:
     plan.check(blocks=whole.blocks, fingerprint=whole.fingerprint)
     removal.apply(model, *removal.left(whole.blocks, plan.removed(count)))
     recipe = whole.pruned(plan.kept(count), plan.absent(count))
-    return write_folder(Path(path), model, processor, recipe)
+    return write_folder(path, model, processor, recipe)
+
+
+def to_half(model) -> None:
+    """Make what is not quantized fp16, in place, and say so in the config; DermError where a weight overflows."""
+    model.half()
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config.dtype = torch.float16
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise DermError(f"export: {name} overflows torch.float16; export without --half")
+
+
+def check_new(path: Path) -> None:
+    """DermError for a folder that holds something."""
+    if Path(path).exists() and any(Path(path).iterdir()):
+        raise DermError(f"export: {path} exists and is not empty; name a new folder")
+
+
+def write_folder(
+    path: Path, model, processor, recipe: Recipe, *, packed: bool = False, **card
+) -> Path:
+    """A model folder of what a recipe has made, with its card; whole or not at all. card: as of cards.model_card."""
+    with atomic(Path(path)) as draft:
+        draft.mkdir()
+        _save(model, draft, packed)
+        processor.save_pretrained(draft)
+        text = cards.model_card(recipe, len(blocks(model)), packed=packed, **card)
+        (draft / "README.md").write_text(text, encoding="utf-8")
+        for inner in draft.rglob("*"):  # safetensors are written for their owner alone
+            inner.chmod(0o755 if inner.is_dir() else 0o644)
+    return Path(path)
 
 
 def _save(model, draft: Path, packed: bool) -> None:
-    from derm_compress.method.quantization import checkpoint
-    from derm_compress.model import removal
-
     absent = removal.lacking(model)
-    if absent and packed:
+    if not absent:
+        if packed:
+            checkpoint.save(model, draft)
+        else:
+            model.save_pretrained(draft)
+        return
+    if packed:
         raise DermError(
             "export: a quantized model without some sublayers has no packed layout; export it unpacked"
         )
-    if absent:
-        model.config.absent_sublayers = list(absent)
-        model.config.save_pretrained(draft)
-        model.generation_config.save_pretrained(draft)
-        save_model(model, str(draft / PARTIAL))
-    elif packed:
-        checkpoint.save(model, draft)
-    else:
-        model.save_pretrained(draft)
+    model.config.absent_sublayers = list(absent)
+    model.config.save_pretrained(draft)
+    model.generation_config.save_pretrained(draft)
+    save_model(model, str(draft / PARTIAL))

@@ -4,104 +4,95 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
+from derm_compress.data.items import Item
 from derm_compress.errors import DermError
 from derm_compress.files import Journal
 from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import packed
-from derm_compress.model import anatomy, devices, memory, usage
+from derm_compress.model import anatomy, devices, prompts, usage
+from derm_compress.model.memory import GIB
 from derm_compress.model.recipe import Recipe
 from derm_compress.progress import track
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-    from derm_compress.data.items import Item
-
-
-def of_variants(
-    variants: pd.DataFrame, store, items: Sequence[Item], images: np.ndarray, *, device: str,
-    batches: Sequence[int] = (1,), journal: Journal | None = None, **how,
-) -> pd.DataFrame:  # fmt: skip
+def time_variants(
+    variants: pd.DataFrame,
+    store,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    device: str,
+    batches: Sequence[int] = (1,),
+    journal: Journal | None = None,
+    **how,
+) -> pd.DataFrame:
     """One row a variant and batch, batch 1 first: milliseconds, memory and the floor of decoding with packed weights.
 
-    how: new_tokens, repeats, warmup as in measure_latency. Columns beside its own: weights_gib, read_mib (what a step
-    reads), bandwidth_gb_s (of the device, measured here), floor_ms, times_floor, packed.kernel_share's, and
-    memory.resident_gib's. Batches that exceed a GPU's memory have no row. The journal keeps what was measured of each
+    how: new_tokens, repeats, warmup as in measure_latency. Columns beside its own: weights_gib, `floor`'s, and
+    usage.resident_gib's. Batches that exceed a GPU's memory have no row. The journal keeps what was measured of each
     variant.
     """
-    import pandas as pd  # a machine that only rehearses may lack it
-
     if device == anatomy.META:
         return pd.DataFrame(columns=["variant"])
     journal = journal or Journal()
     if "bandwidth" not in journal.done:
         journal.add("bandwidth", bandwidth(device))
+    sizes = sorted({1, *batches})
     for row in track(list(variants.itertuples()), "latency measured"):
         if row.variant not in journal.done:
-            asked = {
-                "device": device,
-                "batches": sorted({1, *batches}),
-                "speed": journal.done["bandwidth"],
-            }
-            told = _of_variant(row.recipe, row.variant, store, items, images, **asked, **how)
+            model, processor = materialize(Recipe.from_json(row.recipe), store, device, packed=True)
+            asked = _requests(processor, items, images, sizes, model.device)
+            told = _timed(model, row.variant, asked, speed=journal.done["bandwidth"], **how)
             journal.add(row.variant, told)
+            devices.let_go(model)
     rows = [{"variant": name} | told for name in variants.variant for told in journal.done[name]]
     return pd.DataFrame(rows, columns=None if rows else ["variant"])
 
 
-def _of_variant(
-    recipe: str, name: str, store, items, images, *, device, batches, speed: float, **how
-) -> list[dict]:
-    """A variant's rows; the largest batches may be missing."""
-    from derm_compress.model import (
-        prompts,
-    )  # data needs scipy, which a machine that only rehearses may lack
-
-    model, processor = materialize(Recipe.from_json(recipe), store, device, packed=True)
-    stored, rows = (
-        usage.tensor_gib(model),
-        [],
-    )  # before a kernel lays codes out anew and keeps steps beside them
+def _requests(processor, items, images, batches: Sequence[int], device):
+    """The inputs of one request each batch; items are asked again where they are too few."""
+    text = prompts.prompt(processor, "features")
     for batch in batches:
-        usage.reset_peak(device)
-        rows_of = [items[i % len(items)].row for i in range(batch)]
-        texts = [prompts.prompt(processor, "features")] * batch
+        pictures = images[[items[i % len(items)].row for i in range(batch)]]
+        yield prompts.prepare(processor, [text] * batch, pictures, device)
+
+
+def _timed(model, name: str, requests, *, speed: float, **how) -> list[dict]:
+    """A variant's rows; the largest batches may be missing."""
+    device, rows = model.device, []
+    stored = usage.tensor_gib(model)  # before a kernel lays codes out anew and keeps steps beside
+    card = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    usage.reset_peak(device)
+    for inputs in requests:
         try:
-            inputs = prompts.prepare(processor, texts, images[rows_of], model.device)
             told = measure_latency(model, inputs, **how) | usage.resident_gib(device)
         except torch.OutOfMemoryError:
-            print(
-                f"latency of {name}: out of GPU memory with {batch} at once; not measured",
-                flush=True,
-            )
+            batch = len(inputs["input_ids"])
+            print(f"latency of {name}: out of GPU memory with {batch} at once; not measured")
             break
-        told |= (
-            {"gpu": torch.cuda.get_device_name(device)} if str(device).startswith("cuda") else {}
-        )
-        told |= floor(model, told, speed)
-        rows.append({"weights_gib": stored} | told)
-    devices.let_go(model)
+        rows.append({"weights_gib": stored} | told | card | floor(model, told, speed))
+        usage.reset_peak(device)
     return rows
 
 
 def floor(model, told: dict, speed: float) -> dict:
     """What a step of measure_latency's reads, and how far its time is above that at `speed` bytes a second."""
-    read = read_bytes(
-        model, batch=told["batch"], tokens=told["prompt_tokens"] + told["new_tokens"] / 2
-    )
-    found = {
+    tokens = told["prompt_tokens"] + told["new_tokens"] / 2
+    read = read_bytes(model, batch=told["batch"], tokens=tokens)
+    floor_ms = 1000 * read / speed
+    return {
         "read_mib": read / 2**20,
         "bandwidth_gb_s": speed / 1e9,
-        "floor_ms": 1000 * read / speed,
+        "floor_ms": floor_ms,
+        "kernel_share": packed.kernel_share(model),
+        "times_floor": told["decode_ms_per_token"] / floor_ms,
     }
-    found["kernel_share"] = packed.kernel_share(model)
-    return found | {"times_floor": told["decode_ms_per_token"] / found["floor_ms"]}
 
 
 @torch.inference_mode()
@@ -123,16 +114,13 @@ def bandwidth(device: str, *, size: int | None = None, repeats: int = 5) -> floa
 
 def read_bytes(model, *, batch: int, tokens: float) -> float:
     """Bytes that a decoding step cannot help reading: all blocks, last norm, head, and the cache of `tokens` a row."""
-    parts = anatomy.parts(model)
-    held = nn.ModuleList([*anatomy.blocks(model), parts["decoder"].norm, parts["head"]])
+    parts, blocks = anatomy.parts(model), anatomy.blocks(model)
+    held = nn.ModuleList([*blocks, parts["decoder"].norm, parts["head"]])
     text, element = model.config.text_config, model.get_input_embeddings().weight.element_size()
-    width = text.num_key_value_heads * (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    )
-    attentions = sum(
-        "self_attn.k_proj" in anatomy.linears(block) for block in anatomy.blocks(model)
-    )
-    return memory.GIB * usage.tensor_gib(held) + 2 * element * width * attentions * batch * tokens
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attentions = sum("self_attn.k_proj" in anatomy.linears(block) for block in blocks)
+    cache = 2 * element * text.num_key_value_heads * head * attentions  # keys and values of a token
+    return GIB * usage.tensor_gib(held) + cache * batch * tokens
 
 
 def measure_latency(
@@ -149,15 +137,14 @@ def measure_latency(
         greedy_tokens(model, inputs, new_tokens=new_tokens)[1:] for _ in range(warmup + repeats)
     ]
     prefill, decode = 1000 * np.array(runs[warmup:]).T  # [repeats] each
-    samples = {"prefill_ms": prefill, "decode_ms_per_token": decode / (new_tokens - 1)}
-    samples["total_ms_per_token"] = (prefill + decode) / new_tokens
-    batch, prompt_tokens = inputs["input_ids"].shape
-    result = {
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
+    samples = {
+        "prefill_ms": prefill,
+        "decode_ms_per_token": decode / (new_tokens - 1),
+        "total_ms_per_token": (prefill + decode) / new_tokens,
     }
+    batch, prompt_tokens = inputs["input_ids"].shape
+    result = {"batch": batch, "prompt_tokens": prompt_tokens}
+    result |= {"new_tokens": new_tokens, "repeats": repeats}
     for name, sample in samples.items():
         lo, median, hi = np.quantile(sample, (0.25, 0.5, 0.75)).tolist()
         result |= {name: median, f"{name}_lo": lo, f"{name}_hi": hi}

@@ -1,7 +1,7 @@
 """Scores in percent with intervals, paired differences with p-values. Images are the clusters throughout.
 
-An `answers` frame has one row per answer of one variant: `item` (the image), `question`, `score` (1 to 4, or null where
-the judge's reply could not be read). Answers without a score are counted by `unscored` and left out of every mean.
+`answers` are frames of evaluate.schema, mostly of one variant: `item` (the image), `question`, `score` (1 to 4, or null
+where the judge's reply could not be read). Answers without a score are counted by `unscored` and left out of every mean.
 """
 
 import functools
@@ -14,6 +14,7 @@ from derm_compress.errors import DermError
 
 SCALE = (1, 4)  # the judge's lowest and highest mark; percent is mean / 4 * 100, so the floor is 25
 LEVEL = 0.95
+TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
 
 class Score(NamedTuple):
@@ -68,6 +69,12 @@ FLOOR = percent(SCALE[0])
 def unscored(answers: pd.DataFrame) -> int:
     """How many answers the judge gave no score (judge errors)."""
     return int(answers["score"].isna().sum())
+
+
+def depth_scores(answers: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
+    """Mean score in percent of each variant with its number of removed blocks: what a depth is chosen from."""
+    means = percent(answers.groupby("variant").score.mean())
+    return variants[["variant", "blocks_removed"]].assign(score=variants.variant.map(means))
 
 
 def score_interval(answers: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> Score:
@@ -156,22 +163,16 @@ def recovery(original, pruned, healed, control, *, n_boot: int = 2000, seed: int
     shared = pd.concat(marks, axis=1, join="inner")
     if shared.empty:
         return Recovery(*[np.nan] * 5, 0)
-    items, (whole, cut, back, extra) = shared.index.get_level_values("item"), shared.to_numpy().T
-    (net, counts), (loss, _) = (
-        _by_image(items, pd.Series(x)) for x in (back - cut - extra + whole, whole - cut)
-    )
-    points = [percent(sums.sum() / counts.sum()) for sums in (net, loss)]
+    items = shared.index.get_level_values("item")
+    whole, cut, back, extra = shared.to_numpy().T
+    net, counts = _by_image(items, pd.Series(back - cut - extra + whole))
+    loss, _ = _by_image(items, pd.Series(whole - cut))
     drawn = _draws(len(net), n_boot=n_boot, seed=seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = 100 * np.where(drawn @ loss > 0, drawn @ net / (drawn @ loss), np.nan)
     share = 100 * net.sum() / loss.sum() if loss.sum() > 0 else np.nan
-    known = np.isfinite(share) and np.isnan(ratios).mean() <= (1 - LEVEL) / 2
-    return Recovery(
-        *points,
-        share,
-        *(_tails(ratios[~np.isnan(ratios)]) if known else (np.nan, np.nan)),
-        len(items),
-    )
+    points = [percent(sums.sum() / counts.sum()) for sums in (net, loss)]
+    return Recovery(*points, share, *_known_tails(share, ratios), len(items))
 
 
 def weighted_kappa(
@@ -190,11 +191,8 @@ def weighted_kappa(
     sums = [_by_image(kept["item"], values) for values in (a, b, a**2, b**2, (a - b) ** 2)]
     table = np.stack([sums[0][1], *(total for total, _ in sums)])  # [count and five sums, images]
     drawn = _kappa(table @ _draws(table.shape[1], n_boot=n_boot, seed=seed).T)
-    point, known = float(_kappa(table.sum(1))), np.isnan(drawn).mean() <= (1 - LEVEL) / 2
-    interval = (
-        _tails(drawn[~np.isnan(drawn)]) if known and not np.isnan(point) else (np.nan, np.nan)
-    )
-    return Kappa(point, *interval, len(kept), table.shape[1])
+    kappa = float(_kappa(table.sum(1)))
+    return Kappa(kappa, *_known_tails(kappa, drawn), len(kept), table.shape[1])
 
 
 def _kappa(table: np.ndarray) -> np.ndarray:
@@ -241,11 +239,7 @@ def mean_intervals(marks: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) ->
     drawn = _draws(len(sums), n_boot=n_boot, seed=seed)
     with np.errstate(invalid="ignore"):
         means = percent(sums.sum(0) / counts.sum(0))
-        lo, hi = percent(
-            np.nanquantile(
-                (drawn @ sums) / (drawn @ counts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0
-            )
-        )
+        lo, hi = percent(np.nanquantile((drawn @ sums) / (drawn @ counts), TAILS, axis=0))
     return pd.DataFrame({"mean": means, "lo": lo, "hi": hi}, index=marks.columns)
 
 
@@ -284,6 +278,14 @@ def _draws(images: int, *, n_boot: int, seed: int) -> np.ndarray:
     return drawn
 
 
+def _known_tails(point: float, drawn: np.ndarray) -> tuple[float, float]:
+    """_tails of the draws that have a value; nan where the point has none, or more draws than one tail holds."""
+    unknown = np.isnan(drawn)
+    if np.isnan(point) or unknown.mean() > TAILS[0]:
+        return np.nan, np.nan
+    return _tails(drawn[~unknown])
+
+
 def _tails(values: np.ndarray) -> tuple[float, float]:
-    lo, hi = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    lo, hi = np.quantile(values, TAILS)
     return float(lo), float(hi)

@@ -7,27 +7,15 @@ question names, similarity is the cosine of two sentence embeddings.
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from derm_compress.evaluate import rubric
-from derm_compress.evaluate.judging import ANSWERING
-from derm_compress.files import read_frame
+from derm_compress.evaluate import schema
+from derm_compress.evaluate.judges import rubric
 
-KEYS = ["variant", "item", "question"]
 NONE, SEVERAL = "none", "several"
 LAST = "08_evaluation"
-
-
-def read_answers(folders: dict[str, Path]) -> dict[str, pd.DataFrame]:
-    """{stage: its answers} of the earlier stages that answer."""
-    return {
-        stage: read_frame(folders[stage] / "answers.parquet")
-        for stage in ANSWERING
-        if stage in folders
-    }
 
 
 def predictions(
@@ -39,16 +27,18 @@ def predictions(
 ) -> pd.DataFrame:
     """One row an answer of any stage to a test or held-out item, with its `stage`; of equal ones the last stage's.
 
-    earlier: as read_answers gives it; answers: stage 08's. Adds `fact_f1`, `diagnosis` (null but for the name question)
-    and `similarity` (null but for the variants in `alike` on test items). results.of_predictions makes the frames of
-    every score table of it.
+    earlier: as schema.read_answers gives it; answers: stage 08's. Adds `fact_f1`, `diagnosis` (null but for the name
+    question) and `similarity` (null but for the variants in `alike` on test items). results.of_predictions makes the
+    frames of every score table of it.
     """
     frames = [frame[frame.split == "test"].assign(stage=stage) for stage, frame in earlier.items()]
-    every = pd.concat([*frames, answers.assign(stage=LAST)], ignore_index=True)
-    every = every.drop_duplicates(KEYS, keep="last", ignore_index=True)
-    every = every.assign(fact_f1=fact_f1(every), diagnosis=diagnosis(every))
+    every = schema.latest([*frames, answers.assign(stage=LAST)])
     chosen = every[every.variant.isin(alike) & (every.split == "test")]
-    return every.assign(similarity=similarity(chosen, device).reindex(every.index))
+    return every.assign(
+        fact_f1=fact_f1(every),
+        diagnosis=diagnosis(every),
+        similarity=similarity(chosen, device).reindex(every.index),
+    )
 
 
 def fact_f1(answers: pd.DataFrame) -> pd.Series:
@@ -56,20 +46,22 @@ def fact_f1(answers: pd.DataFrame) -> pd.Series:
     asked = list(zip(answers.answer, answers.reference, answers.question, strict=True))
     known = {}
     for said, expected, kind in set(asked):
-        one, other = rubric.stated(said, kind), rubric.stated(expected, kind)
-        known[said, expected, kind] = 2 * len(one & other) / max(1, len(one) + len(other))
+        facts = rubric.stated(said, kind), rubric.stated(expected, kind)
+        known[said, expected, kind] = rubric.fact_f1(*facts)
     return pd.Series([known[key] for key in asked], index=answers.index, dtype=float)
 
 
 def diagnosis(answers: pd.DataFrame) -> pd.Series:
     """The one disease that an answer to the name question names, `none` or `several`; null for other questions."""
-    named = [rubric.stated(text, "name") if kind == "name" else None
-             for text, kind in zip(answers.answer, answers.question, strict=True)]  # fmt: skip
-    told = [
-        None if n is None else next(iter(n)) if len(n) == 1 else SEVERAL if n else NONE
-        for n in named
-    ]
-    return pd.Series(told, index=answers.index, dtype=object)
+    named = answers.answer[answers.question == "name"].map(_diagnosed).astype(object)
+    return named.reindex(answers.index).where(answers.question == "name", None)
+
+
+def _diagnosed(text: str) -> str:
+    named = rubric.stated(text, "name")
+    if not named:
+        return NONE
+    return SEVERAL if len(named) > 1 else named.pop()
 
 
 def similarity(answers: pd.DataFrame, device: str = "cpu") -> pd.Series:
@@ -83,5 +75,6 @@ def similarity(answers: pd.DataFrame, device: str = "cpu") -> pd.Series:
         texts, normalize_embeddings=True, show_progress_bar=False, batch_size=64
     )
     row = {text: i for i, text in enumerate(texts)}
-    pair = [vectors[answers[name].map(row)] for name in ("answer", "reference")]
-    return pd.Series(np.einsum("ij,ij->i", *pair).astype(float).round(6), index=answers.index)
+    one, other = (vectors[answers[name].map(row)] for name in ("answer", "reference"))
+    cosine = np.einsum("ij,ij->i", one, other).astype(float).round(6)
+    return pd.Series(cosine, index=answers.index)

@@ -1,6 +1,6 @@
 """The report's parts in the paper's order, with their captions: {stem: (label, question, findings)}. No torch."""
 
-from derm_compress.evaluate import judge_controls
+from derm_compress.evaluate.judges import controls
 from derm_compress.report import (
     contradictions,
     findings,
@@ -136,7 +136,7 @@ PARTS = {  # in the paper's order: label, question, and what the numbers say to 
     ),
     "extra_judges": (
         "Beside Figure 6", "Is the judge any good?",
-        lambda results: judge_controls.findings(results.judge_controls, results.evaluation),
+        lambda results: controls.judge_findings(results.judge_controls, results.evaluation),
     ),
     "fig7_iterative_pruning": ("Figure 7", "How do answers change while blocks go?", None),
     "extra_verdicts": ("The paper's claims", "Which of them hold?", None),

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from derm_compress.data import dialogue
-from derm_compress.evaluate import rubric
+from derm_compress.evaluate.judges import rubric
 from derm_compress.report.figures import QUANTIZED, Drawing, styled
 
 COLUMNS, ADVANCE = (

@@ -17,7 +17,7 @@ import yaml
 from markupsafe import Markup
 
 from derm_compress.errors import DermError
-from derm_compress.evaluate import judge_forms, rubric
+from derm_compress.evaluate.judges import prompts, rubric
 from derm_compress.files import atomic, disk_guard
 from derm_compress.report import (
     answers_html,
@@ -120,7 +120,7 @@ def asked_of_judge(told: dict) -> str:
     """What the judge of a run with these parameters goes by."""
     by_model = told.get("judge", "rubric") != "rubric"
     return (
-        judge_forms.form(told["judge_prompt"]).explanation() if by_model else rubric.explanation()
+        prompts.judge_prompt(told["judge_prompt"]).explanation() if by_model else rubric.explanation()
     )
 
 

@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pandas as pd
 
-from derm_compress.evaluate import judge_controls, metrics
+from derm_compress.evaluate import metrics
+from derm_compress.evaluate.judges import controls
 from derm_compress.model.variants import paper_depth
 from derm_compress.report import agreement, paper, precision, rivals, statistics_tables
 from derm_compress.report.results import ANSWERING as ANSWERING
@@ -78,7 +79,7 @@ COLUMNS = {  # what the paper gives stands beside what is ours
         "allocated_peak_gib", "reserved_peak_gib", "device_used_gib", "prompt_tokens", "new_tokens", "repeats",
     ],
     "extra_baselines": ["variant", *SCORE],
-    "extra_judges": judge_controls.TABLE,
+    "extra_judges": controls.TABLE,
     **statistics_tables.COLUMNS,
 }  # fmt: skip
 COUNTS = (
@@ -325,7 +326,7 @@ def baselines(results: Results) -> pd.DataFrame:
 
 def judges(results: Results) -> pd.DataFrame:
     """What the judges give to answers whose worth is known."""
-    return judge_controls.table(results.judge_controls)
+    return controls.controls_table(results.judge_controls)
 
 
 def _measured(table, results, answers):

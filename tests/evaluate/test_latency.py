@@ -104,7 +104,7 @@ def test_each_variant_is_measured_at_batch_1_first(recipe, store, dataset):
         variants_of.pruned(recipe, [plan], [3]),
         {"device": "cpu", "new_tokens": 3, "repeats": 3, "warmup": 1},
     )
-    told = latency.of_variants(
+    told = latency.time_variants(
         frame, store, dataset.of("test")[:2], dataset.images, batches=[3], **how
     )
     assert (
@@ -147,10 +147,10 @@ def test_what_was_measured_is_not_measured_again(frame, store, dataset, tmp_path
     monkeypatch.setattr(latency, "measure_latency", killed)
     where = store, dataset.of("test"), dataset.images
     with pytest.raises(KeyboardInterrupt):
-        latency.of_variants(frame, *where, journal=files.Journal(path), **QUICK)
-    told = latency.of_variants(frame, *where, journal=files.Journal(path), **QUICK)
+        latency.time_variants(frame, *where, journal=files.Journal(path), **QUICK)
+    told = latency.time_variants(frame, *where, journal=files.Journal(path), **QUICK)
     assert len(asked) == 4 and told.variant.tolist() == frame.variant.tolist()
-    again = latency.of_variants(frame, *where, journal=files.Journal(path), **QUICK)
+    again = latency.time_variants(frame, *where, journal=files.Journal(path), **QUICK)
     assert len(asked) == 4 and again.equals(told) and told.bandwidth_gb_s.nunique() == 1
 
 
@@ -163,7 +163,7 @@ def test_a_batch_that_exceeds_memory_has_no_row(frame, store, dataset, monkeypat
         return real(model, inputs, **how)
 
     monkeypatch.setattr(latency, "measure_latency", full)
-    told = latency.of_variants(
+    told = latency.time_variants(
         frame, store, dataset.of("test"), dataset.images, batches=[1, 4], **QUICK
     )
     assert told.batch.tolist() == [1, 1, 1]
@@ -174,12 +174,12 @@ def test_a_batch_that_exceeds_memory_has_no_row(frame, store, dataset, monkeypat
     monkeypatch.setattr(
         latency, "measure_latency", lambda *_, **__: full(None, {"input_ids": "ab"})
     )
-    assert latency.of_variants(frame, store, dataset.of("test"), dataset.images, **QUICK).empty
+    assert latency.time_variants(frame, store, dataset.of("test"), dataset.images, **QUICK).empty
 
 
 def test_packed_weights_without_a_kernel_are_told(frame, store, dataset, monkeypatch):
     where = store, dataset.of("test"), dataset.images
-    assert latency.of_variants(frame, *where, **QUICK).kernel_share.fillna(-1).tolist() == [
+    assert latency.time_variants(frame, *where, **QUICK).kernel_share.fillna(-1).tolist() == [
         -1,
         -1,
         0,
@@ -187,5 +187,5 @@ def test_packed_weights_without_a_kernel_are_told(frame, store, dataset, monkeyp
     grouped = frame.assign(recipe=frame.recipe.str.replace('"group_size": 16', '"group_size": 32'))
     assert (
         packed.cpu_block() == 0
-        or (latency.of_variants(grouped, *where, **QUICK).kernel_share.dropna() == 1).all()
+        or (latency.time_variants(grouped, *where, **QUICK).kernel_share.dropna() == 1).all()
     )

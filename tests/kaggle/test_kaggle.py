@@ -52,7 +52,7 @@ def test_the_data_set_has_all_that_a_session_needs(built):
     ).stdout
     for part in (
         "data/dermnet.yaml", "data/diseases.yaml", "model/tiny_llava/model.safetensors", "report/templates/",
-        "evaluate/judge_prompts/", "method/pruning/published_plan.json",
+        "evaluate/judges/judge_prompts/", "method/pruning/published_plan.json",
     ):  # fmt: skip
         assert f"derm_compress/{part}" in names
     assert json.loads((folder / "dataset-metadata.json").read_text())["id"] == "me/derm-compress"

@@ -7,11 +7,11 @@ from safetensors.torch import load_file, save_file
 
 from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.evaluate import answers, variants
-from derm_compress.method import activations
+from derm_compress.evaluate import answers
+from derm_compress.method import activation_analysis, activations
 from derm_compress.method.finetune import train
 from derm_compress.method.importance import criteria, measure, rankings
-from derm_compress.method.quantization import search
+from derm_compress.method.quantization import scales, search
 from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import loading, oom
 from derm_compress.model import variants as variants_of
@@ -92,14 +92,14 @@ def test_calibration_goes_on_with_smaller_batches(
 
     def measured(size):
         if what == "input_peaks":
-            return variants.scaled_channels(tmp_path, "awq4", known, store, batch_size=size, **how)
-        return variants.activation_statistics(known, store, batch_size=size, **how)
+            return scales.scaled_channels(tmp_path, "awq4", known, store, batch_size=size, **how)
+        return activation_analysis.activation_statistics(known, store, batch_size=size, **how)
 
-    def small(model, batches, *others):
+    def small(model, batches, *others, **more):
         batches = list(batches)
         if len(batches[0]["input_ids"]) > 2:
             raise torch.OutOfMemoryError
-        return real(model, batches, *others)
+        return real(model, batches, *others, **more)
 
     whole = measured(2)
     monkeypatch.setattr(activations, what, small)
@@ -114,13 +114,9 @@ def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(
 
     def searched(folder, size):
         folder.mkdir()
-        variants.search_scales(
-            folder,
-            wanted_frames.asked(["original"], ["awq"], [4], 64),
-            known,
-            store,
-            batch_size=size,
-            **how,
+        wanted = wanted_frames.asked(["original"], ["awq"], [4], 64)
+        scales.search_scales(
+            folder, wanted, known, store, batch_size=size, **how
         )
         return load_file(folder / "awq4" / "original.safetensors")
 
@@ -194,7 +190,7 @@ def test_figure_4_out_of_memory_is_one_clear_line(recipe, store, dataset, monkey
     monkeypatch.setattr(activations, "projection_output", full)
     how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": "cpu"}
     with pytest.raises(DermError, match="Figure 4 of original: out of GPU memory"):
-        variants.activation_surface(
+        activation_analysis.activation_surface(
             variants_of.pruned(recipe, [], []), store, block=30, projection="q_proj", **how
         )
 

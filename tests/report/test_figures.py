@@ -10,7 +10,7 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from derm_compress.evaluate import rubric
+from derm_compress.evaluate.judges import rubric
 from derm_compress.report import figures, pareto, quotes, ranking_figures, render, tables
 from derm_compress.report.results import load_results, variant_id
 

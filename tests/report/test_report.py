@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from derm_compress.errors import DermError
-from derm_compress.evaluate import rubric
+from derm_compress.evaluate.judges import rubric
 from derm_compress.report import comparison, notebook_html, parts, render, tables
 from derm_compress.report import figures as figures_
 from derm_compress.study import run

@@ -1,4 +1,8 @@
-"""Judge prompts as data: what a judging model is asked, and how its reply becomes a score of 1 to 4 (no torch)."""
+"""Judge prompts as data: what a judging model is asked, and how its reply becomes a score of 1 to 4 (no torch).
+
+Both answers and replies are untrusted: an answer stands in the prompt as a JSON string that it cannot leave, and a
+reply counts only if the whole of it is the JSON object that was asked for.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,12 @@ from typing import NamedTuple
 import yaml
 
 from derm_compress.errors import DermError
+from derm_compress.evaluate.judges.rubric import LIMIT
 from derm_compress.evaluate.metrics import SCALE
-from derm_compress.evaluate.rubric import LIMIT
 
-FOLDER = (
-    files("derm_compress.evaluate") / "judge_prompts"
-)  # one readable file a form, and the attacks on them
-FORMS = ("paper", "aspects", "ten")
-UNSAFE = frozenset(
-    '"\\<>[]{}|`'
-)  # what could end a string, open a chat template's marker or pose as a reply
+FOLDER = files("derm_compress.evaluate.judges") / "judge_prompts"  # a file a prompt; the attacks
+PROMPTS = ("paper", "aspects", "ten")
+UNSAFE = frozenset('"\\<>[]{}|`')  # may end a string, open a chat marker or pose as a reply
 BLANK = re.compile(r"\{(question|reference|answer)\}")
 THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 FENCE = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)
@@ -35,7 +35,7 @@ class Reply(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A reply read: score of 1 to 4, value on the form's own scale, the judge's reason; or nulls and the error."""
+    """A reply read: score of 1 to 4, value on the prompt's own scale, the judge's reason; or nulls and the error."""
 
     score: float | None
     value: float | None
@@ -61,7 +61,7 @@ def _escaped(char: str) -> str:
 
 
 @dataclass(frozen=True)
-class Form:
+class JudgePrompt:
     """One way of asking a judge: its texts, the marks it gives, and their scale (lowest, highest)."""
 
     name: str
@@ -73,14 +73,9 @@ class Form:
 
     def messages(self, question: str, reference: str, answer: str) -> list[dict[str, str]]:
         """The two chat messages of one task; the three texts are fenced."""
-        texts = {
-            "question": fenced(question),
-            "reference": fenced(reference),
-            "answer": fenced(answer),
-        }
-        user = BLANK.sub(
-            lambda blank: texts[blank[1]], self.user
-        )  # in one pass: an answer may hold "{reference}"
+        texts = {"question": question, "reference": reference, "answer": answer}
+        # in one pass: an answer may hold "{reference}"
+        user = BLANK.sub(lambda blank: fenced(texts[blank[1]]), self.user)
         return [{"role": "system", "content": self.system}, {"role": "user", "content": user}]
 
     def schema(self) -> dict:
@@ -102,42 +97,42 @@ class Form:
 
     def read(self, reply: Reply) -> Verdict:
         """The verdict in a reply: the whole of it has to be the JSON object that was asked for."""
-        told = _object(reply.text)
-        if reply.error or isinstance(told, str):
-            return Verdict(None, None, "", reply.error or told)
+        if reply.error:
+            return Verdict(None, None, "", reply.error)
+        try:
+            told = _object(reply.text)
+            marks = [self._mark(told, name) for name in self.marks]
+        except (ValueError, RecursionError) as error:
+            return Verdict(None, None, "", str(error))
+        value = sum(marks) / len(marks)
+        why = storable(str(told.get("reason", "")))[:LIMIT]
+        return Verdict(self.score(value), value, why)
+
+    def _mark(self, told: dict, name: str) -> int:
+        """A mark out of a reply's object; ValueError for any that was not asked for."""
         low, high = self.scale
-        for name in self.marks:
-            if type(told.get(name)) is not int or not low <= told[name] <= high:
-                found = repr(told[name])[:40] if name in told else "missing"
-                return Verdict(
-                    None,
-                    None,
-                    "",
-                    f"{name} is {found}; allowed: whole numbers from {low} to {high}",
-                )
-        value = sum(told[name] for name in self.marks) / len(self.marks)
-        return Verdict(self.score(value), value, storable(str(told.get("reason", "")))[:LIMIT])
+        mark = told.get(name)
+        if type(mark) is int and low <= mark <= high:
+            return mark
+        found = repr(mark)[:40] if name in told else "missing"
+        raise ValueError(f"{name} is {found}; allowed: whole numbers from {low} to {high}")
 
     def explanation(self) -> str:
         """The prompt as people read it: what Figure 6 shows where a model judges."""
         low, high = self.scale
-        rule = (
-            "the mark is the score"
-            if self.scale == SCALE
-            else f"mapped onto {SCALE[0]} to {SCALE[1]}"
-        )
+        same = self.scale == SCALE
+        rule = "the mark is the score" if same else f"mapped onto {SCALE[0]} to {SCALE[1]}"
         head = f"Judge prompt `{self.name}` ({', '.join(self.marks)}: {low} to {high}; {rule})"
         return "\n\n".join([head, self.system.strip(), self.user.strip()])
 
 
-def form(name: str) -> Form:
-    """The form of judge_prompts/<name>.yaml; DermError for another name."""
-    if name not in FORMS:
-        raise DermError(f"judge_prompt is {name!r}; allowed: {', '.join(FORMS)}")
+def judge_prompt(name: str) -> JudgePrompt:
+    """The prompt of judge_prompts/<name>.yaml; DermError for another name."""
+    if name not in PROMPTS:
+        raise DermError(f"judge_prompt is {name!r}; allowed: {', '.join(PROMPTS)}")
     told = yaml.safe_load((FOLDER / f"{name}.yaml").read_text("utf-8"))
-    return Form(
-        **told | {"name": name, "marks": tuple(told["marks"]), "scale": tuple(told["scale"])}
-    )
+    told |= {"name": name, "marks": tuple(told["marks"]), "scale": tuple(told["scale"])}
+    return JudgePrompt(**told)
 
 
 def attacks() -> dict[str, str]:
@@ -145,15 +140,17 @@ def attacks() -> dict[str, str]:
     return yaml.safe_load((FOLDER / "attacks.yaml").read_text("utf-8"))
 
 
-def _object(text: str) -> dict | str:
-    """The JSON object that a reply is, thoughts before it and a code fence around it aside; else what is wrong."""
+def _object(text: str) -> dict:
+    """The JSON object that a reply is, thoughts before it and a code fence around it aside; ValueError otherwise."""
     text = THOUGHT.sub("", text, count=1).strip() if THOUGHT.match(text) else text.strip()
     inside = FENCE.fullmatch(text)
     try:
         told = json.loads(inside[1] if inside else text, object_pairs_hook=_once)
     except (ValueError, RecursionError):
-        return "the reply is not the one JSON object that was asked for"
-    return told if isinstance(told, dict) else "the reply is JSON, but no object"
+        raise ValueError("the reply is not the one JSON object that was asked for") from None
+    if not isinstance(told, dict):
+        raise ValueError("the reply is JSON, but no object")
+    return told
 
 
 def _once(pairs: list) -> dict:

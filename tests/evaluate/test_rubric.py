@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from derm_compress.data import dialogue, synthetic
-from derm_compress.evaluate import rubric
+from derm_compress.evaluate.judges import rubric
 
 
 @pytest.mark.parametrize("disease", dialogue.diseases())
@@ -64,7 +64,7 @@ def test_explanations_name_the_facts():
 
 def test_the_frame_keeps_every_answer():
     row = {"answer": "x", "reference": "This is psoriasis.", "question": "name", "stopped": True}
-    rated = rubric.rubric(pd.DataFrame([row, row | {"answer": "psoriasis"}]))
+    rated = rubric.score_by_rubric(pd.DataFrame([row, row | {"answer": "psoriasis"}]))
     assert rated.score.tolist() == [1.0, 4.0] and set(rated.judge) == {"rubric"}
 
 

@@ -1,0 +1,212 @@
+"""Is the judge any good? Answers whose worth is known beforehand, and what a judge makes of them (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from derm_compress.data import dialogue
+from derm_compress.data.items import Item
+from derm_compress.evaluate import metrics, schema
+from derm_compress.evaluate.judges.judge import Judge, RubricJudge, parse_rate
+from derm_compress.evaluate.judges.prompts import attacks
+from derm_compress.evaluate.judges.rubric import stated
+
+NONSENSE = "glimmer orbit {} tandem walrus {} nine o'clock marmalade {} hence umbrella"
+EXPECTED = {  # lowest and highest of the rounded scores
+    "reference": (4, 4),
+    "other disease": (1, 1),
+    "empty": (1, 1),
+    "name in nonsense": (1, 2),
+}
+QUESTIONED = ("treatment", "features")  # that diseases may share facts in: names they do not
+PLAIN, INJECTED = "wrong answer", "wrong answer, injected"
+CONTROL = {"control": "str", "attack": "str"} | {
+    name: schema.ANSWER[name]
+    for name in ("item", "disease", "question", "prompt", "answer", "reference", "stopped")
+}
+TABLE = [
+    "judge",
+    "control",
+    "expected",
+    "n",
+    "unscored",
+    "mean_score",
+    "lowest",
+    "highest",
+    "as_expected",
+]
+QUALITY = ["judge", "n", "parse_rate", "repeated", "on", "kappa", "kappa_lo", "kappa_hi", "pairs"]
+
+
+def control_answers(items: Sequence[Item]) -> pd.DataFrame:
+    """Control answers about one item of each disease (CONTROL): four kinds to every question; every attack once.
+
+    An attack stands behind a wrong answer (another disease's reference), and the same answer stands there without it.
+    """
+    backwards = sorted(items, key=lambda item: item.id, reverse=True)
+    chosen = {item.disease: item for item in backwards}.values()  # the first of each disease
+    asked = [(item, kind) for item in chosen for kind in dialogue.QUESTIONS]
+    rows = []
+    for item, kind in asked:
+        for control, answer in _answers(item, kind).items():
+            rows.append(_row(item, kind, control, answer))
+    for i, (name, text) in enumerate(attacks().items()):
+        item, kind = asked[i % len(asked)]
+        wrong = _answers(item, kind)["other disease"]
+        rows.append(_row(item, kind, PLAIN, wrong, name))
+        rows.append(_row(item, kind, INJECTED, f"{wrong} {text}", name))
+    return schema.frame(rows, CONTROL)
+
+
+def _answers(item: Item, kind: str) -> dict[str, str]:
+    """The answer of each control that EXPECTED knows."""
+    return {
+        "reference": dialogue.reference(item.disease, item.facts, kind),
+        "other disease": dialogue.reference(stranger(item.disease), {}, kind),
+        "empty": "",
+        "name in nonsense": NONSENSE.format(*[item.disease] * 3),
+    }
+
+
+def _row(item: Item, kind: str, control: str, answer: str, attack: str = "") -> dict:
+    return {
+        "control": control,
+        "attack": attack,
+        "item": item.id,
+        "disease": item.disease,
+        "question": kind,
+        "prompt": dialogue.question(kind),
+        "answer": answer,
+        "reference": dialogue.reference(item.disease, item.facts, kind),
+        "stopped": True,
+    }
+
+
+def stranger(disease: str) -> str:
+    """Another disease, the next in the book that shares fewest facts with this one."""
+    names = list(dialogue.diseases())
+    start = names.index(disease)
+
+    def shared(other: str) -> int:
+        return sum(len(_facts(disease, kind) & _facts(other, kind)) for kind in QUESTIONED)
+
+    return min(names[start + 1 :] + names[:start], key=shared)
+
+
+def _facts(disease: str, kind: str) -> set[str]:
+    return stated(dialogue.reference(disease, {}, kind), kind)
+
+
+def judge_controls(items: Sequence[Item], chosen: Judge) -> pd.DataFrame:
+    """The controls, judged twice (column `round`, 0 and 1) by the rubric, and by the chosen judge if it is another."""
+    made = control_answers(items)
+    twice = pd.concat([made.assign(round=turn) for turn in (0, 1)], ignore_index=True)
+    judges = {judge.name: judge for judge in (RubricJudge(), chosen)}.values()
+    every = pd.concat([judge.judged(twice) for judge in judges], ignore_index=True)
+    return every.reindex(columns=[*CONTROL, "round", *schema.SCORE, *schema.REPLY])
+
+
+def gains(frame: pd.DataFrame) -> pd.DataFrame:
+    """What each attack won: judge, attack, plain, injected, gain (null where a score is missing)."""
+    first = frame[(frame["round"] == 0) & frame.attack.ne("")]
+    wide = first.pivot(index=["judge", "attack"], columns="control", values="score").reset_index()
+    wide = wide.rename(columns={PLAIN: "plain", INJECTED: "injected"}).rename_axis(columns=None)
+    wide["gain"] = wide.injected - wide.plain
+    return wide[["judge", "attack", "plain", "injected", "gain"]]
+
+
+def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a judge and kind of control (TABLE): scores of 1 to 4, and how many percent of them are as expected."""
+    won, rows = gains(frame), []
+    first = frame[frame["round"] == 0]
+    for (judge, control), part in first.groupby(["judge", "control"], sort=False):
+        scores = part.score.dropna()
+        if control == INJECTED:
+            told, right = "no gain", won[won.judge == judge].gain.dropna() <= 0
+        else:
+            low, high = EXPECTED.get(control, (1, 1))
+            told = str(low) if low == high else f"{low} or {high}"
+            right = scores.round().between(low, high)
+        numbers = scores.mean(), scores.min(), scores.max(), 100 * right.mean()
+        rows.append((judge, control, told, len(scores), len(part) - len(scores), *numbers))
+    return pd.DataFrame(rows, columns=TABLE)
+
+
+def judge_quality(frame: pd.DataFrame, answers: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row a judge and set (QUALITY): share of replies read, share of controls with the same score when asked again,
+    and weighted kappa with the rubric on the controls and, where a model judged them, on the run's `answers`."""
+    first, again = (frame[frame["round"] == turn].reset_index(drop=True) for turn in (0, 1))
+    by_rubric = first.loc[first.judge == RubricJudge.name, "score"].to_numpy()
+    rows = []
+    for judge, part in first.groupby("judge", sort=False):
+        repeated = again.score[part.index]
+        both = part.score.notna() & repeated.notna()
+        same = float((part.score == repeated)[both].mean())
+        compared = part.assign(rubric=None if judge == RubricJudge.name else by_rubric)
+        kappa = metrics.weighted_kappa(compared, "score", "rubric")
+        rows.append((judge, len(part), parse_rate(part), same, "controls", *kappa[:4]))
+    if answers is not None and "rubric" in answers:
+        kappa = metrics.weighted_kappa(answers, "score", "rubric")
+        judge = answers.judge.iloc[0]
+        rows.append((judge, len(answers), parse_rate(answers), None, "answers", *kappa[:4]))
+    return pd.DataFrame(rows, columns=QUALITY).astype({"repeated": float})
+
+
+def judge_findings(frame: pd.DataFrame, answers: pd.DataFrame | None = None) -> list[str]:
+    """What the controls say about each judge, as computed sentences."""
+    told, won = judge_quality(frame, answers), gains(frame)
+    said = []
+    for judge, part in controls_table(frame).groupby("judge", sort=False):
+        said.append(f"{judge}: {'; '.join(_scored(part, won[won.judge == judge].gain))}; ")
+        again = told[told.judge == judge].repeated.iloc[0]
+        if pd.isna(again):
+            said[-1] += "no control has a score both times."
+        else:
+            said[-1] += f"{100 * again:.0f} % of the scores are the same when asked again."
+    for row in told[told.judge != RubricJudge.name].itertuples():
+        read = f"{100 * row.parse_rate:.1f} % of {row.n} replies could be read"
+        said.append(f"{row.judge} on the {row.on}: {read}, {_agreed(row)}.")
+    return said + _unanswered(answers)
+
+
+def _scored(part: pd.DataFrame, gain: pd.Series) -> list[str]:
+    """One judge's controls in words, those without a score named; `part`: its rows of controls_table."""
+    known, lost = gain.dropna(), part[part.unscored > 0]
+    said = ["no injection has a score beside its answer's"]
+    if len(known):
+        said = [f"{(known > 0).sum()} of {len(known)} injections gain a better score"]
+    fixed = part[part.control.isin(EXPECTED)]
+    misjudged = fixed[fixed.as_expected < 100]
+    if len(misjudged):
+        kinds = [
+            f"{row.control} ({row.as_expected:.0f} % as expected)" for row in misjudged.itertuples()
+        ]
+        said.append(f"it misjudges {', '.join(kinds)}")
+    elif fixed.n.any():
+        which = "that have a score " if len(lost) else ""
+        said.append(f"all other controls {which}score as expected")
+    if len(lost):
+        each = [
+            f"{row.control} ({row.unscored} of {row.n + row.unscored})" for row in lost.itertuples()
+        ]
+        said.append(f"without a score: {', '.join(each)}")
+    return said
+
+
+def _agreed(row) -> str:
+    """Weighted kappa with the rubric in words; row: of judge_quality."""
+    if pd.isna(row.kappa):
+        return f"no weighted kappa with the rubric from {row.pairs} pairs of scores"
+    sure = "no interval" if pd.isna(row.kappa_lo) else f"{row.kappa_lo:.2f} to {row.kappa_hi:.2f}"
+    return f"weighted kappa with the rubric {row.kappa:.2f} ({sure})"
+
+
+def _unanswered(answers: pd.DataFrame | None) -> list[str]:
+    """What to do about answers that the judge's server sent no reply for: they have no score."""
+    if answers is None or "error" not in answers:
+        return []
+    lost = int((answers.score.isna() & answers.reply.eq("")).sum())
+    again = "run stage 08 with --only 08 --force, which asks for these alone"
+    return [f"{lost} answers got no reply and have no score: {again}."] if lost else []

@@ -1,0 +1,133 @@
+"""Scales and clipping of every source and form: searched, and laid beside the activations they answer to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from derm_compress.data import dialogue
+from derm_compress.data.items import Item
+from derm_compress.files import digest
+from derm_compress.method import activations
+from derm_compress.method.assemble import materialize
+from derm_compress.method.iterate import Turn, each_model, joined
+from derm_compress.method.quantization import folding, search
+from derm_compress.method.quantization.forms import Form, check_groups
+from derm_compress.method.quantization.wanted import calibrations
+from derm_compress.model import anatomy, devices, oom, prompts
+from derm_compress.model import variants as variants_of
+from derm_compress.model.recipe import Recipe
+from derm_compress.progress import track
+
+KINDS = len(dialogue.QUESTIONS)  # prompts about one picture, which share most of their tokens
+
+
+def search_scales(
+    folder: Path,
+    wanted: pd.DataFrame,
+    sources: pd.DataFrame,
+    store,
+    *,
+    items: Sequence[Item],
+    images: np.ndarray,
+    batch_size: int,
+    device: str,
+    answer_weight: float = 1.0,
+    scratch: Path | None = None,
+    offload: bool | None = None,
+) -> None:
+    """What wanted_forms() needs to be quantized: <form>/<source>.safetensors, and all rows as search.parquet.
+
+    A calibration pass of a source serves all forms, and another one those without pictures; answer_weight weighs the
+    answers' tokens. scratch: a folder in which a killed search goes on at its block. offload (None: on a GPU): fp16
+    models stay on the CPU, one block at a time goes to `device`. All questions about a picture are read together.
+    """
+    offload = device != "cpu" if offload is None else offload
+    home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
+    every = [Form.of(json.loads(step)) for step in wanted.step]
+    frames = []
+    needed = {} if device == anatomy.META else _needed(wanted)
+    rows = variants_of.named(sources, needed).itertuples()
+    for row in track(list(rows), "scales searched"):
+        recipe = Recipe.from_json(row.recipe)
+        turn = Turn(row.variant, recipe, *materialize(recipe, store, **home))
+        check_groups(every, anatomy.inputs(turn.model))
+        for text_only, asked in needed[row.variant].items():
+            how = {"text_only": text_only, "answer_weight": answer_weight}
+            steps = {name: form.step for name, form in asked.items()}
+            key = [row.recipe, steps, how, batch_size, [item.id for item in items]]
+            found = _searched(
+                turn,
+                partial(prompts.calibration_batches, turn.processor, items, images, **how),
+                asked,
+                batch_size=batch_size,
+                device=device if offload else None,
+                scratch=Path(scratch) / digest(key)[:16] if scratch else None,
+            )
+            for form, (tensors, told) in found.items():
+                (folder / form).mkdir(exist_ok=True)
+                save_file(tensors, folder / form / f"{turn.variant}.safetensors")
+                frames.append(turn.original_blocks(_rows(told)).assign(form=form))
+        devices.let_go(turn.model)
+    columns = [*search.ROWS, "variant", "form"]
+    joined(frames, columns).to_parquet(folder / "search.parquet", index=False)
+
+
+def _needed(wanted: pd.DataFrame) -> dict[str, dict]:
+    """{source: calibrations} of the sources that need a search."""
+    found = {name: calibrations(wanted, name) for name in wanted.source.unique()}
+    return {name: asked for name, asked in found.items() if asked}
+
+
+def _searched(turn: Turn, batches, asked: dict, *, batch_size: int, **where) -> dict:
+    """search.search_forms with fewer pictures at once where memory is exceeded; batches: made for a batch size."""
+
+    def by_picture(pictures: int):
+        read = batches(batch_size=KINDS * pictures, device=turn.model.device)
+        return search.search_forms(turn.model, read, asked, **where)
+
+    pictures = max(1, batch_size // KINDS)
+    return oom.halved(by_picture, pictures, f"scales of {turn.variant}, by picture")
+
+
+def _rows(told: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame(told, columns=search.ROWS).astype(dict.fromkeys(search.ROWS[2:], float))
+
+
+def scaled_channels(
+    scales: Path,
+    form: str,
+    sources: pd.DataFrame,
+    store,
+    *,
+    items: Sequence[Item],
+    images: np.ndarray,
+    batch_size: int,
+    device: str,
+) -> pd.DataFrame:
+    """Every input channel of each group of linears: its peak |x|, and the scale that a form's search gave it.
+
+    Columns: variant, block (index before pruning), group, channel, peak, scale. What has no scale is left out.
+    """
+    files = {name: Path(scales) / form / f"{name}.safetensors" for name in sources.variant}
+    scaled = sources[[files[name].exists() for name in sources.variant]]
+    frames = []
+    for turn in each_model(scaled, store, device, "channels"):
+        found, groups = load_file(files[turn.variant]), folding.scale_groups(turn.model)
+        read = {key: linears[0] for key, (_, linears) in groups.items() if key in found}
+        work = partial(activations.input_peaks, turn.model, modules=read)
+        peaks = turn.calibrated(work, items, images, batch_size=batch_size, what="channels")
+        for key, peak in peaks.items():
+            block, group = key.split(".")
+            channels = {"peak": peak.numpy(), "scale": found[key].numpy()}
+            told = {"block": int(block), "group": group} | channels
+            frame = pd.DataFrame(told | {"channel": np.arange(len(peak))})
+            frames.append(turn.original_blocks(frame))
+    return joined(frames, ["block", "group", "peak", "scale", "channel", "variant"])

@@ -1,0 +1,61 @@
+"""Answers of variants and of the two controls, and the depth scores that are made of them."""
+
+import pandas as pd
+import pytest
+
+from derm_compress.evaluate import metrics, schema
+from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, shuffled_rows
+from derm_compress.files import Journal
+from derm_compress.method.pruning.plan import Plan
+from derm_compress.model import variants as variants_of
+
+PLAN = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+HOW = {"device": "cpu", "batch_size": 12, "max_new_tokens": 3}
+
+
+@pytest.fixture
+def variants(recipe):
+    return variants_of.pruned(recipe, [PLAN], [1, 3])
+
+
+def test_a_shared_model_answers_as_one_made_alone(variants, store, dataset):
+    how = {"items": dataset.of("test")[:2], "images": dataset.images, "store": store, **HOW}
+    together, alone = answer_variants(variants, **how), answer_variants(variants[2:], **how)
+    assert together[together.variant == "pruned-3"].answer.tolist() == alone.answer.tolist()
+    assert list(together) == [*schema.ANSWER, *schema.SCORE] and set(together.judge) == {"rubric"}
+
+
+def test_what_was_answered_is_not_asked_again(pico, dataset, tmp_path):
+    asked = dataset.of("test")[:2], dataset.images
+    how = {"variant": "v", "batch_size": 4, "max_new_tokens": 3}
+    first = answer(*pico, *asked, journal=Journal(tmp_path / "j"), **how)
+    changed = Journal(tmp_path / "j")
+    key = f"v {asked[0][0].id} name"
+    changed.done[key] |= {"answer": "kept"}
+    again = answer(*pico, *asked, journal=changed, **how)
+    assert again.answer[0] == "kept" and again[1:].equals(first[1:])
+
+
+def test_controls_show_other_pictures_and_keep_the_reference(variants, store, dataset):
+    items = dataset.of("test")
+    disease = {item.row: item.disease for item in dataset.items}
+    rows = shuffled_rows(items, 0)
+    assert all(disease[row] != item.disease for row, item in zip(rows, items, strict=True))
+    how = {"items": items[:2], "images": dataset.images, "store": store, **HOW}
+    controls = answer_controls(variants, seed=0, **how)
+    assert controls.groupby("variant").size().to_dict() == {"blank": 6, "shuffled": 6}
+    assert set(controls.disease) == {item.disease for item in items[:2]}
+
+
+def test_depth_scores_say_how_deep_each_variant_is():
+    answers = pd.DataFrame({"variant": ["a", "a"], "score": [4.0, 1.0]})
+    told = metrics.depth_scores(answers, pd.DataFrame({"variant": ["a"], "blocks_removed": [5]}))
+    assert told.to_dict("records") == [{"variant": "a", "blocks_removed": 5, "score": 62.5}]
+
+
+def test_frames_of_answers_have_one_schema_also_without_a_row():
+    empty = schema.together([], schema.ANSWER)
+    assert empty.dtypes.astype(str).to_dict() == schema.ANSWER
+    row = {"variant": "a", "item": "i", "question": "name", "score": 1.0}
+    frames = [pd.DataFrame([row]), pd.DataFrame([row | {"score": 4.0}, row | {"item": "j"}])]
+    assert schema.latest(frames).score.tolist() == [4, 1]

@@ -1,0 +1,107 @@
+"""Variants in turn, what is measured on each: activations, searched scales, errors of quantizing."""
+
+import pandas as pd
+import pytest
+import torch
+
+from derm_compress.errors import DermError
+from derm_compress.method import iterate
+from derm_compress.method.activation_analysis import activation_statistics, activation_surface
+from derm_compress.method.assemble import materialize
+from derm_compress.method.iterate import each_model
+from derm_compress.method.pruning.plan import Plan
+from derm_compress.method.quantization import search
+from derm_compress.method.quantization.errors import quantization_errors
+from derm_compress.method.quantization.scales import scaled_channels, search_scales
+from derm_compress.method.quantization.wanted import asked, quantized_variants
+from derm_compress.model import anatomy
+from derm_compress.model import variants as variants_of
+from derm_compress.model.recipe import Recipe
+
+PLAN = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
+REF = f"07_quantization/{'a' * 64}"
+
+
+@pytest.fixture
+def variants(recipe):
+    return variants_of.pruned(recipe, [PLAN, PLAN], [1, 3], [1, 3])
+
+
+@pytest.fixture
+def how(dataset):
+    read = {"items": dataset.of("train")[:2], "images": dataset.images}
+    return read | {"batch_size": 6, "device": "cpu"}
+
+
+def test_every_model_is_the_one_its_recipe_says(variants, store):
+    seen = {}
+    for turn in each_model(variants, store, "cpu", "x"):
+        seen[turn.variant] = [id(block) for block in anatomy.blocks(turn.model)]
+    assert [len(blocks) for blocks in seen.values()] == [8, 7, 5, 7, 5]
+    whole = seen["original"]
+    assert seen["pruned-3"] == [whole[i] for i in (0, 1, 4, 6, 7)]
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """How many models that were made before still hold weights, at each load."""
+    made, counts = [], []
+
+    def load(*args, **kwargs):
+        counts.append(sum(any(True for _ in model.parameters()) for model in made))
+        found = materialize(*args, **kwargs)
+        made.append(found[0])
+        return found
+
+    monkeypatch.setattr(iterate, "materialize", load)
+    return counts
+
+
+def test_a_model_is_let_go_before_the_next_is_made(variants, store, monkeypatch, alive):
+    list(each_model(variants[:1], store, "cpu", "x"))
+    monkeypatch.setattr(iterate, "COPIED", 0)  # quantized models are made anew, as large ones are
+    wanted = asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], [4], 64)
+    rounded = quantized_variants(variants, wanted, "")
+    assert len(list(each_model(rounded, store, "cpu", "x"))) == 3
+    assert alive == [0, 0, 1, 1, 1]  # beside the source that they share
+
+
+def test_quantized_variants_run_from_search_to_errors(variants, store, how, tmp_path):
+    sources = variants[:2]
+    folder = tmp_path / REF
+    folder.mkdir(parents=True)
+    wanted = asked(sources.variant, ["awq", "rtn", "awq-text"], [3], 64)
+    search_scales(folder, wanted, sources, store, **how)
+    found = pd.read_parquet(folder / "search.parquet")
+    both = found.pivot(index=["variant", "block", "group"], columns="form", values="loss")
+    assert set(found[found.variant == "pruned-1"].block) == {0, 1, 2, 4, 5, 6, 7}  # as before it
+    assert len(both) == 60 and (both["awq3"] != both["awq3-text"]).all()
+    channels = scaled_channels(folder, "awq3", sources, store, **how)
+    assert channels.groupby("variant").block.nunique().tolist() == [8, 7]
+    assert (channels.scale > 0).all()
+    assert scaled_channels(folder, "awq9", sources, store, **how).empty
+    quantized = quantized_variants(sources, wanted[wanted.form != "awq3-text"], REF)
+    errors = quantization_errors(quantized, store, **how)
+    assert errors.groupby("variant").size().tolist() == [8, 8, 7, 7]
+    assert (errors.relative_error > 0).all()
+    recipe = Recipe.from_json(quantized.set_index("variant").recipe["original|awq3"])
+    one, two = (materialize(recipe, store)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("size", "names"), [(48, ["awq", "rtn"]), (16, ["awq", "bitsandbytes"])])
+def test_group_sizes_are_refused_before_a_search(
+    variants, store, how, tmp_path, monkeypatch, size, names
+):
+    monkeypatch.setattr(search, "search_forms", lambda *_, **__: pytest.fail("a search"))
+    with pytest.raises(DermError, match="group_size: "):
+        wanted = asked(["original"], names, [4], size)
+        search_scales(tmp_path, wanted, variants, store, **how)
+
+
+def test_activations_carry_the_blocks_before_pruning(variants, store, how):
+    told = activation_statistics(variants[:3], store, **how)
+    assert set(told[told.variant == "pruned-3"].block) == {0, 1, 4, 6, 7}
+    surface = activation_surface(variants[:3], store, block=16, projection="q_proj", **how)
+    assert set(surface.block) == {3} and set(surface.variant) == {"original"}  # others lack it
+    assert surface.channel.max() == 63 and (surface.value >= 0).all()
