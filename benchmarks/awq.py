@@ -1,12 +1,14 @@
-"""AWQ by this package against AutoAWQ 0.2.9's own quantizer: CPU seconds and error, in one process on one thread.
+"""AWQ by this package against AutoAWQ 0.2.9's own quantizer: CPU seconds and error.
 
-Two models: the trained tiny one, and a single random block of LLaMA-7B's shapes. Both quantizers get the same tokens
-and choose s = s_X^alpha (Eq. 8, 20 alphas) for the same groups; on the tiny model both also clip, though not alike:
-AutoAWQ shrinks |w| symmetrically, this package tries both ends apart. Times run from tokens to rounded fp32 weights;
-AutoAWQ is spared its packing, this package computes once what prompts about one picture share. `error` is the relative
-L2 error on held-out inputs, of the tiny model's last hidden states (after its final norm) and of the block's output;
-`rtn_error` that of plain asymmetric rounding, `ratio` AutoAWQ's seconds over ours. Last line: one JSON object; a
-status of 1 if a ratio is below its limit (15 on tiny, 3 on the block), or our error above theirs or rounding's.
+Two models: the trained tiny one, and a single random block of LLaMA-7B's shapes. Both quantizers
+get the same tokens and choose s = s_X^alpha (Eq. 8, 20 alphas) for the same groups; on the tiny
+model both also clip, though not alike: AutoAWQ shrinks |w| symmetrically, this package tries both
+ends apart. Times run from tokens to rounded fp32 weights; AutoAWQ is spared its packing, this
+package computes once what prompts about one picture share. `error` is the relative L2 error on
+held-out inputs, of the tiny model's last hidden states (after its final norm) and of the block's
+output; `rtn_error` that of plain asymmetric rounding, `ratio` AutoAWQ's seconds over ours. Last
+line: one JSON object; a status of 1 if a ratio is below its limit (15 on tiny, 3 on the block), or
+our error above theirs or rounding's.
 """
 
 import contextlib
@@ -40,7 +42,7 @@ LIMITS = {"tiny": 15, "block_7b": 3}  # least ratios
 
 
 def autoawq(model, tokens, *, clip):
-    """Quantize a model in place by AutoAWQ's quantizer, rounding fp16 weights as its pack() does."""
+    """Quantize a model in place by AutoAWQ, rounding fp16 weights as its pack() does."""
     hidden, arguments = calibration.enter(model, tokens)
     made = quantizer(model, hidden, arguments, bits=BITS, group_size=GROUP, clip=clip)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
@@ -67,13 +69,14 @@ def compare(model, tokens, held_out, *, clip, last, repeats=5):
         if how is autoawq:
             theirs = error(output(made, held_out, last), expected)
     rounded = quantize(copy.deepcopy(model), Form("rtn", BITS, GROUP))
-    found = {"ratio": seconds[autoawq][0] / statistics.median(seconds[ours])}
-    found |= {"error": error(output(made, held_out, last), expected), "autoawq_error": theirs}
-    found |= {"rtn_error": error(output(rounded, held_out, last), expected)}
-    print(
-        f"CPU seconds: AutoAWQ {seconds[autoawq][0]:.2f}, this package {statistics.median(seconds[ours]):.2f}"
-    )
-    return found
+    (their_seconds,), our_seconds = seconds[autoawq], statistics.median(seconds[ours])
+    print(f"CPU seconds: AutoAWQ {their_seconds:.2f}, this package {our_seconds:.2f}")
+    return {
+        "ratio": their_seconds / our_seconds,
+        "error": error(output(made, held_out, last), expected),
+        "autoawq_error": theirs,
+        "rtn_error": error(output(rounded, held_out, last), expected),
+    }
 
 
 def output(model, batches, name):
@@ -88,23 +91,20 @@ def error(found, expected):
 
 
 def tiny():
-    """The trained tiny model: prompts with pictures and answers, cut to one length as AutoAWQ knows no padding."""
+    """The trained tiny model: prompts and answers, cut to one length: AutoAWQ knows no padding."""
     model, processor = loading.load_base("tiny")
     dataset = synthetic.make(n_train=64, n_test=8, n_heldout=16, size=72, seed=3)
 
     def batches(items):
-        return list(
-            prompts.calibration_batches(
-                processor, items, dataset.images, batch_size=48, device="cpu"
-            )
-        )
+        how = {"batch_size": 48, "device": "cpu"}
+        return list(prompts.calibration_batches(processor, items, dataset.images, **how))
 
     tokens = equal_rows(batches(dataset.of("train")[:PICTURES]))
     return compare(model, tokens, batches(dataset.of("heldout")), clip=True, last="norm")
 
 
 def block_7b():
-    """One random LLaMA-7B block, 8 channels of each linear's inputs 20 times as loud; clipping off on both sides."""
+    """One random LLaMA-7B block, 8 channels of each linear's inputs 20 times as loud."""
     text = {
         "model_type": "llama",
         "hidden_size": 4096,
@@ -125,14 +125,8 @@ def block_7b():
     for name in ("input_layernorm", "post_attention_layernorm", "self_attn.v_proj", "mlp.up_proj"):
         block.get_submodule(name).weight.data[loud] *= 20
     ids = torch.randint(0, 2000, (2, 1, TOKENS))
-    return compare(
-        model,
-        {"input_ids": ids[0]},
-        [{"input_ids": ids[1]}],
-        clip=False,
-        last="layers.0",
-        repeats=3,
-    )
+    tokens, held_out = ({"input_ids": rows} for rows in ids)
+    return compare(model, tokens, [held_out], clip=False, last="layers.0", repeats=3)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""One token through a 4-bit linear (torch's int4 kernel) against fp32 nn.Linear, at LLaVA-7B's layer shapes.
+"""One token through a 4-bit linear (torch's int4 kernel) against fp32, at LLaVA-7B's shapes.
 
-One thread, the two sides by turns, medians of wall time; both go round as many copies of their layer as it takes for
-the 4-bit ones to outgrow the caches, as in a model. Last line: one JSON
-object; `ratio` is the smallest of the decoder's shapes (the head, which stays unquantized, is for information), `error`
-the relative difference from the decoded weights in fp32. A status of 1 if the ratio is below LEAST.
+One thread, the two sides by turns, medians of wall time; both go round as many copies of their
+layer as it takes for the 4-bit ones to outgrow the caches, as in a model. Last line: one JSON
+object; `ratio` is the smallest of the decoder's shapes (the head, which stays unquantized, is for
+information), `error` the relative difference from the decoded weights in fp32. A status of 1 if the
+ratio is below LEAST.
 """
 
 import copy
@@ -46,10 +47,9 @@ def compare(out, into):
     error = ((packed(x) - expected).norm() / expected.norm()).item()
     copies = range(max(2, CACHES // packed.codes.nbytes))
     pairs = [(copy.deepcopy(linear), copy.deepcopy(packed)) for _ in copies]
-    runs = [[seconds(module, x) for module in pair] for _ in range(1 + ROUNDS) for pair in pairs][
-        len(pairs) :
-    ]
-    full, four = (statistics.median(column) * 1000 for column in zip(*runs, strict=True))
+    runs = [[seconds(module, x) for module in pair] for pair in pairs * (1 + ROUNDS)]
+    timed = zip(*runs[len(pairs) :], strict=True)  # the first round warms up
+    full, four = (statistics.median(column) * 1000 for column in timed)
     return {"ratio": full / four, "fp32_ms": full, "w4_ms": four, "error": error}
 
 
@@ -57,9 +57,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {name: compare(*shape) for name, shape in SHAPES.items()}
     for name, told in found.items():
-        print(
-            f"{name}: fp32 {told['fp32_ms']:.2f} ms, 4 bits {told['w4_ms']:.2f} ms, error {told['error']:.4f}"
-        )
+        times = f"fp32 {told['fp32_ms']:.2f} ms, 4 bits {told['w4_ms']:.2f} ms"
+        print(f"{name}: {times}, error {told['error']:.4f}")
     smallest = min(told["ratio"] for name, told in found.items() if name != "head")
     print(json.dumps({"ratio": smallest, "shapes": found}))
     sys.exit(smallest < LEAST)

@@ -10,12 +10,19 @@ IMAGE, PAD, IMAGE_TOKENS = 199, 0, 9
 
 
 def small_llava(blocks=4, *, seed=0, hidden=64, kv_heads=4, std=0.1):
-    """LLaVA with a decoder of `blocks` x `hidden` (intermediate 3 x hidden) and a one-layer tower of 9 image tokens."""
+    """LLaVA with a decoder of `blocks` x `hidden` and a one-layer tower of 9 image tokens."""
     text = {
-        "model_type": "llama", "vocab_size": 200, "hidden_size": hidden, "intermediate_size": 3 * hidden,
-        "num_hidden_layers": blocks, "num_attention_heads": 4, "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 256, "initializer_range": std, "pad_token_id": PAD,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": 200,
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 256,
+        "initializer_range": std,
+        "pad_token_id": PAD,
+    }
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -32,7 +39,7 @@ def small_llava(blocks=4, *, seed=0, hidden=64, kv_heads=4, std=0.1):
 
 
 def loud_llava(blocks=4, **how):
-    """small_llava with six channels of every norm 20 times as loud, so that scaling has something to do."""
+    """small_llava with six channels of every norm 20 times as loud: scaling has something to do."""
     model = small_llava(blocks, **how)
     for block in anatomy.blocks(model):
         for norm in (block.input_layernorm, block.post_attention_layernorm):
@@ -41,7 +48,7 @@ def loud_llava(blocks=4, **how):
 
 
 def batch(rows=3, words=20, *, seed=0, padding=0, side="right"):
-    """A processor's output: an image and `words` words a row; `padding` pads, of which row r has r fewer, at `side`."""
+    """A processor's output: an image and `words` words a row, and `padding` at one `side`."""
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, IMAGE, (rows, 1 + words), generator=rng)
     ids = torch.cat([ids[:, :1], torch.full((rows, IMAGE_TOKENS), IMAGE), ids[:, 1:]], 1)
@@ -49,15 +56,14 @@ def batch(rows=3, words=20, *, seed=0, padding=0, side="right"):
     mask = torch.ones_like(ids)
     if padding:
         pad = torch.full((rows, padding), PAD)
-        parts = [(ids, mask), (pad, torch.zeros_like(pad))]
-        ids, mask = (
-            torch.cat(x, 1) for x in zip(*(parts if side == "right" else parts[::-1]), strict=True)
-        )
+        order = slice(None) if side == "right" else slice(None, None, -1)
+        ids = torch.cat([ids, pad][order], 1)
+        mask = torch.cat([mask, torch.zeros_like(pad)][order], 1)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
 def asked(side="left", *, answer_weight=1.0, seed=4):
-    """Two pictures, in turns, with prompts that begin alike and differ in length; the last five tokens are answers."""
+    """Two pictures, in turns, with prompts that begin alike; the last five tokens are answers."""
     feed, lengths = batch(6, words=20, seed=seed), (30, 28, 25, 30, 22, 29)
     rows, mask, weights = feed["input_ids"], torch.zeros(6, 30, dtype=torch.long), torch.ones(6, 30)
     rows[:, 0], rows[:, 10:14] = 7, rows[:1, 10:14]  # a word, 9 image tokens, four words

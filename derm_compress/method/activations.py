@@ -1,5 +1,4 @@
-"""What flows through the decoder: a tap on a model's real tokens, statistics of its projections,
-errors of its blocks."""
+"""What flows through the decoder: a tap on real tokens, and statistics of what it sees."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ DROPPED_BITS = (
 
 @torch.no_grad()
 def tap(model, batches, modules, see, *, inputs=False):
-    """Run the model once over the batches; see(key, x) gets what each of {key: module} writes (or
-    reads).
+    """Run a model over the batches; see(key, x) gets what each of {key: module} writes (or reads).
 
     x: [real tokens, channels], float32. Positions the attention mask excludes are left out, on
     whichever side they stand; image tokens are real tokens. Batches are the processor's output;
@@ -52,8 +50,7 @@ def tap(model, batches, modules, see, *, inputs=False):
 
 
 class Summary:
-    """Streaming summary of one projection's outputs; its size does not depend on the number of
-    tokens."""
+    """Streaming summary of one projection's outputs; its size does not grow with the tokens."""
 
     def __init__(self):
         self.count, self.powers, self.peak, self.histogram = 0, 0.0, None, 0
@@ -70,15 +67,13 @@ class Summary:
         self.histogram += torch.bincount(bins, minlength=1 << (31 - DROPPED_BITS))
 
     def quantile(self, share):
-        """Quantile of |x| to within 0.4 %: the middle of its histogram bin (exactly 0 for the
-        lowest bin)."""
+        """Quantile of |x| to within 0.4 %: the middle of its histogram bin (0 for the lowest)."""
         index = int((self.histogram.cumsum(0) < share * self.count).sum())
         middle = (index << DROPPED_BITS) + (1 << (DROPPED_BITS - 1))
         return torch.tensor(middle, dtype=torch.int32).view(torch.float32).item() if index else 0.0
 
     def row(self):
-        """Statistics over all tokens and channels; kurtosis is Pearson's (3 for a normal
-        distribution)."""
+        """Statistics over all tokens and channels; kurtosis is Pearson's (3 for a normal one)."""
         m1, m2, m3, m4, mean_abs = (self.powers / self.count).tolist()
         variance, fourth = m2 - m1**2, m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         return {
@@ -100,8 +95,7 @@ def projections(model):
 
 
 def projection_statistics(model, batches) -> pd.DataFrame:
-    """Outputs of every projection: block, projection, mean_abs, p99, max, kurtosis,
-    outlier_channels.
+    """Outputs of every projection: block, projection, and STATISTICS.
 
     Blocks count within the given model. Outlier rule: a channel's max |x| > 6 x the median
     channel's max |x|.
@@ -131,8 +125,7 @@ def input_peaks(model, batches, modules):
 
 
 def projection_output(model, batch, block, projection):
-    """Outputs of one projection, float32 array [real tokens, channels] (Figure 4: block 30,
-    q_proj)."""
+    """Outputs of one projection, float32 [real tokens, channels] (Figure 4: block 30, q_proj)."""
     watched, seen = projections(model), []
     key = block, projection.rpartition(".")[2]
     if key not in watched:
@@ -145,8 +138,7 @@ def projection_output(model, batch, block, projection):
 
 
 def block_errors(model, changed, batches):
-    """Rows (block, relative_error): ||h' - h|| / ||h|| of each block's output h over all real
-    tokens."""
+    """Rows (block, relative_error): ||h' - h|| / ||h|| of each block's output h, over all tokens."""
     full, other = (dict(enumerate(anatomy.blocks(one))) for one in (model, changed))
     if len(full) != len(other):
         said = f"models of {len(full)} and {len(other)} blocks; compare equal depths"

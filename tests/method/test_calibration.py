@@ -1,4 +1,4 @@
-"""The calibration pass: its statistics against a model's own forward, its memory, what it refuses."""
+"""The calibration pass: its statistics against a model's own forward, its memory, its refusals."""
 
 import gc
 

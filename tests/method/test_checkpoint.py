@@ -1,4 +1,4 @@
-"""Packed checkpoints: AutoAWQ reads ours and we its; every format reloads in a new process to the same logits."""
+"""Packed checkpoints: AutoAWQ reads ours and we its; a new process gives the same logits."""
 
 import json
 import subprocess
@@ -94,7 +94,7 @@ def test_a_new_process_gives_the_same_logits(reloaded, form):
 
 
 def test_a_layout_of_our_own_is_not_opened_with_random_linears_by_others(pico, tmp_path):
-    """Plain Transformers warns of an unknown quantization alone, and fills what it does not find."""
+    """Plain Transformers warns of an unknown quantization alone, and fills what is not there."""
     saved(pico, Form("rtn", 3), tmp_path)
     with pytest.raises(OSError, match="no file named model.safetensors"):
         LlavaForConditionalGeneration.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Quantization of a model: the same numbers packed or not, in planned bytes, folding, refusals before anything changes."""
+"""A quantized model: the same numbers packed or not, planned bytes, folding, refusals."""
 
 import copy
 import hashlib

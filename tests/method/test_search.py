@@ -1,4 +1,4 @@
-"""Eqs. 6-8: scales by closed forms, searches over a decoder, clipping, the duo form, resuming, AutoAWQ's choice."""
+"""Eqs. 6-8: scales by closed forms, clipping, searches over a decoder, AutoAWQ's choice."""
 
 import copy
 import math

@@ -1,5 +1,4 @@
-"""AutoAWQ 0.2.9's own quantizer on a LLaVA decoder under Transformers 5: the reference to measure
-against (Linux).
+"""AutoAWQ 0.2.9's own quantizer on a LLaVA decoder: the reference to measure against (Linux).
 
 Its calibration (texts from a hub) is replaced by the hidden states that multimodal prompts have
 before the first block; its choices are kept as this package's scales and clipping, which any recipe
@@ -36,8 +35,7 @@ class Layers:
 
 
 def quantizer(model, hidden, arguments, *, bits=4, group_size=64, duo=False, clip=True):
-    """AutoAWQ's quantizer for hidden states [rows, tokens, channels] before the first block and the
-    blocks' arguments.
+    """AutoAWQ's quantizer for what enter() gives: hidden states and the blocks' arguments.
 
     Its quantize() scales and clips the blocks' weights in place and leaves the rounding to
     pseudo_quantize_tensor; found_scales [(before, names, s)] and found_clips [{name: shares}] keep
@@ -65,8 +63,7 @@ def quantizer(model, hidden, arguments, *, bits=4, group_size=64, duo=False, cli
 
 
 def _imported():
-    """AutoAWQ's class; its import says farewell in 20 lines, whatever filters say, and turns
-    warnings on."""
+    """AutoAWQ's class; its import says farewell in 20 lines, whatever filters say."""
     with warnings.catch_warnings(record=True):
         try:
             from awq.quantize.quantizer import AwqQuantizer
@@ -77,8 +74,7 @@ def _imported():
 
 
 def _ends(weight, bound, group_size):
-    """The bounds [out, in / g, 1] on |w| as shares [out, in / g, 2] of each group's lowest and
-    highest weight."""
+    """Bounds [out, in / g, 1] on |w| as shares [out, in / g, 2] of each group's two ends."""
     groups = weight.float().unflatten(1, (-1, group_size))
     largest = torch.stack([-groups.amin(2), groups.amax(2)], 2).clamp(min=1e-30)
     return (bound.float().to(largest.device) / largest).clamp(max=1).cpu()
@@ -95,8 +91,7 @@ def check(model, batches, form):
 
 
 def search(model, batches, form):
-    """(tensors, rows) as search.search_forms gives them, chosen by AutoAWQ's quantizer on a copy of
-    the model.
+    """(tensors, rows) as search_forms() gives them, chosen by AutoAWQ on a copy of the model.
 
     It knows no padding: every prompt is cut to the shortest one's length.
     """
@@ -122,8 +117,7 @@ def _kept(reference, blocks):
 
 
 def equal_rows(batches):
-    """All batches as one without padding: the first real tokens of each row, as many as the
-    shortest row has."""
+    """All batches as one without padding: of each row as many tokens as the shortest has."""
     rows, pictures = [], []
     for batch in batches:
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()

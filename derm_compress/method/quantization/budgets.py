@@ -23,8 +23,7 @@ COLUMNS = ["budget", *wanted.COLUMNS]
 
 
 def mean_bits(budget: int, blocks: int, kept: int, group_size: int) -> float:
-    """Bits a weight at which `kept` blocks take the bytes of all `blocks` at `budget` bits, scales
-    and zeros included.
+    """Bits a weight at which `kept` blocks take the bytes of all `blocks` at `budget` bits.
 
     Those of a group cost (16 + bits) / group bits a weight, so bytes are linear in bits.
     """
@@ -53,8 +52,7 @@ def widths(budget: int, blocks: int, kept: int, group_size: int) -> list[tuple[i
 
 
 def important(kept: Sequence[int], order: Sequence[int], count: int) -> list[int]:
-    """Positions of the `count` most important of the kept blocks, by a plan's order (the first to
-    go first)."""
+    """Positions of the `count` most important of the kept blocks, by a plan's order of removal."""
     if not order:
         said = "the study's own ranking takes runs of blocks and orders none; name another first"
         raise DermError(f"equal_bytes: {said}")
@@ -71,8 +69,7 @@ def check(depths: Sequence[int], budgets: Sequence[int]) -> None:
 
 
 def _sources(known: pd.DataFrame, n: int) -> list:
-    """The model without n blocks, before and after SFT where the original is known after it;
-    DermError for none."""
+    """The model without n blocks, before and (where the original is known after it) after SFT."""
     plain, there = f"pruned-{n}" if n else ORIGINAL, set(known.variant)
     asked = [plain, plain + HEALED] if ORIGINAL + HEALED in there else [plain]
     for name, parameter in zip(asked, ("depths", "sft_depths"), strict=False):
@@ -89,8 +86,7 @@ def equal_bytes(
     budgets: Sequence[int],
     group_size: int,
 ) -> pd.DataFrame:
-    """What the table of equal bytes quantizes: wanted_forms() rows with their `budget`, before and
-    after SFT.
+    """What the table of equal bytes quantizes: wanted_forms() rows with their `budget`.
 
     depths: blocks removed, of 32, by the study's own plan, whose `order` says what matters least.
     """

@@ -1,5 +1,4 @@
-"""The calibration pass: the statistics of every linear's inputs, block after block, in memory of a
-fixed size.
+"""The calibration pass: every linear's input statistics, block after block.
 
 What prompts about one picture share, the picture above all, is computed once and counts as often as
 it is read. A model too large for the GPU stays on the CPU, with the block at hand on the GPU;
@@ -21,8 +20,7 @@ from derm_compress.model.cache import Memory, visible
 
 
 def collect(model, batches, *, device=None, folder=None, skip=()):
-    """Yield (block index, {group: InputStatistics}) for each block of the decoder in turn; inputs
-    are unquantized.
+    """Yield (block index, {group: InputStatistics}) for each block of the decoder in turn.
 
     Batches are the processor's output; positions outside the attention mask do not count, and
     token_weights, if a batch has them, weigh the others. device: where blocks run, one at a time,
@@ -106,8 +104,7 @@ class _Reached(Exception):
 
 @torch.inference_mode()
 def enter(model, batch):
-    """Run what is before the blocks on a batch: hidden states [rows, tokens, width], the blocks'
-    other arguments."""
+    """Hidden states [rows, tokens, width] before the first block, and its other arguments."""
     caught, picture = [], pictures(batch)
 
     def stop(_, args, kwargs):
@@ -132,8 +129,7 @@ def enter(model, batch):
 
 
 def pictures(batch):
-    """The picture of each row by number: one for all where there are no pixels, its own where rows
-    have several."""
+    """The picture of each row by number: one for all without pixels, its own for several a row."""
     pixels, rows = batch.get("pixel_values"), len(batch["input_ids"])
     if pixels is None:
         return [0] * rows
@@ -150,8 +146,7 @@ def _first(picture):
 
 @torch.inference_mode()
 def read(model, batch):
-    """A batch before the first block: what rows about one picture share, if anything, and what
-    follows in each row.
+    """A batch before the first block: what rows about one picture share, and what follows.
 
     Either is a dict: hidden [rows, tokens, width], cos and sin of the tokens' places, mask (None:
     causal), weight of the tokens (None: all 1), row: which of the rows shared each follows (None:

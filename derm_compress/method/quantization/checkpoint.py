@@ -30,7 +30,8 @@ from derm_compress.method.quantization.quantize import quantized_linears
 from derm_compress.model import anatomy, devices, loading
 
 OWN = "derm_compress"
-FILES = "packed{suffix}.safetensors"  # of OWN: names that no other loader takes, which would fill its linears at random
+# of OWN: names that no other loader takes, which would fill its linears at random
+FILES = "packed{suffix}.safetensors"
 HUB = {  # names in memory and on the hub; a "vision_model" level exists there alone
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -49,8 +50,7 @@ KINDS = {"integer": IntegerGrid, "hqq": HQQGrid}
 
 
 def save(model, folder):
-    """Write a packed model's weights and config into a folder; export_model adds what else belongs
-    there."""
+    """Write a packed model's weights and config into a folder."""
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "grid")}
     if not packed:
         raise DermError("export: no linear is packed; export the model unpacked")
@@ -134,8 +134,7 @@ def _described(module):
 
 
 def load(path, device="cpu"):
-    """(model, processor) of any folder that this package exports, with packed linears where it is
-    quantized.
+    """(model, processor) of any folder that this package exports, quantized linears packed.
 
     fp32 on the CPU, fp16 on a GPU, as loading.load_base; every weight accounted for.
     """
@@ -180,14 +179,13 @@ def _load_bitsandbytes(path, device):
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # as grids.NF4Grid.packed says
             module.compute_dtype, module.compute_type_is_set = dtype, True
-            state = getattr(module.weight, "quant_state", None)  # none: the file has no codes for it
+            state = getattr(module.weight, "quant_state", None)  # none: there are no codes for it
             module.grid = state and NF4Grid(state.blocksize, state.nested)
     return model
 
 
 def _load_packed(path, device, modules_of):
-    """modules_of: takes the quantized linears' tensors out of a dict and gives {name:
-    PackedLinear}."""
+    """modules_of: takes the quantized linears out of a dict of tensors: {name: PackedLinear}."""
     from accelerate import init_empty_weights
 
     tensors, dtype = {}, devices.half(str(device))
@@ -215,8 +213,7 @@ def _load_packed(path, device, modules_of):
 
 
 def _check_gemm(path, told):
-    """DermError for files of AutoAWQ's other layouts, whose codes lie elsewhere under the same
-    names."""
+    """DermError for AutoAWQ's other layouts: other places under the same names."""
     asked = {"version": "gemm", "bits": 4, "zero_point": True}
     found = {key: told.get(key, value) for key, value in asked.items()}
     found["version"] = str(found["version"]).lower()

@@ -7,8 +7,7 @@ PLANES = {2: [(0, 2)], 3: [(0, 2), (2, 1)], 4: [(0, 4)], 8: [(0, 8)]}  # bits: (
 
 
 def pack(codes, bits):
-    """uint8 codes as bytes, plane by plane (3 bits: a plane of the 2 low bits, then one of the high
-    bit).
+    """uint8 codes as bytes, plane by plane (3 bits: a plane of the 2 low bits, then the high bit).
 
     In a plane of width w a byte holds 8 / w codes in their order, the first in the lowest bits.
     """

@@ -1,5 +1,4 @@
-"""Folding activation-aware scales into the weights (Eq. 6): W diag(s), and 1 / s in the module
-before, the same function."""
+"""Folding scales into the weights (Eq. 6): W diag(s), and 1 / s in the module before."""
 
 import torch
 
@@ -31,8 +30,7 @@ def absorbs(block, group):
 
 
 def scale_groups(model):
-    """{"block.group": (module before, linears)} of the decoder, where s [in] fits the module
-    before."""
+    """{"block.group": (module before, linears)} of the decoder, where s [in] can be folded."""
     return {
         f"{index}.{group}": (
             block.get_submodule(before),
@@ -46,8 +44,7 @@ def scale_groups(model):
 
 @torch.no_grad()
 def fold_scales(model, scales):
-    """Multiply each group's input columns by s and divide the module before by it: the same
-    function."""
+    """Multiply each group's input columns by s and divide the module before by it, in place."""
     groups = scale_groups(model)
     widths = {key: linears[0].in_features for key, (_, linears) in groups.items()}
     if widths != {key: len(s) for key, s in scales.items()}:

@@ -90,8 +90,7 @@ class Form:
         return "-".join([method, *self.options, *([MIXED] if self.block_bits else [])])
 
     def stored(self, blocks: int) -> dict:
-        """method, bits and group_size of the format that memory.plan_weights plans; bits: the
-        blocks' mean."""
+        """method, bits (the blocks' mean) and group_size of the format that memory plans."""
         bits = sum(self.block_bits.get(block, self.bits) for block in range(blocks)) / blocks
         method = f"{self.method}_double" if self.double else self.method
         return {
@@ -102,8 +101,7 @@ class Form:
 
 
 def forms(names: Iterable[str], bits: Sequence[int], group_size: int) -> list[Form]:
-    """Every quantizer at every width; a method of one width alone has that one, whatever is
-    asked."""
+    """Every quantizer at every width; a method of one width has that one, whatever is asked."""
     found = []
     for method, options in quantizers(names):
         widths = method.widths if len(method.widths) == 1 else bits

@@ -10,8 +10,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def to_gemm(codes, scales, zeros):
-    """{qweight, qzeros, scales} of 4-bit codes [out, in], scales and zeros [out, in / g] (None:
-    symmetric, 8)."""
+    """{qweight, qzeros, scales} of codes [out, in], scales and zeros [out, in / g] (None: 8)."""
     zeros = torch.full_like(scales, 8) if zeros is None else zeros
     scales = scales.T.contiguous()
     return {"qweight": pack_eight(codes.T), "qzeros": pack_eight(zeros.T), "scales": scales}

@@ -31,8 +31,7 @@ class IntegerGrid:
     symmetric: bool = False
 
     def levels(self, weight, ends=None):
-        """Weight [..., in] -> codes [..., in / g, g] and scales, zeros [..., in / g, 1]: whole
-        numbers as float32."""
+        """Weight [..., in] -> codes [..., in / g, g], scales, zeros [..., in / g, 1], float32."""
         groups = weight.float().unflatten(-1, (-1, self.group_size))
         top = 2**self.bits - 1
         low, high = group_range(groups, ends)
@@ -45,8 +44,7 @@ class IntegerGrid:
         return (groups / scales).round_().add_(zeros).clamp_(0, top), scales, zeros
 
     def encode(self, weight, ends=None):
-        """Weight [out, in] -> unsigned codes [out, in], fp16 scales and zeros (symmetric: None)
-        [out, in / g]."""
+        """Weight [out, in] -> uint8 codes, fp16 scales, zeros (symmetric: None) [out, in / g]."""
         codes, scales, zeros = self.levels(weight, ends)
         zeros = None if self.symmetric else zeros.squeeze(-1).to(torch.uint8)
         return codes.flatten(-2).to(torch.uint8), scales.squeeze(-1).half(), zeros
@@ -58,8 +56,7 @@ class IntegerGrid:
         return groups.mul_(scales.float()[..., None]).flatten(-2)
 
     def rounded(self, weight, ends=None):
-        """Weight [..., in] on the grid, float32: decode(encode(weight)) without the packing
-        between."""
+        """Weight [..., in] on the grid, float32: decode(encode(weight)) without the packing."""
         codes, scales, zeros = self.levels(weight, ends)
         return codes.sub_(zeros).mul_(scales).flatten(-2)
 
@@ -72,8 +69,7 @@ class IntegerGrid:
 
 @dataclass(frozen=True)
 class HQQGrid(IntegerGrid):
-    """Integers with scale and a fractional zero, both fp16, that the hqq library fits to the
-    weights alone."""
+    """Integers with a fractional zero: hqq fits it and the scale to the weights alone."""
 
     def levels(self, weight, ends=None):
         """As IntegerGrid's; the zero [..., in / g, 1] that hqq finds is no whole number."""
@@ -136,16 +132,15 @@ class NF4Grid:
         made.bias = linear.bias
         made.compute_dtype = linear.weight.dtype
         made.compute_type_is_set = True
-        # On AVX512-BF16 CPUs its first forward would repack the weight in place and compute in bfloat16:
-        # other numbers, and no way to save them afterwards.
+        # On AVX512-BF16 CPUs its first forward would repack the weight in place and compute in
+        # bfloat16: other numbers, and no way to save them afterwards.
         made.support_avx512bf16_for_cpu = False
         return made
 
 
 @dataclass(frozen=True)
 class Int8Grid:
-    """LLM.int8 through bitsandbytes: 8 bits a row of the weights and a token of the inputs, loud
-    channels apart.
+    """LLM.int8 through bitsandbytes: 8 bits a row of weights and a token of inputs.
 
     Inputs are rounded too, so there is no weight that stands for it: it exists packed alone.
     """
@@ -185,16 +180,14 @@ def grid_of(form, block=None):
 
 
 def group_range(groups, ends=None):
-    """Lowest and highest value [..., 1] of groups [..., g], the range always holding 0; the shares
-    `ends` of them."""
+    """Lowest and highest value [..., 1] of groups [..., g] and 0, or the shares `ends` of them."""
     low = groups.amin(-1, keepdim=True).clamp_(max=0)
     high = groups.amax(-1, keepdim=True).clamp_(min=0)
     return (low, high) if ends is None else (low * ends[..., :1], high * ends[..., 1:])
 
 
 def clipped(weight, ends, group_size):
-    """Weight [..., in] with each group within the shares `ends` [..., in / g, 2] of its lowest and
-    highest value."""
+    """Weight [..., in] with each group within the shares `ends` [..., in / g, 2] of its range."""
     if ends is None:
         return weight
     groups = weight.unflatten(-1, (-1, group_size))
@@ -204,16 +197,14 @@ def clipped(weight, ends, group_size):
 
 @functools.cache
 def clip_shares(bits, device):
-    """Shares [16, 2] of a group's lowest and of its highest weight that are tried; the first leaves
-    it as it is."""
+    """Shares [16, 2] of a group's lowest and highest weight to try; the first changes nothing."""
     step = 0.1 if bits > 3 else 0.15  # the fewer levels, the more a narrower range helps
     shares = 1 - step * torch.arange(4, device=device)
     return torch.cartesian_prod(shares, shares)
 
 
 def clip_ends(found, bits, device):
-    """Shares [out, in / g, 2] that a search's clip tensor stands for: indices into clip_shares, or
-    shares already."""
+    """Shares [out, in / g, 2] of a search's clip tensor: indices into clip_shares, or shares."""
     if found.is_floating_point():
         return found.to(device, torch.float32)
     return clip_shares(bits, device)[found.to(device).long()]

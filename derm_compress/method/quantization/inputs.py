@@ -1,5 +1,4 @@
-"""What a linear's inputs X say of an error in its weights (Eq. 7): its square is tr(D H D^T) with H
-= X^T X.
+"""What a linear's inputs X say of an error D in its weights (Eq. 7): tr(D H D^T), H = X^T X.
 
 D [out, in] is the weights' error. So tokens are read once, whatever is tried on the weights.
 """
@@ -15,8 +14,7 @@ from derm_compress.model import anatomy
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Mean |x| [in] of inputs X [tokens, in], and the cheaper factor of Eq. 7: X, or H = X^T X [in,
-    in].
+    """Mean |x| [in] of inputs X [tokens, in], and the cheaper factor of Eq. 7: X, or H [in, in].
 
     Tokens may weigh differently; X is then what gives the weighted H. What rows share is one token
     of more weight.
@@ -39,8 +37,7 @@ class InputStatistics:
         return self.inputs.T @ self.inputs if self.gram is None else self.gram
 
     def row_errors(self, delta):
-        """Square of Eq. 7 by output for a weight error delta [..., out, in]: rows of tr(delta H
-        delta^T) [..., out]."""
+        """Square of Eq. 7 by output for weight errors delta [..., out, in]: [..., out]."""
         if self.inputs is not None:
             return (delta @ self.inputs.T).square_().sum(-1)
         return (delta @ self.gram).mul_(delta).sum(-1)
@@ -59,8 +56,7 @@ class InputStatistics:
 
 
 class InputSums:
-    """Streaming sums of inputs: X itself until there are as many tokens as channels, from then on
-    H."""
+    """Streaming sums of inputs: X itself until it is as large as H, from then on H."""
 
     def __init__(self):
         self.tokens, self.mass, self.total = 0, 0.0, 0.0
@@ -87,8 +83,7 @@ class InputSums:
 
 
 def input_statistics(model, batches, block, name):
-    """The statistics of what one linear of a block reads, such as mlp.down_proj, over the batches'
-    real tokens."""
+    """The statistics of what one linear of a block reads, such as mlp.down_proj."""
     linears = anatomy.linears(anatomy.blocks(model)[block])
     if name not in linears:
         raise DermError(f"quantize: no linear {name!r} in block {block}; {', '.join(linears)}")

@@ -1,5 +1,4 @@
-"""The quantization methods: one entry a method, and a grid in grids.py where none of those there
-fits. No torch.
+"""The quantization methods: one entry a method, and a grid in grids.py where none fits. No torch.
 
 A quantizer is a grid times a scaling (times clipping). Its name is the method's and the options
 that differ, joined by dashes: awq, awq-duo-clip, bitsandbytes-double, awq-text (calibrated without

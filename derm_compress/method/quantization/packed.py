@@ -1,5 +1,4 @@
-"""The W4 linear: what a quantized linear becomes for inference, and the layouts that its codes
-take.
+"""The W4 linear: what a quantized linear becomes for inference, and its codes' layouts.
 
 There is one copy of the codes at a time: planes of bytes (codes.pack), as they are made and saved,
 or what torch's int4 kernel reads, from the first time that few enough tokens come for it.
@@ -21,8 +20,7 @@ TILE = (8, 16 * INNER_TILES)  # outputs and inputs of its tiles
 
 
 class PackedLinear(nn.Module):
-    """A linear holding packed codes, fp16 scales and, if asymmetric, zeros (packed like the codes;
-    of hqq, fp16).
+    """A linear holding packed codes, fp16 scales and, if asymmetric, zeros.
 
     bits / 8 + 2 / g bytes a weight, and bits / 8 / g (hqq: 2 / g) for zeros; 4 / g more once
     torch's int4 kernel was used. Without it (other widths, long inputs, older GPUs, `kernels` off)
@@ -56,8 +54,7 @@ class PackedLinear(nn.Module):
         return codes, self.scales, zeros
 
     def dequantized(self, dtype=torch.float32):
-        """Weight [out, in], decoded some rows at a time so that no second copy in float32 is
-        needed."""
+        """Weight [out, in], some rows at a time so that no second copy in float32 is needed."""
         codes, scales, zeros = self.encoded()
         weight = torch.empty(self.shape, dtype=dtype, device=codes.device)
         for start in range(0, len(codes), ROWS):
@@ -113,8 +110,7 @@ def kernel_share(model):
 
 
 def has_kernel(grid, shape, device):
-    """Whether torch has an int4 kernel for a linear of `shape` on this device; on CUDA from
-    capability 8.0 on."""
+    """Whether torch has an int4 kernel for such a linear here; on CUDA from capability 8.0 on."""
     if grid.bits != 4 or grid.group_size not in KERNEL_GROUPS:
         return False
     if device.type == "cpu":
@@ -124,8 +120,7 @@ def has_kernel(grid, shape, device):
 
 
 def int4_product(x, codes, group_size, steps):
-    """x [tokens, in] times the transposed weight, all bfloat16; codes and steps in the kernel's
-    layout."""
+    """x [tokens, in] times the transposed weight, in bfloat16, by torch's int4 kernel."""
     if x.device.type == "cpu":
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group_size, steps)
     return torch.ops.aten._weight_int4pack_mm(x, codes, group_size, steps)
@@ -140,8 +135,7 @@ def kernel_layout(codes):
 
 
 def kernel_steps(scales, offsets):
-    """What the kernels take for a weight of (code - 8) * scale + offset: bfloat16 [in / g, out,
-    2]."""
+    """What kernels take for weights (code - 8) * scale + offset: bfloat16 [in / g, out, 2]."""
     return torch.stack([scales, offsets], 2).transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
@@ -180,16 +174,14 @@ def _tile_order(device):
 
 
 def _cpu_codes(layout, block):
-    """A byte of the CPU's layout holds one input's codes of two outputs, half a block of outputs
-    apart."""
+    """A byte on the CPU holds one input's codes of two outputs, half a block of outputs apart."""
     halves = layout.view(-1, layout.shape[1] * 2, block // 2)  # [out / block, in, block / 2]
     return torch.cat([halves & 15, halves >> 4], 2).transpose(1, 2).reshape(len(layout), -1)
 
 
 @functools.cache
 def cpu_block():
-    """Outputs in a block of the CPU kernel's layout (64 with AVX-512, 32 with AVX2); 0 where it is
-    another or none."""
+    """Outputs in a block of the CPU's layout: 64 (AVX-512), 32 (AVX2), 0 where it is another."""
     codes = ((torch.arange(64 * 64).view(64, 64) * 7919) >> 3) & 15
     codes = codes.to(torch.uint8)
     try:

@@ -1,5 +1,4 @@
-"""Quantization of a model in place: the decoder's linears onto a form's grid, by the scales of a
-search if it has one."""
+"""Quantization of a model in place: the decoder's linears onto a form's grid."""
 
 from dataclasses import dataclass
 
@@ -33,8 +32,7 @@ class Target:
 
 
 def targets(model, form):
-    """The linears that a form quantizes; DermError where it fits another model, or weights are no
-    numbers."""
+    """The linears that a form quantizes; DermError where it fits another model."""
     blocks = anatomy.blocks(model)
     if beyond := [block for block in form.block_bits if not 0 <= block < len(blocks)]:
         said = f"bits are given for blocks {beyond}; the model has {len(blocks)}"
@@ -59,8 +57,7 @@ def _check(linear, where, size):
 
 @torch.no_grad()
 def quantize(model, form, *, scales=None, packed=False):
-    """Quantize in place and return the model; `scales`: a search's tensors, for the forms that need
-    them alone.
+    """Quantize in place and return the model; `scales`: a search's tensors, where form.searched.
 
     packed=False writes the rounded weights back (the same numbers, at full speed); packed=True
     replaces the linears by modules that hold only codes. LLM.int8 is always packed.
@@ -100,7 +97,6 @@ def quantized_linears(model):
 
 
 def apply_step(model, step, store, *, packed=False):
-    """Apply a recipe's step: a form's fields and, where it was searched, `ref`: the safetensors
-    file of its scales."""
+    """Apply a recipe's step: a form's fields and, where it was searched, `ref` to its scales."""
     scales = load_file(store.resolve(step["ref"])) if step.get("ref") else None
     return quantize(model, Form.of(step), scales=scales, packed=packed)

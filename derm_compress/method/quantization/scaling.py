@@ -13,7 +13,7 @@ from derm_compress.method.quantization.grids import clip_shares, grid_of
 from derm_compress.model import anatomy
 
 ALPHAS = tuple(i / 20 for i in range(20))  # Eq. 8's exponents
-FLOOR = 1e-4  # a channel counts as no quieter than this share of the loudest: bounds s and the folded weights
+FLOOR = 1e-4  # no channel counts as quieter than this share of the loudest, which bounds s
 SAMPLE = 128  # rows that choose FINALISTS of larger weights; all rows decide among these
 FINALISTS = 2
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # attention reads their product, not them
@@ -40,8 +40,7 @@ def weight_magnitude(weight, group_size):
 
 
 def search_scale(weight, inputs, grid, *, duo=False, sample=SAMPLE):
-    """Eq. 8's s that minimises Eq. 7 for weight [out, in]: s, alpha, loss, loss of plain rounding
-    (s = 1).
+    """Eq. 8's s that minimises Eq. 7 for weight [out, in]: s, alpha, loss, loss of rounding.
 
     Losses are relative: the square of Eq. 7 over ||X W^T||^2. Of more than `sample` rows, evenly
     spaced ones choose FINALISTS, which all rows then decide between. Where plain rounding is best
@@ -108,8 +107,7 @@ def _clip_rows(part, s, blocks, inputs, grid):
 
 @torch.no_grad()
 def search_block(model, index, statistics, form):
-    """One block's tensors ("block.group": s, "block.name": clip index) and a row (alpha, losses)
-    for each group.
+    """One block's tensors ("block.group": s, "block.name": clip index) and a row a group.
 
     statistics: {group: InputStatistics}. Groups are searched apart: folding 1 / s into the rows of
     the linear before does not change how these are rounded, as every group of a grid lies within

@@ -1,5 +1,4 @@
-"""Searches for scales and clipping over a whole decoder: one calibration pass serves every form
-asked for.
+"""Searches over a whole decoder: one calibration pass serves every form asked for.
 
 The result of a form is a dict of tensors ("block.group": s [in]; "block.name": clip indices [out,
 in / g]) and rows (block, group, alpha, loss, loss_rtn). With a scratch folder a killed search goes

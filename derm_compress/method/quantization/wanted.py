@@ -1,5 +1,4 @@
-"""What stage 07 quantizes how: the frames that it asks with, and the variants that come of them. No
-torch."""
+"""What stage 07 quantizes how, and the variants that come of it. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def wanted_forms(
     group_size: int,
     shared: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """What stage 07 quantizes: source, form, quantizer, text, step (JSON), each source and form once.
+    """What stage 07 quantizes: source, form, quantizer, text, step (JSON), each pair once.
 
     Every quantizer at every width for the main models; for further ones those of the paper's tables
     at the first width; and what equal_bytes() wants, `shared`.
