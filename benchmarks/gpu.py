@@ -36,11 +36,7 @@ from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, loading, memory, removal, usage
 from derm_compress.model.shapes import Architecture, architecture, llava_7b_config
 
-FORMS = {
-    "fp16": None,
-    "NF4": Form("bitsandbytes", 4, 64),
-    "packed W4": Form("rtn", 4, 64),
-}
+FORMS = {"fp16": None, "NF4": Form("bitsandbytes", 4, 64), "packed W4": Form("rtn", 4, 64)}
 COLUMNS = ["step", "variant", "quantity", "unit", "measured", "planned"]
 Rows = Iterator[tuple[str, str, float | None, float | None]]  # from "quantity"; None: unknown
 

@@ -14,6 +14,7 @@ from PIL import Image
 from derm_compress.data import dialogue, items, load, photographs, rows
 from derm_compress.data.request import Request
 from derm_compress.errors import DermError
+from derm_compress.study import params
 
 PAD = Path(__file__).parents[3] / "shared" / "pad-ufes-20"
 needs_pad = pytest.mark.skipif(
@@ -68,6 +69,11 @@ def test_seed_decides_the_split(tmp_path):
 def test_a_request_takes_its_own_parameters():
     request = Request.of({"source": "folder", "n_dev": 7, "epochs": 3}, data_root=Path("x"))
     assert request == Request("folder", Path("x"), n_dev=7) and request.sizes["dev"] == 7
+
+
+def test_the_notebook_offers_every_source():
+    known = params.known_parameters(params.read_notebooks(Path(__file__).parents[2]))
+    assert known["source"].choices == tuple(load.SOURCES)
 
 
 def test_missing_or_empty_folder(tmp_path):
