@@ -75,13 +75,16 @@ class Parameter:
             value = self.type.validate_python(value, strict=True)
         except ValidationError as error:
             raise DermError(f"{where}: {self.name} is {self.told(error)}") from None
-        if self.rule:
-            module, _, function = self.rule.rpartition(".")
-            try:
-                getattr(importlib.import_module(f"derm_compress.{module}"), function)(value)
-            except DermError as error:
-                raise DermError(f"{where}: {self.name}: {error}") from error
+        if self.rule and value != self.default:  # its module is imported where it is asked
+            self.ask_rule(value, where)
         return value
+
+    def ask_rule(self, value, where: str) -> None:
+        module, _, function = self.rule.rpartition(".")
+        try:
+            getattr(importlib.import_module(f"derm_compress.{module}"), function)(value)
+        except DermError as error:
+            raise DermError(f"{where}: {self.name}: {error}") from error
 
     def told(self, error: ValidationError) -> str:
         value, hint = error.errors()[0]["input"], ""

@@ -51,6 +51,7 @@ class Plan:
     root: Path
     notebooks: dict[str, Notebook]
     values: dict
+    package: Path = keys_.PACKAGE
 
     @property
     def run(self) -> str:
@@ -87,7 +88,7 @@ class Plan:
         for stage, notebook in self.notebooks.items():
             values = self.counted(stage)
             words = {value for value in values.values() if isinstance(value, str)}
-            parts = keys_.code_parts(notebook.code(), words=words)
+            parts = keys_.code_parts(notebook.code(), words=words, package=self.package)
             upstream = {earlier: found[earlier] for earlier in self.graph[stage]}
             values = {k: self._by_content(v) if k in FOLDERS else v for k, v in values.items()}
             found[stage] = files.digest([stage, parts, values, upstream, keys_.versions()])
@@ -108,8 +109,10 @@ class Plan:
     def view(self, stage: str) -> str:
         """Digest of how a notebook shows results: its text, figure cells, the modules that draw."""
         notebook = self.notebooks[stage]
-        modules = keys_.code_parts(notebook.code(figures=True), folders=keys_.SHOWN)["modules"]
-        return files.digest([[text for text, _, _ in notebook.cells], modules])
+        parts = keys_.code_parts(
+            notebook.code(figures=True), folders=keys_.SHOWN, package=self.package
+        )
+        return files.digest([[text for text, _, _ in notebook.cells], parts["modules"]])
 
     def executed(self, stage: str) -> Path:
         """Where the runner leaves a stage's executed notebook."""

@@ -50,13 +50,15 @@ def run(
 
 def foresee(plan: Plan, *, refuse: bool) -> None:
     """Says what a run needs of a GPU; DermError, if asked to refuse, for what cannot work."""
-    from derm_compress.study import preflight  # numpy and more, which --help does not wait for
-
     device = plan.values["device"]
-    if device == "cuda" or (device == "meta" and not refuse):
-        print(preflight.says(plan), flush=True)
-    if refuse:
-        preflight.check(plan)
+    tell = device == "cuda" or (device == "meta" and not refuse)
+    if tell or refuse:
+        from derm_compress.study import preflight
+
+        if tell:
+            print(preflight.says(plan), flush=True)
+        if refuse:
+            preflight.check(plan)
 
 
 def plan_run(path: Path, sets: dict[str, str], root: Path, notebooks) -> Plan:
@@ -176,6 +178,7 @@ def render_report(plan: Plan, *, changed: bool) -> None:
 def looks(plan: Plan) -> list:
     """What a report depends on: each stage's result and notebook, and the modules that draw."""
     shown_now = {stage: [plan.keys[stage], plan.view(stage)] for stage in plan.notebooks}
-    modules = keys.reached(keys.modules_of("report", keys.PACKAGE), keys.PACKAGE, keys.SHOWN)
-    templates = keys.data_files(keys.PACKAGE, {"templates"})
+    names = keys.modules_of("report", plan.package)
+    modules = keys.reached(names, plan.package, keys.SHOWN)
+    templates = keys.data_files(plan.package, {"templates"})
     return [shown_now, sorted(module.digest for module in modules.values()), templates]

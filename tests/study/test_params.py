@@ -1,6 +1,7 @@
 """Parameter cells as schema, and every way a parameter can be wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import toy
@@ -104,20 +105,25 @@ def test_right_values_take_their_type(tmp_path, schema):
     )
 
 
-@pytest.mark.parametrize(
-    "value", ["angular-contiguous-iterative", "magnitude-text", "random", "random-²", "taylr", "-3"]
-)
+RANKINGS = ["angular-contiguous-iterative", "magnitude-text", "random", "random-²", "taylr", "-3"]
+
+
+@pytest.mark.parametrize("value", RANKINGS)
 def test_a_rule_of_the_package_is_asked_before_anything_runs(value):
-    parameter = params.read_schema(
-        'rank: list = ["last"]  # how [method.importance.rankings.rankings]', "cell"
-    )["rank"]
-    assert parameter.check(["taylor-text", "random-3", "published"], "here") == [
-        "taylor-text",
-        "random-3",
-        "published",
-    ]
+    line = 'rank: list = ["last"]  # how [method.importance.rankings.rankings]'
+    parameter = params.read_schema(line, "cell")["rank"]
+    right = ["taylor-text", "random-3", "published"]
+    assert parameter.check(right, "here") == right
     with pytest.raises(DermError, match=f"here: rank: ranking '{value}'"):
         parameter.check(["last", value], "here")
+
+
+def test_the_studys_defaults_obey_their_rules():
+    known = params.known_parameters(params.read_notebooks(Path(__file__).parents[2]))
+    ruled = [parameter for parameter in known.values() if parameter.rule]
+    assert len(ruled) >= 3
+    for parameter in ruled:
+        parameter.ask_rule(parameter.default, "default")
 
 
 def test_a_missing_file_lists_its_neighbours(tmp_path, schema):

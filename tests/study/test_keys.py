@@ -1,0 +1,137 @@
+"""What a result's key depends on, and what an edit therefore computes anew."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import toy
+
+from derm_compress.study import keys
+from derm_compress.study.params import known_parameters, read_notebooks, read_params
+from derm_compress.study.plan import Plan, make_plan
+
+ROOT = Path(__file__).parents[2]
+STAGES = [f"{number:02}" for number in range(1, 9)]
+
+
+def planned(root: Path, run: str, **values) -> Plan:
+    """A run as a new process sees it, with the package that lies in the project."""
+    keys.read_module.cache_clear()
+    keys.face_of.cache_clear()
+    notebooks = read_notebooks(root)
+    asked = read_params(root / "params" / f"{run}.yaml", known_parameters(notebooks))
+    made = make_plan(root, notebooks, asked | values)
+    return Plan(made.root, made.notebooks, made.values, root / "derm_compress")
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def changed(before: dict, after: dict) -> list[str]:
+    return [stage for stage in before if before[stage] != after[stage]]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A copy of the study, to edit; its keys, and how its notebooks show results, before."""
+    root = tmp_path_factory.mktemp("study")
+    for name in ("derm_compress", "notebooks", "params"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
+    return root, *keys_and_views(root)
+
+
+def keys_and_views(root: Path) -> tuple[dict, dict]:
+    run = planned(root, "smoke")
+    return run.keys, {stage: run.view(stage) for stage in run.notebooks}
+
+
+@pytest.mark.parametrize(
+    ("module", "recomputed"),
+    [
+        ("data/sources.py", STAGES),
+        ("model/prompts.py", STAGES[1:]),
+        ("method/finetune/train.py", STAGES[1:]),
+        ("method/importance/criteria.py", STAGES[2:]),
+        ("method/quantization/scaling.py", STAGES[6:]),
+        ("evaluate/latency.py", STAGES[7:]),
+        ("report/tables.py", []),
+        ("study/store.py", []),
+        ("kaggle/build.py", []),
+    ],
+)
+def test_an_edit_recomputes_what_uses_it_and_what_follows(study, module, recomputed):
+    root, before, drawn = study
+    file = root / "derm_compress" / module
+    text = file.read_text()
+    file.write_text(text + "\nEDITED = 1\n")
+    after, redrawn = keys_and_views(root)
+    file.write_text(text)
+    assert [stage[:2] for stage in changed(before, after)] == recomputed
+    assert bool(changed(drawn, redrawn)) == (module.partition("/")[0] in keys.SHOWN)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "recomputed"),
+    [
+        ("notebooks/01_data.ipynb", "# 01_data", "# Another title", ""),
+        ("notebooks/01_data.ipynb", "print(len(frame))", "print(frame)", ""),
+        ("notebooks/01_data.ipynb", "count, stage.p.seed", "count,  # why\\n stage.p.seed", ""),
+        (
+            "notebooks/01_data.ipynb",
+            "import shapes\\n",
+            "import figures, shapes\\nimport os\\n",
+            "",
+        ),
+        ("notebooks/01_data.ipynb", "numbers to make", "how many numbers", ""),
+        ("notebooks/03_right.ipynb", "stage.p.factor", "stage.p.factor + 1", "03"),
+        ("notebooks/01_data.ipynb", "stage.p.seed", "stage.p.seed + 1", "01 02 03"),
+        ("derm_compress/method/shapes.py", '"""Numbers."""', '"""Words."""  # and more', ""),
+        ("derm_compress/method/shapes.py", "seed + i", "seed - i", "01 02 03"),
+        ("derm_compress/method/words.py", "read_text()", "read_text().strip()", "01 02 03"),
+        ("derm_compress/method/words.yaml", "mole", "wart", "01 02 03"),
+        ("params/tiny.yaml", "count: 4", "count: 5", "01 02 03"),
+        ("params/tiny.yaml", "count: 4", "count: 4\nfactor: 2", ""),
+        ("params/tiny.yaml", "count: 4", "count: 4\nfactor: 2.5", "02 03"),
+        ("params/tiny.yaml", "count: 4", "count: 4\nartifact_root: elsewhere", ""),
+    ],
+)
+def test_a_key_changes_with_what_the_result_depends_on(tmp_path, file, old, new, recomputed):
+    root = toy.project(tmp_path)
+    before = planned(root, "tiny").keys
+    edit(root / file, old, new)
+    after = planned(root, "tiny").keys
+    assert [stage[:2] for stage in changed(before, after)] == recomputed.split()
+
+
+def test_of_a_face_counts_what_is_taken_and_of_a_folder_all(tmp_path):
+    package = toy.project(tmp_path) / "derm_compress"
+    (package / "method" / "__init__.py").write_text(
+        'FACE = {"shapes": ["numbers"], "words": ["word"]}\n'
+    )
+    for cell, modules in {
+        "from derm_compress.method import word\nword()": {"method.words"},
+        "from derm_compress import method\nmethod.word()": {"method.words"},
+        "from derm_compress import method as m\nm.numbers(1, 2)": {"method.shapes", "method.words"},
+        "from derm_compress.method import *": {"method.shapes", "method.words"},
+        "import derm_compress.method\nderm_compress": {"method.shapes", "method.words"},
+        "from derm_compress.method import words": set(),  # not used
+    }.items():
+        keys.read_module.cache_clear()
+        keys.face_of.cache_clear()
+        assert set(keys.code_parts([cell], package=package)["modules"]) == modules, cell
+
+
+def test_a_data_folder_counts_by_its_files_not_by_its_place(tmp_path):
+    root = toy.project(tmp_path)
+    photos = root / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_text("a")
+    first = planned(root, "tiny", data_root="photos").keys
+    shutil.copytree(photos, root / "moved there")
+    assert planned(root, "tiny", data_root="moved there").keys == first
+    (photos / "a.jpg").write_text("another")
+    assert planned(root, "tiny", data_root="photos").keys["01_data"] != first["01_data"]
