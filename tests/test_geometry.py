@@ -18,8 +18,7 @@ from derm_compress.method.importance import criteria, measure
 from derm_compress.method.pruning.depths import choose_operating_point
 from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.quantization import wanted as wanted_frames
-from derm_compress.method.quantization.errors import quantization_errors
-from derm_compress.method.quantization.scales import search_scales
+from derm_compress.method.quantization.per_variant import quantization_errors, search_scales
 from derm_compress.model import anatomy, loading, memory, removal, shapes
 from derm_compress.model import variants as frames
 from derm_compress.model.recipe import Recipe

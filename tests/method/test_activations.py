@@ -13,8 +13,8 @@ from derm_compress.method.activations import (
     Summary,
     block_errors,
     input_peaks,
-    projection_statistics,
     projection_output,
+    projection_statistics,
     projections,
     tap,
 )

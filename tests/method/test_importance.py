@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy, one_hot
 from derm_compress.errors import DermError
 from derm_compress.evaluate import answers
 from derm_compress.files import Journal
-from derm_compress.method.pruning.plan import Plan, published_plan
 from derm_compress.method.importance import criteria, measure
 from derm_compress.method.importance.rankings import Ranking, rankings
+from derm_compress.method.pruning.plan import Plan, published_plan
 from derm_compress.model import anatomy, removal
 
 DATA_DRIVEN = ("output_similarity", "perplexity", "block_influence", "angular", "taylor")

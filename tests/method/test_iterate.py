@@ -11,8 +11,11 @@ from derm_compress.method.assemble import materialize
 from derm_compress.method.iterate import each_model
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization import search
-from derm_compress.method.quantization.errors import quantization_errors
-from derm_compress.method.quantization.scales import scaled_channels, search_scales
+from derm_compress.method.quantization.per_variant import (
+    quantization_errors,
+    scaled_channels,
+    search_scales,
+)
 from derm_compress.method.quantization.wanted import asked, quantized_variants
 from derm_compress.model import anatomy
 from derm_compress.model import variants as variants_of

@@ -11,9 +11,9 @@ from transformers import LlavaForConditionalGeneration
 from derm_compress.__main__ import main
 from derm_compress.errors import DermError
 from derm_compress.evaluate.export import export_model
+from derm_compress.method.assemble import materialize
 from derm_compress.method.pruning.depths import choose_operating_point, plan_depths
 from derm_compress.method.pruning.plan import Plan, published_plan, read_plan, read_plans
-from derm_compress.method.assemble import materialize
 from derm_compress.model import anatomy, cache, loading, memory, prompts, reading, removal, shapes
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe

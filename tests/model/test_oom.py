@@ -11,7 +11,7 @@ from derm_compress.evaluate import answers
 from derm_compress.method import activation_analysis, activations
 from derm_compress.method.finetune import train
 from derm_compress.method.importance import criteria, measure, rankings
-from derm_compress.method.quantization import scales, search
+from derm_compress.method.quantization import per_variant, search
 from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import loading, oom
 from derm_compress.model import variants as variants_of
@@ -92,7 +92,7 @@ def test_calibration_goes_on_with_smaller_batches(
 
     def measured(size):
         if what == "input_peaks":
-            return scales.scaled_channels(tmp_path, "awq4", known, store, batch_size=size, **how)
+            return per_variant.scaled_channels(tmp_path, "awq4", known, store, batch_size=size, **how)
         return activation_analysis.activation_statistics(known, store, batch_size=size, **how)
 
     def small(model, batches, *others, **more):
@@ -115,7 +115,7 @@ def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(
     def searched(folder, size):
         folder.mkdir()
         wanted = wanted_frames.asked(["original"], ["awq"], [4], 64)
-        scales.search_scales(
+        per_variant.search_scales(
             folder, wanted, known, store, batch_size=size, **how
         )
         return load_file(folder / "awq4" / "original.safetensors")

@@ -13,9 +13,9 @@ import pandas as pd
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.errors import DermError
-from derm_compress.method.pruning.plan import Plan, published_plan
 from derm_compress.method.importance.criteria import CRITERIA, Calibration
 from derm_compress.method.importance.rankings import PUBLISHED, Ranking, rankings
+from derm_compress.method.pruning.plan import Plan, published_plan
 from derm_compress.model import anatomy, oom, removal
 from derm_compress.progress import track
 

@@ -6,10 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
 from derm_compress.errors import DermError
 from derm_compress.model.removal import SUBLAYERS, Unit, left, span
-
-
 
 
 def _is_unit(unit, blocks: int) -> bool:

@@ -1,4 +1,4 @@
-"""Scales and clipping of every source and form: searched, and laid beside the activations they answer to."""
+"""Stage 07, variant by variant: scales searched, the channels that they answer to, errors by block."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
-from derm_compress.files import digest
+from derm_compress.files import Journal, digest
 from derm_compress.method import activations
 from derm_compress.method.assemble import materialize
-from derm_compress.method.iterate import Turn, each_model, joined
+from derm_compress.method.iterate import Source, Turn, each_model, joined, without_last
 from derm_compress.method.quantization import folding, search
 from derm_compress.method.quantization.forms import Form, check_groups
 from derm_compress.method.quantization.wanted import calibrations
@@ -43,11 +43,12 @@ def search_scales(
     scratch: Path | None = None,
     offload: bool | None = None,
 ) -> None:
-    """What wanted_forms() needs to be quantized: <form>/<source>.safetensors, and all rows as search.parquet.
+    """The scales of wanted_forms(): <form>/<source>.safetensors, and all rows as search.parquet.
 
-    A calibration pass of a source serves all forms, and another one those without pictures; answer_weight weighs the
-    answers' tokens. scratch: a folder in which a killed search goes on at its block. offload (None: on a GPU): fp16
-    models stay on the CPU, one block at a time goes to `device`. All questions about a picture are read together.
+    A calibration pass of a source serves all forms, and another one those without pictures;
+    answer_weight weighs the answers' tokens. scratch: a folder in which a killed search goes on at
+    its block. offload (None: on a GPU): fp16 models stay on the CPU, one block at a time goes to
+    `device`. All questions about a picture are read together.
     """
     offload = device != "cpu" if offload is None else offload
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
@@ -59,22 +60,22 @@ def search_scales(
         recipe = Recipe.from_json(row.recipe)
         turn = Turn(row.variant, recipe, *materialize(recipe, store, **home))
         check_groups(every, anatomy.inputs(turn.model))
-        for text_only, asked in needed[row.variant].items():
+        for text_only, forms in needed[row.variant].items():
             how = {"text_only": text_only, "answer_weight": answer_weight}
-            steps = {name: form.step for name, form in asked.items()}
+            steps = {name: form.step for name, form in forms.items()}
             key = [row.recipe, steps, how, batch_size, [item.id for item in items]]
             found = _searched(
                 turn,
                 partial(prompts.calibration_batches, turn.processor, items, images, **how),
-                asked,
+                forms,
                 batch_size=batch_size,
                 device=device if offload else None,
                 scratch=Path(scratch) / digest(key)[:16] if scratch else None,
             )
-            for form, (tensors, told) in found.items():
-                (folder / form).mkdir(exist_ok=True)
-                save_file(tensors, folder / form / f"{turn.variant}.safetensors")
-                frames.append(turn.original_blocks(_rows(told)).assign(form=form))
+            for name, (tensors, told) in found.items():
+                (folder / name).mkdir(exist_ok=True)
+                save_file(tensors, folder / name / f"{turn.variant}.safetensors")
+                frames.append(turn.original_blocks(_rows(told)).assign(form=name))
         devices.let_go(turn.model)
     columns = [*search.ROWS, "variant", "form"]
     joined(frames, columns).to_parquet(folder / "search.parquet", index=False)
@@ -86,12 +87,12 @@ def _needed(wanted: pd.DataFrame) -> dict[str, dict]:
     return {name: asked for name, asked in found.items() if asked}
 
 
-def _searched(turn: Turn, batches, asked: dict, *, batch_size: int, **where) -> dict:
-    """search.search_forms with fewer pictures at once where memory is exceeded; batches: made for a batch size."""
+def _searched(turn: Turn, batches, forms: dict[str, Form], *, batch_size: int, **where) -> dict:
+    """search_forms() with fewer pictures at once where memory is exceeded."""
 
     def by_picture(pictures: int):
         read = batches(batch_size=KINDS * pictures, device=turn.model.device)
-        return search.search_forms(turn.model, read, asked, **where)
+        return search.search_forms(turn.model, read, forms, **where)
 
     pictures = max(1, batch_size // KINDS)
     return oom.halved(by_picture, pictures, f"scales of {turn.variant}, by picture")
@@ -112,9 +113,10 @@ def scaled_channels(
     batch_size: int,
     device: str,
 ) -> pd.DataFrame:
-    """Every input channel of each group of linears: its peak |x|, and the scale that a form's search gave it.
+    """Every input channel of each group of linears: its peak |x|, and the scale of a form's search.
 
-    Columns: variant, block (index before pruning), group, channel, peak, scale. What has no scale is left out.
+    Columns: variant, block (index before pruning), group, channel, peak, scale. What has no scale
+    is left out.
     """
     files = {name: Path(scales) / form / f"{name}.safetensors" for name in sources.variant}
     scaled = sources[[files[name].exists() for name in sources.variant]]
@@ -131,3 +133,30 @@ def scaled_channels(
             frame = pd.DataFrame(told | {"channel": np.arange(len(peak))})
             frames.append(turn.original_blocks(frame))
     return joined(frames, ["block", "group", "peak", "scale", "channel", "variant"])
+
+
+def quantization_errors(
+    variants: pd.DataFrame,
+    store,
+    *,
+    items: Sequence[Item],
+    images: np.ndarray,
+    batch_size: int,
+    device: str,
+    journal: Journal | None = None,
+) -> pd.DataFrame:
+    """Relative error of each block's output against the model before it was quantized.
+
+    Columns: block (index before pruning), relative_error, variant.
+    """
+    journal = journal or Journal()
+    todo = variants[~variants.variant.isin(journal.done)]
+    whole = Source(store, devices.beside(device))
+    for turn in each_model(todo, store, device, "errors by block"):
+        source, _ = whole.take(without_last(turn.recipe))
+        work = partial(activations.block_errors, source, turn.model)
+        found = turn.calibrated(work, items, images, batch_size=batch_size, what="errors")
+        journal.add(turn.variant, turn.original_blocks(pd.DataFrame(found)).to_dict("records"))
+    whole.let_go()
+    frames = [pd.DataFrame(journal.done.get(name, [])) for name in variants.variant]
+    return joined(frames, ["block", "relative_error", "variant"])
