@@ -51,7 +51,7 @@ def test_the_data_set_has_all_that_a_session_needs(built):
         [sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True
     ).stdout
     for part in (
-        "data/dermnet.yaml", "data/diseases.yaml", "model/tiny_llava/model.safetensors", "report/templates/",
+        "data/sources/dermnet.yaml", "data/diseases.yaml", "model/tiny_llava/model.safetensors", "report/templates/",
         "evaluate/judges/judge_prompts/", "method/pruning/published_plan.json",
     ):  # fmt: skip
         assert f"derm_compress/{part}" in names
