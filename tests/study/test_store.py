@@ -14,9 +14,10 @@ import pytest
 from derm_compress import files
 from derm_compress.errors import DermError
 from derm_compress.files import Journal, atomic, read_frame, write_frame, write_json
+from derm_compress.model.recipe import Recipe
 from derm_compress.study.store import Store
 
-STAGE, KEY = "01_s", "5a" * 32
+STAGE, KEY, ONE, TWO = "01_s", "5a" * 32, "1" * 64, "2" * 64
 WORKER = f"""
 import sys, time
 from pathlib import Path
@@ -108,19 +109,48 @@ def test_damage_is_named_and_never_used(tmp_path, capsys, file, damage, word):
 
 
 def test_a_recipe_finds_finished_files_and_this_process_own(tmp_path):
-    store = Store(tmp_path)
+    store, ref = Store(tmp_path), f"{STAGE}/{KEY}/a.json"
     folder, _ = store.begin(STAGE, KEY)
     write_json(folder / "a.json", 1)
-    assert store.resolve(f"{STAGE}/{KEY}/a.json") == folder / "a.json"
-    code = f"import sys; from derm_compress.study.store import Store; Store(sys.argv[1]).resolve('{STAGE}/{KEY}/a.json')"
-    other = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
-    )
-    assert "DermError" in other.stderr
+    assert store.resolve(ref) == folder / "a.json"
+    code = "import sys; from derm_compress.study.store import Store"
+    code += "; Store(sys.argv[1]).resolve(sys.argv[2])"
+    asked = [sys.executable, "-c", code, str(tmp_path), ref]
+    assert "DermError" in subprocess.run(asked, capture_output=True, text=True).stderr
     store.commit(STAGE, KEY, {})
-    assert store.resolve(f"{STAGE}/{KEY}/a.json") == tmp_path / STAGE / KEY / "a.json"
-    with pytest.raises(DermError):
-        store.resolve(f"{STAGE}/{KEY}/../{KEY}/a.json")
+    assert store.resolve(ref) == tmp_path / STAGE / KEY / "a.json"
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "../runs/x",
+        f"../runs/{KEY}/x",
+        f"{STAGE}/../../runs/x",
+        f"{STAGE}/{KEY}.work/a.json",
+        f"{STAGE}/{KEY}/../{KEY}/a.json",
+        f"/{STAGE}/{KEY}/a.json",
+        f"01_S/{KEY}/a.json",
+        f"{STAGE}/{KEY[:-1]}/a.json",
+        STAGE,
+        "",
+    ],
+)
+def test_a_reference_that_names_no_artifact_is_refused_before_any_file_is_touched(tmp_path, ref):
+    store = finished_store(tmp_path / "store")
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "pointer.json").touch()
+    (tmp_path / "runs" / "x.old").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DermError, match="names no artifact|leads out of its artifact"):
+        store.resolve(ref)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_recipe_that_leads_out_of_the_store_is_refused_where_it_is_read(tmp_path):
+    recipe = Recipe("pico", "0", 8).then("adapter", ref="../runs/x", sha256="0", kept=[0])
+    with pytest.raises(DermError, match=r"\.\./runs/x"):
+        Recipe.from_json(recipe.to_json())
 
 
 def test_nothing_remains_of_a_write_that_fails(tmp_path):
@@ -229,3 +259,86 @@ def test_a_lock_can_be_refused_and_is_given_back_by_a_kill(tmp_path):
     assert files.hold(lock) and files.hold(lock) and files.held(lock)
     files.release(lock)
     assert not files.held(lock)
+
+
+class TestMounted:
+    """A second store, below the first, that is never written to."""
+
+    @pytest.fixture
+    def stores(self, tmp_path):
+        below = Store(tmp_path / "mounted")
+        work, _ = below.begin("01_a", ONE)
+        (work / "x.json").write_text("1")
+        below.commit("01_a", ONE, {})
+        work, _ = below.begin("02_b", TWO)
+        files.Journal(work / "journal" / "j.jsonl").add("one", 1)
+        files.release(below.lock("02_b", TWO))
+        return Store(tmp_path / "own", [tmp_path / "mounted"]), below
+
+    def test_what_is_finished_is_used_where_it_is(self, stores):
+        store, below = stores
+        folder, finished = store.begin("01_a", ONE)
+        assert (
+            finished
+            and folder == below.own("01_a", ONE)
+            and store.resolve(f"01_a/{ONE}/x.json").read_text() == "1"
+        )
+        assert not store.own("01_a", ONE).exists()
+
+    def test_what_is_begun_goes_on_in_a_copy(self, stores, capsys):
+        store, below = stores
+        before = {p: p.read_bytes() for p in below.root.rglob("*") if p.is_file()}
+        folder, finished = store.begin("02_b", TWO)
+        journal = files.Journal(folder / "journal" / "j.jsonl")
+        assert (
+            not finished
+            and journal.done == {"one": 1}
+            and "goes on from" in capsys.readouterr().out
+        )
+        journal.add("two", 2)
+        store.commit("02_b", TWO, {})
+        assert store.own("02_b", TWO).is_dir()
+        assert {p: p.read_bytes() for p in below.root.rglob("*") if p.is_file()} == before
+
+    def test_what_is_damaged_is_named_and_computed_anew(self, stores, capsys):
+        store, below = stores
+        (below.own("01_a", ONE) / "x.json").write_text("2")
+        folder, finished = store.begin("01_a", ONE)
+        assert (
+            not finished
+            and folder == store.work("01_a", ONE)
+            and "it is not used" in capsys.readouterr().out
+        )
+        (folder / "x.json").write_text("1")
+        store.commit("01_a", ONE, {})
+        assert (
+            store.complete("01_a", ONE) and (below.own("01_a", ONE) / "x.json").read_text() == "2"
+        )
+
+    def test_what_is_adopted_stands_alone(self, stores):
+        store, below = stores
+        for path in below.root.rglob("*"):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        for stage, key in (("01_a", ONE), ("02_b", TWO), ("03_c", "0" * 64)):
+            store.adopt(stage, key)
+        alone = Store(store.root)
+        assert alone.complete("01_a", ONE) and not alone.own("03_c", "0" * 64).exists()
+        folder, _ = alone.begin("02_b", TWO)
+        journal = files.Journal(folder / "journal" / "j.jsonl")
+        journal.add("two", 2)
+        assert journal.done == {"one": 1, "two": 2}
+        for path in below.root.rglob("*"):
+            path.chmod(0o755)
+
+    def test_of_several_the_furthest_is_gone_on_with(self, stores, tmp_path):
+        further = Store(tmp_path / "further", [tmp_path / "mounted"])
+        work, _ = further.begin("02_b", TWO)
+        files.Journal(work / "journal" / "j.jsonl").add("two", 2)
+        for roots in (["mounted", "further"], ["further", "mounted"]):
+            store = Store(tmp_path / f"own-{roots[0]}", [tmp_path / root for root in roots])
+            folder, _ = store.begin("02_b", TWO)
+            assert files.Journal(folder / "journal" / "j.jsonl").done == {"one": 1, "two": 2}
+
+    def test_it_cannot_be_forced_away(self, stores):
+        with pytest.raises(DermError, match="detach"):
+            stores[0].discard("01_a", ONE)
