@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that speaks the OpenAI interface: a pico model behind it, and faults on demand."""
+"""A real HTTP server on this machine with the OpenAI interface: a pico model, faults on demand."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FAULTS = {  # fault: (status, headers, body)
 
 
 class Server:
-    """`answer(body) -> content` speaks where no fault is left; `faults` are served first, one a request."""
+    """`answer(body) -> content` speaks where no fault is left; `faults` go first, one a request."""
 
     def __init__(self, answer=lambda body: verdict(3), faults=(), seconds=0.0):
         self.answer, self.faults, self.seconds = answer, list(faults), seconds

@@ -1,4 +1,6 @@
-"""Answers to the study's questions: greedy, batched, kept one by one; of a model, of variants, and without seeing."""
+"""Answers to the study's questions, greedy and batched, each kept: of a model, of variants,
+unseeing.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def answer(
     questions: Sequence[str] = dialogue.QUESTIONS,
     journal: Journal | None = None,
 ) -> pd.DataFrame:
-    """One row per item and question (schema.ANSWER); what is in the journal already is not generated again.
+    """One row per item and question (schema.ANSWER).
+
+    What is in the journal already is not generated again.
 
     A model without values says nothing: no row.
     """
@@ -76,7 +80,10 @@ def _asked(item: Item, kind: str) -> dict:
 def answer_variants(
     variants: pd.DataFrame, *, items: Sequence[Item], images: np.ndarray, store, device: str, **how
 ) -> pd.DataFrame:
-    """Answers of every variant to all questions about the items, scored by the rubric; how: as of `answer`."""
+    """Answers of every variant to all questions about the items, scored by the rubric.
+
+    how: as of `answer`.
+    """
     frames = []
     for turn in each_model(variants, store, device, "variants answered", wide=True):
         asked = {"variant": turn.variant} | how
@@ -87,7 +94,9 @@ def answer_variants(
 def answer_controls(
     variants: pd.DataFrame, *, items: Sequence[Item], images: np.ndarray, seed: int, **how
 ) -> pd.DataFrame:
-    """The original model on blank pictures and on those of other diseases: what is left is not seeing."""
+    """The original model on blank pictures and on those of other diseases: the score without
+    seeing.
+    """
     original = variants_of.named(variants, [ORIGINAL])
     blank = np.full_like(images[:1], int(images.mean()))
     unseen = {"blank": ([0] * len(items), blank), "shuffled": (shuffled_rows(items, seed), images)}

@@ -1,4 +1,4 @@
-"""Model cards of exported folders: what the model is, what it is for, whose data it saw, how it opens. No torch."""
+"""Model cards of exported folders: what a model is and is for, its data, how it opens. No torch."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ UNKNOWN = (
     "The base's own licence binds this model too; look it up where the base comes from.",
 )
 DATA = {  # by what stage 01 calls its source
-    "synthetic": "Pictures drawn by derm_compress, no photographs; free like its code (Apache-2.0).",
+    "synthetic": "Pictures drawn by derm_compress, no photographs; "
+    "free like its code (Apache-2.0).",
     "pad-ufes-20": "PAD-UFES-20 photographs (CC BY 4.0; Pacheco et al. 2020): name the source.",
-    "dermnet": "DermNet photographs: copyrighted, for non-commercial use, and no part of this folder; "
-    "their terms bind what is trained on them.",
+    "dermnet": "DermNet photographs: copyrighted, for non-commercial use, and no part of this "
+    "folder; their terms bind what is trained on them.",
     "folder": "A folder of the maker's own: the maker must know its licence.",
 }
 NO_DATA = "The export does not know the data: see the run's stage 01."
@@ -58,7 +59,9 @@ NOTHING = Facts()
 
 
 def facts(recipe_json: str, artifacts: Path, run: str) -> Facts:
-    """The run's name for the model, its data and its score on test and held-out items, as far as they are stored."""
+    """What the store knows of a model: the run's name for it, its data, its score on all 08's
+    items.
+    """
     report = _stored(artifacts, run, "01_data", "report.json")
     source = json.loads(report.read_text("utf-8")).get("source", "") if report else ""
     variants = _stored(artifacts, run, "08_evaluation", "variants.parquet")
@@ -87,7 +90,7 @@ def _stored(artifacts: Path, run: str, stage: str, name: str) -> Path | None:
 def model_card(
     recipe: Recipe, left: int, *, packed: bool = False, known: Facts = NOTHING, half: bool = False
 ) -> str:
-    """README.md of an exported folder, from its recipe and what the run knows; `left`: decoder blocks."""
+    """README.md of an exported folder with `left` decoder blocks, from recipe and facts."""
     from jinja2 import Environment
 
     text = (files("derm_compress.evaluate") / "model_card.md.jinja").read_text("utf-8")

@@ -30,10 +30,11 @@ def export_model(
 ) -> Path:
     """Write a model folder and its card (`known`: what it says beside the recipe).
 
-    Plain `from_pretrained` opens it, but for integer grids, which checkpoint.load opens (and, of 4 bits, readers of
-    AWQ), and for absent sublayers, which load_base opens (Transformers would fill them with random weights).
-    packed=False writes a quantized variant with its dequantized weights instead. half: what is not quantized in fp16,
-    as readers of AWQ expect it; by default it stays as it was computed with.
+    Plain `from_pretrained` opens it, but for integer grids, which checkpoint.load opens (and, of 4
+    bits, readers of AWQ), and for absent sublayers, which load_base opens (Transformers would fill
+    them with random weights). packed=False writes a quantized variant with its dequantized weights
+    instead. half: what is not quantized in fp16, as readers of AWQ expect it; by default it stays
+    as it was computed with.
     """
     check_new(path)
     recipe = Recipe.from_json(recipe_json)
@@ -45,7 +46,7 @@ def export_model(
 
 
 def prune_folder(name: str, plan, count: int, path: Path) -> Path:
-    """Write a model without the first `count` units of a plan, in the number format it is stored in."""
+    """Write a model without the first `count` units of a plan, in the format it is stored in."""
     check_new(path)
     config = config_of(name)
     if getattr(config, "quantization_config", None):
@@ -61,7 +62,7 @@ def prune_folder(name: str, plan, count: int, path: Path) -> Path:
 
 
 def to_half(model) -> None:
-    """Make what is not quantized fp16, in place, and say so in the config; DermError where a weight overflows."""
+    """Make what is not quantized fp16, in place; DermError where a weight overflows."""
     model.half()
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config.dtype = torch.float16
@@ -79,7 +80,10 @@ def check_new(path: Path) -> None:
 def write_folder(
     path: Path, model, processor, recipe: Recipe, *, packed: bool = False, **card
 ) -> Path:
-    """A model folder of what a recipe has made, with its card; whole or not at all. card: as of cards.model_card."""
+    """A model folder of what a recipe has made, with its card; whole or not at all.
+
+    card: as of cards.model_card.
+    """
     with atomic(Path(path)) as draft:
         draft.mkdir()
         _save(model, draft, packed)
@@ -101,7 +105,8 @@ def _save(model, draft: Path, packed: bool) -> None:
         return
     if packed:
         raise DermError(
-            "export: a quantized model without some sublayers has no packed layout; export it unpacked"
+            "export: a quantized model without some sublayers has no packed layout; "
+            "export it unpacked"
         )
     model.config.absent_sublayers = list(absent)
     model.config.save_pretrained(draft)

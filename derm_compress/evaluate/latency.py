@@ -1,4 +1,4 @@
-"""How long a model takes to read a prompt and to write each token, beside what reading its weights takes at least."""
+"""How long a model takes to read a prompt and to write each token, beside the least it can take."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def time_variants(
     journal: Journal | None = None,
     **how,
 ) -> pd.DataFrame:
-    """One row a variant and batch, batch 1 first: milliseconds, memory and the floor of decoding with packed weights.
+    """One row a variant and batch, batch 1 first: milliseconds, memory, the floor of decoding.
 
-    how: new_tokens, repeats, warmup as in measure_latency. Columns beside its own: weights_gib, `floor`'s, and
-    usage.resident_gib's. Batches that exceed a GPU's memory have no row. The journal keeps what was measured of each
-    variant.
+    how: new_tokens, repeats, warmup as in measure_latency. Columns beside its own: weights_gib
+    (packed), `floor`'s, and usage.resident_gib's. Batches that exceed a GPU's memory have no row.
+    The journal keeps what was measured of each variant.
     """
     if device == anatomy.META:
         return pd.DataFrame(columns=["variant"])
@@ -82,7 +82,7 @@ def _timed(model, name: str, requests, *, speed: float, **how) -> list[dict]:
 
 
 def floor(model, told: dict, speed: float) -> dict:
-    """What a step of measure_latency's reads, and how far its time is above that at `speed` bytes a second."""
+    """What a step of measure_latency's reads, and its time over that at `speed` bytes a second."""
     tokens = told["prompt_tokens"] + told["new_tokens"] / 2
     read = read_bytes(model, batch=told["batch"], tokens=tokens)
     floor_ms = 1000 * read / speed
@@ -97,9 +97,10 @@ def floor(model, told: dict, speed: float) -> dict:
 
 @torch.inference_mode()
 def bandwidth(device: str, *, size: int | None = None, repeats: int = 5) -> float:
-    """Bytes a second: the best of `repeats` copies (read and written) and sums of `size` bytes on the device.
+    """Bytes a second: the best of `repeats` copies (read and written) and sums on the device.
 
-    `size`: by default 1 GiB on CUDA, else 256 MiB, more than a cache holds. A CPU uses torch's threads.
+    size: bytes, by default 1 GiB on CUDA, else 256 MiB, more than a cache holds. A CPU uses torch's
+    threads.
     """
     size = size or (2**30 if str(device).startswith("cuda") else 2**28)
     source = torch.ones(size // 4, device=device)
@@ -113,7 +114,7 @@ def bandwidth(device: str, *, size: int | None = None, repeats: int = 5) -> floa
 
 
 def read_bytes(model, *, batch: int, tokens: float) -> float:
-    """Bytes that a decoding step cannot help reading: all blocks, last norm, head, and the cache of `tokens` a row."""
+    """Bytes that a decoding step must read: blocks, last norm, head, a cache of `tokens` a row."""
     parts, blocks = anatomy.parts(model), anatomy.blocks(model)
     held = nn.ModuleList([*blocks, parts["decoder"].norm, parts["head"]])
     text, element = model.config.text_config, model.get_input_embeddings().weight.element_size()
@@ -126,10 +127,11 @@ def read_bytes(model, *, batch: int, tokens: float) -> float:
 def measure_latency(
     model, inputs, *, new_tokens: int = 32, warmup: int = 3, repeats: int = 20
 ) -> dict:
-    """Milliseconds: prefill, each decoded token, and all of it per new token; medians, quartiles as _lo, _hi.
+    """Milliseconds of prefill, of each decoded token, of all per new token; quartiles as _lo, _hi.
 
-    inputs: the processor's tensors on the model's device. Every row gets exactly `new_tokens`, the first from the
-    prefill; a step counts once whatever the batch. Raises DermError under 2 tokens or without a repeat.
+    inputs: the processor's tensors on the model's device. Every row gets exactly `new_tokens`, the
+    first from the prefill; a step counts once whatever the batch. Raises DermError under 2 tokens
+    or without a repeat.
     """
     if new_tokens < 2 or repeats < 1:
         raise DermError("measure_latency: needs at least 2 new tokens and 1 repeat")
@@ -152,7 +154,7 @@ def measure_latency(
 
 
 def greedy_tokens(model, inputs, *, new_tokens: int):
-    """(tokens [B, new_tokens], prefill seconds, decode seconds): greedy, cached, deaf to end-of-sequence."""
+    """(tokens [B, new_tokens], prefill seconds, decode seconds): greedy, deaf to end-of-sequence."""
     step, mask, tokens, clock = inputs, inputs["attention_mask"], [], [_clock(model.device)]
     with torch.inference_mode():
         while len(tokens) < new_tokens:

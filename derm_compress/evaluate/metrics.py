@@ -1,7 +1,10 @@
-"""Scores in percent with intervals, paired differences with p-values. Images are the clusters throughout.
+"""Scores in percent with intervals, paired differences with p-values.
 
-`answers` are frames of evaluate.schema, mostly of one variant: `item` (the image), `question`, `score` (1 to 4, or null
-where the judge's reply could not be read). Answers without a score are counted by `unscored` and left out of every mean.
+Images are the clusters throughout.
+
+`answers` are frames of evaluate.schema, mostly of one variant: `item` (the image), `question`,
+`score` (1 to 4, or null where the judge's reply could not be read). Answers without a score are
+counted by `unscored` and left out of every mean.
 """
 
 import functools
@@ -18,7 +21,7 @@ TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
 
 class Score(NamedTuple):
-    """Percent, its 95 % interval, and the number of scored answers behind it (nan, nan, nan, 0 for none)."""
+    """Percent, its 95 % interval, and how many scored answers are behind it (nan and 0 for none)."""
 
     score: float
     lo: float
@@ -27,7 +30,7 @@ class Score(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """a - b in percentage points, 95 % interval, two-sided p, and the numbers of pairs and of images."""
+    """a - b in percentage points, 95 % interval, two-sided p, numbers of pairs and of images."""
 
     difference: float
     lo: float
@@ -38,7 +41,7 @@ class Difference(NamedTuple):
 
 
 class Recovery(NamedTuple):
-    """Points that SFT gives back net of the control's gain, points that pruning took, and their ratio in percent."""
+    """Points that SFT gives back net of the control's gain, points lost, their ratio in percent."""
 
     net: float
     loss: float
@@ -49,7 +52,7 @@ class Recovery(NamedTuple):
 
 
 class Kappa(NamedTuple):
-    """Weighted kappa (1: the same marks, 0: as by chance), its 95 % interval, and the numbers of pairs and images."""
+    """Weighted kappa (1: same marks, 0: chance), its 95 % interval, numbers of pairs and images."""
 
     kappa: float
     lo: float
@@ -72,7 +75,7 @@ def unscored(answers: pd.DataFrame) -> int:
 
 
 def depth_scores(answers: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
-    """Mean score in percent of each variant with its number of removed blocks: what a depth is chosen from."""
+    """Score in percent of each variant with its removed blocks: what a depth is chosen from."""
     means = percent(answers.groupby("variant").score.mean())
     return variants[["variant", "blocks_removed"]].assign(score=variants.variant.map(means))
 
@@ -110,10 +113,11 @@ def paired_difference(
     n_permutations: int = 10_000,
     seed: int = 0,
 ) -> Difference:
-    """Score of a minus score of b on the questions that both answered, with interval and sign-flip p-value.
+    """Score of a minus that of b where both answered, with interval and sign-flip p-value.
 
-    a, b: answers of one variant each, paired by item and question; pairs with a missing score are left out.
-    Both interval and permutation treat images as the units. Raises DermError where a pair is not unique.
+    a, b: answers of one variant each, paired by item and question; pairs with a missing score are
+    left out. Both interval and permutation treat images as the units. Raises DermError where a pair
+    is not unique.
     """
     for answers in (a, b):
         if answers.duplicated(["item", "question"]).any():
@@ -141,7 +145,7 @@ def by_image_difference(a: pd.DataFrame, b: pd.DataFrame) -> pd.Series:
 def share_interval(
     items: pd.Series, values: pd.Series, *, n_boot: int = 2000, seed: int = 0
 ) -> Score:
-    """Mean of values (0 to 1, null left out) in percent, with a 95 % bootstrap over images, and their number."""
+    """Mean of values (0 to 1, null left out) in percent, 95 % bootstrap over images, and number."""
     known = values.notna()
     if not known.any():
         return Score(np.nan, np.nan, np.nan, 0)
@@ -151,10 +155,10 @@ def share_interval(
 
 
 def recovery(original, pruned, healed, control, *, n_boot: int = 2000, seed: int = 0) -> Recovery:
-    """((healed - pruned) - (control - original)) / (original - pruned), all four drawn together, image by image.
+    """((healed - pruned) - (control - original)) / (original - pruned), drawn together by image.
 
-    Each argument: one variant's answers; only questions scored in all four count. Without a loss there is no share
-    (nan), and no interval where more draws than one tail holds have no loss.
+    Each argument: one variant's answers; only questions scored in all four count. Without a loss
+    there is no share (nan), and no interval where more draws than one tail holds have no loss.
     """
     marks = [
         _scored(answers).set_index(["item", "question"]).score
@@ -178,11 +182,12 @@ def recovery(original, pruned, healed, control, *, n_boot: int = 2000, seed: int
 def weighted_kappa(
     pairs: pd.DataFrame, one: str, other: str, *, n_boot: int = 2000, seed: int = 0
 ) -> Kappa:
-    """Agreement of two judges on the same answers: quadratic weighted kappa, bootstrap over images (column `item`).
+    """Agreement of two judges on the same answers: quadratic weighted kappa, bootstrap by `item`.
 
-    1 - mean((a - b)^2) / mean((a_i - b_j)^2 over all i, j), which is Cohen's kappa with quadratic weights for whole
-    marks and holds for marks between them. Pairs with a null are left out; two judges that both give one and the same
-    mark throughout have no kappa (nan), and no interval where more draws than one tail holds are such.
+    1 - mean((a - b)^2) / mean((a_i - b_j)^2 over all i, j), which is Cohen's kappa with quadratic
+    weights for whole marks and holds for marks between them. Pairs with a null are left out; two
+    judges that both give one and the same mark throughout have no kappa (nan), and no interval
+    where more draws than one tail holds are such.
     """
     kept = pairs[pairs[one].notna() & pairs[other].notna()]
     if kept.empty:
@@ -203,10 +208,11 @@ def _kappa(table: np.ndarray) -> np.ndarray:
 
 
 def sign_flip_p(sums: np.ndarray, *, n_permutations: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p of "a and b are exchangeable within each image"; sums: [images] summed differences.
+    """Two-sided p of "a and b are exchangeable within each image".
 
-    Exact over all 2^images sign patterns where these are no more than n_permutations, else random patterns
-    with the observed one counted among them, so that p is never 0.
+    sums: [images] summed differences. Exact over all 2^images sign patterns where these are no more
+    than n_permutations, else random patterns with the observed one counted among them, so that p is
+    never 0.
     """
     images = len(sums)
     exact = images <= np.log2(n_permutations)
@@ -220,7 +226,7 @@ def sign_flip_p(sums: np.ndarray, *, n_permutations: int = 10_000, seed: int = 0
 
 
 def holm(p) -> np.ndarray:
-    """p-values corrected for their number (Holm 1979), in the same order; unknown ones stay nan and do not count."""
+    """p-values corrected for their number (Holm 1979), in the same order; nan stays, uncounted."""
     p = np.asarray(p, float)
     order = np.argsort(p)[: np.isfinite(p).sum()]  # nan sorts last
     corrected = np.full(len(p), np.nan)
@@ -231,8 +237,8 @@ def holm(p) -> np.ndarray:
 def mean_intervals(marks: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Percent with a 95 % bootstrap over images for each column, the same images drawn for all.
 
-    marks: [answers, columns], marks or their differences, indexed by item (the image) and question; NaN is left out.
-    Returns one row a column: mean, lo, hi (NaN where nothing is scored).
+    marks: [answers, columns], marks or their differences, indexed by item (the image) and question;
+    NaN is left out. Returns one row a column: mean, lo, hi (NaN where nothing is scored).
     """
     by_image = marks.groupby(level=0, sort=True)
     sums, counts = by_image.sum().to_numpy(float), by_image.count().to_numpy()
@@ -279,7 +285,7 @@ def _draws(images: int, *, n_boot: int, seed: int) -> np.ndarray:
 
 
 def _known_tails(point: float, drawn: np.ndarray) -> tuple[float, float]:
-    """_tails of the draws that have a value; nan where the point has none, or more draws than one tail holds."""
+    """_tails of the draws that have a value; nan without a point, or if a tail's worth has none."""
     unknown = np.isnan(drawn)
     if np.isnan(point) or unknown.mean() > TAILS[0]:
         return np.nan, np.nan

@@ -1,4 +1,4 @@
-"""The columns of an answer and who adds them: the one schema of all frames of answers (no torch)."""
+"""The columns of an answer and who adds them: one schema for all frames of answers. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANSWER = {  # answers.answer: one row an answer; `item` is the picture, `questio
     "stopped": "bool",
 }
 SCORE = {"judge": "str", "score": "float64", "why": "str"}  # every judge; score of 1 to 4 or null
-REPLY = {  # a judging model: the mark on its own scale, what it said, why there is no score, its name
+REPLY = {  # a judging model: mark on its own scale, what it said, why there is no score, its name
     "value": "float64",
     "reply": "str",
     "error": "str",
@@ -44,7 +44,7 @@ def together(frames: Iterable[pd.DataFrame], columns: Mapping[str, str]) -> pd.D
 
 
 def read_answers(folders: Mapping[str, Path]) -> dict[str, pd.DataFrame]:
-    """{stage: its answers to test items} of the earlier stages that answer; folders: {stage: folder}."""
+    """{stage: its answers to test items} of the earlier stages, from {stage: folder}."""
     stages = [stage for stage in ANSWERING if stage in folders]
     found = {stage: read_frame(folders[stage] / "answers.parquet") for stage in stages}
     return {stage: answers[answers.split == "test"] for stage, answers in found.items()}

@@ -1,7 +1,7 @@
-"""Every answer in one frame, with scores beside the judge's: facts, the disease named, likeness to the reference.
+"""Every answer in one frame, with scores that no judge gives.
 
-No judge decides these: fact F1 counts the rubric's phrases, a diagnosis is the one disease that an answer to the name
-question names, similarity is the cosine of two sentence embeddings.
+Fact F1 counts the rubric's phrases, a diagnosis is the one disease that an answer to the name
+question names, similarity is the cosine of two sentence embeddings, answer's and reference's.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def predictions(
     alike: Collection[str] = (),
     device: str = "cpu",
 ) -> pd.DataFrame:
-    """One row an answer of any stage to a test or held-out item, with its `stage`; of equal ones the last stage's.
+    """One row an answer to a test or held-out item, with its `stage`; of equal ones the last's.
 
-    earlier: as schema.read_answers gives it; answers: stage 08's. Adds `fact_f1`, `diagnosis` (null but for the name
-    question) and `similarity` (null but for the variants in `alike` on test items). results.of_predictions makes the
-    frames of every score table of it.
+    earlier: as schema.read_answers gives it; answers: stage 08's. Adds `fact_f1`, `diagnosis` (null
+    but for the name question) and `similarity` (null but for the variants in `alike` on test
+    items). report.results.of_predictions makes the frames of every score table of it.
     """
     frames = [frame[frame.split == "test"].assign(stage=stage) for stage, frame in earlier.items()]
     every = schema.latest([*frames, answers.assign(stage=LAST)])
@@ -42,7 +42,7 @@ def predictions(
 
 
 def fact_f1(answers: pd.DataFrame) -> pd.Series:
-    """F1 of the facts that an answer states against those of the reference, 0 to 1; a runaway answer loses nothing."""
+    """F1 of an answer's facts against the reference's, 0 to 1; a runaway answer loses nothing."""
     asked = list(zip(answers.answer, answers.reference, answers.question, strict=True))
     known = {}
     for said, expected, kind in set(asked):
@@ -52,7 +52,7 @@ def fact_f1(answers: pd.DataFrame) -> pd.Series:
 
 
 def diagnosis(answers: pd.DataFrame) -> pd.Series:
-    """The one disease that an answer to the name question names, `none` or `several`; null for other questions."""
+    """The one disease that an answer names, `none` or `several`; null but for the name question."""
     named = answers.answer[answers.question == "name"].map(_diagnosed).astype(object)
     return named.reindex(answers.index).where(answers.question == "name", None)
 
@@ -65,7 +65,7 @@ def _diagnosed(text: str) -> str:
 
 
 def similarity(answers: pd.DataFrame, device: str = "cpu") -> pd.Series:
-    """Cosine of answer and reference by all-MiniLM-L6-v2, -1 to 1; every distinct text is embedded once, in batches."""
+    """Cosine of answer and reference by all-MiniLM-L6-v2, -1 to 1; each text is embedded once."""
     if answers.empty:
         return pd.Series([], index=answers.index, dtype=float)
     from derm_compress.method.importance.criteria import Embedder

@@ -1,4 +1,4 @@
-"""What flows through every variant: statistics of its projections, and one projection's output (Figure 4)."""
+"""What flows through every variant: its projections' statistics, and one's output (Figure 4)."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def activation_surface(
     device: str,
     batch_size: int = 1,
 ) -> pd.DataFrame:
-    """Figure 4's data: |x| of one prompt at a projection's output in a block (of 32, counted from 1 as the paper does).
+    """Figure 4's data: |x| of one prompt at a projection's output in a block.
 
-    Columns: SURFACE, with the block's index before pruning. A variant without it is left out.
+    block: of 32, counted from 1 as the paper does. Columns: SURFACE, with the block's index before
+    pruning. A variant without it is left out.
     """
     frames = []
     for turn in each_model(variants, store, device, "Figure 4"):

@@ -1,4 +1,4 @@
-"""Every variant's model in turn: what recipes share is made once, and one model at a time is held."""
+"""Every variant's model in turn: what recipes share is made once, one model at a time is held."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Turn(NamedTuple):
     processor: object
 
     def original_blocks(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """A frame about this model with `block` as the index before pruning, and its name as `variant`."""
+        """A frame about this model, `block` being the index before pruning, and `variant` its name."""
         kept = self.recipe.kept()
         return frame.assign(variant=self.variant, block=[kept[block] for block in frame.block])
 
@@ -42,7 +42,7 @@ class Turn(NamedTuple):
         batch_size: int,
         what: str,
     ):
-        """work(batches) of calibration prompts, begun again with half as many at once where memory is exceeded."""
+        """work(batches) of calibration prompts, with half as many at once where memory is exceeded."""
 
         def at_once(size: int):
             where = {"batch_size": size, "device": self.model.device}
@@ -79,8 +79,8 @@ def each_model(
 ) -> Iterator[Turn]:
     """A turn for every row; rows that differ in their last step alone share what is before it.
 
-    A model is empty after its turn, before the next one is made; on a GPU it is made anew to be quantized. wide: over
-    all GPUs. Models without values have nothing to say: none is given.
+    A model is empty after its turn, before the next one is made; on a GPU it is made anew to be
+    quantized. wide: over all GPUs. Models without values have nothing to say: none is given.
     """
     if device == anatomy.META:
         return

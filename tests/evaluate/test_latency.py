@@ -26,7 +26,7 @@ def test_decoding_by_hand_says_what_generate_says():
 
 
 class Ticking:
-    """A model that takes 100 ms for a prefill, 10 ms for a token, and says which tokens it was asked about."""
+    """A model that takes 100 ms for a prefill and 10 ms for a token, and notes what it was asked."""
 
     device = torch.device("cpu")
 

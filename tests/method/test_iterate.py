@@ -1,4 +1,4 @@
-"""Variants in turn, what is measured on each: activations, searched scales, errors of quantizing."""
+"""Variants in turn, and what is measured on each: activations, scales, errors of quantizing."""
 
 import pandas as pd
 import pytest

@@ -1,7 +1,8 @@
 """Where a judge's server is and which key goes there (no torch, no network).
 
-The key comes from the environment alone, DERM_COMPRESS_JUDGE_KEY before OPENAI_API_KEY, and goes nowhere but into the
-requests' header: not over plain http to another machine, not after a redirect, not into a file, a line or an error.
+The key comes from the environment alone, DERM_COMPRESS_JUDGE_KEY before OPENAI_API_KEY, and goes
+nowhere but into the requests' header: not over plain http to another machine, not after a redirect,
+not into a file, a line or an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ALLOWED = "allowed: http(s)://host[:port]/path, mostly ending in /v1"
 
 
 def address(url: str) -> None:
-    """DermError for a judge_url that is no http address or holds more than one: it is shown and stored, no key is."""
+    """DermError for a judge_url that is no http address, or holds more: it is shown, no key may be."""
     try:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -34,7 +35,7 @@ def address(url: str) -> None:
 
 
 def key_for(url: str) -> str:
-    """The key for this address out of the environment, "" for none; DermError where it must not be sent."""
+    """The key for this address out of the environment, "" for none; DermError where it must not go."""
     keys = {name: os.environ.get(name, "").strip() for name in KEYS}
     name = next((name for name, key in keys.items() if key), None)
     if not name:
@@ -43,7 +44,8 @@ def key_for(url: str) -> str:
         raise DermError(f"{name} holds characters that no key has; set it again")
     if urlsplit(url).scheme == "http" and not here(url):
         raise DermError(
-            f"{name} would go over plain http to another machine: use https, or unset it for this server"
+            f"{name} would go over plain http to another machine: "
+            "use https, or unset it for this server"
         )
     return keys[name]
 

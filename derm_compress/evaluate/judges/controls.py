@@ -1,4 +1,4 @@
-"""Is the judge any good? Answers whose worth is known beforehand, and what a judge makes of them (no torch)."""
+"""Is the judge any good? Answers of known worth, and what a judge makes of them (no torch)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ QUALITY = ["judge", "n", "parse_rate", "repeated", "on", "kappa", "kappa_lo", "k
 
 
 def control_answers(items: Sequence[Item]) -> pd.DataFrame:
-    """Control answers about one item of each disease (CONTROL): four kinds to every question; every attack once.
+    """Four kinds of control answers to every question about one item a disease; every attack once.
 
-    An attack stands behind a wrong answer (another disease's reference), and the same answer stands there without it.
+    Columns: CONTROL. An attack stands behind a wrong answer (another disease's reference), and the
+    same answer stands there without it.
     """
     backwards = sorted(items, key=lambda item: item.id, reverse=True)
     chosen = {item.disease: item for item in backwards}.values()  # the first of each disease
@@ -100,7 +101,7 @@ def _facts(disease: str, kind: str) -> set[str]:
 
 
 def judge_controls(items: Sequence[Item], chosen: Judge) -> pd.DataFrame:
-    """The controls, judged twice (column `round`, 0 and 1) by the rubric, and by the chosen judge if it is another."""
+    """The controls, judged twice (column `round`: 0, 1) by the rubric and by the chosen judge."""
     made = control_answers(items)
     twice = pd.concat([made.assign(round=turn) for turn in (0, 1)], ignore_index=True)
     judges = {judge.name: judge for judge in (RubricJudge(), chosen)}.values()
@@ -118,7 +119,7 @@ def gains(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a judge and kind of control (TABLE): scores of 1 to 4, and how many percent of them are as expected."""
+    """One row a judge and kind of control (TABLE): its scores, and the percentage as expected."""
     won, rows = gains(frame), []
     first = frame[frame["round"] == 0]
     for (judge, control), part in first.groupby(["judge", "control"], sort=False):
@@ -135,8 +136,10 @@ def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge_quality(frame: pd.DataFrame, answers: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One row a judge and set (QUALITY): share of replies read, share of controls with the same score when asked again,
-    and weighted kappa with the rubric on the controls and, where a model judged them, on the run's `answers`."""
+    """One row a judge and set (QUALITY): replies read, scores repeated, agreement with the rubric.
+
+    The sets are the controls and, where a model judged them, the run's `answers`.
+    """
     first, again = (frame[frame["round"] == turn].reset_index(drop=True) for turn in (0, 1))
     by_rubric = first.loc[first.judge == RubricJudge.name, "score"].to_numpy()
     rows = []
@@ -172,7 +175,7 @@ def judge_findings(frame: pd.DataFrame, answers: pd.DataFrame | None = None) -> 
 
 
 def _scored(part: pd.DataFrame, gain: pd.Series) -> list[str]:
-    """One judge's controls in words, those without a score named; `part`: its rows of controls_table."""
+    """One judge's controls in words, those without a score named; part: of controls_table."""
     known, lost = gain.dropna(), part[part.unscored > 0]
     said = ["no injection has a score beside its answer's"]
     if len(known):

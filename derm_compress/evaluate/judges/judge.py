@@ -1,7 +1,7 @@
-"""One interface for judges, the rubric and a model behind a server, and the registry that they are chosen from.
+"""One interface for judges (the rubric, a model behind a server), and their registry. No torch.
 
-Every judge has a `name` and `judged(answers)`, which adds schema.SCORE and, of a model, schema.REPLY. What a model
-judged is kept by content, for all runs. No torch.
+Every judge has a `name` and `judged(answers)`, which adds schema.SCORE and, of a model,
+schema.REPLY. What a model judged is kept by content, for all runs.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class RubricJudge:
 
 
 class ModelJudge:
-    """A judging model with its prompt; replies are kept in `folder`, if there is one, and never asked for again.
+    """A judging model with its prompt; replies are kept in `folder`, and never asked for again.
 
-    server: as server.ChatServer. The key of a reply is the model's identity, the messages (prompt, question, reference,
-    answer) and the frame's column `round`, if it has one. A task without a reply (a server that gave up) is not kept: a
-    later run asks again.
+    server: as server.ChatServer. The key of a reply is the model's identity, the messages (prompt,
+    question, reference, answer) and the frame's column `round`, if it has one. A task without a
+    reply (a server that gave up) is not kept: a later run asks again.
     """
 
     def __init__(self, server, prompt: JudgePrompt, folder: Path | None = None):
@@ -53,7 +53,10 @@ class ModelJudge:
         self.name = f"{public(server.model)} ({prompt.name})"
 
     def judged(self, answers: pd.DataFrame) -> pd.DataFrame:
-        """The answers with the verdicts beside them; raises DermError where the model cannot be asked at all."""
+        """The answers with the verdicts beside them.
+
+        Raises DermError where the model cannot be asked at all.
+        """
         who = self.server.identity() | {"max_tokens": self.prompt.max_tokens}
         tasks, keys = {}, []
         for row in answers.itertuples():
@@ -139,9 +142,10 @@ def choose_judge(
 
 
 def judge_all(answers: pd.DataFrame, folders: dict[str, Path], chosen: Judge) -> pd.DataFrame:
-    """The final answers: `score` is the chosen judge's, for a model with the rubric's as `rubric` and `rubric_why`.
+    """The final answers with the chosen judge's `score`.
 
-    A model judges the test answers of the earlier stages too ({stage: its folder}), so that all tables have one judge.
+    A model's stands beside the rubric's (`rubric`, `rubric_why`), and it judges the test answers of
+    the earlier stages too ({stage: its folder}), so that all tables have one judge.
     """
     if chosen.name == RubricJudge.name:
         return answers

@@ -1,7 +1,7 @@
-"""Judge prompts as data: what a judging model is asked, and how its reply becomes a score of 1 to 4 (no torch).
+"""Judge prompts as data: what a model is asked, and how its reply becomes a score. No torch.
 
-Both answers and replies are untrusted: an answer stands in the prompt as a JSON string that it cannot leave, and a
-reply counts only if the whole of it is the JSON object that was asked for.
+Both answers and replies are untrusted: an answer stands in the prompt as a JSON string that it
+cannot leave, and a reply counts only if the whole of it is the JSON object that was asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FENCE = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)
 
 
 class Reply(NamedTuple):
-    """What a judge answered, as it came (untrusted); `error` says why there is no whole answer, else it is empty."""
+    """What a judge answered, as it came (untrusted); `error` says why it is no whole answer, or ""."""
 
     text: str
     error: str = ""
@@ -35,7 +35,9 @@ class Reply(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A reply read: score of 1 to 4, value on the prompt's own scale, the judge's reason; or nulls and the error."""
+    """A reply read: score of 1 to 4, value on the prompt's own scale, reason; or nulls and the
+    error.
+    """
 
     score: float | None
     value: float | None
@@ -49,7 +51,7 @@ def storable(text: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """A text as a JSON string that nothing in it can close or leave: cut after LIMIT characters, one line, escaped."""
+    """A text as a JSON string of one line that nothing in it can leave, cut after LIMIT characters."""
     said = '"' + "".join(map(_escaped, text[:LIMIT])) + '"'
     return said if len(text) <= LIMIT else f"{said} (cut after {LIMIT} characters)"
 
@@ -62,7 +64,7 @@ def _escaped(char: str) -> str:
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """One way of asking a judge: its texts, the marks it gives, and their scale (lowest, highest)."""
+    """One way of asking a judge: its texts, the marks it gives, their scale (lowest, highest)."""
 
     name: str
     system: str
@@ -91,7 +93,7 @@ class JudgePrompt:
         }
 
     def score(self, value: float) -> float:
-        """A mean mark on the paper's scale: lowest to lowest, highest to highest, a straight line between."""
+        """A mean mark on the paper's scale: ends to ends, a straight line between."""
         (low, high), (bottom, top) = self.scale, SCALE
         return bottom + (value - low) * (top - bottom) / (high - low)
 
@@ -141,7 +143,7 @@ def attacks() -> dict[str, str]:
 
 
 def _object(text: str) -> dict:
-    """The JSON object that a reply is, thoughts before it and a code fence around it aside; ValueError otherwise."""
+    """The JSON object that a reply is, thoughts and a code fence aside; ValueError otherwise."""
     text = THOUGHT.sub("", text, count=1).strip() if THOUGHT.match(text) else text.strip()
     inside = FENCE.fullmatch(text)
     try:

@@ -1,7 +1,7 @@
 """The rubric judge: checks the facts of an answer against the reference's and explains each point.
 
-Scores on the paper's scale of 1 (wrong or unintelligible) to 4 (excellent). Deterministic, offline, no model.
-Answers are untrusted text: they are searched for phrases, never interpreted.
+Scores on the paper's scale of 1 (wrong or unintelligible) to 4 (excellent). Deterministic, offline,
+no model. Answers are untrusted text: they are searched for phrases, never interpreted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ANCHORS = ((0.85, 4), (0.7, 3), (0.4, 2))  # F1 of the facts from which a score 
 
 @cache
 def vocabulary(kind: str) -> dict[str, re.Pattern]:
-    """Every fact that an answer to this kind of question can state, with its phrases: whole words only."""
+    """Every fact that an answer to this kind of question can state: its phrases, as whole words."""
     facts: dict[str, list[str]] = {}
     if kind == "name":
         for spelling, name in dialogue.aliases().items():
@@ -85,7 +85,8 @@ def explanation() -> str:
         [
             "Rubric judge (1 to 4, reported as mean/4 in percent)",
             "",
-            "Facts are phrases from the reference answers; facts of other diseases or other picture",
+            "Facts are phrases from the reference answers; "
+            "facts of other diseases or other picture",
             "attributes count as wrong. F1 = 2 x right / (expected + stated).",
             *(f"  {score}: F1 of at least {limit}" for limit, score in ANCHORS),
             "  1: anything else",

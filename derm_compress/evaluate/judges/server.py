@@ -1,7 +1,7 @@
-"""A model behind any OpenAI-compatible server: vLLM, `transformers serve`, a hosted service (no torch).
+"""A model behind an OpenAI-compatible server: vLLM, `transformers serve`, a hosted one. No torch.
 
-The client library tries again after a fault and waits as the server asks; what is ours guards the key and bounds what
-a server may send. Imported only where such a judge is used.
+The client library tries again after a fault and waits as the server asks; what is ours guards the
+key and bounds what a server may send. Imported only where such a judge is used.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class Bounded(httpx2.SyncByteStream):
 
 @dataclass(frozen=True)
 class ChatServer:
-    """A model by its server's base URL (ending in /v1, mostly) and its name there; timeout: seconds for one try."""
+    """A model by its server's base URL (ending in /v1, mostly) and its name there.
+
+    timeout: seconds for one try.
+    """
 
     model: str
     url: str
@@ -80,9 +83,11 @@ class ChatServer:
         return {"kind": "openai", "model": self.model, "temperature": 0, "seed": self.seed}
 
     def replies(self, todo: dict[str, list], prompt: JudgePrompt) -> Iterator[tuple[str, Reply]]:
-        """(key, Reply) of every {key: messages} as it comes; one that no try brought a reply for has an error.
+        """(key, Reply) of every {key: messages} as it comes, with an error where no try brought
+        one.
 
-        Raises DermError where the server refuses the key or the model, or fails PATIENCE tasks in a row.
+        Raises DermError where the server refuses the key or the model, or fails PATIENCE tasks in a
+        row.
         """
         lost = 0
         secret = key_for(self.url)
@@ -172,7 +177,7 @@ def _content(text: str) -> Reply:
 
 
 def _kept(reply: Reply, secret: str) -> Reply:
-    """A reply as it may be kept: the key blotted out, should it have come back, and then faulty ones cut."""
+    """A reply as it may be kept: without the key, should it have come back, and cut if faulty."""
     if secret:
         reply = Reply(*(part.replace(secret, "[key]") for part in reply))
     return reply._replace(text=reply.text[:KEPT]) if reply.error else reply
