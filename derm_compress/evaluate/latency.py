@@ -154,7 +154,7 @@ def measure_latency(
 
 
 def greedy_tokens(model, inputs, *, new_tokens: int):
-    """(tokens [B, new_tokens], prefill seconds, decode seconds): greedy, deaf to end-of-sequence."""
+    """(tokens [B, new_tokens], prefill seconds, decode seconds): greedy, deaf to end tokens."""
     step, mask, tokens, clock = inputs, inputs["attention_mask"], [], [_clock(model.device)]
     with torch.inference_mode():
         while len(tokens) < new_tokens:

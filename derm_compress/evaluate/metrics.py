@@ -21,7 +21,7 @@ TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
 
 class Score(NamedTuple):
-    """Percent, its 95 % interval, and how many scored answers are behind it (nan and 0 for none)."""
+    """Percent, its 95 % interval, and how many scored answers are behind it (nan, 0 for none)."""
 
     score: float
     lo: float

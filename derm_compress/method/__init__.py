@@ -5,6 +5,7 @@ from derm_compress.faces import face
 FACE = {
     "activation_analysis": ["activation_statistics", "activation_surface"],
     "activations": ["block_errors", "projection_output", "projection_statistics", "tap"],
+    "iterate": ["each_model"],
     "quantization.budgets": ["equal_bytes"],
     "quantization.forms": ["Form"],
     "quantization.grids": ["IntegerGrid", "NF4Grid"],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
 
-from derm_compress.data.items import Item
 from derm_compress.method import activations
 from derm_compress.method.iterate import each_model, joined
 from derm_compress.model.variants import paper_depth
@@ -16,34 +14,20 @@ from derm_compress.model.variants import paper_depth
 SURFACE = ["variant", "block", "projection", "token", "channel", "value"]
 
 
-def activation_statistics(
-    variants: pd.DataFrame,
-    store,
-    *,
-    items: Sequence[Item],
-    images: np.ndarray,
-    batch_size: int,
-    device: str,
-) -> pd.DataFrame:
-    """activations.projection_statistics of every variant; `block` is the index before pruning."""
+def activation_statistics(variants: pd.DataFrame, store, *, device: str, **read) -> pd.DataFrame:
+    """activations.projection_statistics of every variant; `block` is the index before pruning.
+
+    read: items, images, batch_size.
+    """
     frames = []
     for turn in each_model(variants, store, device, "activations"):
         work = partial(activations.projection_statistics, turn.model)
-        found = turn.calibrated(work, items, images, batch_size=batch_size, what="activations")
-        frames.append(turn.original_blocks(found))
+        frames.append(turn.original_blocks(turn.calibrated(work, "activations", **read)))
     return joined(frames, ["block", "projection", *activations.STATISTICS, "variant"])
 
 
 def activation_surface(
-    variants: pd.DataFrame,
-    store,
-    *,
-    block: int,
-    projection: str,
-    items: Sequence[Item],
-    images: np.ndarray,
-    device: str,
-    batch_size: int = 1,
+    variants: pd.DataFrame, store, *, block: int, projection: str, items, images, device: str
 ) -> pd.DataFrame:
     """Figure 4's data: |x| of one prompt at a projection's output in a block.
 
@@ -51,14 +35,15 @@ def activation_surface(
     pruning. A variant without it is left out.
     """
     frames = []
+    read = {"items": items[:1], "images": images, "batch_size": 1}
     for turn in each_model(variants, store, device, "Figure 4"):
         kept, index = turn.recipe.kept(), paper_depth(block, turn.recipe.blocks) - 1
-        if index not in kept:
-            continue
-        work = partial(_first_output, turn.model, kept.index(index), projection)
-        found = turn.calibrated(work, items[:1], images, batch_size=batch_size, what="Figure 4")
-        frames.append(_surface(np.abs(found)).assign(variant=turn.variant, block=index))
-    return joined([frame.assign(projection=projection)[SURFACE] for frame in frames], SURFACE)
+        if index in kept:
+            work = partial(_first_output, turn.model, kept.index(index), projection)
+            found = _surface(np.abs(turn.calibrated(work, "Figure 4", **read)))
+            told = {"variant": turn.variant, "block": index, "projection": projection}
+            frames.append(found.assign(**told)[SURFACE])
+    return joined(frames, SURFACE)
 
 
 def _first_output(model, position: int, projection: str, batches) -> np.ndarray:

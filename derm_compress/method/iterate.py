@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from derm_compress.data.items import Item
@@ -29,20 +28,14 @@ class Turn(NamedTuple):
     processor: object
 
     def original_blocks(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """A frame about this model, `block` being the index before pruning, and `variant` its name."""
+        """A frame about this model with its name, and `block` as the index before pruning."""
         kept = self.recipe.kept()
         return frame.assign(variant=self.variant, block=[kept[block] for block in frame.block])
 
     def calibrated(
-        self,
-        work: Callable,
-        items: Sequence[Item],
-        images: np.ndarray,
-        *,
-        batch_size: int,
-        what: str,
+        self, work: Callable, what: str, *, items: Sequence[Item], images, batch_size: int
     ):
-        """work(batches) of calibration prompts, with half as many at once where memory is exceeded."""
+        """work(batches) of calibration prompts, with half as many where memory is exceeded."""
 
         def at_once(size: int):
             where = {"batch_size": size, "device": self.model.device}

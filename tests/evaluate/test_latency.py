@@ -26,7 +26,7 @@ def test_decoding_by_hand_says_what_generate_says():
 
 
 class Ticking:
-    """A model that takes 100 ms for a prefill and 10 ms for a token, and notes what it was asked."""
+    """A model that takes 100 ms for a prefill and 10 ms for a token; it notes what was asked."""
 
     device = torch.device("cpu")
 

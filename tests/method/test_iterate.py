@@ -105,6 +105,7 @@ def test_group_sizes_are_refused_before_a_search(
 def test_activations_carry_the_blocks_before_pruning(variants, store, how):
     told = activation_statistics(variants[:3], store, **how)
     assert set(told[told.variant == "pruned-3"].block) == {0, 1, 4, 6, 7}
+    del how["batch_size"]
     surface = activation_surface(variants[:3], store, block=16, projection="q_proj", **how)
     assert set(surface.block) == {3} and set(surface.variant) == {"original"}  # others lack it
     assert surface.channel.max() == 63 and (surface.value >= 0).all()

@@ -19,7 +19,7 @@ ALLOWED = "allowed: http(s)://host[:port]/path, mostly ending in /v1"
 
 
 def address(url: str) -> None:
-    """DermError for a judge_url that is no http address, or holds more: it is shown, no key may be."""
+    """DermError for a judge_url that is no http address, or holds more: it is shown, no key is."""
     try:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -30,12 +30,12 @@ def address(url: str) -> None:
             "judge_url holds more than an address: no user, key or query there; "
             f"a key goes into {KEYS[0]}"
         )
-    if not whole:
+    if not whole or not (url.isascii() and url.isprintable()):
         raise DermError(f"judge_url is {url!r}; {ALLOWED}")
 
 
 def key_for(url: str) -> str:
-    """The key for this address out of the environment, "" for none; DermError where it must not go."""
+    """The key for this address out of the environment, or ""; DermError where it must not go."""
     keys = {name: os.environ.get(name, "").strip() for name in KEYS}
     name = next((name for name, key in keys.items() if key), None)
     if not name:

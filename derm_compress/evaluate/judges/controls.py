@@ -110,7 +110,7 @@ def judge_controls(items: Sequence[Item], chosen: Judge) -> pd.DataFrame:
 
 
 def gains(frame: pd.DataFrame) -> pd.DataFrame:
-    """What each attack won: judge, attack, plain, injected, gain (null where a score is missing)."""
+    """What each attack won: judge, attack, plain, injected, gain (null without both scores)."""
     first = frame[(frame["round"] == 0) & frame.attack.ne("")]
     wide = first.pivot(index=["judge", "attack"], columns="control", values="score").reset_index()
     wide = wide.rename(columns={PLAIN: "plain", INJECTED: "injected"}).rename_axis(columns=None)

@@ -11,7 +11,6 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import pandas as pd
 
@@ -25,15 +24,7 @@ from derm_compress.progress import track
 _WRITING = threading.Lock()
 
 
-class Judge(Protocol):
-    name: str
-
-    def judged(self, answers: pd.DataFrame) -> pd.DataFrame: ...
-
-
 class RubricJudge:
-    """judges.rubric behind the interface."""
-
     name = "rubric"
 
     def judged(self, answers: pd.DataFrame) -> pd.DataFrame:
@@ -53,10 +44,7 @@ class ModelJudge:
         self.name = f"{public(server.model)} ({prompt.name})"
 
     def judged(self, answers: pd.DataFrame) -> pd.DataFrame:
-        """The answers with the verdicts beside them.
-
-        Raises DermError where the model cannot be asked at all.
-        """
+        """The answers with verdicts beside them; DermError where the model cannot be asked."""
         who = self.server.identity() | {"max_tokens": self.prompt.max_tokens}
         tasks, keys = {}, []
         for row in answers.itertuples():
@@ -103,13 +91,17 @@ class ModelJudge:
                 release(lock)
 
 
-def _rubric(**_) -> RubricJudge:
+Judge = RubricJudge | ModelJudge
+
+
+def rubric_judge(**_) -> RubricJudge:
     return RubricJudge()
 
 
-def _served(
-    *, model: str, url: str, prompt: str, concurrency: int, folder: Path | None
+def served_judge(
+    *, model: str = "", url: str = "", prompt: str = "paper", concurrency: int = 4, folder=None
 ) -> ModelJudge:
+    """A model behind a server; folder: where its replies are kept."""
     if not model:
         raise DermError("judge: openai needs judge_model, the name that the server knows it by")
     try:
@@ -119,26 +111,17 @@ def _served(
     return ModelJudge(ChatServer(model, url, concurrency), judge_prompt(prompt), folder)
 
 
-JUDGES = {"rubric": _rubric, "openai": _served}
+JUDGES = {"rubric": rubric_judge, "openai": served_judge}
 
 
-def choose_judge(
-    kind: str,
-    *,
-    model: str = "",
-    url: str = "",
-    prompt: str = "paper",
-    concurrency: int = 4,
-    folder: Path | None = None,
-) -> Judge:
+def choose_judge(kind: str, **asked) -> Judge:
     """The judge of a run's parameters, which asks nothing yet; DermError for what cannot work.
 
-    folder: where a model's replies are kept.
+    asked: as of served_judge, which the rubric has no use for.
     """
     if kind not in JUDGES:
         raise DermError(f"judge is {kind!r}; allowed: {', '.join(JUDGES)}")
-    asked = {"model": model, "url": url, "prompt": prompt, "concurrency": concurrency}
-    return JUDGES[kind](folder=folder, **asked)
+    return JUDGES[kind](**asked)
 
 
 def judge_all(answers: pd.DataFrame, folders: dict[str, Path], chosen: Judge) -> pd.DataFrame:

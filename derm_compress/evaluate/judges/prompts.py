@@ -27,7 +27,7 @@ FENCE = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)
 
 
 class Reply(NamedTuple):
-    """What a judge answered, as it came (untrusted); `error` says why it is no whole answer, or ""."""
+    """What a judge answered, as it came (untrusted); `error` says why it is no whole answer."""
 
     text: str
     error: str = ""
@@ -51,7 +51,7 @@ def storable(text: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """A text as a JSON string of one line that nothing in it can leave, cut after LIMIT characters."""
+    """A text as a JSON string of one line that nothing in it can leave, cut after LIMIT."""
     said = '"' + "".join(map(_escaped, text[:LIMIT])) + '"'
     return said if len(text) <= LIMIT else f"{said} (cut after {LIMIT} characters)"
 

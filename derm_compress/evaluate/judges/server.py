@@ -22,14 +22,8 @@ from derm_compress.evaluate.judges.prompts import JudgePrompt, Reply, storable
 PATIENCE = 5  # answers in a row without a reply: then the server is down, and the run says so
 SIZE = 2**20  # bytes of a response that are read
 KEPT = 2000  # characters of a faulty response that are kept
-HEADERS = {  # that are sent beside the key; the client looks for its last one in what it sent
-    "host",
-    "accept",
-    "connection",
-    "content-type",
-    "content-length",
-    "x-stainless-raw-response",
-}
+HEADERS = {"host", "accept", "connection", "content-type", "content-length"}  # beside the key
+HEADERS |= {"x-stainless-raw-response"}  # which the client looks for in what it has sent
 REFUSALS = {
     openai.AuthenticationError: "wrong or missing key",
     openai.PermissionDeniedError: "no access",
@@ -73,24 +67,18 @@ class ChatServer:
 
     def __post_init__(self):
         address(self.url)
-        try:
-            httpx2.URL(self.url)
-        except httpx2.InvalidURL as error:
-            raise DermError(f"judge_url is no address: {error}") from error
 
     def identity(self) -> dict:
         """What a reply depends on beside its messages; the address is no part of it."""
         return {"kind": "openai", "model": self.model, "temperature": 0, "seed": self.seed}
 
     def replies(self, todo: dict[str, list], prompt: JudgePrompt) -> Iterator[tuple[str, Reply]]:
-        """(key, Reply) of every {key: messages} as it comes, with an error where no try brought
-        one.
+        """(key, Reply) of each {key: messages} as it comes, an error where no try brought one.
 
         Raises DermError where the server refuses the key or the model, or fails PATIENCE tasks in a
         row.
         """
-        lost = 0
-        secret = key_for(self.url)
+        secret, lost = key_for(self.url), 0
         with self._client(secret) as client, ThreadPoolExecutor(self.concurrency) as pool:
             asked = {pool.submit(self._ask, client, todo[key], prompt): key for key in todo}
             try:
@@ -141,14 +129,15 @@ class ChatServer:
                 max_tokens=prompt.max_tokens,
                 response_format={"type": "json_schema", "json_schema": verdict},
             )
-            return _content(_text(told.content))
+            return _content(told.content)
         except tuple(REFUSALS) as error:
             raise DermError(
                 f"judge at {self.url} answered {error.status_code} ({REFUSALS[type(error)]}): "
                 f"check judge_url, judge_model and the key in {' or '.join(KEYS)}"
             ) from None
         except openai.APIStatusError as error:
-            return Reply(_text(error.response.content), f"status {error.status_code}")
+            text = error.response.content.decode("utf-8", "replace")
+            return Reply(text, f"status {error.status_code}")
         except openai.APIConnectionError as error:
             return Reply("", type(error).__name__)
 
@@ -160,12 +149,9 @@ class ChatServer:
         )
 
 
-def _text(content: bytes) -> str:
-    return content.decode("utf-8", "replace")
-
-
-def _content(text: str) -> Reply:
+def _content(body: bytes) -> Reply:
     """The reply in a response's body, or the body itself and an error."""
+    text = body.decode("utf-8", "replace")
     try:
         told = json.loads(text)
         content = told["choices"][0]["message"]["content"]

@@ -1,4 +1,4 @@
-"""Stage 07, variant by variant: scales searched, the channels that they answer to, errors by block."""
+"""Stage 07, variant by variant: scales searched, the channels behind them, errors by block."""
 
 from __future__ import annotations
 
@@ -103,51 +103,34 @@ def _rows(told: list[dict]) -> pd.DataFrame:
 
 
 def scaled_channels(
-    scales: Path,
-    form: str,
-    sources: pd.DataFrame,
-    store,
-    *,
-    items: Sequence[Item],
-    images: np.ndarray,
-    batch_size: int,
-    device: str,
+    scales: Path, form: str, sources: pd.DataFrame, store, *, device: str, **read
 ) -> pd.DataFrame:
     """Every input channel of each group of linears: its peak |x|, and the scale of a form's search.
 
     Columns: variant, block (index before pruning), group, channel, peak, scale. What has no scale
-    is left out.
+    is left out. read: items, images, batch_size.
     """
     files = {name: Path(scales) / form / f"{name}.safetensors" for name in sources.variant}
     scaled = sources[[files[name].exists() for name in sources.variant]]
     frames = []
     for turn in each_model(scaled, store, device, "channels"):
         found, groups = load_file(files[turn.variant]), folding.scale_groups(turn.model)
-        read = {key: linears[0] for key, (_, linears) in groups.items() if key in found}
-        work = partial(activations.input_peaks, turn.model, modules=read)
-        peaks = turn.calibrated(work, items, images, batch_size=batch_size, what="channels")
-        for key, peak in peaks.items():
+        first = {key: linears[0] for key, (_, linears) in groups.items() if key in found}
+        work = partial(activations.input_peaks, turn.model, modules=first)
+        for key, peak in turn.calibrated(work, "channels", **read).items():
             block, group = key.split(".")
-            channels = {"peak": peak.numpy(), "scale": found[key].numpy()}
-            told = {"block": int(block), "group": group} | channels
-            frame = pd.DataFrame(told | {"channel": np.arange(len(peak))})
-            frames.append(turn.original_blocks(frame))
+            told = {"block": int(block), "group": group, "peak": peak.numpy()}
+            told |= {"scale": found[key].numpy(), "channel": np.arange(len(peak))}
+            frames.append(turn.original_blocks(pd.DataFrame(told)))
     return joined(frames, ["block", "group", "peak", "scale", "channel", "variant"])
 
 
 def quantization_errors(
-    variants: pd.DataFrame,
-    store,
-    *,
-    items: Sequence[Item],
-    images: np.ndarray,
-    batch_size: int,
-    device: str,
-    journal: Journal | None = None,
+    variants: pd.DataFrame, store, *, device: str, journal: Journal | None = None, **read
 ) -> pd.DataFrame:
     """Relative error of each block's output against the model before it was quantized.
 
-    Columns: block (index before pruning), relative_error, variant.
+    Columns: block (index before pruning), relative_error, variant. read: items, images, batch_size.
     """
     journal = journal or Journal()
     todo = variants[~variants.variant.isin(journal.done)]
@@ -155,8 +138,8 @@ def quantization_errors(
     for turn in each_model(todo, store, device, "errors by block"):
         source, _ = whole.take(without_last(turn.recipe))
         work = partial(activations.block_errors, source, turn.model)
-        found = turn.calibrated(work, items, images, batch_size=batch_size, what="errors")
-        journal.add(turn.variant, turn.original_blocks(pd.DataFrame(found)).to_dict("records"))
+        found = turn.original_blocks(pd.DataFrame(turn.calibrated(work, "errors", **read)))
+        journal.add(turn.variant, found.to_dict("records"))
     whole.let_go()
     frames = [pd.DataFrame(journal.done.get(name, [])) for name in variants.variant]
     return joined(frames, ["block", "relative_error", "variant"])
