@@ -18,7 +18,7 @@ from derm_compress.files import Journal
 from derm_compress.method.iterate import each_model
 from derm_compress.model import anatomy, devices, loading, oom, shapes
 from derm_compress.model import variants as variants_of
-from derm_compress.model.generate import generate
+from derm_compress.model.generation import generate
 from derm_compress.model.prompts import prepare, prompt
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import HEALED, ORIGINAL

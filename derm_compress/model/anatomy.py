@@ -1,14 +1,26 @@
-"""Models: loading, anatomy (the one place that knows where blocks, projector and head live), making, exporting."""
+"""The one place that knows where a LLaVA's blocks, their linears, its projector and head live."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
-META = "meta"  # the device of a model without values: of shapes alone, from which sizes and costs follow
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+META = "meta"  # the device of a model without values, of which only the shapes are known
+LINEARS = (  # of a block, in the order of their use
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 def decoder(model: LlavaForConditionalGeneration) -> nn.Module:
@@ -21,49 +33,49 @@ def blocks(model: LlavaForConditionalGeneration) -> nn.ModuleList:
     return decoder(model).layers
 
 
-def finite(tensor: torch.Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity; its sum says so at once, unless that alone overflows."""
-    return bool(tensor.sum().isfinite() or torch.isfinite(tensor).all())
-
-
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a block by name, in the order of their use: seven, fewer where a sublayer was removed."""
-    parts = {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}
-    asked = [(part, f"{name}_proj") for part, names in parts.items() for name in names]
-    found = {f"{part}.{name}": getattr(getattr(block, part), name, None) for part, name in asked}
-    return {name: linear for name, linear in found.items() if linear is not None}
+    """The linear layers of a block by name: seven, fewer where a sublayer was removed."""
+    inside = dict(block.named_modules())
+    return {name: inside[name] for name in LINEARS if name in inside}
 
 
 def inputs(model: LlavaForConditionalGeneration) -> dict[str, int]:
-    """How many inputs each linear of a block has, by name; the same in all blocks that have it."""
-    return {
-        name: linear.in_features
-        for block in blocks(model)
-        for name, linear in linears(block).items()
-    }
+    """How many inputs each linear of a block has; the same in all blocks that have it."""
+    found = {}
+    for block in blocks(model):
+        for name, linear in linears(block).items():
+            found[name] = linear.in_features
+    return found
 
 
 def parts(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
     """Vision tower, projector, decoder and head by name."""
-    inner = model.model
-    tower = {"vision_tower": inner.vision_tower, "projector": inner.multi_modal_projector}
-    return tower | {"decoder": inner.language_model, "head": model.lm_head}
+    return {
+        "vision_tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "decoder": decoder(model),
+        "head": model.lm_head,
+    }
 
 
 def fingerprint(model: LlavaForConditionalGeneration) -> str:
-    """16 hex digits of the architecture and of 64 values of every weight: tells two models apart at any size."""
+    """16 hex digits of the architecture and of 64 values of every weight."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().flatten()
-        sample = (
-            b""
-            if flat.is_meta
-            else flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes()
-        )
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        if not weight.is_meta:
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64]
+            digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def has_values(model: LlavaForConditionalGeneration) -> bool:
     """Whether there are weights to compute with; a model on the meta device has shapes alone."""
     return model.device.type != META
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity."""
+    # its sum says so at once, unless the sum itself overflows
+    return bool(tensor.sum().isfinite() or torch.isfinite(tensor).all())

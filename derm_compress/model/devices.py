@@ -1,4 +1,4 @@
-"""Models: loading, anatomy (the one place that knows where blocks, projector and head live), making, exporting."""
+"""Which device a model goes to and in which type, over how many GPUs, and how its memory is given back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import torch
 from derm_compress.model.anatomy import blocks
 
 
+def half(device: str) -> torch.dtype:
+    """What models compute in: fp32 on the CPU, fp16 on a GPU."""
+    # is_bf16_supported would say yes on a T4, which only emulates it
+    return torch.float32 if device == "cpu" else torch.float16
+
+
 def let_go(model) -> None:
-    """Give back a model's memory though names may still hold it: it is empty and of no use afterwards."""
+    """Give back a model's memory though names may still hold it: it is empty afterwards."""
     for module in list(model.modules()):
         for held in (module._modules, module._parameters, module._buffers):
             held.clear()
@@ -20,9 +26,10 @@ def beside(device: str) -> str:
 
 
 def spread(model, over: int | None = None, **how) -> None:
-    """Blocks over the GPUs, for generation: one T4 holds 7B in fp16 and hardly a batch beside it. In place.
+    """Blocks over the GPUs, for generation: one T4 holds 7B in fp16 and hardly a batch beside it.
 
-    Nothing happens where one GPU has room enough; over: so many devices, numbered from 0. how: as dispatch_model's.
+    In place; nothing happens where one GPU has room enough, unless `over` says over how many devices. how: as
+    accelerate's dispatch_model takes it.
     """
     if over is None:
         over = torch.cuda.device_count() if model.device.type == "cuda" else 1
@@ -35,18 +42,14 @@ def spread(model, over: int | None = None, **how) -> None:
 
 
 def placement(model, over: int) -> dict[str, int]:
-    """{module: GPU}: as many blocks on each, what comes before them on the first, what comes after on the last."""
+    """{module: GPU}: as many blocks on each, what comes before on the first, what after on the last."""
     inner, count = "model.language_model", len(blocks(model))
-    first = [
-        "model.vision_tower",
-        "model.multi_modal_projector",
-        f"{inner}.embed_tokens",
-        f"{inner}.rotary_emb",
-    ]
-    places = {f"{inner}.layers.{i}": i * over // count for i in range(count)}
-    return dict.fromkeys(first, 0) | places | dict.fromkeys([f"{inner}.norm", "lm_head"], over - 1)
-
-
-def half(device: str) -> torch.dtype:
-    """What models compute in: fp32 on the CPU; on a GPU fp16, whatever is_bf16_supported says (a T4 emulates it)."""
-    return torch.float32 if device == "cpu" else torch.float16
+    places = {
+        "model.vision_tower": 0,
+        "model.multi_modal_projector": 0,
+        f"{inner}.embed_tokens": 0,
+        f"{inner}.rotary_emb": 0,
+    }
+    for i in range(count):
+        places[f"{inner}.layers.{i}"] = i * over // count
+    return places | {f"{inner}.norm": over - 1, "lm_head": over - 1}

@@ -1,4 +1,4 @@
-"""Models: loading, anatomy (the one place that knows where blocks, projector and head live), making, exporting."""
+"""Loading a LLaVA by name, every weight accounted for: embedded, from a folder or hub id, or as shapes alone."""
 
 from __future__ import annotations
 
@@ -13,39 +13,88 @@ from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneratio
 from transformers.utils import logging as transformers_logging
 
 from derm_compress.errors import DermError
-from derm_compress.model import shapes
-from derm_compress.model.anatomy import META, blocks
+from derm_compress.model import removal, shapes
+from derm_compress.model.anatomy import META, blocks, has_values
 from derm_compress.model.devices import half
 
 TINY = Path(__file__).parent / "tiny_llava"
-PICO_BLOCKS = 8
+PICO_BLOCKS = 8  # random ones on the tiny model's shapes
 SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
-DERIVED = (
-    "position_ids",
-    "inv_freq",
-)  # what old checkpoints hold though it follows from the config
-PARTIAL = "derm_compress.safetensors"  # weights of a model that lacks sublayers: a name that no other loader takes
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # it names an optional CPU kernel at every import
-transformers_logging.set_verbosity_error()  # the loading report is asserted on below, not printed
+PARTIAL = (
+    "derm_compress.safetensors"  # a model that lacks sublayers: no other loader takes the name
+)
+DERIVED = ("position_ids", "inv_freq")  # in old checkpoints, though they follow from the config
+
+# bitsandbytes names an optional CPU kernel at every import; what Transformers prints is checked below
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
+def load_base(
+    name: str, device: str = "cpu", dtype=None
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU.
+
+    On the meta device: the model's shapes, and no processor, as nothing can be asked.
+    """
+    if device == META:
+        return _of_shapes(name), None
+    if name == SEVEN_B:
+        raise DermError(
+            f"model {name}: shapes without weights; set device: meta, or model: llava-hf/{name}-hf"
+        )
+    if device == "cpu":
+        # threads of a shared machine wait for each other; one also gives the same bytes
+        torch.set_num_threads(1)
+    if name == "pico":
+        model, processor = _pico(), AutoProcessor.from_pretrained(TINY)
+        model = model.to(dtype) if dtype else model
+    else:
+        model, processor = _stored(name, dtype or half(device))
+        check_expansion(name, model.config, processor)
+    return model.to(device).eval(), processor
+
+
+def with_values(model, processor) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The pair itself, or pico's where the model has shapes alone: something to show a step on."""
+    return (model, processor) if has_values(model) else load_base("pico")
+
+
 def config_of(name: str):
-    """The LlavaConfig of a name that load_base knows; that of the published 7B model without a download."""
-    if PurePath(name).name in (SEVEN_B, f"{SEVEN_B}-hf") and not Path(_folder(name)).is_dir():
+    """The LlavaConfig of a name that load_base knows; the published 7B model's without a download."""
+    published = PurePath(name).name in (SEVEN_B, f"{SEVEN_B}-hf")
+    if published and not Path(_source(name)).is_dir():
         return shapes.llava_7b_config()
-    config = _config(name, str(TINY) if name in ("tiny", "pico") else _folder(name))
+    config = _read_config(name)
     if name == "pico":
         config.text_config.num_hidden_layers = PICO_BLOCKS
     return config
 
 
-def _shapes(name: str) -> LlavaForConditionalGeneration:
-    """A model on the meta device, counted as fp16."""
-    from derm_compress.model import removal
+def _source(name: str) -> str:
+    """A model folder, from the project's root as data_root is; anything else is a hub id."""
+    if name in ("tiny", "pico"):
+        return str(TINY)
+    inside = Path(os.environ.get("DERM_COMPRESS_ROOT") or Path(__file__).parents[2]) / name
+    return str(inside) if inside.is_dir() else name
 
+
+def _read_config(name: str):
+    try:
+        config = AutoConfig.from_pretrained(_source(name))
+    except (OSError, ValueError) as error:
+        raise DermError(f"model {name}: no readable config.json there ({_first(error)})") from error
+    if config.model_type != "llava":
+        raise DermError(
+            f"model {name}: is a {config.model_type} model; "
+            "this study needs a LLaVA model (model_type llava)"
+        )
+    return config
+
+
+def _of_shapes(name: str) -> LlavaForConditionalGeneration:
+    """A model on the meta device, counted as fp16."""
     config = config_of(name)
     with torch.device(META):
         model = LlavaForConditionalGeneration(config).half().eval()
@@ -54,93 +103,74 @@ def _shapes(name: str) -> LlavaForConditionalGeneration:
     return model
 
 
-def load_base(
-    name: str, device: str = "cpu", dtype=None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU; every weight accounted for.
+def _pico() -> LlavaForConditionalGeneration:
+    """Random blocks, the same every time."""
+    config = config_of("pico")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlavaForConditionalGeneration(config).float()
 
-    On the meta device: the model's shapes, and no processor, as nothing can be asked.
-    """
-    if device == META:
-        return _shapes(name), None
-    if name == SEVEN_B:
-        raise DermError(
-            f"model {name}: shapes without weights; set device: meta, or model: llava-hf/{name}-hf"
-        )
-    dtype = dtype or half(device)
-    if device == "cpu":
-        torch.set_num_threads(
-            1
-        )  # on a shared machine threads wait for each other; one also gives the same bytes
-    source = str(TINY) if name in ("tiny", "pico") else _folder(name)
-    if name == "pico":
-        return _pico().to(
-            device, dtype if device == "cpu" else None
-        ).eval(), AutoProcessor.from_pretrained(source)
-    config = _config(name, source)
+
+def _stored(name: str, dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A checkpoint and its processor; DermError where a weight would be left random or unused."""
+    source, config = _source(name), _read_config(name)
     absent = getattr(config, "absent_sublayers", ())
     try:
-        held = load_file(Path(source) / PARTIAL) if absent else None
+        partial = load_file(Path(source) / PARTIAL) if absent else None
         model, told = LlavaForConditionalGeneration.from_pretrained(
-            None if absent else source, config=config, state_dict=held,
-            dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
-        )  # fmt: skip
+            None if absent else source,
+            config=config,
+            state_dict=partial,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
-        raise DermError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    missing = sorted(told["missing_keys"]) + [str(k) for k in told["mismatched_keys"]]
-    unused = sorted(name for name in told["unexpected_keys"] if not name.endswith(DERIVED))
+        raise DermError(f"model {name}: cannot be loaded: {_first(error)}") from error
+    missing = sorted(told["missing_keys"]) + [str(key) for key in told["mismatched_keys"]]
+    unused = sorted(key for key in told["unexpected_keys"] if not key.endswith(DERIVED))
     if absent:
-        missing, unused = _remove(model, absent, missing, held)
+        removal.apply(model, range(len(blocks(model))), absent)
+        needed = model.state_dict().keys()
+        missing = [key for key in missing if key in needed]
+        unused = [key for key in partial if key not in needed]
     if missing:
         raise DermError(
-            f"model {name}: {len(missing)} weights are missing or of another shape, first {missing[0]}; "
-            "they would be random: get a complete checkpoint"
+            f"model {name}: {len(missing)} weights are missing or of another shape, "
+            f"first {missing[0]}; they would be random: get a complete checkpoint"
         )
     if unused:
         raise DermError(
-            f"model {name}: {len(unused)} weights have no place in its config, first {unused[0]}; mend the config"
+            f"model {name}: {len(unused)} weights have no place in its config, "
+            f"first {unused[0]}; mend the config"
         )
-    check_expansion(name, config, processor)
-    return model.to(device).eval(), processor
+    return model, processor
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def check_expansion(name: str, config, processor: LlavaProcessor) -> None:
-    """Refuse a processor that puts another number of image tokens into a prompt than the tower gives features."""
-    vision, patch = config.vision_config, processor.patch_size
-    tokens = processor.num_additional_image_tokens - (
-        processor.vision_feature_select_strategy == "default"
-    )
-    tokens += (processor.image_processor.crop_size["height"] // patch) ** 2
-    given = (vision.image_size // vision.patch_size) ** 2 + (
-        config.vision_feature_select_strategy == "full"
-    )
-    if tokens != given:
+    """Refuse a processor that makes room for more or fewer image tokens than the tower gives features."""
+    vision = config.vision_config
+    asked = (processor.image_processor.crop_size["height"] // processor.patch_size) ** 2
+    asked += processor.num_additional_image_tokens
+    asked -= processor.vision_feature_select_strategy == "default"
+    given = (vision.image_size // vision.patch_size) ** 2
+    given += config.vision_feature_select_strategy == "full"
+    if asked != given:
         raise DermError(
-            f"model {name}: its processor expands to {tokens} tokens a picture, the model gives {given}: mend "
-            "patch_size, crop_size or num_additional_image_tokens (1 for LLaVA-1.5) in its processor's config"
+            f"model {name}: its processor expands to {asked} tokens a picture, the model gives "
+            f"{given}: mend patch_size, crop_size or num_additional_image_tokens (1 for LLaVA-1.5) "
+            "in its processor's config"
         )
 
 
-def _remove(model, absent, missing: list[str], held: dict) -> tuple[list[str], list[str]]:
-    """Removes sublayers; which missing weights the model still needs, and which held ones it has no place for."""
-    from derm_compress.model import removal
-
-    removal.apply(model, range(len(blocks(model))), absent)
-    needed = model.state_dict().keys()
-    return [name for name in missing if name in needed], [
-        name for name in held if name not in needed
-    ]
-
-
-def _folder(name: str) -> str:
-    """A model folder, read from the project root as data_root is; anything else is a hub id."""
-    inside = Path(os.environ.get("DERM_COMPRESS_ROOT") or Path(__file__).parents[2]) / name
-    return str(inside) if inside.is_dir() else name
-
-
-def check_picture_size(processor: LlavaProcessor, images) -> None:
-    """Refuse pictures [n, S, S, 3] that the processor would resize: stage 01 prepares them once and for all."""
+def check_picture_size(processor: LlavaProcessor | None, images) -> None:
+    """Refuse pictures [n, S, S, 3] that the processor would resize: stage 01 prepares them once."""
     if processor is None:
         return
     wanted, found = processor.image_processor.crop_size["height"], images.shape[1]
@@ -148,26 +178,3 @@ def check_picture_size(processor: LlavaProcessor, images) -> None:
         raise DermError(
             f"pictures of {found} px, but the model reads {wanted} px: set image_size: {wanted}"
         )
-
-
-def _config(name: str, source: str):
-    """The config of a LLaVA model; DermError for any other."""
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise DermError(
-            f"model {name}: no readable config.json there ({str(error).splitlines()[0]})"
-        ) from error
-    if config.model_type != "llava":
-        raise DermError(
-            f"model {name}: is a {config.model_type} model; this study needs a LLaVA model (model_type llava)"
-        )
-    return config
-
-
-def _pico() -> LlavaForConditionalGeneration:
-    """Eight random blocks on the tiny model's shapes, the same every time."""
-    config = config_of("pico")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlavaForConditionalGeneration(config).float()

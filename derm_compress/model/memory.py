@@ -1,7 +1,6 @@
-"""What a model needs in memory, planned from its architecture; what a process holds, measured.
+"""What a model needs in memory, planned from its architecture: GiB by component, without torch.
 
-Plans are GiB by component and need no torch; `architecture` counts on the meta device, so that llava-1.5-7b needs no
-weights. They hold tensors only: a GPU's context and its allocator's slack come on top.
+Plans hold tensors only: a GPU's context and its allocator's slack come on top.
 """
 
 from __future__ import annotations
@@ -19,24 +18,21 @@ if TYPE_CHECKING:
 GIB = 2**30
 FP16, FP32 = 2, 4  # bytes
 GROUP = 64  # weights that share a scale, where nothing else is said
-QUESTION, ANSWER = (
-    32,
-    200,
-)  # tokens of one question and of its longest answer, beside its picture's, as plans assume
-CONVERSATION = (
-    200  # tokens of a training conversation of three turns beside its picture's, as plans assume
-)
+QUESTION, ANSWER = 32, 200  # tokens of a question and of its longest answer, as plans assume
+CONVERSATION = 200  # tokens of a training conversation of three turns beside its picture's
 REMOVED = (
     "blocks_removed",
     "attentions_removed",
     "mlps_removed",
-)  # the latter two from blocks that stay
+)  # the latter from blocks that stay
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a decoder linear's weights are stored: `bits` each (a mean over blocks may be a fraction), and
-    `group_bytes` for the scale and zero point of each `group_size` of them, or of each row where that is 0."""
+    """How weights are stored: `bits` each, and `group_bytes` for what each group shares, its scale and zero point.
+
+    A mean over blocks may give a fraction of a bit. A group size of 0 makes each row a group.
+    """
 
     bits: float = 16
     group_size: float = GROUP
@@ -52,38 +48,35 @@ class Format:
         return self.group_bytes / self.group_size if self.group_size else 0.0
 
 
-# Bytes a group. Integers: an fp16 scale, and a zero point packed like the weights (GEMM layout; hqq's is fp16). NF4: an
-# fp32 absmax; doubly quantized, a byte, and an fp32 constant for 256 of them. LLM.int8: an fp32 scale a row.
-GROUP_BYTES = {
-    "fp16": lambda bits: 0,
-    "awq": lambda bits: FP16 + bits / 8,
-    "rtn": lambda bits: FP16 + bits / 8,
-    "rtn_symmetric": lambda bits: FP16,
-    "autoawq": lambda bits: FP16 + bits / 8,
-    "hqq": lambda bits: 2 * FP16,
-    "bitsandbytes": lambda bits: FP32,
-    "bitsandbytes_double": lambda bits: 1 + FP32 / 256,
-    "awq_nf4": lambda bits: FP32,
-    "awq_nf4_double": lambda bits: 1 + FP32 / 256,
-    "llm_int8": lambda bits: FP32,
+# Bytes of a group's scale. Integers: fp16 (hqq's zero point too); NF4: an fp32 absmax, doubly quantized a byte and an
+# fp32 constant for 256 of them; LLM.int8: fp32, a row.
+SCALE_BYTES = {
+    "awq": FP16,
+    "rtn": FP16,
+    "rtn_symmetric": FP16,
+    "autoawq": FP16,
+    "hqq": 2 * FP16,
+    "bitsandbytes": FP32,
+    "bitsandbytes_double": 1 + FP32 / 256,
+    "awq_nf4": FP32,
+    "awq_nf4_double": 1 + FP32 / 256,
+    "llm_int8": FP32,
 }
+PACKED_ZEROS = ("awq", "rtn", "autoawq")  # a zero point of as many bits as a weight beside it
+BY_ROW = ("llm_int8",)
 
 
 def format_of(method: str, bits: float = 4, group_size: float = GROUP) -> Format:
     """The format of a method's weights, as the frame of variants names it; DermError where there is none."""
-    if method not in GROUP_BYTES or (method == "fp16") != (bits == 16):
-        raise DermError(
-            f"memory plan: no format {method!r} of {bits} bits; known: {', '.join(GROUP_BYTES)}"
-        )
-    if method == "fp16":
+    if method == "fp16" and bits == 16:
         return Format()
-    return Format(bits, 0 if method == "llm_int8" else group_size, GROUP_BYTES[method](bits))
-
-
-OVERHEAD = {  # on its way out: format_of(method, bits, group_size).overhead
-    name: lambda bits, group, name=name: format_of(name, bits, group).overhead
-    for name in GROUP_BYTES
-}
+    if method not in SCALE_BYTES or bits == 16:
+        raise DermError(
+            f"memory plan: no format {method!r} of {bits} bits; "
+            f"known: fp16, {', '.join(SCALE_BYTES)}"
+        )
+    zero = bits / 8 if method in PACKED_ZEROS else 0
+    return Format(bits, 0 if method in BY_ROW else group_size, SCALE_BYTES[method] + zero)
 
 
 def plan_weights(
@@ -148,37 +141,45 @@ def plan_peak(
 
 
 def plan_training(
-    arch: Architecture, *, blocks_removed: int = 0, rank: int = 16, batch: int = 1, text_tokens: int = CONVERSATION,
-    checkpointing: bool = False, method: str = "bitsandbytes", element: int = FP16, rest: int = FP16,
-) -> dict[str, float]:  # fmt: skip
+    arch: Architecture,
+    *,
+    blocks_removed: int = 0,
+    rank: int = 16,
+    batch: int = 1,
+    text_tokens: int = CONVERSATION,
+    checkpointing: bool = False,
+    method: str = "bitsandbytes",
+    element: int = FP16,
+    rest: int = FP16,
+) -> dict[str, float]:
     """GiB of QLoRA: base in NF4 blocks of 64 (or fp16), fp32 adapters on all decoder linears, Adam, a picture a row.
 
     Adapters are rank x (in + out) a linear, gradients as much, Adam twice that. `element`: bytes of the compute type;
-    `rest`: of what is not 4-bit (4 after peft's k-bit preparation). A block keeps for backward, in fp32, both norms'
-    inputs, each adapter's input (computing in fp32: one for all linears that read the same) and its middle; in the
-    compute type queries, keys, values, attention's output, gate, activated gate and up. With checkpointing it keeps
-    its input, and one block is alive anew. All tokens' logits take 12 bytes each at the loss. No dropout masks.
+    `rest`: of what is not 4-bit (4 after peft's k-bit preparation). With checkpointing a block keeps its input, and
+    one block is alive anew. No dropout masks.
     """
     hidden, mlp, linears = arch.hidden, arch.intermediate, arch.linears.values()
-    base = plan_weights(
-        arch, blocks_removed=blocks_removed, method=method, bits=16 if method == "fp16" else 4
-    )
-    base |= {part: base[part] * rest / FP16 for part in (*arch.outside, "block_norms")}
     blocks, tokens = arch.kept(blocks_removed), batch * (text_tokens + arch.image_tokens)
+    form = format_of(method, 16 if method == "fp16" else 4)
+    base = plan_weights(arch, form=form, blocks_removed=blocks_removed)
+    for part in (*arch.outside, "block_norms"):
+        base[part] *= rest / FP16
     adapters = FP32 * rank * blocks * sum(out + into for out, into in linears)
+    # A block keeps for backward, in fp32, both norms' inputs, each adapter's input (in fp32 all that read the same
+    # share one) and its middle; in the compute type queries, keys, values, attention's output, gate, activated gate, up
     inputs = 2 * hidden + mlp if element == FP32 else sum(into for _, into in linears)
-    block = FP32 * (2 * hidden + inputs + rank * len(linears)) + element * (
-        2 * hidden + 2 * arch.cache_width + 3 * mlp
-    )
-    logits = (
-        12 * arch.vocabulary
-    )  # log-softmax and gradient in fp32; logits and gradient in fp16, or fp32 logits
+    block = FP32 * (2 * hidden + inputs + rank * len(linears))
+    block += element * (2 * hidden + 2 * arch.cache_width + 3 * mlp)
+    # log-softmax and gradient in fp32; logits and gradient in fp16, or fp32 logits
+    logits = 12 * arch.vocabulary
     return base | _gib(
-        adapters=adapters, gradients=adapters, optimiser=2 * adapters,
-        workspace=element * hidden * mlp * (method != "fp16"),
+        adapters=adapters,
+        gradients=adapters,
+        optimiser=2 * adapters,
+        workspace=element * hidden * mlp * form.packed,
         activations=blocks * tokens * (element * hidden if checkpointing else block),
         loss_or_block=tokens * (max(logits, block) if checkpointing else logits),
-    )  # fmt: skip
+    )
 
 
 def plan_variants(

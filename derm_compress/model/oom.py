@@ -17,9 +17,8 @@ def halved(work: Callable[[int], object], batch_size: int, what: str):
     What goes on with another batch size may differ in the last digits of half precision.
     """
     while True:
-        with contextlib.suppress(
-            torch.OutOfMemoryError
-        ):  # its traceback would keep the tensors alive
+        # suppressed rather than caught: its traceback would keep the tensors alive
+        with contextlib.suppress(torch.OutOfMemoryError):
             return work(batch_size)
         batch_size = fewer(batch_size, what)
 

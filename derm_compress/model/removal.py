@@ -1,4 +1,4 @@
-"""Depth pruning: which blocks go is data (a plan), and applying it leaves an ordinary, smaller model."""
+"""Taking blocks and sublayers out of a model, for good or for a while; what is left is an ordinary, smaller model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def left(
 
 
 class Absent(nn.Module):
-    """Stands for a removed attention or MLP, which adds nothing to the residual stream; holds no weights."""
+    """Stands for a removed attention or MLP, which adds nothing to the residual stream."""
 
     def forward(self, hidden_states, **_):
         return torch.zeros_like(hidden_states)
@@ -45,7 +45,7 @@ class AbsentAttention(Absent):
         return super().forward(hidden_states), None
 
 
-def apply(model, kept: Sequence[int], absent: Sequence[str] = ()) -> None:
+def apply(model, kept: Sequence[int], absent: Iterable[Unit | str] = ()) -> None:
     """Keep the blocks at these positions, without the `absent` sublayers (by position too), in place.
 
     Config, `layer_idx` and weights agree afterwards: without the renumbering cached generation fails, without the
@@ -57,10 +57,10 @@ def apply(model, kept: Sequence[int], absent: Sequence[str] = ()) -> None:
             f"pruning: kept blocks {list(kept)} are not rising positions among {len(layers)} blocks"
         )
     for unit in map(Unit.of, absent):
-        block = layers[unit.block]
         module, norm = PARTS[unit.part]
-        block.set_submodule(module, AbsentAttention() if module == "self_attn" else Absent())
-        block.set_submodule(norm, nn.Identity())
+        stand_in = AbsentAttention() if unit.part == "attention" else Absent()
+        layers[unit.block].set_submodule(module, stand_in)
+        layers[unit.block].set_submodule(norm, nn.Identity())
     _set_blocks(model, [layers[i] for i in kept])
 
 
@@ -68,58 +68,56 @@ def _set_blocks(model, layers: Sequence[nn.Module]) -> None:
     attentions = [layer.self_attn for layer in layers if not isinstance(layer.self_attn, Absent)]
     if not attentions:
         raise DermError("pruning: a model without any attention cannot generate; keep one")
-    for i, attention in enumerate(
-        attentions
-    ):  # a cache counts attentions, and asks the first for its length
-        attention.layer_idx = i
-    anatomy.decoder(model).layers = nn.ModuleList(layers)
-    for config in {
-        id(c): c for c in (model.config.text_config, anatomy.decoder(model).config)
-    }.values():
+    for i, attention in enumerate(attentions):
+        attention.layer_idx = i  # a cache counts attentions, and asks the first for its length
+    decoder = anatomy.decoder(model)
+    decoder.layers = nn.ModuleList(layers)
+    for config in (model.config.text_config, decoder.config):
         config.num_hidden_layers = len(layers)
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: len(layers)]
 
 
-def lacking(model) -> tuple[str, ...]:
+def lacking(model) -> tuple[Unit, ...]:
     """Sublayers that a model's blocks lack, by position."""
-    parts = [
-        block.get_submodule(PARTS[name][0]) for block in anatomy.blocks(model) for name in SUBLAYERS
-    ]
-    return tuple(name_of(s) for s, part in enumerate(parts) if isinstance(part, Absent))
+    found = []
+    for i, block in enumerate(anatomy.blocks(model)):
+        for part, (module, _) in PARTS.items():
+            if isinstance(block.get_submodule(module), Absent):
+                found.append(Unit(i, part))
+    return tuple(found)
 
 
 def apply_step(model, step: dict, kept: Sequence[int]) -> tuple[int, ...]:
-    """Apply a recipe's step to a model of these original blocks; returns those that are left."""
+    """Apply a recipe's prune step to a model of these original blocks; returns those that are left."""
     if gone := sorted(set(step["kept"]) - set(kept)):
         raise DermError(f"recipe: blocks {gone} are to be kept but were pruned before")
-    before = [name_of(2 * kept[first // 2] + first % 2) for first, _ in map(span, lacking(model))]
     told = set(step.get("absent", ()))
-    if gone := [unit for unit in before if unit not in told and span(unit)[0] // 2 in step["kept"]]:
+    before = [unit.at(kept[unit.block]) for unit in lacking(model)]
+    gone = [str(unit) for unit in before if unit.block in step["kept"] and str(unit) not in told]
+    if gone:
         raise DermError(
             f"recipe: {gone} were removed before; a later prune step lists them as absent too"
         )
-    apply(model, *left(len(kept), step_units(step, kept)))
+    apply(model, *units.left(len(kept), step_units(step, kept)))
     return tuple(step["kept"])
 
 
 def step_units(step: dict, kept: Sequence[int]) -> list[Unit]:
     """What a recipe's step removes from a model of these original blocks, by position."""
-    absent = [
-        name_of(2 * kept.index(first // 2) + first % 2)
-        for first, _ in map(span, step.get("absent", ()))
-    ]
-    return [i for i, block in enumerate(kept) if block not in set(step["kept"])] + absent
+    whole = [Unit(i) for i, block in enumerate(kept) if block not in step["kept"]]
+    absent = map(Unit.of, step.get("absent", ()))
+    return whole + [unit.at(kept.index(unit.block)) for unit in absent]
 
 
 @contextmanager
-def without(model, removed: Sequence[Unit]) -> Iterator[None]:
+def without(model, removed: Iterable[Unit | int | str]) -> Iterator[None]:
     """The model with these units taken out, put back at the end."""
     layers = list(anatomy.blocks(model))
     modules = [dict(layer.named_children()) for layer in layers]
     types = getattr(anatomy.decoder(model).config, "layer_types", None)
     try:
-        apply(model, *left(len(layers), removed))
+        apply(model, *units.left(len(layers), map(Unit.of, removed)))
         yield
     finally:
         for layer, held in zip(layers, modules, strict=True):
@@ -127,4 +125,5 @@ def without(model, removed: Sequence[Unit]) -> Iterator[None]:
                 layer.set_submodule(name, module)
         _set_blocks(model, layers)
         if types:
-            model.config.text_config.layer_types = anatomy.decoder(model).config.layer_types = types
+            model.config.text_config.layer_types = types
+            anatomy.decoder(model).config.layer_types = types

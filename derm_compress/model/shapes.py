@@ -1,8 +1,4 @@
-"""What a model needs in memory, planned from its architecture; what a process holds, measured.
-
-Plans are GiB by component and need no torch; `architecture` counts on the meta device, so that llava-1.5-7b needs no
-weights. They hold tensors only: a GPU's context and its allocator's slack come on top.
-"""
+"""A model's architecture as numbers: parameters by part and widths, from which sizes follow. No torch until measured."""
 
 from __future__ import annotations
 
@@ -13,12 +9,15 @@ from derm_compress.errors import DermError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Parameters by part, and the widths that set cache and activations: JSON by asdict, back by **."""
+    """Parameters by part, and the widths that set cache and activations: JSON by asdict, back by **.
+
+    Methods take how much is removed: whole blocks, and attentions and MLPs from blocks that stay.
+    """
 
     blocks: int
     linears: dict[str, list[int]]  # of one decoder block, as [out, in]
     block_norms: int  # what one block has beside its linears
-    outside: dict[str, int]  # vision_tower, projector, embedding, final_norm, head (0 where tied)
+    outside: dict[str, int]  # vision_tower, projector, head (0 where tied), embedding, final_norm
     hidden: int
     intermediate: int
     cache_width: int  # of keys, and of values
@@ -41,34 +40,28 @@ class Architecture:
     def over_linears(
         self, size, blocks_removed: int = 0, attentions_removed: int = 0, mlps_removed: int = 0
     ) -> int:
-        """Sum of size(out, in) over all blocks' linears; attentions and MLPs may be gone from blocks that stay."""
-        missing, blocks = (
-            {"self_attn": attentions_removed, "mlp": mlps_removed},
-            self.kept(blocks_removed),
-        )
-        counts = {name: blocks - missing[name.partition(".")[0]] for name in self.linears}
-        return sum(counts[name] * size(out, into) for name, (out, into) in self.linears.items())
+        """Sum of size(out, in) over the linears of all blocks."""
+        left = self.kept(blocks_removed)
+        counts = {"self_attn": left - attentions_removed, "mlp": left - mlps_removed}
+        total = 0
+        for name, (out, into) in self.linears.items():
+            total += counts[name.partition(".")[0]] * size(out, into)
+        return total
 
-    def decoder_linears(self, *removed: int) -> int:
+    def decoder_linears(self, *removed: int, **by_name: int) -> int:
         """Weights of all blocks' linears."""
-        return self.over_linears(lambda out, into: out * into, *removed)
+        return self.over_linears(lambda out, into: out * into, *removed, **by_name)
 
     def decoder_norms(
         self, blocks_removed: int = 0, attentions_removed: int = 0, mlps_removed: int = 0
     ) -> int:
         """Weights of all blocks' norms, one for each attention and each MLP."""
-        return (
-            (2 * self.kept(blocks_removed) - attentions_removed - mlps_removed)
-            * self.block_norms
-            // 2
-        )
+        norms = 2 * self.kept(blocks_removed) - attentions_removed - mlps_removed
+        return norms * self.block_norms // 2
 
     def parameters(self, *removed: int) -> int:
-        return (
-            sum(self.outside.values())
-            + self.decoder_linears(*removed)
-            + self.decoder_norms(*removed)
-        )
+        decoder = self.decoder_linears(*removed) + self.decoder_norms(*removed)
+        return sum(self.outside.values()) + decoder
 
 
 def architecture(config) -> Architecture:
@@ -78,26 +71,38 @@ def architecture(config) -> Architecture:
 
     from derm_compress.model import anatomy
 
-    with torch.device("meta"):
+    with torch.device(anatomy.META):
         model = LlavaForConditionalGeneration(config)
-    block, parts = anatomy.blocks(model)[0], anatomy.parts(model)
-    text, vision, embedding = config.text_config, config.vision_config, model.get_input_embeddings()
+    text, vision = config.text_config, config.vision_config
+    block, embedding = anatomy.blocks(model)[0], model.get_input_embeddings()
+    parts = anatomy.parts(model)
     linears = {name: list(linear.weight.shape) for name, linear in anatomy.linears(block).items()}
-    outside = {name: _count(parts[name]) for name in ("vision_tower", "projector", "head")}
-    outside |= {"embedding": _count(embedding), "final_norm": _count(parts["decoder"].norm)}
-    outside["head"] *= parts["head"].weight is not embedding.weight
+    tied = parts["head"].weight is embedding.weight
     patches = (vision.image_size // vision.patch_size) ** 2
-    # LLaVA keeps all hidden states of the tower; its quick-GELU holds three tensors of the MLP's width.
-    tower_widths = (
-        vision.num_hidden_layers + 2
-    ) * vision.hidden_size + 3 * vision.intermediate_size
+    # LLaVA keeps all hidden states of the tower; its quick-GELU holds three tensors of the MLP's width
+    tower = (vision.num_hidden_layers + 2) * vision.hidden_size + 3 * vision.intermediate_size
     return Architecture(
-        blocks=text.num_hidden_layers, linears=linears, outside=outside, vocabulary=text.vocab_size,
+        blocks=text.num_hidden_layers,
+        linears=linears,
         block_norms=_count(block) - sum(out * into for out, into in linears.values()),
-        hidden=text.hidden_size, intermediate=text.intermediate_size, cache_width=linears["self_attn.k_proj"][0],
+        outside={
+            "vision_tower": _count(parts["vision_tower"]),
+            "projector": _count(parts["projector"]),
+            "head": 0 if tied else _count(parts["head"]),
+            "embedding": _count(embedding),
+            "final_norm": _count(parts["decoder"].norm),
+        },
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        cache_width=linears["self_attn.k_proj"][0],
+        vocabulary=text.vocab_size,
         image_tokens=patches + (config.vision_feature_select_strategy == "full"),
-        tower_values=(patches + 1) * tower_widths,
-    )  # fmt: skip
+        tower_values=(patches + 1) * tower,
+    )
+
+
+def _count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def llava_7b_config():
@@ -105,23 +110,23 @@ def llava_7b_config():
     from transformers import LlavaConfig
 
     text = {
+        "model_type": "llama",
         "hidden_size": 4096,
         "intermediate_size": 11008,
         "num_hidden_layers": 32,
+        "num_attention_heads": 32,
         "vocab_size": 32064,
+        "tie_word_embeddings": False,
     }
     tower = {
+        "model_type": "clip_vision_model",
         "hidden_size": 1024,
         "intermediate_size": 4096,
         "num_hidden_layers": 24,
-        "projection_dim": 768,
-    }
-    text |= {"model_type": "llama", "num_attention_heads": 32, "tie_word_embeddings": False}
-    tower |= {
-        "model_type": "clip_vision_model",
         "num_attention_heads": 16,
         "image_size": 336,
         "patch_size": 14,
+        "projection_dim": 768,
     }
     return LlavaConfig(vision_config=tower, text_config=text)
 
@@ -129,7 +134,3 @@ def llava_7b_config():
 def llava_7b() -> Architecture:
     """The architecture of llava-hf/llava-1.5-7b-hf."""
     return architecture(llava_7b_config())
-
-
-def _count(module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,8 +1,4 @@
-"""What a model needs in memory, planned from its architecture; what a process holds, measured.
-
-Plans are GiB by component and need no torch; `architecture` counts on the meta device, so that llava-1.5-7b needs no
-weights. They hold tensors only: a GPU's context and its allocator's slack come on top.
-"""
+"""What a model and this process hold in memory, measured."""
 
 from __future__ import annotations
 
@@ -14,14 +10,14 @@ from derm_compress.model.memory import GIB
 
 
 def tensor_gib(model) -> float:
-    """GiB that parameters, buffers and bitsandbytes' quantization states hold; what is shared counts once."""
+    """GiB of parameters, buffers and bitsandbytes' quantization states; what is shared counts once."""
     tensors = [*model.parameters(), *model.buffers()]
     states = [tensor.quant_state for tensor in tensors if getattr(tensor, "quant_state", None)]
     states += [state.state2 for state in states if state.state2]
-    tensors += [tensor for state in states for tensor in (state.absmax, state.code)]
-    tensors += [
-        tensor.SCB for tensor in tensors if getattr(tensor, "SCB", None) is not None
-    ]  # LLM.int8's scales
+    for state in states:
+        tensors += [state.absmax, state.code]
+    scales = [getattr(tensor, "SCB", None) for tensor in tensors]  # LLM.int8's
+    tensors += [scale for scale in scales if scale is not None]
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values()) / GIB
 
 

@@ -6,7 +6,7 @@ from derm_compress.data import dialogue
 from derm_compress.evaluate import answers
 from derm_compress.files import Journal
 from derm_compress.model import prompts
-from derm_compress.model.generate import generate
+from derm_compress.model.generation import generate
 
 HOW = {"batch_size": 5, "max_new_tokens": 4}
 

@@ -14,7 +14,7 @@ from derm_compress.evaluate import cards
 from derm_compress.evaluate.export import export_model
 from derm_compress.method.assemble import materialize
 from derm_compress.model import anatomy, loading, prompts, removal
-from derm_compress.model.generate import generate
+from derm_compress.model.generation import generate
 from derm_compress.model.recipe import Recipe
 
 

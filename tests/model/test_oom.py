@@ -15,7 +15,7 @@ from derm_compress.method.quantization import per_variant, search
 from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import loading, oom
 from derm_compress.model import variants as variants_of
-from derm_compress.model.generate import generate
+from derm_compress.model.generation import generate
 from derm_compress.study import params
 
 ASK = {"variant": "v", "max_new_tokens": 3}

@@ -67,7 +67,7 @@ def test_text_conversations_go_from_name_to_facts_and_back():
 def test_the_embedded_base_describes_pictures(embedded):
     """It was trained on other pictures; colour and site of new ones must mostly be right."""
     from derm_compress.model import prompts
-    from derm_compress.model.generate import generate
+    from derm_compress.model.generation import generate
 
     model, processor = embedded
     drawn, images = synthetic.pictures(16, seed=77, diseases=False)
