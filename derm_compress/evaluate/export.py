@@ -108,7 +108,7 @@ def _save(model, draft: Path, packed: bool) -> None:
             "export: a quantized model without some sublayers has no packed layout; "
             "export it unpacked"
         )
-    model.config.absent_sublayers = list(absent)
+    model.config.absent_sublayers = [str(unit) for unit in absent]
     model.config.save_pretrained(draft)
     model.generation_config.save_pretrained(draft)
     save_model(model, str(draft / PARTIAL))

@@ -1,61 +1,20 @@
 import itertools
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from small_llava import IMAGE, IMAGE_TOKENS, small_llava
+from letters import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.method.importance import without
-from derm_compress.model import anatomy, reading, removal
+from derm_compress.model import reading, removal
 from derm_compress.model.prompts import prompt
 
-PICTURES = torch.randn(3, 3, 36, 36, generator=torch.Generator().manual_seed(1))
 ITEMS = [Item(f"i{row}", "train", "rosacea", f"g{row}", row, {}, "") for row in range(3)]
-QUESTIONS = {"long": "what do you see there", "short": "what is it"}
 UNITS = [0, 1, 3, "0.mlp", "2.attention", "3.mlp", "1.attention"]
 MOST = 16
-
-
-class Words:
-    """A processor whose tokens are letters, for small_llava."""
-
-    tokenizer = SimpleNamespace(eos_token_id=IMAGE - 1)
-
-    def apply_chat_template(self, turns, **_):
-        return "".join(part.get("text", "#") for part in turns[0]["content"])
-
-    def __call__(self, text, images):
-        ids = [[IMAGE] * IMAGE_TOKENS if letter == "#" else [ord(letter)] for letter in f"<{text}>"]
-        return {"input_ids": [sum(ids, [])]}
-
-    @staticmethod
-    def image_processor(pictures, **_):
-        return {"pixel_values": torch.stack(pictures)}
-
-
-def inputs_of(question, picture):
-    ids = torch.tensor(Words()(f"#{question}", [picture])["input_ids"])
-    return {"input_ids": ids, "pixel_values": picture[None], "attention_mask": torch.ones_like(ids)}
-
-
-@contextmanager
-def altered(model, unit):
-    """The same layers, of which this unit's add nothing."""
-    block, _, part = str(unit).partition(".")
-    inside = None if unit is None else anatomy.blocks(model)[int(block)]
-    silent = [] if unit is None else [inside.self_attn.o_proj] * (part != "mlp")
-    silent += [] if unit is None else [inside.mlp.down_proj] * (part != "attention")
-    kept = [linear.weight.data.clone() for linear in silent]
-    for linear in silent:
-        linear.weight.data.zero_()
-    yield
-    for linear, weight in zip(silent, kept, strict=True):
-        linear.weight.data.copy_(weight)
 
 
 def greedy(model, inputs, most, eos):
@@ -66,13 +25,6 @@ def greedy(model, inputs, most, eos):
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens[-1:]])], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return tokens
-
-
-def speaker():
-    """A small model that never says the picture's own token."""
-    model = small_llava(kv_heads=2)
-    model.lm_head.weight.data[IMAGE].zero_()
-    return model
 
 
 @pytest.fixture(scope="module")

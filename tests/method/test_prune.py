@@ -4,8 +4,8 @@ import json
 import pandas as pd
 import pytest
 import torch
+from asking import inputs_of, logits
 from safetensors.torch import load_file
-from test_models import inputs_of, logits
 from transformers import LlavaForConditionalGeneration
 
 from derm_compress.__main__ import main
@@ -17,6 +17,7 @@ from derm_compress.method.pruning.plan import Plan, published_plan, read_plan, r
 from derm_compress.model import anatomy, cache, loading, memory, prompts, reading, removal, shapes
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
+from derm_compress.model.units import Unit
 
 PLAN = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
 RUNS = Plan("angular-contiguous", (), (0, 1, 7), 8, "f" * 16, starts=(4, 2, 3, 3, 2))
@@ -263,7 +264,7 @@ def test_one_of_a_stages_plans_is_applied_by_its_name(tmp_path, capsys):
 def test_a_later_step_cannot_bring_sublayers_back(recipe, store):
     halved = recipe.pruned([0, 1, 2, 5, 7], ["2.mlp", "5.attention"])
     deeper = materialize(halved.pruned([0, 1, 5], ["1.mlp", "5.attention"]), store)[0]
-    assert removal.lacking(deeper) == ("1.mlp", "2.attention")
+    assert removal.lacking(deeper) == (Unit(1, "mlp"), Unit(2, "attention"))
     with pytest.raises(DermError, match=r"\['5.attention'\] were removed before"):
         materialize(halved.pruned([0, 1, 5]), store)
 

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from asking import inputs_of, logits
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import BertConfig, LlavaForConditionalGeneration
@@ -13,20 +14,10 @@ from derm_compress.errors import DermError
 from derm_compress.evaluate import cards
 from derm_compress.evaluate.export import export_model
 from derm_compress.method.assemble import materialize
-from derm_compress.model import anatomy, loading, prompts, removal
+from derm_compress.model import anatomy, loading, removal
 from derm_compress.model.generation import generate
 from derm_compress.model.recipe import Recipe
-
-
-def inputs_of(processor, dataset, n=2):
-    items = dataset.of("test")[:n]
-    texts = [prompts.prompt(processor, kind) for kind in ("name", "treatment")][:n]
-    return prompts.prepare(processor, texts, dataset.images[[i.row for i in items]], "cpu")
-
-
-def logits(model, inputs):
-    with torch.inference_mode():
-        return model(**inputs).logits
+from derm_compress.model.units import Unit
 
 
 def test_anatomy(pico):
@@ -89,10 +80,8 @@ def test_a_model_without_some_sublayers_reloads_through_this_package_alone(
     out = export_model(pruned.to_json(), store, tmp_path / "out")
     again, _ = loading.load_base(str(out))
     batch = inputs_of(processor, dataset)
-    assert torch.equal(logits(model, batch), logits(again, batch)) and removal.lacking(again) == (
-        "0.attention",
-        "2.mlp",
-    )
+    assert torch.equal(logits(model, batch), logits(again, batch))
+    assert removal.lacking(again) == (Unit(0, "attention"), Unit(2, "mlp"))
     texts = [generate(m, processor, batch, max_new_tokens=8) for m in (model, again)]
     assert texts[0] == texts[1]
     with pytest.raises(OSError, match="no file named model.safetensors"):
@@ -180,13 +169,13 @@ def test_adapters_belong_to_the_sublayers_they_were_trained_on(recipe, store, tm
     )
     for trained, words in (
         (whole, r"7\], the model has \[0, 1, 2, 7\];"),
-        (blocks_alone, "other sublayers"),
+        (blocks_alone, "other attentions and MLPs"),
     ):
         with pytest.raises(DermError, match=words):
             materialize(
                 dataclasses.replace(halved, steps=(*halved.steps, trained.steps[-1])), store
             )
-    with pytest.raises(DermError, match="other sublayers"):
+    with pytest.raises(DermError, match="other attentions and MLPs"):
         materialize(
             recipe.pruned([0, 1, 2, 7]).then(**halved.with_adapter("a", folder).steps[-1]), store
         )

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_ablation import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
+from letters import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 
 from derm_compress.data import dialogue
 from derm_compress.method.importance import measure
