@@ -126,10 +126,11 @@ def tell_written(model: str, path: Path) -> None:
 def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...")]) -> None:
     """Render reports/RUN again from what is stored."""
     from derm_compress.report.render import render, render_index
+    from derm_compress.study.params import run_name
     from derm_compress.study.plan import project_root
 
     for name in runs:
-        print(render(name, root=project_root()))
+        print(render(run_name(name, "report"), root=project_root()))
     render_index(project_root())
 
 

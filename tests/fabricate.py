@@ -366,7 +366,7 @@ def write_store(root, files):
     folders = {}
     for stage, content in files.items():
         folder = (
-            root / "artifacts" / "store" / stage / hashlib.sha256(stage.encode()).hexdigest()[:16]
+            root / "artifacts" / "store" / stage / hashlib.sha256(stage.encode()).hexdigest()
         )
         for name, value in content.items():
             path = folder / (name if name.endswith(".json") else f"{name}.parquet")

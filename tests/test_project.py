@@ -1,16 +1,21 @@
-"""The project's own files: formatting, pins, what may not be committed."""
+"""The project's own files: formatting, pins, imports, what may not be committed."""
 
+import ast
 import re
 import socket
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import yaml
 
+from derm_compress.study import keys
+
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "derm_compress"
 
 
 def run(*words):
@@ -51,6 +56,44 @@ def test_reports_are_rendered_and_runs_planned_without_torch(folder):
     assert len(names) >= 2
     code = f"import sys, {', '.join(names)}; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+ORDER = (
+    "data",
+    "model",
+    "method",
+    "evaluate",
+    "report",
+    "study",
+    "kaggle",
+)  # one needs those before
+BELOW = {"errors", "faces", "files", "progress"}
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> the package's modules that it imports, anywhere in its code."""
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        if path.name not in ("__init__.py", "__main__.py"):
+            name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+            nodes = [*ast.walk(ast.parse(path.read_text("utf-8")))]
+            assert not any(isinstance(n, ast.ImportFrom) and n.level for n in nodes), name
+            graph[name] = keys.imported(nodes, PACKAGE) - {name}
+    return graph
+
+
+def test_imports_point_one_way_and_there_is_no_circle():
+    graph = module_graph()
+    assert len(graph) > 60 and sum(map(len, graph.values())) > 200
+    for name, imports in graph.items():
+        folder = name.partition(".")[0]
+        assert folder in ORDER or folder in BELOW, name
+        for other in {one.partition(".")[0] for one in imports}:
+            if folder in BELOW:
+                assert other in BELOW, f"{name} imports from {other}"
+            elif other not in BELOW:
+                assert ORDER.index(other) <= ORDER.index(folder), f"{name} imports from {other}"
+    assert [*TopologicalSorter(graph).static_order()]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")

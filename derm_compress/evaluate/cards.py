@@ -11,6 +11,7 @@ import pandas as pd
 
 from derm_compress.data import dialogue
 from derm_compress.evaluate import metrics
+from derm_compress.files import artifact
 from derm_compress.model.recipe import Recipe
 
 NOT_PLAIN = (
@@ -83,7 +84,8 @@ def _stored(artifacts: Path, run: str, stage: str, name: str) -> Path | None:
     pointer = Path(artifacts, "runs", run, f"{stage}.json")
     if not pointer.is_file():
         return None
-    path = Path(artifacts, "store", stage, json.loads(pointer.read_text("utf-8"))["key"], name)
+    key = json.loads(pointer.read_text("utf-8"))["key"]
+    path = artifact(Path(artifacts, "store"), stage, key) / name
     return path if path.is_file() else None
 
 

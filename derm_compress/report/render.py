@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from derm_compress.errors import DermError
 from derm_compress.evaluate.judges import prompts, rubric
-from derm_compress.files import atomic, disk_guard
+from derm_compress.files import artifact, atomic, disk_guard
 from derm_compress.report import (
     answers_html,
     comparison,
@@ -77,7 +77,8 @@ def read_run(name: str, *, artifacts: Path, clean) -> Run:
         raise DermError(
             f"report: run {name} has no finished stage; python -m derm_compress run params/{name}.yaml"
         )
-    kept = {note["stage"]: artifacts / "store" / note["stage"] / note["key"] for note in notes}
+    store = artifacts / "store"
+    kept = {note["stage"]: artifact(store, note["stage"], note["key"]) for note in notes}
     known = clean(json.loads(info.read_text("utf-8"))) if info.exists() else {}
     return Run(name, folder, {note["stage"]: note for note in notes}, known, kept)
 
