@@ -74,7 +74,10 @@ def _timed(model, name: str, requests, *, speed: float, **how) -> list[dict]:
             told = measure_latency(model, inputs, **how) | usage.resident_gib(device)
         except torch.OutOfMemoryError:
             batch = len(inputs["input_ids"])
-            print(f"latency of {name}: out of GPU memory with {batch} at once; not measured")
+            print(
+                f"latency of {name}: out of GPU memory with {batch} at once; not measured",
+                flush=True,
+            )
             break
         rows.append({"weights_gib": stored} | told | card | floor(model, told, speed))
         usage.reset_peak(device)

@@ -106,7 +106,8 @@ def judge_controls(items: Sequence[Item], chosen: Judge) -> pd.DataFrame:
     twice = pd.concat([made.assign(round=turn) for turn in (0, 1)], ignore_index=True)
     judges = {judge.name: judge for judge in (RubricJudge(), chosen)}.values()
     every = pd.concat([judge.judged(twice) for judge in judges], ignore_index=True)
-    return every.reindex(columns=[*CONTROL, "round", *schema.SCORE, *schema.REPLY])
+    every = every.reindex(columns=[*CONTROL, "round", *schema.SCORE, *schema.REPLY])
+    return every.astype({"reply": object, "error": object, "served": object})  # the rubric has none
 
 
 def gains(frame: pd.DataFrame) -> pd.DataFrame:
