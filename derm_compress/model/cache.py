@@ -13,10 +13,10 @@ class Memory:
 
     def update(self, keys, values, layer, *_):
         self.held[layer] = keys, values
-        if self.prefix:
-            before = (part[self.picture] for part in self.prefix.held[layer])
-            keys, values = (torch.cat(pair, 2) for pair in zip(before, (keys, values), strict=True))
-        return keys, values
+        if self.prefix is None:
+            return keys, values
+        begun = [part[self.picture] for part in self.prefix.held[layer]]
+        return torch.cat([begun[0], keys], 2), torch.cat([begun[1], values], 2)
 
     def parts(self, layer: int, rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(keys, values) [rows, heads, tokens, head size] of these rows: of their pictures, if any, then their own."""

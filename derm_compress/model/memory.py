@@ -6,14 +6,12 @@ Plans hold tensors only: a GPU's context and its allocator's slack come on top.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from derm_compress.errors import DermError
 from derm_compress.model.shapes import Architecture
 from derm_compress.model.variants import paper_depth
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 GIB = 2**30
 FP16, FP32 = 2, 4  # bytes
@@ -191,8 +189,6 @@ def plan_variants(
     `blocks_removed_7b` is the same fraction of arch_7b's blocks.
     asked: batch, prompt_tokens, new_tokens as in plan_peak.
     """
-    import pandas as pd
-
     rows = []
     for row in variants.to_dict("records"):
         form = format_of(row["method"], row["bits"], row["group_size"])

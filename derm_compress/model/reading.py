@@ -1,7 +1,7 @@
-"""Prompts and continuations read by a model, and read again without one of its parts at the cost of what lies above it.
+"""Prompts and continuations read once, and again without a part of the model at the cost of what lies above it.
 
-Picture features, the prompts' common beginning and all that lies below the part are computed once and shared. A unit is
-what can be removed (prune.Unit); every block has two sublayers, attention and MLP.
+Picture features, the prompts' common beginning and all that lies below the part are computed once and shared. Every
+block has two sublayers, attention and MLP, counted over all blocks.
 """
 
 from __future__ import annotations
@@ -14,36 +14,41 @@ from functools import partial
 import numpy as np
 import torch
 
-from derm_compress.model import anatomy, removal
+from derm_compress.model import anatomy
 from derm_compress.model.cache import Memory, visible
 from derm_compress.model.prompts import ask, prompt
+from derm_compress.model.units import Unit
 
 
 def run(
     model, x, memory, mask, positions, *, start: int = 0, gates=None, watch=None
 ) -> torch.Tensor:
-    """Hidden states [rows, tokens, width] after all sublayers from `start` on (two a block: attention, MLP).
+    """Hidden states [rows, tokens, width] after all sublayers from `start` on.
 
     mask: as visible() makes it, or None for causal attention. gates [rows, sublayers]: False lets a row pass a sublayer
     unchanged. watch(sublayer, x, y) sees all.
     """
-    blocks, rope = (
-        list(anatomy.blocks(model)),
-        anatomy.decoder(model).rotary_emb(x, position_ids=positions),
-    )
+    blocks = list(anatomy.blocks(model))
+    rope = anatomy.decoder(model).rotary_emb(x, position_ids=positions)
+    how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": memory}
     passed = [False] * 2 * len(blocks) if gates is None else (~gates).any(0).tolist()
     for s in range(start, 2 * len(blocks)):
         block = blocks[s // 2]
         if s % 2:
             y = x + block.mlp(block.post_attention_layernorm(x))
         else:
-            how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": memory}
             y = x + block.self_attn(block.input_layernorm(x), **how)[0]
-        y = torch.where(gates[:, s, None, None], y, x) if passed[s] else y
+        if passed[s]:
+            y = torch.where(gates[:, s, None, None], y, x)
         if watch:
             watch(s, x, y)
         x = y
     return x
+
+
+def logits(model, x) -> torch.Tensor:
+    """Of hidden states [..., width] after the last block: [..., vocabulary]."""
+    return model.lm_head(anatomy.decoder(model).norm(x))
 
 
 @contextmanager
@@ -57,11 +62,6 @@ def looking(model) -> Iterator[None]:
     if home.type == "cuda":  # 0.6 GiB at 7B, which keys and values need
         for part in parts:
             part.to("cpu")
-
-
-def logits(model, x) -> torch.Tensor:
-    """Of hidden states [..., width] after the last block: [..., vocabulary]."""
-    return model.lm_head(anatomy.decoder(model).norm(x))
 
 
 @dataclass(frozen=True)
@@ -78,45 +78,39 @@ class Prompts:
         processor, image: np.ndarray, questions: dict[str, str], device, *, text_only: bool = False
     ) -> Prompts:
         """Of questions by name; all pictures take as many tokens, so one `image` [S, S, 3] tells all prompts' ids."""
-        ids = []
+        images, ids = None if text_only else [image], []
         for question in questions.values():
             text = ask(processor, question, text_only=text_only)
-            ids.append(processor(text=text, images=None if text_only else [image])["input_ids"][0])
-        alike = min(len(row) for row in ids) - 1
-        alike = next((i for i in range(alike) if len({row[i] for row in ids}) > 1), alike)
+            ids.append(processor(text=text, images=images)["input_ids"][0])
+        alike = 0
+        while alike < min(map(len, ids)) - 1 and len({row[alike] for row in ids}) == 1:
+            alike += 1
         rest = {kind: list(row[alike:]) for kind, row in zip(questions, ids, strict=True)}
         return Prompts(torch.tensor(ids[0][:alike], device=device), rest, processor, device)
 
     def told(self, kind: str, answer: str, *, text_only: bool = False) -> list[int]:
         """Token ids of an answer and its end, as they follow the prompt."""
-        tokenizer, asked = (
-            self.processor.tokenizer,
-            prompt(self.processor, kind, text_only=text_only),
-        )
-        before, whole = (
-            tokenizer(text)["input_ids"]
-            for text in (asked, f"{asked} {answer}{tokenizer.eos_token}")
-        )
-        assert whole[: len(before)] == before, (
-            "the tokenizer joins the prompt's end with the answer's beginning"
-        )
+        tokenizer = self.processor.tokenizer
+        asked = prompt(self.processor, kind, text_only=text_only)
+        before = tokenizer(asked)["input_ids"]
+        whole = tokenizer(f"{asked} {answer}{tokenizer.eos_token}")["input_ids"]
+        assert whole[: len(before)] == before, "a token joins the prompt's end with the answer"
         return whole[len(before) :]
 
     def embedded(self, model, pictures: np.ndarray) -> torch.Tensor:
         """The prefix with each picture's features in it: [pictures, prefix, width]."""
         x = model.get_input_embeddings()(self.prefix).repeat(len(pictures), 1, 1)
         spots = self.prefix == model.config.image_token_id
-        if spots.any():
-            pixels = self.processor.image_processor(list(pictures), return_tensors="pt")[
-                "pixel_values"
-            ]
-            with looking(model):
-                told = model.model.get_image_features(
-                    pixel_values=pixels.to(self.device, model.dtype),
-                    vision_feature_layer=model.config.vision_feature_layer,
-                    vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-                )
-            x[:, spots] = torch.stack(list(told.pooler_output)).to(x.dtype)
+        if not spots.any():
+            return x
+        pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+        with looking(model):
+            features = model.model.get_image_features(
+                pixel_values=pixels.to(self.device, model.dtype),
+                vision_feature_layer=model.config.vision_feature_layer,
+                vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            )
+        x[:, spots] = torch.stack(list(features.pooler_output)).to(x.dtype)
         return x
 
 
@@ -131,41 +125,34 @@ class Reading:
         self,
         model,
         prompts: Prompts,
-        pictures,
+        pictures: np.ndarray,
         picture: Sequence[int],
-        kinds,
-        told,
-        units=(),
+        kinds: Sequence[str],
+        told: Sequence[Sequence[int]],
+        units: Sequence[Unit] = (),
         watch=None,
     ):
         self.model, self.told, device = model, told, prompts.device
         self.begin = len(prompts.prefix)
         self.asked = [len(prompts.rest[kind]) for kind in kinds]
-        rows = [
-            torch.tensor(prompts.rest[kind] + list(more))
-            for kind, more in zip(kinds, told, strict=True)
-        ]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         self.picture = torch.tensor(picture, device=device)
-        seen = torch.arange(self.begin + ids.shape[1], device=device)
-        self.places = seen[None, : self.begin], seen[None, self.begin :]
-        self.mask = visible((seen <= self.places[1].T)[None, None], model.dtype)
-        wanted = dict.fromkeys(removal.span(unit)[0] for unit in units)
-        self.states = (
-            dict(wanted),
-            dict(wanted),
-        )  # what sublayers read, of the prefix and of the rest
+        rows = [prompts.rest[kind] + list(more) for kind, more in zip(kinds, told, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(map(torch.tensor, rows), batch_first=True).to(device)
+        places = torch.arange(self.begin + ids.shape[1], device=device)
+        self.places = places[None, : self.begin], places[None, self.begin :]
+        self.mask = visible((places <= self.places[1].T)[None, None], model.dtype)
+        wanted = [Unit.of(unit).span[0] for unit in units]
+        self.states = dict.fromkeys(wanted), dict.fromkeys(wanted)  # what sublayers read, by part
         x = prompts.embedded(model, pictures), model.get_input_embeddings()(ids)
         self.last, self.memory = self._read(x, 0, partial(self._see, watch))
 
     def _read(self, x, start, watch=None):
         watches = [partial(watch, part) if watch else None for part in (0, 1)]
-        prefix = Memory()
-        run(self.model, x[0], prefix, None, self.places[0], start=start, watch=watches[0])
-        memory = Memory(prefix, self.picture)
-        return run(
-            self.model, x[1], memory, self.mask, self.places[1], start=start, watch=watches[1]
-        ), memory
+        before = Memory()
+        run(self.model, x[0], before, None, self.places[0], start=start, watch=watches[0])
+        memory = Memory(before, self.picture)
+        how = {"start": start, "watch": watches[1]}
+        return run(self.model, x[1], memory, self.mask, self.places[1], **how), memory
 
     def _see(self, watch, part, sublayer, x, y) -> None:
         if sublayer in self.states[part]:
@@ -173,24 +160,24 @@ class Reading:
         if watch:
             watch(part, sublayer, x, y)
 
-    def without(self, unit: removal.Unit | None) -> tuple[torch.Tensor, Memory]:
+    def without(self, unit: Unit | None) -> tuple[torch.Tensor, Memory]:
         """Last hidden states [rows, tokens, width] without a unit, and the keys and values behind it."""
         if unit is None:
             return self.last, self.memory
-        first, after = removal.span(unit)
+        first, after = Unit.of(unit).span
         return self._read((self.states[0][first], self.states[1][first]), after)
 
-    def forget(self, unit: removal.Unit) -> None:
+    def forget(self, unit: Unit) -> None:
         """Gives back what only this unit needs and those above it: for units from the last to the first."""
-        first, blocks = removal.span(unit)[0], anatomy.blocks(self.model)
+        unit = Unit.of(unit)
         for states in self.states:
-            for sublayer in [s for s in states if s > first]:
+            for sublayer in [s for s in states if s > unit.span[0]]:
                 del states[sublayer]
-        for block in blocks[
-            first // 2 + 1 :
-        ]:  # units below have their own keys and values of these
-            for memory in (self.memory, self.memory.prefix):
-                memory.held.pop(getattr(block.self_attn, "layer_idx", None), None)
+        # units below have their own keys and values of the blocks above
+        for block in anatomy.blocks(self.model)[unit.block + 1 :]:
+            layer = getattr(block.self_attn, "layer_idx", None)
+            self.memory.held.pop(layer, None)
+            self.memory.prefix.held.pop(layer, None)
 
     def predictions(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Logits [told + 1, vocabulary] of every row: for each token told and for the one after the last."""
@@ -201,7 +188,6 @@ class Reading:
 
     def parts(self, memory: Memory, rows: torch.Tensor) -> Iterator[tuple[int, list]]:
         """(layer, Memory.parts) of these rows; a unit's memory knows what lies above it, the rest is shared."""
-        for layer, owner in (
-            dict.fromkeys(self.memory.held, self.memory) | dict.fromkeys(memory.held, memory)
-        ).items():
+        for layer in dict.fromkeys([*self.memory.held, *memory.held]):
+            owner = memory if layer in memory.held else self.memory
             yield layer, owner.parts(layer, rows)

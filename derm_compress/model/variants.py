@@ -1,9 +1,4 @@
-"""Recipes and the frame of variants: what every stage says of a model instead of storing one. No torch.
-
-A recipe is a base and the ordered steps that turn it into a variant:
-`adapter` (ref, sha256, kept), `prune` (kept), `quantize` (the fields of quantize.Form; ref to searched scales). Where
-blocks are kept without their attention or MLP, `prune` and later `adapter` steps list these as `absent`.
-"""
+"""The frame of variants: a row for every model of the study, by name, with the recipe that makes it. No torch."""
 
 from __future__ import annotations
 
@@ -11,13 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from derm_compress.errors import DermError
 from derm_compress.model.recipe import Recipe
-
-if TYPE_CHECKING:  # a machine that only rehearses may lack it
-    import pandas as pd
 
 ORIGINAL, HEALED = "original", "+sft"
 
@@ -33,7 +26,7 @@ class Variant:
     variant: str
     source: str
     blocks_removed: int = 0
-    attentions_removed: int = 0  # of blocks that stay
+    attentions_removed: int = 0  # from blocks that stay
     mlps_removed: int = 0
     criterion: str = ""
     healed: bool = False
@@ -49,14 +42,14 @@ COLUMNS = tuple(field.name for field in fields(Variant))
 
 
 def variant(name: str, recipe: Recipe, *, source: str = "", **known) -> dict:
-    """One row of the variants frame, what is removed being read off the recipe; `known`: further columns."""
-    absent = recipe.absent()
+    """One row of the frame; what is removed is read off the recipe, `known` are further columns."""
+    gone = [unit.part for unit in recipe.absent()]
     row = Variant(
         variant=name,
         source=source or name,
         blocks_removed=recipe.blocks - len(recipe.kept()),
-        attentions_removed=sum(unit.endswith("attention") for unit in absent),
-        mlps_removed=sum(unit.endswith("mlp") for unit in absent),
+        attentions_removed=gone.count("attention"),
+        mlps_removed=gone.count("mlp"),
         recipe=recipe.to_json(),
         **known,
     )
@@ -70,14 +63,13 @@ def pruned(
 
     The first plan is the study's own and names its variants plainly. Depths count a plan's units.
     """
-    import pandas as pd
-
     rows = [variant(ORIGINAL, original)]
     for i, plan in enumerate(plans):
-        for n in (n for n in (rival if i else depths) if n <= plan.most):
-            recipe = original.pruned(plan.kept(n), plan.absent(n))
-            name = f"pruned-{n}" if i == 0 else f"pruned-{n}-{plan.criterion}"
-            rows.append(variant(name, recipe, criterion=plan.criterion))
+        for n in rival if i else depths:
+            if n <= plan.most:
+                recipe = original.pruned(plan.kept(n), plan.absent(n))
+                name = f"pruned-{n}-{plan.criterion}" if i else f"pruned-{n}"
+                rows.append(variant(name, recipe, criterion=plan.criterion))
     return pd.DataFrame(rows)
 
 
@@ -95,16 +87,13 @@ def to_heal(
     Adds `sft_seed` (0 for the first) and `adapter`, the name of the folder to train into. DermError where stage 04 has
     no model of a depth.
     """
-    import pandas as pd
-
     role, blocks = roles(choice), Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
     names = [name for name in role.values() if name in set(known.variant)]
     names += [f"pruned-{paper_depth(n, blocks)}" for n in depths]
     first = named(known, names).assign(sft_seed=0)
     more = named(first, [role["unpruned"], role["operating"]])
-    frame = pd.concat(
-        [first, *(more.assign(sft_seed=seed) for seed in range(1, seeds))], ignore_index=True
-    )
+    again = [more.assign(sft_seed=seed) for seed in range(1, seeds)]
+    frame = pd.concat([first, *again], ignore_index=True)
     marks = [f"~{seed}" if seed else "" for seed in frame.sft_seed]
     return frame.assign(adapter=frame.variant + marks)
 
@@ -117,8 +106,6 @@ def healed_name(adapter: str) -> str:
 
 def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
     """The variants of to_heal() after SFT: `adapters/<adapter>` under the stage's reference `ref`."""
-    import pandas as pd
-
     rows = []
     for row in sources.to_dict("records"):
         folder = row["adapter"]
@@ -133,18 +120,12 @@ def named(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     names = list(dict.fromkeys(names))
     if unknown := set(names) - set(frame.variant):
         raise DermError(f"variants {sorted(unknown)} are not among {sorted(frame.variant)}")
-    return (
-        frame.drop_duplicates("variant")
-        .set_index("variant", drop=False)
-        .loc[names]
-        .reset_index(drop=True)
-    )
+    rows = frame.drop_duplicates("variant").set_index("variant", drop=False)
+    return rows.loc[names].reset_index(drop=True)
 
 
 def read_variants(*folders: Path) -> pd.DataFrame:
     """The variants of several stages in one frame."""
-    import pandas as pd
-
     frames = [pd.read_parquet(Path(folder) / "variants.parquet") for folder in folders]
     return pd.concat(frames, ignore_index=True).drop_duplicates("variant", ignore_index=True)
 
@@ -156,10 +137,9 @@ def read_choice(folder: Path) -> dict:
 
 def roles(choice: dict, rival: str = "magnitude") -> dict[str, str]:
     """Variant names by role: unpruned, operating, deeper, and the rival criterion at the operating depth."""
-    n = choice["operating"]
-    pruned_names = {
-        "operating": f"pruned-{n}",
+    return {
+        "unpruned": ORIGINAL,
+        "operating": f"pruned-{choice['operating']}",
         "deeper": f"pruned-{choice['deeper']}",
-        "rival": f"pruned-{n}-{rival}",
+        "rival": f"pruned-{choice['operating']}-{rival}",
     }
-    return {"unpruned": ORIGINAL} | pruned_names
