@@ -163,7 +163,7 @@ def generate(rig: Rig, *, form: str, removed: int, batch: int) -> Rows:
     peak, floor = peak_gib(rig), latency.floor(model, told, bandwidth(rig.device))["floor_ms"]
     what = {"blocks_removed": removed}
     if FORMS[form]:
-        what |= FORMS[form].stored(rig.arch.blocks)
+        what["form"] = FORMS[form].format()
     sizes = {"batch": batch, "prompt_tokens": rig.prompt_tokens} | long
     kernel = any(getattr(module, "steps", None) is not None for module in model.modules())
     plan = memory.plan_peak(rig.arch, int4_kernel=kernel, **sizes, **what)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from derm_compress.errors import DermError
 from derm_compress.model.shapes import Architecture
 from derm_compress.model.variants import paper_depth
 
@@ -46,53 +45,17 @@ class Format:
         return self.group_bytes / self.group_size if self.group_size else 0.0
 
 
-# Bytes of a group's scale. Integers: fp16 (hqq's zero point too); NF4: an fp32 absmax, doubly quantized a byte and an
-# fp32 constant for 256 of them; LLM.int8: fp32, a row.
-SCALE_BYTES = {
-    "awq": FP16,
-    "rtn": FP16,
-    "rtn_symmetric": FP16,
-    "autoawq": FP16,
-    "hqq": 2 * FP16,
-    "bitsandbytes": FP32,
-    "bitsandbytes_double": 1 + FP32 / 256,
-    "awq_nf4": FP32,
-    "awq_nf4_double": 1 + FP32 / 256,
-    "llm_int8": FP32,
-}
-PACKED_ZEROS = ("awq", "rtn", "autoawq")  # a zero point of as many bits as a weight beside it
-BY_ROW = ("llm_int8",)
-
-
-def format_of(method: str, bits: float = 4, group_size: float = GROUP) -> Format:
-    """The format of a method's weights, as the frame of variants names it; DermError where there is none."""
-    if method == "fp16" and bits == 16:
-        return Format()
-    if method not in SCALE_BYTES or bits == 16:
-        raise DermError(
-            f"memory plan: no format {method!r} of {bits} bits; "
-            f"known: fp16, {', '.join(SCALE_BYTES)}"
-        )
-    zero = bits / 8 if method in PACKED_ZEROS else 0
-    return Format(bits, 0 if method in BY_ROW else group_size, SCALE_BYTES[method] + zero)
+NF4 = Format(4, GROUP, FP32)  # of QLoRA: an fp32 absmax a block
 
 
 def plan_weights(
-    arch: Architecture,
-    *,
-    form: Format | None = None,
-    method: str = "fp16",
-    bits: float = 16,
-    group_size: float = GROUP,
-    **removed: int,
+    arch: Architecture, *, form: Format = Format(), **removed: int
 ) -> dict[str, float]:
     """GiB of the weights by component; only the decoder blocks' linears are quantized, all else is fp16.
 
-    form: a Format; method, bits and group_size name one by format_of. `removed` are counts by name: blocks_removed,
-    attentions_removed, mlps_removed. Left out: NF4's codebook of 64 bytes a linear, padding of odd shapes, and the
-    4/group that torch's int4 kernel adds where it is used.
+    `removed` are counts by name: blocks_removed, attentions_removed, mlps_removed. Left out: NF4's codebook of 64
+    bytes a linear, padding of odd shapes, and the 4/group that torch's int4 kernel adds where it is used.
     """
-    form = form or format_of(method, bits, group_size)
     weights = arch.over_linears(lambda out, into: out * into, **removed)
     scales = weights * form.overhead
     if not form.group_size:
@@ -109,10 +72,7 @@ def plan_peak(
     prompt_tokens: int = QUESTION,
     new_tokens: int = ANSWER,
     int4_kernel: bool = False,
-    form: Format | None = None,
-    method: str = "fp16",
-    bits: float = 16,
-    group_size: float = GROUP,
+    form: Format = Format(),
     **removed: int,
 ) -> dict[str, float]:
     """GiB while questions of `prompt_tokens` about one picture each are answered; the rest as in plan_weights.
@@ -123,7 +83,6 @@ def plan_peak(
     residual's width (embeddings, block input, residual, normed), three of the MLP's, and the picture's features; or
     the tower's peak if larger. `int4_kernel`: torch's, which holds a bfloat16 scale and offset a group of 4 bits.
     """
-    form = form or format_of(method, bits, group_size)
     tokens = prompt_tokens + arch.image_tokens
     attentions = arch.kept(removed.get("blocks_removed", 0)) - removed.get("attentions_removed", 0)
     decoder = tokens * (4 * arch.hidden + 3 * arch.intermediate) + arch.image_tokens * arch.hidden
@@ -146,11 +105,11 @@ def plan_training(
     batch: int = 1,
     text_tokens: int = CONVERSATION,
     checkpointing: bool = False,
-    method: str = "bitsandbytes",
+    form: Format = NF4,
     element: int = FP16,
     rest: int = FP16,
 ) -> dict[str, float]:
-    """GiB of QLoRA: base in NF4 blocks of 64 (or fp16), fp32 adapters on all decoder linears, Adam, a picture a row.
+    """GiB of QLoRA: base in NF4 blocks of 64 (or another `form`), fp32 adapters on all decoder linears, Adam, a picture a row.
 
     Adapters are rank x (in + out) a linear, gradients as much, Adam twice that. `element`: bytes of the compute type;
     `rest`: of what is not 4-bit (4 after peft's k-bit preparation). With checkpointing a block keeps its input, and
@@ -158,7 +117,6 @@ def plan_training(
     """
     hidden, mlp, linears = arch.hidden, arch.intermediate, arch.linears.values()
     blocks, tokens = arch.kept(blocks_removed), batch * (text_tokens + arch.image_tokens)
-    form = format_of(method, 16 if method == "fp16" else 4)
     base = plan_weights(arch, form=form, blocks_removed=blocks_removed)
     for part in (*arch.outside, "block_norms"):
         base[part] *= rest / FP16
@@ -185,13 +143,13 @@ def plan_variants(
 ) -> pd.DataFrame:
     """One row a variant: params_b, vram_gib (weights), peak_gib, and with `_7b` those of arch_7b.
 
-    variants: blocks_removed, attentions_removed, mlps_removed (of arch), method, bits, group_size;
+    variants: blocks_removed, attentions_removed, mlps_removed (of arch), bits, group_size, group_bytes;
     `blocks_removed_7b` is the same fraction of arch_7b's blocks.
     asked: batch, prompt_tokens, new_tokens as in plan_peak.
     """
     rows = []
     for row in variants.to_dict("records"):
-        form = format_of(row["method"], row["bits"], row["group_size"])
+        form = Format(row["bits"], row["group_size"], row["group_bytes"])
         removed = {key: int(row.get(key, 0)) for key in REMOVED}
         of_7b = {key: paper_depth(n, arch_7b.blocks, arch.blocks) for key, n in removed.items()}
         planned = {"variant": row["variant"]}

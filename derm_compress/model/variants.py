@@ -34,6 +34,7 @@ class Variant:
     method: str = "fp16"
     bits: float = 16
     group_size: float = 0
+    group_bytes: float = 0  # of a group's scale and zero point; see memory.Format
     quantizer: str = ""
     recipe: str = ""
 

@@ -146,7 +146,7 @@ def same_vram(tables):
     """One VRAM for both quantizers, whose formats differ by more than the printed digit."""
     base = tables[3].query("role == 'unpruned'").set_index("method").paper_vram
     awq, nf4 = (paper_model.weights_gb(0, method) for method in ("awq", "bitsandbytes"))
-    double = paper_model.weights_gb(0, "bitsandbytes_double")
+    double = paper_model.weights_gb(0, "bitsandbytes-double")
     told = f"AWQ {awq:.2f} GB, NF4 {nf4:.2f} GB, doubly quantized {double:.2f} GB at 32 blocks"
     differs = base["awq"] == base["bitsandbytes"] and min(abs(awq - nf4), abs(awq - double)) > 0.1
     return (

@@ -1,5 +1,6 @@
 """The paper's model as shapes, LLaVA-1.5-7B: what it takes at any depth and in any format. No torch."""
 
+from derm_compress.method.quantization.forms import forms
 from derm_compress.model import memory, shapes
 
 _ATTENTION = {f"self_attn.{name}_proj": [4096, 4096] for name in "qkvo"}
@@ -42,11 +43,10 @@ def peak_gib(blocks_removed: int, method: str = "fp16") -> float:
     return sum(memory.plan_peak(LLAVA_7B, **_form(blocks_removed, method)).values())
 
 
+def format_of(quantizer: str) -> memory.Format:
+    """fp16, or a quantizer's at 4 bits in groups of 64."""
+    return memory.Format() if quantizer == "fp16" else forms([quantizer], [4], 64)[0].format()
+
+
 def _form(blocks_removed, method):
-    bits = 16 if method == "fp16" else 4
-    return {
-        "method": method,
-        "bits": bits,
-        "group_size": memory.GROUP,
-        "blocks_removed": blocks_removed,
-    }
+    return {"form": format_of(method), "blocks_removed": blocks_removed}

@@ -12,7 +12,7 @@ import re
 import pandas as pd
 
 from derm_compress.model import memory, shapes
-from derm_compress.report import paper
+from derm_compress.report import paper, paper_model
 
 TABLE = [
     "table", "setting", "paper_params_b", "blocks_removed", "method", "bits", "paper_vram", "plan_gib", "plan_gb",
@@ -57,8 +57,8 @@ def printed(arch: shapes.Architecture) -> pd.DataFrame:
 
 def weights_gib(arch: shapes.Architecture, row, removed: int) -> float:
     """Planned weights of a row's format with so many blocks removed."""
-    form = {"method": row.method, "bits": row.bits, "group_size": 64}
-    return sum(memory.plan_weights(arch, blocks_removed=removed, **form).values())
+    form = paper_model.format_of(row.method)
+    return sum(memory.plan_weights(arch, blocks_removed=removed, form=form).values())
 
 
 def explain(arch: shapes.Architecture, row, plan: float, peak: float) -> str:
@@ -86,9 +86,7 @@ def inference(arch: shapes.Architecture) -> pd.DataFrame:
     for row in printed(arch).itertuples(index=False):
         form = {
             "blocks_removed": row.blocks_removed,
-            "method": row.method,
-            "bits": row.bits,
-            "group_size": 64,
+            "form": paper_model.format_of(row.method),
         }
         plan = weights_gib(arch, row, row.blocks_removed)
         peak = sum(memory.plan_peak(arch, **ANSWERING, **form).values())

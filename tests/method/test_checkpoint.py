@@ -226,7 +226,8 @@ def test_a_half_export_is_as_large_as_planned_and_answers_alike(store, tmp_path,
         made[name] = logits(model)
     assert (made["float16"] - made["float32"]).norm() < 0.02 * made["float32"].norm()
     arch = shapes.architecture(base.config)
-    plan = memory.plan_weights(arch, blocks_removed=8, **form.stored(24) if form else {})
+    stored = form.format() if form else memory.Format()
+    plan = memory.plan_weights(arch, blocks_removed=8, form=stored)
     stored = [
         t for f in (tmp_path / "float16").glob("*.safetensors") for t in load_file(f).values()
     ]

@@ -45,7 +45,7 @@ def test_names_say_method_width_and_options():
 def test_every_method_has_a_grid_a_format_and_words(method):
     form = Form(method.name, method.widths[0], 64)
     assert grid_of(form, 0).bits == form.bits and method.words
-    assert memory.format_of(**form.stored(4)).packed
+    assert form.format().packed
 
 
 def test_a_step_is_read_with_defaults_and_unknown_fields_are_refused():
@@ -60,7 +60,7 @@ def test_a_step_is_read_with_defaults_and_unknown_fields_are_refused():
 
 def test_mixed_forms_count_their_mean():
     mixed = Form("rtn", 4, 64, block_bits={0: 2, 1: 3})
-    assert mixed.stored(4) == {"method": "rtn", "bits": 13 / 4, "group_size": 64}
+    assert mixed.format(4) == memory.Format(13 / 4, 64, 2 + 13 / 32)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_held_bytes_are_those_of_the_plan(model, scales, form):
     made = quantize(copy.deepcopy(model), form, packed=True, scales=scales.get(form.name))
     held = (usage.tensor_gib(made) - usage.tensor_gib(model)) * memory.GIB
     arch = shapes.architecture(model.config)
-    planned = memory.plan_weights(arch, **form.stored(2))
+    planned = memory.plan_weights(arch, form=form.format(2))
     linears = [one for block in anatomy.blocks(model) for one in anatomy.linears(block).values()]
     weights = sum(linear.weight.numel() for linear in linears)
     codebook = 14 * 64 if form.method == "bitsandbytes" else 0  # 64 bytes a linear, in no plan

@@ -110,31 +110,28 @@ def test_fp16_weights_are_those_of_table_1(llava):
 @pytest.mark.parametrize("left, expected", [(32, 4.35), (26, 3.74), (25, 3.63), (23, 3.43)])
 def test_four_bit_weights_in_groups_of_64(llava, left, expected):
     for method in ("awq", "rtn"):
-        plan = memory.plan_weights(llava, blocks_removed=32 - left, method=method, bits=4)
+        plan = memory.plan_weights(llava, blocks_removed=32 - left, form=Form(method).format())
         assert total(plan) == pytest.approx(expected, abs=0.006)
 
 
-@pytest.mark.parametrize(
-    "method, gigabytes", [("bitsandbytes", (4.82, 4.02)), ("bitsandbytes_double", (4.52, 3.78))]
-)
-def test_nf4_weights_in_blocks_of_64(llava, method, gigabytes):
+@pytest.mark.parametrize("double, gigabytes", [(False, (4.82, 4.02)), (True, (4.52, 3.78))])
+def test_nf4_weights_in_blocks_of_64(llava, double, gigabytes):
+    form = Form("bitsandbytes", double=double).format()
     for removed, expected in zip((0, 7), gigabytes, strict=True):
-        plan = memory.plan_weights(llava, blocks_removed=removed, method=method, bits=4)
+        plan = memory.plan_weights(llava, blocks_removed=removed, form=form)
         assert total(plan) * memory.GIB / 1e9 == pytest.approx(expected, abs=0.006)
 
 
 def test_formats_differ_by_their_scales_alone(small):
     def scales(method, bits, group_size=64):
-        plan = memory.plan_weights(small, method=method, bits=bits, group_size=group_size)
-        return (
-            plan["quantization_scales"] * memory.GIB / (2 * small.block_linears)
-        )  # bytes a weight
+        plan = memory.plan_weights(small, form=Form(method, bits, group_size).format())
+        return plan["quantization_scales"] * memory.GIB / (2 * small.block_linears)  # a weight
 
     assert scales("awq", 4) == 2.5 / 64
     assert scales("rtn", 3, 32) == 2.375 / 32
     assert scales("rtn_symmetric", 2) == 2 / 64
     assert scales("bitsandbytes", 4) == 4 / 64
-    assert scales("fp16", 16) == 0
+    assert memory.plan_weights(small)["quantization_scales"] == 0
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -154,9 +151,8 @@ def test_the_nf4_plan_is_what_bitsandbytes_holds(double):
             linear.weight.data, False, quant_type="nf4", compress_statistics=double
         )
         block.set_submodule(name, packed.to("cpu"))
-    method = "bitsandbytes_double" if double else "bitsandbytes"
     arch = shapes.architecture(config_of(1))
-    plan = memory.plan_weights(arch, method=method, bits=4)
+    plan = memory.plan_weights(arch, form=Form("bitsandbytes", double=double).format())
     held = usage.tensor_gib(torch.nn.ModuleList(anatomy.linears(block).values())) * memory.GIB
     planned = (plan["decoder_linears"] + plan["quantization_scales"]) * memory.GIB
     codebooks = len(dense) * (64 + double * 4 * 256)
@@ -166,7 +162,7 @@ def test_the_nf4_plan_is_what_bitsandbytes_holds(double):
 @pytest.mark.parametrize("method, bits", [("rtn", 4), ("rtn", 3), ("rtn_symmetric", 4)])
 def test_the_integer_plan_is_what_packed_blocks_hold(method, bits, small):
     model = quantize(small_llava(2).half(), Form(method, bits, 64), packed=True)
-    plan = memory.plan_weights(small, method=method, bits=bits)
+    plan = memory.plan_weights(small, form=Form(method, bits).format())
     planned = plan["decoder_linears"] + plan["quantization_scales"] + plan["block_norms"]
     assert usage.tensor_gib(anatomy.blocks(model)) == pytest.approx(planned, rel=1e-12)
 
@@ -193,7 +189,7 @@ def test_the_cache_takes_half_a_mebibyte_a_token_at_7b(llava):
     assert plan["kv_cache"] * memory.GIB == 524_288 * 700
     longer = memory.plan_peak(llava, prompt_tokens=100, new_tokens=24, batch=3, blocks_removed=16)
     assert longer["kv_cache"] == pytest.approx(plan["kv_cache"] * 1.5)
-    assert plan["workspace"] == 0 < memory.plan_peak(llava, method="awq", bits=4)["workspace"]
+    assert plan["workspace"] == 0 < memory.plan_peak(llava, form=memory.NF4)["workspace"]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -261,16 +257,11 @@ def test_adapters_gradients_and_adam_are_counted(llava):
 
 
 def test_lora_on_fp16_has_an_fp16_base_and_nothing_to_decode(llava):
-    on_nf4, on_fp16 = (
-        memory.plan_training(llava, method=method) for method in ("bitsandbytes", "fp16")
-    )
-    assert {part: on_fp16[part] for part in memory.plan_weights(llava)} == memory.plan_weights(
-        llava
-    )
-    assert (
-        on_fp16["workspace"] == 0 < on_nf4["workspace"]
-        and on_fp16["activations"] == on_nf4["activations"]
-    )
+    on_nf4, on_fp16 = (memory.plan_training(llava, form=f) for f in (memory.NF4, memory.Format()))
+    whole = memory.plan_weights(llava)
+    assert {part: on_fp16[part] for part in whole} == whole
+    assert on_fp16["workspace"] == 0 < on_nf4["workspace"]
+    assert on_fp16["activations"] == on_nf4["activations"]
 
 
 def test_checkpointing_trades_activations(llava):
@@ -284,19 +275,15 @@ def test_checkpointing_trades_activations(llava):
 def test_variants_are_planned_at_the_same_fraction_of_7b(llava):
     twelve = shapes.architecture(config_of(12))
     variants = pd.DataFrame(
-        [
-            ("original", 0, "fp16", 16, np.nan),
-            ("pruned-4", 4, "fp16", 16, np.nan),
-            ("pruned-4|awq4", 4, "awq", 4, 64),
-        ],
-        columns=["variant", "blocks_removed", "method", "bits", "group_size"],
+        [("original", 0, 16, 0, 0), ("pruned-4", 4, 16, 0, 0), ("pruned-4|awq4", 4, 4, 64, 2.5)],
+        columns=["variant", "blocks_removed", "bits", "group_size", "group_bytes"],
     )
     plan = memory.plan_variants(variants, twelve, llava, prompt_tokens=30).set_index("variant")
     assert plan["blocks_removed_7b"].tolist() == [0, 11, 11]  # 10.7
     assert plan.loc["original", "params_b_7b"] == 7.063427072
     assert plan.loc["pruned-4", "params_b"] == twelve.parameters(4) / 1e9
     assert plan.loc["pruned-4|awq4", "vram_gib_7b"] == total(
-        memory.plan_weights(llava, blocks_removed=11, method="awq", bits=4)
+        memory.plan_weights(llava, blocks_removed=11, form=Form("awq").format())
     )
     assert (plan["peak_gib_7b"] > plan["vram_gib_7b"]).all() and (
         plan["peak_gib"] > plan["vram_gib"]
@@ -307,10 +294,6 @@ def test_variants_are_planned_at_the_same_fraction_of_7b(llava):
 def test_plans_that_cannot_be_are_refused(small):
     with pytest.raises(DermError, match="2 of 2 blocks"):
         memory.plan_weights(small, blocks_removed=2)
-    with pytest.raises(DermError, match="gguf.*known: fp16, awq"):
-        memory.plan_weights(small, method="gguf", bits=4)
-    with pytest.raises(DermError, match="4 bits"):
-        memory.plan_peak(small, method="fp16", bits=4)
 
 
 def test_a_stored_architecture_plans_without_torch(llava):
@@ -319,14 +302,15 @@ def test_a_stored_architecture_plans_without_torch(llava):
     code = (
         "import json, sys; from derm_compress.model import memory, shapes, usage; "
         "arch = shapes.Architecture(**json.loads(sys.stdin.read())); "
-        "print(sum(memory.plan_peak(arch, method='awq', bits=4).values()), usage.resident_gib()['rss_gib'] > 0); "
+        "peak = sum(memory.plan_peak(arch, form=memory.NF4).values()); "
+        "print(peak, usage.resident_gib()['rss_gib'] > 0); "
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], input=stored, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[0]) == total(memory.plan_peak(llava, method="awq", bits=4))
+    assert float(done.stdout.split()[0]) == total(memory.plan_peak(llava, form=memory.NF4))
 
 
 def test_resident_memory_follows_an_allocation():
@@ -353,10 +337,10 @@ def test_a_process_peak_starts_anew_after_what_was_freed():
 
 
 def test_the_kernels_steps_are_counted(llava):
-    four, groups = memory.format_of("awq", 4), llava.decoder_linears() // 64
+    four, groups = Form("awq").format(), llava.decoder_linears() // 64
     steps = memory.plan_peak(llava, int4_kernel=True, form=four)["kernel_steps"]
     assert steps * memory.GIB == 4 * groups
-    wide = memory.plan_peak(llava, int4_kernel=True, form=memory.format_of("awq", 4, 128))
+    wide = memory.plan_peak(llava, int4_kernel=True, form=Form("awq", 4, 128).format())
     assert wide["kernel_steps"] == steps / 2
     assert memory.plan_peak(llava, form=four)["kernel_steps"] == 0
     assert memory.plan_peak(llava, int4_kernel=True)["kernel_steps"] == 0

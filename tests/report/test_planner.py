@@ -68,7 +68,7 @@ def test_the_peak_is_weights_cache_and_activations(rows, llava):
 def test_one_question_takes_the_same_wherever_its_peak_is_planned(rows, llava):
     full = rows[(rows.table == 4) & (rows.bits == 4) & (rows.blocks_removed == 6)].peak_gib.iloc[0]
     table = pd.DataFrame(
-        {"variant": ["a"], "blocks_removed": 6, "method": "awq", "bits": 4, "group_size": 64}
+        {"variant": ["a"], "blocks_removed": 6, "bits": 4, "group_size": 64, "group_bytes": 2.5}
     )
     assert (
         paper_model.peak_gib(6, "awq")

@@ -13,7 +13,7 @@ import pandas as pd
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import wanted
 from derm_compress.method.quantization.forms import Form
-from derm_compress.model.memory import format_of
+from derm_compress.method.quantization.methods import METHODS
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import HEALED, ORIGINAL, named, paper_depth
 
@@ -27,8 +27,8 @@ def mean_bits(budget: int, blocks: int, kept: int, group_size: int) -> float:
 
     Those of a group cost (16 + bits) / group bits a weight, so bytes are linear in bits.
     """
-    fixed = 8 * format_of(METHOD, 0, group_size).overhead
-    each = 1 + 8 * format_of(METHOD, 1, group_size).overhead - fixed
+    fixed = 8 * METHODS[METHOD].format(0, group_size).overhead
+    each = 1 + 8 * METHODS[METHOD].format(1, group_size).overhead - fixed
     return ((budget * each + fixed) * blocks / kept - fixed) / each
 
 

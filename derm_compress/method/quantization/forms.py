@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from derm_compress.errors import DermError
 from derm_compress.method.quantization.methods import METHODS, Method, quantizers
+from derm_compress.model.memory import Format
 
 MIXED = "mixed"  # how names end where blocks have several widths
 
@@ -89,15 +90,11 @@ class Form:
     def _named(self, method: str) -> str:
         return "-".join([method, *self.options, *([MIXED] if self.block_bits else [])])
 
-    def stored(self, blocks: int) -> dict:
-        """method, bits (the blocks' mean) and group_size of the format that memory plans."""
+    def format(self, blocks: int = 1) -> Format:
+        """How the linears of so many blocks are stored; `bits` are the blocks' mean."""
         bits = sum(self.block_bits.get(block, self.bits) for block in range(blocks)) / blocks
-        method = f"{self.method}_double" if self.double else self.method
-        return {
-            "method": method,
-            "bits": int(bits) if bits == int(bits) else bits,
-            "group_size": self.group_size,
-        }
+        bits = int(bits) if bits == int(bits) else bits
+        return self.kind.format(bits, self.group_size, double=self.double)
 
 
 def forms(names: Iterable[str], bits: Sequence[int], group_size: int) -> list[Form]:

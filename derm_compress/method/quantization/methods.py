@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from derm_compress.errors import DermError
+from derm_compress.model.memory import FP16, FP32, Format
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,21 @@ class Method:
     def searched(self, options: Iterable[str] = ()) -> bool:
         """Whether calibration inputs choose its scales or its clipping."""
         return bool(self.scaling) or "clip" in options
+
+    def format(self, bits: float, group_size: int, *, double: bool = False) -> Format:
+        """How its weights are stored; the scales and zero points that a group shares, in bytes."""
+        match self.grid:
+            case "integer":  # a zero point of as many bits as a weight
+                return Format(bits, group_size, FP16 + bits / 8)
+            case "symmetric":
+                return Format(bits, group_size, FP16)
+            case "hqq":  # its zero point is no whole number
+                return Format(bits, group_size, 2 * FP16)
+            case "nf4":  # an fp32 absmax; double: a byte, and an fp32 constant for 256 of them
+                return Format(bits, group_size, 1 + FP32 / 256 if double else FP32)
+            case "int8":  # a row's scale
+                return Format(bits, 0, FP32)
+        raise AssertionError(f"no format of grid {self.grid}")
 
     def check_options(self, options: Iterable[str]) -> None:
         """DermError for an option that it has not."""

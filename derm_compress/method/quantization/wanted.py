@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 import pandas as pd
 
@@ -80,8 +81,9 @@ def quantized_variants(sources: pd.DataFrame, wanted: pd.DataFrame, ref: str) ->
             "source": row.source,
             "criterion": source.criterion,
             "healed": bool(source.healed),
+            "method": form.method,
             "quantizer": row.quantizer,
         }
-        told |= form.stored(len(recipe.kept()))
+        told |= asdict(form.format(len(recipe.kept())))
         rows.append(variant(f"{row.source}|{row.form}", recipe, **told))
     return pd.DataFrame(rows)
