@@ -1,7 +1,7 @@
 """What a model says without a block, by drafts and by the plain loop: are the texts equal, and how much faster?
 
 The embedded base first learns one long question (name, treatment and features, these in two wordings), so that answers
-have 48 tokens or more and end by themselves. Then `ablation.written` and the loop over prune.without and
+have 48 tokens or more and end by themselves. Then drafts.ablated_answers and the loop over removal.without and
 model.generate, at its fastest batch, take turns in one thread, each of as many answers as a block has. The last line
 is JSON; an item is one (block, answer), `ratio` the loop's wall seconds over the drafts'. A status of 1 if the texts differ or the ratio is below 3.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from derm_compress.data import dialogue, synthetic
-from derm_compress.method.importance import without
+from derm_compress.method.importance.drafts import ablated_answers
 from derm_compress.model import anatomy, loading, prompts, reading, removal, tiny, usage
 from derm_compress.model.prompts import collate, encode
 
@@ -140,7 +140,7 @@ def race(
         )
     )
     seen.clear()
-    drafts = without.written(
+    drafts = ablated_answers(
         model, processor, items, images, blocks, questions, batch_size=lines, max_new_tokens=MOST
     )
     straight, fast, slow = (

@@ -14,7 +14,10 @@ from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import jobs as jobs_
 from derm_compress.method.finetune import train
 from derm_compress.method.finetune.jobs import Job, fine_tune_all
-from derm_compress.method.importance import criteria, measure
+from derm_compress.method.importance import measure
+from derm_compress.method.importance.calibration import Calibration
+from derm_compress.method.importance.embedder import Embedder
+from derm_compress.method.importance.plans import pruning_plans
 from derm_compress.method.pruning.depths import choose_operating_point
 from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.quantization import wanted as wanted_frames
@@ -91,15 +94,15 @@ def variants_of(recipe, store):
 def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset, tmp_path):
     """What the eight notebooks call, in their order, on the true shapes."""
     model, processor, recipe = seven_b
-    calibration = criteria.Calibration(
-        model, processor, dataset.of("train")[:2], dataset.images, criteria.Embedder()
+    calibration = Calibration(
+        model, processor, dataset.of("train")[:2], dataset.images, Embedder()
     )
-    measured = measure.measure(["published"], calibration, Journal())
+    measured = measure.measure_importance(["published"], calibration, Journal())
     scores, told = (
-        measure.scores(measure.values(measured), (0, 1, 31)),
+        measure.importance_scores(measure.importance_values(measured), (0, 1, 31)),
         {"protected": (0, 1, 31), "most": 9},
     )
-    plans = measure.plans(
+    plans = pruning_plans(
         ["published"],
         measured,
         calibration,
@@ -161,10 +164,10 @@ def check_tables(built):
 
 def test_criteria_that_look_at_weights_are_refused_by_name(dataset):
     model, processor = loading.load_base("pico", anatomy.META)
-    calibration = criteria.Calibration(model, processor, dataset.of("train")[:1], dataset.images)
+    calibration = Calibration(model, processor, dataset.of("train")[:1], dataset.images)
     with pytest.raises(DermError, match=r"\['magnitude', 'taylor'\] need weights"):
-        measure.measure(["last", "magnitude", "random-1", "taylor"], calibration, Journal())
-    measured = measure.measure(["last", "random-1"], calibration, Journal())
+        measure.measure_importance(["last", "magnitude", "random-1", "taylor"], calibration, Journal())
+    measured = measure.measure_importance(["last", "random-1"], calibration, Journal())
     assert set(measured.ranking) == {"last", "random-1"} and measured.value.notna().all()
 
 

@@ -56,7 +56,7 @@ def prune_folder(name: str, plan, count: int, path: Path) -> Path:
     model, processor = load_base(name, dtype=getattr(config, "dtype", None))
     whole = Recipe(name, fingerprint(model), len(blocks(model)))
     plan.check(blocks=whole.blocks, fingerprint=whole.fingerprint)
-    removal.apply(model, *removal.left(whole.blocks, plan.removed(count)))
+    removal.apply(model, plan.kept(count), plan.absent(count))
     recipe = whole.pruned(plan.kept(count), plan.absent(count))
     return write_folder(path, model, processor, recipe)
 

@@ -68,7 +68,7 @@ def similarity(answers: pd.DataFrame, device: str = "cpu") -> pd.Series:
     """Cosine of answer and reference by all-MiniLM-L6-v2, -1 to 1; each text is embedded once."""
     if answers.empty:
         return pd.Series([], index=answers.index, dtype=float)
-    from derm_compress.method.importance.criteria import Embedder
+    from derm_compress.method.importance.embedder import Embedder
 
     texts = sorted({*answers.answer, *answers.reference})
     vectors = Embedder(device=device).model.encode(

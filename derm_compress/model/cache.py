@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 
-class Memory:
+class PrefixCache:
     """Keys and values by layer, as attention modules fill a cache; those of a row's picture lie in `prefix`, once."""
 
-    def __init__(self, prefix: Memory | None = None, picture: torch.Tensor | None = None):
+    def __init__(self, prefix: PrefixCache | None = None, picture: torch.Tensor | None = None):
         self.held, self.prefix, self.picture = {}, prefix, picture
 
     def update(self, keys, values, layer, *_):
         self.held[layer] = keys, values
-        if self.prefix is None:
+        if not self.prefix:
             return keys, values
-        begun = [part[self.picture] for part in self.prefix.held[layer]]
-        return torch.cat([begun[0], keys], 2), torch.cat([begun[1], values], 2)
+        return self.joined(layer, slice(None))
 
-    def parts(self, layer: int, rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(keys, values) [rows, heads, tokens, head size] of these rows: of their pictures, if any, then their own."""
-        before = self.prefix.parts(layer, self.picture[rows]) if self.prefix else []
-        return [*before, tuple(part[rows] for part in self.held[layer])]
+    def joined(self, layer: int, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values) [rows, heads, tokens, head size] of these rows, those of their pictures before their own."""
+        before = self.prefix.held[layer]
+        return tuple(
+            torch.cat([first[self.picture[rows]], own[rows]], 2)
+            for first, own in zip(before, self.held[layer], strict=True)
+        )
+
+
+class SlotCache:
+    """A cache for rows of different lengths: keys and values [lines, width, heads, head size] a layer."""
+
+    def __init__(self, lines: int, width: int):
+        self.lines, self.width, self.held = lines, width, {}
+
+    def fill(self, lines: slice, layers: Iterable[tuple[int, tuple]]) -> None:
+        """Copies (layer, (keys, values) [rows, heads, tokens, head size]) to as many lines."""
+        for layer, pair in layers:
+            _, heads, tokens, size = pair[0].shape
+            if layer not in self.held:
+                shape = self.lines, self.width, heads, size
+                self.held[layer] = tuple(part.new_zeros(shape) for part in pair)
+            for place, part in zip(self.held[layer], pair, strict=True):
+                place[lines, :tokens] = part.transpose(1, 2)
+
+    def aim(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Where the next tokens go [rows, tokens]; returns visible() [rows, 1, tokens, seen] of what they may see."""
+        self.rows, self.seen = len(positions), int(positions.max()) + 1
+        first = self.width * torch.arange(self.rows, device=positions.device)[:, None]
+        self.spots = (first + positions).flatten()
+        there = torch.arange(self.seen, device=positions.device) <= positions[..., None]
+        return visible(there[:, None], dtype)
+
+    def update(self, keys, values, layer, *_):
+        for place, new in zip(self.held[layer], (keys, values), strict=True):
+            place.flatten(0, 1).index_copy_(0, self.spots, new.transpose(1, 2).flatten(0, 1))
+        return tuple(part[: self.rows, : self.seen].transpose(1, 2) for part in self.held[layer])
+
+    def move(self, lines: list[int], to: list[int]) -> None:
+        """Copies lines over others."""
+        for pair in self.held.values() if lines else ():
+            for part in pair:
+                part[to] = part[lines]
 
 
 def visible(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from derm_compress.model import anatomy
-from derm_compress.model.cache import Memory, visible
+from derm_compress.model.cache import PrefixCache, visible
 from derm_compress.model.prompts import ask, prompt
 from derm_compress.model.units import Unit
 
 
 def run(
-    model, x, memory, mask, positions, *, start: int = 0, gates=None, watch=None
+    model, x, cache, mask, positions, *, start: int = 0, gates=None, watch=None
 ) -> torch.Tensor:
     """Hidden states [rows, tokens, width] after all sublayers from `start` on.
 
@@ -30,7 +30,7 @@ def run(
     """
     blocks = list(anatomy.blocks(model))
     rope = anatomy.decoder(model).rotary_emb(x, position_ids=positions)
-    how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": memory}
+    how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": cache}
     passed = [False] * 2 * len(blocks) if gates is None else (~gates).any(0).tolist()
     for s in range(start, 2 * len(blocks)):
         block = blocks[s // 2]
@@ -144,15 +144,15 @@ class Reading:
         wanted = [Unit.of(unit).span[0] for unit in units]
         self.states = dict.fromkeys(wanted), dict.fromkeys(wanted)  # what sublayers read, by part
         x = prompts.embedded(model, pictures), model.get_input_embeddings()(ids)
-        self.last, self.memory = self._read(x, 0, partial(self._see, watch))
+        self.last, self.cache = self._read(x, 0, partial(self._see, watch))
 
     def _read(self, x, start, watch=None):
         watches = [partial(watch, part) if watch else None for part in (0, 1)]
-        before = Memory()
+        before = PrefixCache()
         run(self.model, x[0], before, None, self.places[0], start=start, watch=watches[0])
-        memory = Memory(before, self.picture)
+        cache = PrefixCache(before, self.picture)
         how = {"start": start, "watch": watches[1]}
-        return run(self.model, x[1], memory, self.mask, self.places[1], **how), memory
+        return run(self.model, x[1], cache, self.mask, self.places[1], **how), cache
 
     def _see(self, watch, part, sublayer, x, y) -> None:
         if sublayer in self.states[part]:
@@ -160,10 +160,10 @@ class Reading:
         if watch:
             watch(part, sublayer, x, y)
 
-    def without(self, unit: Unit | None) -> tuple[torch.Tensor, Memory]:
+    def without(self, unit: Unit | None) -> tuple[torch.Tensor, PrefixCache]:
         """Last hidden states [rows, tokens, width] without a unit, and the keys and values behind it."""
         if unit is None:
-            return self.last, self.memory
+            return self.last, self.cache
         first, after = Unit.of(unit).span
         return self._read((self.states[0][first], self.states[1][first]), after)
 
@@ -176,8 +176,8 @@ class Reading:
         # units below have their own keys and values of the blocks above
         for block in anatomy.blocks(self.model)[unit.block + 1 :]:
             layer = getattr(block.self_attn, "layer_idx", None)
-            self.memory.held.pop(layer, None)
-            self.memory.prefix.held.pop(layer, None)
+            self.cache.held.pop(layer, None)
+            self.cache.prefix.held.pop(layer, None)
 
     def predictions(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Logits [told + 1, vocabulary] of every row: for each token told and for the one after the last."""
@@ -186,8 +186,8 @@ class Reading:
         columns = [torch.arange(n) + asked - 1 for n, asked in zip(counts, self.asked, strict=True)]
         return list(logits(self.model, x[torch.cat(rows), torch.cat(columns)]).split(counts))
 
-    def parts(self, memory: Memory, rows: torch.Tensor) -> Iterator[tuple[int, list]]:
-        """(layer, Memory.parts) of these rows; a unit's memory knows what lies above it, the rest is shared."""
-        for layer in dict.fromkeys([*self.memory.held, *memory.held]):
-            owner = memory if layer in memory.held else self.memory
-            yield layer, owner.parts(layer, rows)
+    def held(self, cache: PrefixCache, rows: torch.Tensor) -> Iterator[tuple[int, tuple]]:
+        """(layer, (keys, values)) of these rows; a unit's cache knows what lies above it, the rest is shared."""
+        for layer in dict.fromkeys([*self.cache.held, *cache.held]):
+            owner = cache if layer in cache.held else self.cache
+            yield layer, owner.joined(layer, rows)

@@ -10,27 +10,9 @@ from torch import nn
 
 from derm_compress.errors import DermError
 from derm_compress.model import anatomy, units
-from derm_compress.model.units import SUBLAYERS, Unit
+from derm_compress.model.units import Unit
 
 PARTS = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
-
-
-def span(unit: Unit | int | str) -> tuple[int, int]:
-    """First sublayer of a unit and the one after its last, counted over all blocks, two a block."""
-    return Unit.of(unit).span
-
-
-def name_of(sublayer: int) -> str:
-    """The unit of one sublayer."""
-    return f"{sublayer // 2}.{SUBLAYERS[sublayer % 2]}"
-
-
-def left(
-    blocks: int, removed: Iterable[Unit | int | str]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Blocks of which something is left without these units, and the sublayers that those lack."""
-    kept, absent = units.left(blocks, map(Unit.of, removed))
-    return kept, tuple(map(str, absent))
 
 
 class Absent(nn.Module):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from derm_compress.data import dialogue
-from derm_compress.method.importance.rankings import CALIBRATED, Ranking, rankings
+from derm_compress.method.importance.rankings import Ranking, rankings
 from derm_compress.model.memory import FP16, FP32, GIB, plan_peak, plan_training, plan_weights
 from derm_compress.model.shapes import Architecture
 
@@ -192,18 +192,18 @@ class Needs:
         """
         cache, state = FP16 * 2 * self.arch.cache_width, FP16 * self.arch.hidden * self.arch.blocks
         states = 0.0
-        if ranking.criterion in ("output_similarity", "perplexity"):
+        if ranking.criterion.name in ("output_similarity", "perplexity"):
             states = max(1, len(ranking.parts)) * (read + told)
-        elif ranking.criterion == "angular":
+        elif ranking.criterion.name == "angular":
             states = 2 * told
         joined = 2 * self.kinds * read + told
         return cache * ((self.arch.blocks + 1) * (read + told) + joined) + state * states
 
     def scoring(self, ranking: Ranking) -> Callable[[int], float]:
         """GiB of a criterion's values, `batch` questions at once, a picture's together."""
-        if ranking.criterion not in CALIBRATED:
+        if not ranking.criterion.calibrated:
             return lambda batch: self.reading(1)
-        if ranking.criterion == "taylor":
+        if ranking.criterion.name == "taylor":
             return self.differentiating
         return lambda batch: self.leaving_out(ranking, max(1, batch // self.kinds), batch)
 
@@ -228,7 +228,7 @@ class Needs:
         """
         prefix, most = self.arch.image_tokens + PROMPT / 2, self.p["max_new_tokens"]
         some, lines, own, answer = pictures, 0.0, 0.0, ANSWER
-        if ranking.criterion == "output_similarity":
+        if ranking.criterion.name == "output_similarity":
             cache = FP16 * 2 * self.arch.cache_width * self.arch.blocks
             lines = cache * batch * (prefix + PROMPT + most) / GIB
             own = cache * pictures * (prefix + self.kinds * PROMPT) / GIB

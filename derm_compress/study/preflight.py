@@ -122,12 +122,12 @@ def check_embedder(plan) -> None:
     """DermError for a sentence transformer that is not found; the packaged one is there."""
     name, device = plan.values["embedder"], plan.values["device"]
     ranked = rankings(plan.values["rankings"])
-    asked = any(ranking.criterion == "output_similarity" for ranking in ranked)
+    asked = any(ranking.criterion.name == "output_similarity" for ranking in ranked)
     if asked and name != "packaged" and device != "meta":
-        from derm_compress.method.importance import criteria
+        from derm_compress.method.importance.embedder import Embedder
 
         folder = plan.root / name  # stages run in the project's root
-        criteria.Embedder(str(folder) if folder.is_dir() else name)("any text")
+        Embedder(str(folder) if folder.is_dir() else name)("any text")
 
 
 def check_forms(p: dict, arch: Architecture | None = None) -> None:

@@ -8,12 +8,14 @@ from letters import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
-from derm_compress.method.importance import without
+from derm_compress.method.importance import drafts
+from derm_compress.method.importance.drafts import ablated_answers
 from derm_compress.model import reading, removal
-from derm_compress.model.prompts import prompt
+from derm_compress.model.prompts import prepare, prompt
+from derm_compress.model.units import Unit
 
 ITEMS = [Item(f"i{row}", "train", "rosacea", f"g{row}", row, {}, "") for row in range(3)]
-UNITS = [0, 1, 3, "0.mlp", "2.attention", "3.mlp", "1.attention"]
+UNITS = [Unit.of(u) for u in (0, 1, 3, "0.mlp", "2.attention", "3.mlp", "1.attention")]
 MOST = 16
 
 
@@ -48,20 +50,9 @@ def told(small):
     return eos, {key: a[: a.index(eos) + 1] if eos in a else a for key, a in answers.items()}
 
 
-def written(model, *, eos, batch_size, units=UNITS, most=MOST):
-    rows = list(
-        without.written(
-            model,
-            Words(),
-            ITEMS,
-            PICTURES,
-            units,
-            QUESTIONS,
-            batch_size=batch_size,
-            max_new_tokens=most,
-            eos=eos,
-        )
-    )
+def written(model, *, eos, batch_size, units=UNITS, most=MOST, pictures=PICTURES):
+    how = {"batch_size": batch_size, "max_new_tokens": most, "eos": eos}
+    rows = list(ablated_answers(model, Words(), ITEMS, pictures, units, QUESTIONS, **how))
     answers = {row.key: row for row in rows}
     assert len(answers) == len(rows) == (1 + len(units)) * len(ITEMS) * len(QUESTIONS)
     return answers
@@ -79,11 +70,9 @@ def test_answers_are_the_loops_at_any_batch_size(small, told, batch_size):
     assert len(going) > 7  # so that rows wait for a free line, and lines are used again
     for key, row in rows.items():
         draft = expected[None, *key[1:]]
-        same = next(
-            (i for i, (a, b) in enumerate(zip(draft, row.tokens, strict=False)) if a != b),
-            len(draft),
-        )
-        assert row.accepted == (0 if key[0] is None else same)
+        stands = [one == other for one, other in zip(draft, row.tokens, strict=False)]
+        accepted = [*stands, False].index(False)
+        assert row.accepted == (accepted if row.unit else 0)
 
 
 def test_half_as_many_answers_are_read_as_written_and_one_reading_is_alive(
@@ -98,7 +87,7 @@ def test_half_as_many_answers_are_read_as_written_and_one_reading_is_alive(
             counts.append((len(told), any(told)))
             super().__init__(model, prompts, pictures, picture, kinds, told, units)
 
-    monkeypatch.setattr(without, "Reading", Watched)
+    monkeypatch.setattr(drafts, "Reading", Watched)
     for units, expected in ((UNITS, [(6, False), (4, True), (2, True)]), ([], [(6, False)])):
         counts = []
         written(small, eos=told[0], batch_size=6, units=units)
@@ -117,71 +106,71 @@ def test_answers_end_at_the_most_tokens(small, told, most):
 
 @pytest.mark.parametrize("ahead", [0, 1, 20])
 def test_guesses_change_no_answer(small, told, ahead, monkeypatch):
-    monkeypatch.setattr(without.Writer, "AHEAD", ahead)
+    monkeypatch.setattr(drafts.Writer, "AHEAD", ahead)
     rows = written(small, eos=told[0], batch_size=4)
     assert {key: row.tokens for key, row in rows.items()} == told[1]
 
 
 def test_a_guess_is_what_followed_the_same_tokens_of_the_same_picture():
-    guesses = without.Guesses(longest=2)
-    guesses.learn((None, "a", "q"), [1, 2, 3, 4])
-    guesses.learn((None, "b", "q"), [9, 2, 5, 6])
-    assert guesses.after((7, "a", "q"), [8, 2], 5) == [3, 4]
-    assert guesses.after((7, "b", "q"), [8, 2], 1) == [5]
-    assert guesses.after((7, "b", "q"), [1, 2], 5) == [3, 4]  # a longer run elsewhere
-    assert guesses.after((7, "b", "q"), [8], 5) == []
+    def answer(item, *tokens):
+        return drafts.Answer(None, item, "q", list(tokens), 0, 0, 0)
+
+    guesses = drafts.Guesses(longest=2)
+    guesses.learn(answer("a", 1, 2, 3, 4))
+    guesses.learn(answer("b", 9, 2, 5, 6))
+    assert guesses.after(answer("a", 8, 2), 5) == [3, 4]
+    assert guesses.after(answer("b", 8, 2), 1) == [5]
+    assert guesses.after(answer("b", 1, 2), 5) == [3, 4]  # a longer run elsewhere
+    assert guesses.after(answer("b", 8), 5) == []
 
 
 def loop(model, processor, items, images, units, kind, *, text_only):
     """model.generate without each block, all items as one batch."""
-    text = [prompt(processor, kind, text_only=text_only)] * len(items)
-    pictures = {} if text_only else {"images": list(images[[i.row for i in items]])}
-    inputs, answers = processor(text=text, return_tensors="pt", **pictures), {}
+    texts = [prompt(processor, kind, text_only=text_only)] * len(items)
+    pictures = None if text_only else images[[item.row for item in items]]
+    inputs, answers = prepare(processor, texts, pictures, "cpu"), {}
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 3, "eos_token_id": 2}
     for unit in [None, *units]:
-        with removal.without(model, [] if unit is None else [unit]), torch.inference_mode():
-            ids = model.generate(
-                **inputs, max_new_tokens=6, do_sample=False, pad_token_id=3, eos_token_id=2
-            )
-        for item, row in zip(items, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+        with removal.without(model, [unit] if unit else []), torch.inference_mode():
+            ids = model.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :]
+        for item, row in zip(items, ids.tolist(), strict=True):
             answers[unit, item.id, kind] = row[: row.index(2) + 1] if 2 in row else row
     return answers
 
 
 @pytest.mark.parametrize("text_only", [False, True])
 def test_answers_are_those_of_generate_on_the_pico_model(pico, dataset, text_only):
-    model, processor = pico
-    items, expected = dataset.of("train")[:2], {}
+    units = [Unit(1), Unit(4), Unit(7)]
+    asked, expected = (*pico, dataset.of("train")[:2], dataset.images, units), {}
     for kind in dialogue.QUESTIONS:
-        expected |= loop(
-            model, processor, items, dataset.images, [1, 4, 7], kind, text_only=text_only
-        )
+        expected |= loop(*asked, kind, text_only=text_only)
     how = {"batch_size": 6, "max_new_tokens": 6, "text_only": text_only}
-    asked = items, dataset.images, [1, 4, 7], dialogue.QUESTIONS
-    rows = {row.key: row.tokens for row in without.written(model, processor, *asked, **how)}
+    rows = {row.key: row.tokens for row in ablated_answers(*asked, dialogue.QUESTIONS, **how)}
     assert rows == expected
     assert len({tuple(tokens) for tokens in rows.values()}) > 6
 
 
 def test_a_block_that_adds_nothing_accepts_every_draft(small, told):
-    with altered(small, 2):
-        rows = written(small, eos=told[0], batch_size=4, units=[2, 1])
-    idle = [row for key, row in rows.items() if key[0] == 2]
+    with altered(small, Unit(2)):
+        rows = written(small, eos=told[0], batch_size=4, units=[Unit(2), Unit(1)])
+    idle = [row for row in rows.values() if row.unit == Unit(2)]
     assert all(row.accepted == len(row.tokens) for row in idle)
     assert all(row.tokens == rows[None, *row.key[1:]].tokens for row in idle)
-    assert any(row.accepted < len(row.tokens) for key, row in rows.items() if key[0] == 1)
+    going = [row for row in rows.values() if row.unit == Unit(1)]
+    assert any(row.accepted < len(row.tokens) for row in going)
 
 
 def test_answers_are_the_loops_where_the_first_attention_is_gone_already(told):
     cut, expected = speaker(), {}
     removal.apply(cut, range(4), ["0.attention"])
     with torch.inference_mode():
-        for unit in (None, 1, "2.mlp"):
+        for unit in (None, Unit(1), Unit(2, "mlp")):
             with altered(cut, unit):
                 for item, (name, question) in itertools.product(ITEMS, QUESTIONS.items()):
                     expected[unit, item.id, name] = greedy(
                         cut, inputs_of(question, PICTURES[item.row]), MOST, told[0]
                     )
-    rows = written(cut, eos=told[0], batch_size=4, units=[1, "2.mlp"])
+    rows = written(cut, eos=told[0], batch_size=4, units=[Unit(1), Unit(2, "mlp")])
     assert {key: row.tokens for key, row in rows.items()} == expected
     assert any(row.tokens != expected[None, *key[1:]] for key, row in rows.items())
 
@@ -205,9 +194,7 @@ def test_near_ties_are_counted(small, told):
 def test_in_half_precision_answers_differ_where_words_nearly_tie_and_nowhere_else(told):
     half = speaker().half()
     pictures, expected = PICTURES.half(), {}
-    rows = {row.key: row for row in without.written(
-        half, Words(), ITEMS, pictures, UNITS, QUESTIONS, batch_size=4, max_new_tokens=MOST, eos=told[0],
-    )}  # fmt: skip
+    rows = written(half, eos=told[0], batch_size=4, pictures=pictures)
     with torch.inference_mode():
         for unit in [None, *UNITS]:
             with altered(half, unit):
@@ -220,10 +207,7 @@ def test_in_half_precision_answers_differ_where_words_nearly_tie_and_nowhere_els
 
 
 def test_questions_by_any_name_are_asked(small, told):
-    rows = without.written(
-        small, Words(), [replace(ITEMS[0], id="x")], PICTURES, [], {"it": "what is it"}, batch_size=1,
-        max_new_tokens=MOST, eos=told[0],
-    )  # fmt: skip
-    assert [(row.key, row.tokens) for row in rows] == [
-        ((None, "x", "it"), told[1][None, "i0", "short"])
-    ]
+    one, asked = [replace(ITEMS[0], id="x")], {"it": "what is it"}
+    how = {"batch_size": 1, "max_new_tokens": MOST, "eos": told[0]}
+    (row,) = ablated_answers(small, Words(), one, PICTURES, [], asked, **how)
+    assert (row.key, row.tokens) == ((None, "x", "it"), told[1][None, "i0", "short"])

@@ -9,34 +9,32 @@ from torch.nn import functional as F
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
-from derm_compress.evaluate import answers
-from derm_compress.method.importance import criteria
+from derm_compress.method.importance import scoring
+from derm_compress.method.importance.calibration import Calibration
+from derm_compress.method.importance.criteria import CRITERIA
+from derm_compress.method.importance.embedder import Embedder
+from derm_compress.method.importance.plain import output_similarity_plainly
 from derm_compress.model import anatomy, prompts, removal
+from derm_compress.model.units import SUBLAYERS, Unit
 
-UNITS = [0, 3, 6, "3.attention", "3.mlp"]
+UNITS = [Unit.of(unit) for unit in (0, 3, 6, "3.attention", "3.mlp")]
 
 
 @pytest.fixture(scope="module")
 def embed():
-    return criteria.Embedder()
+    return Embedder()
 
 
 @pytest.fixture
 def calibration(pico, dataset):
-    return criteria.Calibration(
-        *pico,
-        dataset.of("train")[:2],
-        dataset.images,
-        lambda text: text,
-        batch_size=3,
-        max_new_tokens=5,
-    )
+    items = dataset.of("train")[:2]
+    return Calibration(*pico, items, dataset.images, batch_size=3, max_new_tokens=5)
 
 
 def frame(calibration, name, units=UNITS):
     """{(unit, item): mean over questions} of a criterion."""
     told = {}
-    for row in criteria.CRITERIA[name].rows(calibration, units):
+    for row in getattr(scoring, name)(calibration, units):
         told.setdefault((row["unit"], row["item"]), []).append(row["value"])
     return {key: float(np.mean(values)) for key, values in told.items()}
 
@@ -98,34 +96,31 @@ def test_the_embedder_is_the_published_model(embed):
 def test_a_sentence_transformer_that_is_not_there_is_one_line(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DermError, match=r"cannot be loaded \(.*\); set embedder") as error:
-        criteria.Embedder(name)("text")
+        Embedder(name)("text")
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("unit", [3, "3.attention", "3.mlp"])
+@pytest.mark.parametrize("unit", ["3", "3.attention", "3.mlp"])
 def test_output_similarity_is_the_loop_of_the_paper(calibration, embed, unit):
-    """Eqs. 2-5 by hand: take the unit out, generate, put it back, embed, cosine."""
     c = dataclasses.replace(calibration, embed=embed)
-    anatomy.blocks(c.model)[
-        3
-    ].self_attn.o_proj.weight.data *= 10  # a random attention hardly matters
-    how = {"variant": "x", "batch_size": 6, "max_new_tokens": 5}
-    before = answers.answer(c.model, c.processor, c.items, c.images, **how).answer
-    with removal.without(c.model, [unit]):
-        after = answers.answer(c.model, c.processor, c.items, c.images, **how)
-    vectors = embed.model.encode(before.tolist()), embed.model.encode(after.answer.tolist())
-    lengths = [np.linalg.norm(v, axis=1) for v in vectors]
-    cosine = (vectors[0] * vectors[1]).sum(1) / (lengths[0] * lengths[1])
-    rows = {(row["item"], row["question"]): row for row in criteria.output_similarity(c, [unit])}
-    told = [rows[key] for key in zip(after.item, after.question, strict=True)]
-    assert [row["answer"] for row in told] == after.answer.tolist()
-    assert np.allclose([1 - row["value"] for row in told], cosine, atol=1e-5) and min(cosine) < 0.99
+    # a random attention hardly matters
+    anatomy.blocks(c.model)[3].self_attn.o_proj.weight.data *= 10
+    found = frame(c, "output_similarity", [Unit.of(unit)])
+    for item in c.items:
+        asked = c.model, c.processor, c.images[item.row], unit, embed
+        cosine = output_similarity_plainly(*asked, max_new_tokens=5)
+        assert found[Unit.of(unit), item.id] == pytest.approx(1 - cosine, abs=1e-5)
+    assert max(found.values()) > 0.01
+
+
+def test_every_criterion_has_its_function():
+    assert all(callable(getattr(scoring, name)) for name in CRITERIA)
 
 
 @pytest.mark.parametrize("text_only", [False, True])
 def test_perplexity_is_the_loss_of_the_pruned_model(calibration, text_only):
     c = dataclasses.replace(calibration, text_only=text_only)
-    rows = list(criteria.perplexity(c, UNITS))
+    rows = list(scoring.perplexity(c, UNITS))
     assert len(rows) == len(UNITS) * 2 * 3
     for unit in UNITS:
         with removal.without(c.model, [unit]), torch.no_grad():
@@ -158,22 +153,22 @@ def test_block_influence_is_the_cosine_over_real_tokens(calibration):
         assert len({seen.shape[1] for seen in read}) > 1, "answers of one length need no padding"
         tokens = torch.cat([seen[:, common if i else 0 :] for i, seen in enumerate(read)], 1)
         for unit in UNITS:
-            before, after = removal.span(unit)
+            before, after = unit.span
             wanted = 1 - F.cosine_similarity(tokens[before], tokens[after], dim=-1).mean().item()
             assert found[unit, item.id] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_angular_distance_is_the_angle_at_the_last_token(calibration):
-    rows = list(criteria.angular(calibration, UNITS))
+    rows = list(scoring.angular(calibration, UNITS))
     for item in calibration.items:
         last = torch.stack([seen[:, -1] for seen in states(calibration, item)]).double()
         for unit in UNITS:
             (row,) = [row for row in rows if (row["unit"], row["item"]) == (unit, item.id)]
-            before, after = removal.span(unit)
-            ends = [after] if isinstance(unit, str) else range(after, 17, 2)
+            before, after = unit.span
+            ends = [after] if unit.part else range(after, 17, 2)
             cosine = [F.cosine_similarity(last[:, before], last[:, end], dim=-1) for end in ends]
             wanted = [(c.arccos() / torch.pi).mean().item() for c in cosine]
-            assert len(row["runs"]) == (1 if isinstance(unit, str) else 8 - unit)
+            assert len(row["runs"]) == (1 if unit.part else 8 - unit.block)
             assert np.allclose(row["runs"], wanted, atol=1e-5) and row["value"] == row["runs"][0]
 
 
@@ -184,8 +179,8 @@ def test_taylor_is_an_ordinary_backward_pass(calibration):
         total, count = loss_sum(c, item)
         (total / count).backward()
         for unit in UNITS:
-            held = criteria.sublayers(c.model)[slice(*removal.span(unit))]
-            weights = [p for parts in held for part in parts for p in part.parameters()]
+            held = scoring.sublayer_weights(c.model)[slice(*unit.span)]
+            weights = [p for parts in held for p in parts]
             wanted = sum((p * p.grad).abs().double().sum().item() for p in weights)
             assert found[unit, item.id] == pytest.approx(wanted, rel=1e-5)
 
@@ -201,7 +196,7 @@ def test_taylor_holds_one_gradient_at_a_time_and_leaves_no_trace(calibration):
         )
         for p in weights
     ]
-    frame(calibration, "taylor", [2])
+    frame(calibration, "taylor", [Unit(2)])
     for hook in hooks:
         hook.remove()
     assert len(live) == 2 * len(weights) and set(live) == {1}
@@ -229,7 +224,7 @@ def test_taylor_is_done_with_a_block_before_the_gradient_is_two_below(calibratio
             for p in block.parameters()
         ]
     one = dataclasses.replace(calibration, items=calibration.items[:1])
-    frame(one, "taylor", [2])
+    frame(one, "taylor", [Unit(2)])
     for hook in hooks:
         hook.remove()
     for block in range(2, 8):
@@ -255,21 +250,23 @@ def test_magnitude_is_the_sum_of_absolute_weights(calibration, part, wanted):
             block.input_layernorm.weight[0] = 1.0
             block.mlp.up_proj.weight[0, :2] = torch.tensor([1.0, -2.0]) * m
             block.post_attention_layernorm.weight[5] = 3.0 * m
-    units = [f"{b}{part}" if part else b for b in range(8)]
-    assert [row["value"] for row in criteria.magnitude(calibration, units)] == wanted
+    found = frame(calibration, "magnitude", [Unit.of(f"{b}{part}") for b in range(8)])
+    assert [found[unit, "train-00000"] for unit in sorted({unit for unit, _ in found})] == wanted
 
 
 def test_random_is_the_seeds(calibration):
-    other = dataclasses.replace(calibration, seed=1)
-    for units in (list(range(8)), ["0.attention", "0.mlp", "7.attention", "7.mlp"]):
-        one, two, three = (frame(c, "random", units) for c in (calibration, calibration, other))
+    c = dataclasses.replace(calibration, items=calibration.items[:1])
+    other = dataclasses.replace(c, seed=1)
+    blocks = [Unit(block) for block in range(8)]
+    for units in (blocks, [Unit(block, part) for block in (0, 7) for part in SUBLAYERS]):
+        one, two, three = (frame(asked, "random", units) for asked in (c, c, other))
         assert one == two != three and len(set(one.values())) == len(units)
-    assert (
-        frame(calibration, "random", [2, 5]).items()
-        < frame(calibration, "random", list(range(8))).items()
-    )
+    assert frame(c, "random", [Unit(2), Unit(5)]).items() < frame(c, "random", blocks).items()
 
 
 def test_last_takes_the_deepest_first(calibration):
-    found = frame(calibration, "last", [2, 3, "3.mlp", 6])
-    assert sorted(found, key=found.get) == [(6, ""), ("3.mlp", ""), (3, ""), (2, "")]
+    c = dataclasses.replace(calibration, items=calibration.items[:1])
+    units = [Unit(2), Unit(3), Unit(3, "mlp"), Unit(6)]
+    found = frame(c, "last", units)
+    order = [unit for unit, _ in sorted(found, key=found.get)]
+    assert order == [Unit(6), Unit(3, "mlp"), Unit(3), Unit(2)]

@@ -46,10 +46,10 @@ def gated(model, batch, units, more=6):
     x[ids == model.config.image_token_id] = torch.cat(list(features))
     gates, scores = torch.ones(1, 2 * len(anatomy.blocks(model)), dtype=torch.bool), []
     for unit in units:
-        gates[:, slice(*removal.span(unit))] = False
+        gates[:, slice(*unit.span)] = False
     for _ in range(more):
         last = reading.run(
-            model, x, cache.Memory(), None, torch.arange(x.shape[1])[None], gates=gates
+            model, x, cache.PrefixCache(), None, torch.arange(x.shape[1])[None], gates=gates
         )
         scores.append(reading.logits(model, last))
         ids = torch.cat([ids, scores[-1][:, -1:].argmax(-1)], 1)
@@ -84,17 +84,9 @@ def test_pruned_by_plan_is_gated_is_exported_and_reloaded(
                 assert torch.equal(greedy(one, batch, cached=cached), ids)
 
 
-def test_removing_nothing_changes_nothing(pico, dataset):
-    model, processor = pico
-    batch = inputs_of(processor, dataset)
-    before = logits(model, batch)
-    with removal.without(model, []):
-        assert torch.equal(logits(model, batch), before)
-
-
 def silence(model, units):
     """Makes units add nothing to the residual stream."""
-    for sublayer in (s for unit in units for s in range(*removal.span(unit))):
+    for sublayer in (s for unit in units for s in unit.sublayers):
         block = anatomy.blocks(model)[sublayer // 2]
         (block.mlp.down_proj if sublayer % 2 else block.self_attn.o_proj).weight.data.zero_()
 
@@ -235,14 +227,21 @@ def test_plans_that_cannot_be_applied_are_refused_in_one_line(tmp_path, capsys):
     assert "0 to 14" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("changed", "why"), [
-    ({"order": [99]}, "99 is no unit; blocks are 0 to 7"), ({"order": [-1]}, "-1 is no unit"),
-    ({"order": ["3.mpl"]}, "'3.mpl' is no unit"), ({"order": ["five"]}, "'five' is no unit"),
-    ({"order": [3.0]}, "3.0 is no unit"), ({"order": ["3"]}, "'3' is no unit"),
-    ({"order": [5, 5]}, "5 stands there twice"), ({"order": [5, "5.mlp"]}, "'5.mlp' stands there twice"),
-    ({"order": [3, 0]}, r"blocks \[0\] are to go, but protected"), ({"order": ["7.mlp"]}, r"blocks \[7\]"),
-    ({"order": [], "starts": [6, 6]}, r"blocks \[7\] are to go"), ({"order": [], "starts": [8]}, "8 is no unit"),
-])  # fmt: skip
+NO_UNIT = [-1, "3.mpl", "five", 3.0, True]
+BEYOND = [99, 0, "7.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [({"order": [told]}, f"{told!r} is no unit") for told in NO_UNIT]
+    + [({"order": [told]}, r"blocks .* are to go, but protected or beyond 7") for told in BEYOND]
+    + [
+        ({"order": [5, 5]}, "5 stands there twice"),
+        ({"order": [5, "5.mlp"]}, "5.mlp stands there twice"),
+        ({"order": [], "starts": [6, 6]}, r"blocks \[7\] are to go"),
+        ({"order": [], "starts": [8]}, r"blocks \[8\] are to go"),
+    ],
+)
 def test_plans_that_name_what_cannot_go_are_refused(changed, why):
     with pytest.raises(DermError, match=f"pruning plan {PLAN.criterion}: {why}"):
         Plan.from_dict(PLAN.to_dict() | changed)
@@ -294,12 +293,19 @@ def scores(**by_depth):
 def test_the_operating_point_is_where_a_third_is_gone():
     big = Plan("x", tuple(range(2, 31)), (0, 1, 31), 32, "f")
     papers = scores(d0=80.12, d2=73.15, d4=65.75, d6=62.5, d7=57.25, d9=36.25)
-    assert choose_operating_point(papers, big) | {"why": ""} == {"operating": 6, "deeper": 9, "why": ""}
-    cliff = choose_operating_point(scores(d0=80, d4=79, d8=26), big)
-    assert (cliff["operating"], cliff["deeper"]) == (6, 9) and "no depth" in cliff["why"]
-    floor = choose_operating_point(scores(d0=25, d4=25), big)
-    assert (floor["operating"], floor["deeper"]) == (6, 9) and "no score" in floor["why"]
+    choice = choose_operating_point(papers, big)
+    assert (choice["operating"], choice["deeper"]) == (6, 9) and "loses 32%" in choice["why"]
     assert choose_operating_point(papers, big, fixed=8)["operating"] == 8
+    flat = Plan("x", (3, 5), (), 8)
+    for told, why in (
+        (scores(d0=80, d4=79, d8=26), "no depth"),
+        (scores(d0=25, d4=25), "no score above"),
+        (scores(d0=float("nan")), "there are no scores"),
+    ):
+        choice = choose_operating_point(told, big)
+        assert (choice["operating"], choice["deeper"]) == (6, 9) and why in choice["why"]
+        choice = choose_operating_point(told, flat)
+        assert (choice["operating"], choice["deeper"]) == (2, 2)
 
 
 def test_depths_keep_the_papers_fractions():
@@ -329,3 +335,13 @@ def test_stored_plans_are_read_by_name(tmp_path):
         DermError, match="stage 03 has plans for angular-contiguous, output_similarity, x-sublayers"
     ):
         read_plans(tmp_path, ["taylor"])
+
+
+def test_the_published_plan_is_for_32_blocks():
+    plan = published_plan()
+    plan.check(blocks=32, fingerprint="any")
+    assert [unit.block for unit in plan.order[:7]] == [23, 4, 18, 22, 21, 24, 17]
+    assert plan.most == 14 and plan.protected == (0, 1, 31) and len(plan.kept(14)) == 18
+    assert plan.removed(3) == (Unit(4), Unit(18), Unit(23))
+    with pytest.raises(DermError, match="made for a model of 32 blocks"):
+        plan.check(blocks=8, fingerprint="any")

@@ -10,7 +10,11 @@ from derm_compress.errors import DermError
 from derm_compress.evaluate import answers
 from derm_compress.method import activation_analysis, activations
 from derm_compress.method.finetune import train
-from derm_compress.method.importance import criteria, measure, rankings
+from derm_compress.method.importance import measure
+from derm_compress.method.importance.calibration import Calibration
+from derm_compress.method.importance.embedder import Embedder
+from derm_compress.method.importance.plans import whole_answers
+from derm_compress.method.importance.rankings import Ranking
 from derm_compress.method.quantization import per_variant, search
 from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import loading, oom
@@ -135,52 +139,52 @@ def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(
 
 
 def test_rankings_go_on_with_smaller_batches(pico, dataset, monkeypatch, capsys):
-    c = criteria.Calibration(
+    c = Calibration(
         *pico, dataset.of("train")[:3], dataset.images, batch_size=6, max_new_tokens=4
     )
-    whole, real = measure.measure(["perplexity"], c, files.Journal()), criteria.Calibration.readings
+    whole, real = measure.measure_importance(["perplexity"], c, files.Journal()), Calibration.readings
 
     def small(c, *words, **how):
         if c.batch_size > 3:
             raise torch.OutOfMemoryError
         return real(c, *words, **how)
 
-    monkeypatch.setattr(criteria.Calibration, "readings", small)
+    monkeypatch.setattr(Calibration, "readings", small)
     assert (
-        measure.measure(["perplexity"], c, files.Journal()).value.sub(whole.value).abs().max()
+        measure.measure_importance(["perplexity"], c, files.Journal()).value.sub(whole.value).abs().max()
         < 1e-5
     )
     assert (
         "ranking perplexity: out of GPU memory with 6 at once; going on with 3"
         in capsys.readouterr().out
     )
-    monkeypatch.setattr(criteria.Calibration, "readings", lambda c, units: narrow(0, [])(1))
+    monkeypatch.setattr(Calibration, "readings", lambda c, units: narrow(0, [])(1))
     with pytest.raises(
         DermError, match="ranking perplexity: out of GPU memory with a batch of one"
     ):
-        measure.measure(["perplexity"], dataclasses.replace(c, batch_size=1), files.Journal())
+        measure.measure_importance(["perplexity"], dataclasses.replace(c, batch_size=1), files.Journal())
 
 
 def test_answers_of_iterative_rankings_go_on_with_smaller_batches(pico, dataset, monkeypatch):
-    c = criteria.Calibration(
+    c = Calibration(
         *pico, dataset.of("train")[:2], dataset.images, batch_size=4, max_new_tokens=4
     )
-    ranking = rankings.rankings(["output_similarity-iterative"])[0]
-    whole, real = measure.whole_answers(ranking, c, files.Journal()), criteria.Calibration.written
+    ranking = Ranking.of("output_similarity-iterative")
+    whole, real = whole_answers(ranking, c), Calibration.answers
 
     def small(c, units):
         if c.batch_size > 2:
             raise torch.OutOfMemoryError
         return real(c, units)
 
-    monkeypatch.setattr(criteria.Calibration, "written", small)
-    assert measure.whole_answers(ranking, c, files.Journal()) == whole
+    monkeypatch.setattr(Calibration, "answers", small)
+    assert whole_answers(ranking, c) == whole
 
 
 def test_the_sentence_transformer_leaves_the_gpu_to_the_model():
     cells = params.read_notebooks(Path(__file__).parents[2])["03_layer_importance"].code()
-    assert any("criteria.Embedder(stage.p.embedder)," in cell for cell in cells)
-    assert criteria.Embedder().device == "cpu"
+    assert any("Embedder(stage.p.embedder)," in cell for cell in cells)
+    assert Embedder().device == "cpu"
 
 
 def test_figure_4_out_of_memory_is_one_clear_line(recipe, store, dataset, monkeypatch):

@@ -3,15 +3,15 @@ import torch
 from letters import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 
 from derm_compress.data import dialogue
-from derm_compress.method.importance import measure
 from derm_compress.method.importance.rankings import Ranking
-from derm_compress.model import anatomy, removal, shapes
+from derm_compress.model import anatomy, shapes
 from derm_compress.model.prompts import prepare, prompt
 from derm_compress.model.reading import Prompts, Reading
+from derm_compress.model.units import Unit
 from derm_compress.study.needs import Needs
 
 TOLD = [[7, 8, 9], [], [11], [12, 13, 14, 15, 16, 17], [18, 19], [20]]
-UNITS = [0, 2, "1.attention", "3.mlp"]
+UNITS = [Unit.of(name) for name in (0, 2, "1.attention", "3.mlp")]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_reading_is_that_of_the_model_without_the_unit(small, read, unit):
     with torch.inference_mode():
         x, memory = read.without(unit)
         states, scores = anatomy.decoder(small).norm(x), read.predictions(x)
-        held = dict(read.parts(memory, torch.arange(len(TOLD))))
+        held = dict(read.held(memory, torch.arange(len(TOLD))))
         with altered(small, unit):
             for row, told in enumerate(TOLD):
                 expected, asked = whole(small, row), read.asked[row] + len(told)
@@ -52,9 +52,8 @@ def test_a_reading_is_that_of_the_model_without_the_unit(small, read, unit):
                 assert torch.allclose(states[row, :asked], last[read.begin :], atol=1e-5)
                 assert len(scores[row]) == len(told) + 1
                 assert torch.allclose(scores[row], expected.logits[0, -len(told) - 1 :], atol=1e-4)
-                for layer, parts in held.items():
+                for layer, pair in held.items():
                     cached = expected.past_key_values.layers[layer]
-                    pair = (torch.cat(part, 2) for part in zip(*parts, strict=True))
                     for part, other in zip(pair, (cached.keys, cached.values), strict=True):
                         assert torch.allclose(
                             part[row, :, : read.begin + asked], other[0], atol=1e-5
@@ -65,17 +64,17 @@ def test_a_reading_is_that_of_the_model_without_the_unit(small, read, unit):
 def test_a_reading_holds_what_is_planned(small, read, ranking):
     """Bytes alive with what one unit needs, units going from the last to the first, against needs."""
     asked, arch = Ranking.of(ranking), shapes.architecture(small.config)
-    units, most = measure.units_of(asked, arch.blocks), 0
+    units, most = asked.units(arch.blocks), 0
     prompts = Prompts.of(Words(), PICTURES[0], QUESTIONS, "cpu")
     with torch.inference_mode():
         reading = Reading(
             small, prompts, PICTURES, [0, 0, 1, 1, 2, 2], [*QUESTIONS] * 3, TOLD, units
         )
-        for unit in sorted(units, key=removal.span, reverse=True):
+        for unit in sorted(units, reverse=True):
             x, without = reading.without(unit)
             assert torch.allclose(x, read.without(unit)[0] if unit in UNITS else x, atol=1e-6)
             caches = [
-                held for own in (reading.memory, without) for held in (own.held, own.prefix.held)
+                held for own in (reading.cache, without) for held in (own.held, own.prefix.held)
             ]
             tensors = [part for held in caches for pair in held.values() for part in pair]
             tensors += [x for states in reading.states for x in states.values()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from derm_compress.errors import DermError
-from derm_compress.method.importance import criteria
+from derm_compress.method.importance import embedder
 from derm_compress.model import memory, shapes
 from derm_compress.study import params, plan, preflight, run
 from derm_compress.study.needs import Needs
@@ -162,6 +162,6 @@ def test_a_sentence_transformer_that_is_not_there_is_told_before_any_stage(monke
         with pytest.raises(DermError, match="sentence transformer no/such/model cannot be loaded"):
             preflight.check(planned(**cpu, rankings=[ranking]))
     preflight.check(planned(**cpu, rankings=["magnitude"]))  # nothing asks it
-    folder = criteria._packaged()
+    folder = embedder.packaged()
     here = cpu | {"embedder": folder.name}
     preflight.check(planned(folder.parent, **here, rankings=["output_similarity"]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from derm_compress.errors import DermError
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.model.variants import paper_depth
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PAPER_DEPTHS = {"operating": 6, "deeper": 9}  # of 32 blocks
 
@@ -57,7 +59,9 @@ def choose_operating_point(
         why = "no depth loses about a third of the score above the floor: the paper's fractions"
         return _papers(plan, why)
     depth = int((lost - share).abs().idxmin())
-    why = f"removing {depth} blocks loses {lost[depth]:.0%} of the development score above the floor"
+    why = (
+        f"removing {depth} blocks loses {lost[depth]:.0%} of the development score above the floor"
+    )
     return _beside(depth, plan, why)
 
 

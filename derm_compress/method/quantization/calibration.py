@@ -16,7 +16,7 @@ from derm_compress.errors import DermError
 from derm_compress.method.quantization import folding
 from derm_compress.method.quantization.inputs import InputSums
 from derm_compress.model import anatomy
-from derm_compress.model.cache import Memory, visible
+from derm_compress.model.cache import PrefixCache, visible
 
 
 def collect(model, batches, *, device=None, folder=None, skip=()):
@@ -219,7 +219,7 @@ def _through(block, passes, waiting, *, watch):
             memory = None
             for key in batch:
                 part = waiting.take(key, device)
-                weight, memory = part.get("weight"), Memory(memory, part.get("row"))
+                weight, memory = part.get("weight"), PrefixCache(memory, part.get("row"))
                 out = block(
                     part["hidden"],
                     position_embeddings=(part["cos"], part["sin"]),

