@@ -2,7 +2,7 @@
 
 
 class DermError(Exception):
-    """Says in one line what is wrong, where, and what to do; the command line prints it and exits with 2."""
+    """Says in a line what is wrong, where, and what to do; the command line exits with 2."""
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of a traceback."""

@@ -1,4 +1,4 @@
-"""The face of a folder: the names that it offers, each loaded from its module when it is first asked for."""
+"""The face of a folder: the names that it offers, each loaded from its module when asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ def face(
 ) -> tuple[Callable[[str], object], list[str]]:
     """(__getattr__, __all__) of a package's __init__, where `offers` is {module below it: names}.
 
-    So `from derm_compress.method import Plan` loads one module, not the folder; study.keys reads the same FACE.
+    So `from derm_compress.method import Plan` loads one module, not the folder; study.keys reads
+    the same FACE.
     """
     home = {name: module for module, names in offers.items() for name in names}
 

@@ -11,7 +11,7 @@ def clock(seconds: float) -> str:
 
 
 def track(iterable, what: str, total: int | None = None, *, every: float = 10.0):
-    """Yields the items and prints done, rate and time left: after `every` seconds, then less often, once a minute.
+    """Yields the items and prints done, rate and time left: after `every` seconds, then less often.
 
     A loop that ends before the first line is due prints nothing.
     """

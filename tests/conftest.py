@@ -1,4 +1,4 @@
-"""Shared parts: one torch thread, a run's arithmetic, no hub, the pico model and a handful of synthetic items."""
+"""Shared parts: one arithmetic, no hub, the pico model and a handful of synthetic items."""
 
 import os
 
@@ -20,7 +20,7 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items):
-    """Two processes take one file after the other: the longest go first, so that neither waits for the other long."""
+    """Two processes take file after file: the longest first, so that neither waits long."""
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 

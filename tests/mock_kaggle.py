@@ -1,9 +1,10 @@
 """The smoke study in two sessions of a mock Kaggle: `make mock-kaggle`.
 
-Real: the built data set and its wheel, setup cells, "Run all" without injected parameters, an environment in which this
-package is not installed, folders laid out as both ways of mounting have it, inputs that must not change. Session one
-runs notebooks 01 to 04, its artifacts are packed, session two mounts them and runs the study's script.
-Mocked: the pictures, the model (random, 8 blocks), the limits of disk and time. Not here: GPUs, the image's versions.
+Real: the built data set and its wheel, setup cells, "Run all" without injected parameters, an
+environment in which this package is not installed, folders laid out as both ways of mounting have
+it, inputs that must not change. Session one runs notebooks 01 to 04, its artifacts are packed,
+session two mounts them and runs the study's script. Mocked: the pictures, the model (random,
+8 blocks), the limits of disk and time. Not here: GPUs, the image's versions.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ for path in sys.argv[1:]:
     finally:
         for cell in notebook.cells:
             told = [o["text"] for o in cell.get("outputs", ()) if o["output_type"] == "stream"]
-            print(*(told if "setup" in cell["metadata"].get("tags", ()) else told[-1:]), sep="", end="")
+            every = "setup" in cell["metadata"].get("tags", ())
+            print(*(told if every else told[-1:]), sep="", end="")
 """
 
 

@@ -1,4 +1,4 @@
-"""Models without values: the 7B shapes through the stages' functions, counts exact and no score a number."""
+"""Models without values: the 7B shapes through the stages' functions; exact counts, no score."""
 
 import pandas as pd
 import pytest
@@ -135,8 +135,9 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     assert training.seconds.isna().all() and (training.train_peak_gib > 4).all()
     arch = shapes.Architecture(**architecture(variants))
     results = Results(
-        scores=scores, plans=plans, choice=choice, variants=variants, answers=answers, evaluation=answers,
-        training=training, latency=timed, memory=memory.plan_variants(variants, arch, arch),
+        scores=scores, plans=plans, choice=choice, variants=variants, answers=answers,
+        evaluation=answers, training=training, latency=timed,
+        memory=memory.plan_variants(variants, arch, arch),
         architecture=architecture(variants),
     )  # fmt: skip
     check_tables(tables.build(results))

@@ -1,4 +1,4 @@
-"""A small project with notebooks of its own, on which store, parameters and runner are tried without torch."""
+"""A small project with notebooks of its own, to try store, parameters and runner without torch."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def misbehave(mode, journal):
         sys.exit(0)
     if mode == "die":
         os.kill(os.getpid(), 9)
-    for item in range(28 if mode == "slow" else 2):
+    for item in range(12 if mode == "slow" else 2):
         if str(item) not in journal.done:
             journal.add(str(item), item)
             if mode == "slow":
@@ -66,11 +66,39 @@ def misbehave(mode, journal):
                 time.sleep(0.25)
     return {"items": len(journal.done)}
 '''
+WORDS = """\
+from pathlib import Path
+
+
+def word():
+    return (Path(__file__).parent / "words.yaml").read_text()
+"""
+RENDER = """\
+def render(run, *, root, artifacts):
+    folder = root / "reports" / run
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.html").write_text("report")
+    return folder
+
+
+def render_index(root):
+    print("indexed")
+"""
+START = """\
+from derm_compress.method import shapes
+from derm_compress.study import start_stage
+"""
 
 
 def cell(source: str, *tags: str) -> dict:
-    return {"cell_type": "code", "id": f"c{abs(hash(source)) % 10**8}", "metadata": {"tags": list(tags)},
-            "source": source.splitlines(keepends=True), "outputs": [], "execution_count": None}  # fmt: skip
+    return {
+        "cell_type": "code",
+        "id": f"c{abs(hash(source)) % 10**8}",
+        "metadata": {"tags": list(tags)},
+        "source": source.splitlines(keepends=True),
+        "outputs": [],
+        "execution_count": None,
+    }
 
 
 def notebook(path: Path, *cells: dict) -> Path:
@@ -95,22 +123,14 @@ def project(root: Path) -> Path:
         (package / name).mkdir()
         (package / name / "__init__.py").touch()
     (package / "method" / "shapes.py").write_text(SHAPES)
-    (package / "method" / "words.py").write_text(
-        'from pathlib import Path\n\n\ndef word():\n    return (Path(__file__).parent / "words.yaml").read_text()\n'
-    )
+    (package / "method" / "words.py").write_text(WORDS)
     (package / "method" / "words.yaml").write_text("mole")
-    (package / "report" / "render.py").write_text(
-        "def render(run, *, root, artifacts):\n    folder = root / 'reports' / run\n"
-        "    folder.mkdir(parents=True, exist_ok=True)\n"
-        "    (folder / 'index.html').write_text('report')\n    print('rendered', run)\n    return folder\n\n\n"
-        "def render_index(root):\n    print('indexed')\n"
-    )
+    (package / "report" / "render.py").write_text(RENDER)
     books = root / "notebooks"
-    start = "from derm_compress.method import shapes\nfrom derm_compress.study.stage import start_stage\n"
     notebook(
         books / "01_data.ipynb",
         cell(FIRST, "parameters"),
-        cell(start + 'stage = start_stage("01_data", globals())'),
+        cell(START + 'stage = start_stage("01_data", globals())'),
         cell('frame = stage.frame("numbers", shapes.numbers, stage.p.count, stage.p.seed)'),
         cell("print(len(frame))", "figure"),
         cell("stage.finish()"),
@@ -119,7 +139,7 @@ def project(root: Path) -> Path:
         notebook(
             books / f"{name}.ipynb",
             cell(SECOND, "parameters"),
-            cell("import pandas as pd\n" + start + f'stage = start_stage("{name}", globals())'),
+            cell("import pandas as pd\n" + START + f'stage = start_stage("{name}", globals())'),
             cell('frame = pd.read_parquet(stage.input("01_data") / "numbers.parquet")'),
             cell('out = stage.frame("scaled", shapes.scaled, frame, stage.p.factor)'),
             cell(f'items = stage.json("items", shapes.misbehave, {mode}, stage.journal("items"))'),

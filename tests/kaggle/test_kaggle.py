@@ -1,4 +1,4 @@
-"""What goes to Kaggle, how it sets itself up there, and what comes back; the whole: mock_kaggle.py"""
+"""What goes to Kaggle, how it sets itself up there, what comes back; the whole: mock_kaggle.py"""
 
 import ast
 import importlib.metadata
@@ -36,7 +36,7 @@ IMAGE = {
     "tinycss2": "1.4.0", "torch": "2.10.0", "tqdm": "4.67.3", "traitlets": "5.7.1",
     "typer": "0.25.1", "webencodings": "0.5.1",
 }  # fmt: skip
-# A running kernel holds its traitlets; nbclient asks for 5.13 and was seen to run notebooks with 5.7.1
+# A running kernel holds its traitlets; nbclient asks for 5.13 and was seen to run with 5.7.1
 OLDER = {"traitlets"}
 
 
