@@ -393,9 +393,12 @@ def notebook(stage, root):
             "error", ename="E", evalue="x", traceback=[f'File "{root}/derm_compress/x.py"']
         ),
     ]
+    setup = nbformat.v4.new_code_cell("import runpy", metadata={"tags": ["setup"]})
+    asked = nbformat.v4.new_code_cell(f"seed: int = 0  # {EVIL}", metadata={"tags": ["parameters"]})
     text = f"# {stage[:2]} A question?\n\nEq. 1 is $\\Delta=\\max(|w|)/2^{{N-1}}$ and\n\n"
     text += "$$\\bar c_l=\\frac1N\\sum_i c_i$$\n\nIt costs 5 \\$."
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), code])
+    said = nbformat.v4.new_markdown_cell(text)
+    return nbformat.v4.new_notebook(cells=[said, setup, asked, code])
 
 
 def write_run(root, run="tiny", *, files=None, stages=None, notebooks=True):

@@ -8,10 +8,9 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import Markup
 
-from derm_compress.report import tables, verdicts
-from derm_compress.report.page import table
+from derm_compress.report import tables
 
-KEYS = {  # table: its question, what tells its rows apart, its score
+SIDE_BY_SIDE = {  # table: its question, what tells its rows apart, its score
     "table1_pruning": (
         "Pruning alone, by the fraction of blocks removed",
         ["fraction_removed"],
@@ -28,24 +27,19 @@ KEYS = {  # table: its question, what tells its rows apart, its score
 }
 
 
-def body(root: Path) -> Markup:
-    """Headlines, then Tables 1 to 5 with a column a run."""
-    runs = {
-        path.parent.name: path.parent for path in sorted(Path(root, "reports").glob("*/run.json"))
-    }
+def sections(root: Path) -> list[tuple[str, pd.DataFrame, str]]:
+    """(heading, table, caption): what every run says, then Tables 1 to 5 with a column a run."""
+    files = sorted(Path(root, "reports").glob("*/run.json"))
+    runs = {path.parent.name: path.parent for path in files}
     if not runs:
-        return Markup("<p>No run has a report yet.</p>")
-    parts = [
-        table(
-            overview(runs),
-            "Every run; verdicts: reproduced / not reproduced / cannot be tested at its size",
-        )
-    ]
-    for stem, (question, keys, score) in KEYS.items():
-        shown = table(beside(runs, stem, keys, score), "score, % (95 % interval), a column a run")
-        if shown:
-            parts.append(Markup("<h2>Table {}. {}</h2>").format(stem[5], question) + shown)
-    return Markup("\n").join(parts)
+        return []
+    found = [("", overview(runs), "Every run, and its verdicts on the paper's claims")]
+    for stem, (question, keys, score) in SIDE_BY_SIDE.items():
+        frame = beside(runs, stem, keys, score)
+        if len(frame):
+            caption = "score, % (95 % interval), a column a run"
+            found.append((f"Table {stem[5]}. {question}", frame, caption))
+    return found
 
 
 def overview(runs: dict[str, Path]) -> pd.DataFrame:
@@ -59,34 +53,28 @@ def overview(runs: dict[str, Path]) -> pd.DataFrame:
 
 
 def counts(folder: Path) -> str:
-    """7 / 8 / 2 of the claims' verdicts."""
+    """How many of the paper's claims got each verdict."""
     file = folder / "tables" / "extra_verdicts.csv"
     if not file.exists():
         return ""
     found = pd.read_csv(file).verdict.value_counts()
-    return " / ".join(
-        str(found.get(name, 0)) for name in (verdicts.REPRODUCED, verdicts.NOT, verdicts.UNTESTED)
-    )
+    return "; ".join(f"{count} {verdict}" for verdict, count in found.items())
 
 
 def beside(runs: dict[str, Path], stem: str, keys: list[str], score: str) -> pd.DataFrame:
-    """A row a key of any run in order of the keys' values or, of names, of appearance; a column a run."""
-    columns = {}
+    """A row for each key that any run has, in order of the keys or, of settings, of appearance; a column a run."""
+    frames = []
     for name, folder in runs.items():
         file = folder / "tables" / f"{stem}.csv"
-        frame = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=keys)
-        readable = tables.readable(frame.reindex(columns=[score, f"{score}_lo", f"{score}_hi"]))
-        cells = readable[tables.heading(score)] if len(frame) else []
-        columns[name] = pd.Series(
-            list(cells), index=pd.MultiIndex.from_frame(frame[keys]), dtype=object
-        )
-        columns[name] = columns[name][~columns[name].index.duplicated()]
-    order = pd.Index([]) if not columns else next(iter(columns.values())).index
-    for column in columns.values():
-        order = order.append(column.index.difference(order, sort=False))
-    whole = pd.DataFrame({name: column.reindex(order) for name, column in columns.items()}).fillna(
-        ""
-    )
-    whole = whole if keys == ["setting"] else whole.sort_index()
+        if file.exists():
+            frame = pd.read_csv(file).drop_duplicates(keys)
+            cells = tables.readable(frame[[score, f"{score}_lo", f"{score}_hi"]])
+            frames.append(frame[keys].assign(run=name, cell=cells[tables.heading(score)]))
+    if not frames:
+        return pd.DataFrame()
+    every = pd.concat(frames)
+    whole = every.pivot(index=keys, columns="run", values="cell").reindex(columns=list(runs))
+    if keys == ["setting"]:
+        whole = whole.reindex(every.setting.unique())
     told = tables.readable(whole.index.to_frame(index=False).rename(columns=tables.heading))
-    return pd.concat([told, whole.reset_index(drop=True)], axis=1)
+    return pd.concat([told, whole.astype(object).fillna("").reset_index(drop=True)], axis=1)

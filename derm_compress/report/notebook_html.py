@@ -13,9 +13,9 @@ from latex2mathml.converter import convert
 from markupsafe import Markup
 
 MIMES = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
-TAGS = re.findall(r"\w+", "a b blockquote br code del div em h1 h2 h3 h4 hr i li ol p pre span strong sub sup ul") + [
-    "table", "tbody", "td", "th", "thead", "tr",
-]  # fmt: skip
+TAGS = re.findall(r"\w+", "a b blockquote br code del div em h1 h2 h3 h4 hr i li ol p pre span")
+TAGS += re.findall(r"\w+", "strong sub sup ul table tbody td th thead tr")
+FOLDED = Markup("<details><summary>Parameters</summary><pre>{}</pre></details>")
 FORMULA = re.compile(r"(?s)```.*?```|`[^`]*`|\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$")
 
 
@@ -53,37 +53,44 @@ def exporter():
 
 
 def notebook_body(path: Path, clean) -> str:
-    """The HTML of an executed notebook, to be put into a page."""
-    sys.modules.setdefault(
-        "rfc3987_syntax", None
-    )  # two seconds of compiling a grammar that no notebook needs
+    """The HTML of an executed notebook, to be put into a page: no setup, its parameters folded."""
+    # Two seconds of compiling a grammar that no notebook needs.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import nbformat
 
     notebook = nbformat.from_dict(clean(nbformat.read(path, as_version=4)))
-    formulas: list[str] = []
+    aside: list[str] = []  # HTML that stands for words of the text
+    cells = []
     for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "setup" in tags:
+            continue
         if cell.cell_type == "markdown":
-            cell.source = set_aside(cell.source, formulas)
+            cell.source = set_aside(cell.source, aside)
+        if {"parameters", "injected-parameters"} & set(tags):
+            word = word_for(FOLDED.format(cell.source), aside)
+            cell = nbformat.v4.new_markdown_cell(word, id=cell.get("id", "parameters"))
         for output in cell.get("outputs", ()):
             if "data" in output:
                 slim(output)
+        cells.append(cell)
+    notebook.cells = cells
     body = exporter().from_notebook_node(notebook)[0]
     body = re.sub(r"<table[^>]*>", "<table><caption>computed in this notebook</caption>", body)
-    return re.sub(
-        r"formula(\d+)aside",
-        lambda found: dict(enumerate(formulas)).get(int(found[1]), found[0]),
-        body,
-    )
+    known = dict(enumerate(aside))
+    return re.sub(r"set(\d+)aside", lambda found: known.get(int(found[1]), found[0]), body)
+
+
+def word_for(html: str, aside: list[str]) -> str:
+    """A word that stands for this HTML until the notebook is rendered."""
+    aside.append(str(html))
+    return f"set{len(aside) - 1}aside"
 
 
 def clean_html(html: str) -> str:
     """Leave tags that only format; everything else becomes text."""
-    known = {
-        "a": ["href", "title"],
-        "th": ["colspan", "rowspan"],
-        "td": ["colspan", "rowspan"],
-        "span": ["class"],
-    }
+    spans = ["colspan", "rowspan"]
+    known = {"a": ["href", "title"], "th": spans, "td": spans, "span": ["class"]}
     return Markup(bleach.clean(html, tags=TAGS, attributes=known, protocols={"http", "https"}))
 
 
@@ -98,20 +105,17 @@ def slim(output) -> None:
     output.metadata, output.data = from_dict({"image/png": alt, "image/jpeg": alt}), from_dict(data)
 
 
-def set_aside(text: str, formulas: list[str]) -> str:
-    """Put a word in the place of each formula, which goes to `formulas` as MathML; code stays as it is."""
+def set_aside(text: str, aside: list[str]) -> str:
+    """Put a word in the place of each formula, which goes `aside` as MathML; code stays as it is."""
 
-    def one(found):
+    def one(found: re.Match) -> str:
         latex = found[1] or found[2]
         if latex is None:
             return found[0]
+        known = re.sub(r"\\arg\b", r"\\operatorname{arg}", latex)
         try:
-            known = re.sub(r"\\arg\b", r"\\operatorname{arg}", latex)
-            formulas.append(convert(known, display="block" if found[1] else "inline"))
-        except (
-            Exception
-        ):  # the converter has errors of many kinds, and the source reads well enough
-            formulas.append(str(Markup("<code>{}</code>").format(latex)))
-        return f"formula{len(formulas) - 1}aside"
+            return word_for(convert(known, display="block" if found[1] else "inline"), aside)
+        except Exception:  # the converter has errors of many kinds, and the source reads well
+            return word_for(Markup("<code>{}</code>").format(latex), aside)
 
     return FORMULA.sub(one, text)

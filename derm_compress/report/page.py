@@ -1,57 +1,54 @@
-"""HTML of the reports: tables, pictures, pages; whatever is not Markup is escaped. No torch."""
+"""Jinja with this report's templates: HTML in which whatever is not Markup is escaped, and inert Markdown. No torch."""
 
 from __future__ import annotations
 
 import base64
+import functools
+import html
 
 import pandas as pd
-from markupsafe import Markup
-
-from derm_compress.report.figures import Drawing
-
-LONG = "<td class=long>{}</td>"
+import yaml
+from jinja2 import Environment, PackageLoader, select_autoescape
 
 
-def table(frame: pd.DataFrame | None, caption: str) -> Markup | None:
-    """An HTML table in its own scroll box; every cell is escaped."""
-    if frame is None or frame.empty:
-        return None
-    head = Markup("").join(Markup("<th scope=col>{}</th>").format(name) for name in frame.columns)
-    rows = [
-        Markup("").join(
-            Markup(LONG if len(str(cell)) > 40 else "<td>{}</td>").format(cell) for cell in row
-        )
-        for row in frame.to_numpy()
-    ]
-    body = Markup("").join(Markup("<tr>{}</tr>\n").format(row) for row in rows)
-    whole = Markup(
-        "<table><caption><span>{}</span></caption><thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table>"
+def page(template: str, **view) -> str:
+    """A template of this folder, filled."""
+    return environment().get_template(template).render(**view)
+
+
+@functools.cache
+def environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("derm_compress.report", "templates"),
+        autoescape=select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return Markup("<div class=wide tabindex=0>{}</div>").format(whole.format(caption, head, body))
+    made.filters |= {"inert": inert, "markdown": to_markdown, "yaml": as_yaml}
+    made.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return made
 
 
-def picture(drawing: Drawing | None) -> Markup | None:
-    """A figure in its own scroll box; on a phone, where that cuts its title, the finding stands above it."""
-    if drawing is None:
-        return None
-    data = base64.b64encode(drawing.png()).decode()
-    image = Markup(
-        '<div class=figure tabindex=0><img src="data:image/png;base64,{}" alt="{}"></div>'
-    )
-    said = Markup("<figure class=shown><figcaption aria-hidden=true>{}</figcaption>{}</figure>")
-    return said.format(
-        drawing.finding[:1].upper() + drawing.finding[1:],
-        image.format(Markup(data), drawing.finding),
-    )
+MARKS = {"\\": "&#92;", "|": "\\|", "`": "&#96;", "[": "&#91;", "\n": " "}
+MARKS |= {mark: f"\\{mark}" for mark in "*_$"}
 
 
-def page(**view) -> str:
-    """templates/report.html with everything escaped that is not Markup."""
-    from jinja2 import Environment, PackageLoader
+def inert(text) -> str:
+    """Text that Markdown shows as it is, whatever it says."""
+    return html.escape(str(text)).translate(str.maketrans(MARKS))
 
-    loader = PackageLoader("derm_compress.report", "templates")
-    return (
-        Environment(loader=loader, autoescape=True, trim_blocks=True)
-        .get_template("report.html")
-        .render(**view)
-    )
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A table for a repository browser."""
+    rows = [frame.columns, ["---"] * frame.shape[1], *frame.to_numpy()]
+    return "".join("| " + " | ".join(map(inert, row)) + " |\n" for row in rows)
+
+
+def as_yaml(value) -> str:
+    """Nested notes as people read them; long lists are cut."""
+    if isinstance(value, dict):
+        value = {
+            key: inner[:50] + ["…"] if isinstance(inner, list) and len(inner) > 50 else inner
+            for key, inner in value.items()
+        }
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

@@ -121,26 +121,27 @@ def items_hash(items: pd.DataFrame) -> str:
 
 def build(results: Results) -> dict[str, pd.DataFrame]:
     """{stem: table} of everything that the results suffice for."""
+    made = {stem: make(stem, results) for stem in (*COLUMNS, *BESIDE)}
+    return {stem: frame for stem, frame in made.items() if frame is not None}
+
+
+BESIDE = ("extra_contradictions", "extra_side_by_side", "extra_verdicts")
+
+
+def make(stem: str, results: Results) -> pd.DataFrame | None:
+    """One table, or None where the results do not suffice for it."""
+    from derm_compress.report import side_by_side
+
+    if stem in BESIDE:
+        return side_by_side.build(results).get(stem)
     makers = (table1, table2, table3, table4, table5, quantization_tests, block_errors, equal_bytes)
-    makers += (
-        agreements,
-        calibration_sizes,
-        criteria,
-        criteria_tests,
-        cliffs,
-        sublayers,
-        running,
-        baselines,
-        judges,
-    )
-    makers += statistics_tables.MAKERS
-    ready = {
-        stem: make
-        for stem, make in zip(COLUMNS, makers, strict=True)
-        if needed(make, results) is not None
-    }
-    made = {stem: make(results) for stem, make in ready.items()}
-    return {stem: tidy(frame, stem) for stem, frame in made.items() if len(frame)}
+    makers += (agreements, calibration_sizes, criteria, criteria_tests, cliffs, sublayers)
+    makers += (running, baselines, judges, *statistics_tables.MAKERS)
+    maker = dict(zip(COLUMNS, makers, strict=True))[stem]
+    if needed(maker, results) is None:
+        return None
+    frame = maker(results)
+    return tidy(frame, stem) if len(frame) else None
 
 
 def needed(make, results: Results):
@@ -434,3 +435,4 @@ def _cell(name, value, lo, hi):
     )
     text = style % value
     return text if pd.isna(lo) else f"{text} ({style % lo} to {style % hi})"
+

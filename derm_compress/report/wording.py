@@ -6,91 +6,97 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from derm_compress.evaluate import metrics
+from derm_compress.method.importance.criteria import CRITERIA, PUBLISHED
+from derm_compress.method.importance.rankings import OPTIONS
 from derm_compress.method.quantization.methods import METHODS
-from derm_compress.report.results import answers_of
 
+ORDERS = {one.name: one for one in (*CRITERIA.values(), PUBLISHED)}
 NAMES = {name: method.words for name, method in METHODS.items()}
-NAMES |= {"published": "the published order", "last": "last blocks first"}
-WAYS = {  # what a ranking's ending says: in short, and explained
-    "text": ("text only", "ranked on the questions without pictures"),
-    "iterative": ("iterative", "scored anew after each removal"),
-    "contiguous": ("contiguous", "one run of neighbouring blocks goes"),
-    "unprotected": ("unprotected", "no block is protected"),
-    "attention": ("attentions", "attentions go, their MLPs stay"),
-    "mlp": ("MLPs", "MLPs go, their attentions stay"),
-    "sublayers": ("sublayers", "attentions and MLPs go one by one"),
-}
-CRITERIA = {  # by what a ranking's blocks go
-    "output_similarity": "how much the answers change without the block",
-    "perplexity": "how unlikely the reference answers become without the block",
-    "block_influence": "1 minus the cosine of what goes into the block and what comes out",
-    "angular": "the angle between the same two at the last token",
-    "taylor": "the sum of absolute weights times gradients",
-    "magnitude": "the sum of absolute weights",
-    "last": "from the end, block by block",
-    "random": "a random order",
-    "published": "the order that comes with the paper's code",
-}
+NAMES |= {name: one.title for name, one in ORDERS.items() if one.title}
+NAMES |= {"random-0": "a random order"}
 
 
-def percent(score) -> str:
-    """62.5 % (58.1 to 66.9), from a metrics.Score or a table's row."""
-    lo, hi = (
-        (score.score_lo, score.score_hi) if hasattr(score, "score_lo") else (score.lo, score.hi)
-    )
-    return f"{score.score:.1f} % ({lo:.1f} to {hi:.1f})"
+def ends(row, name: str) -> tuple[float, float, float]:
+    """A value and its interval, from a table's row or from metrics' Score, Difference or Recovery."""
+    if hasattr(row, "_asdict"):
+        return getattr(row, name), row.lo, row.hi
+    return row[name], row[f"{name}_lo"], row[f"{name}_hi"]
 
 
-def verdict(change, first: str, second: str) -> str:
-    """Which of two scored better, or that the interval of their difference holds 0; change: difference, lo, hi."""
-    if change.lo <= 0 <= change.hi:
-        interval = f"{change.difference:.1f} points, {change.lo:.1f} to {change.hi:.1f}"
+def percent(row, name: str = "score") -> str:
+    """62.5 % (58.1 to 66.9)."""
+    value, lo, hi = ends(row, name)
+    return f"{value:.1f} % ({lo:.1f} to {hi:.1f})"
+
+
+def points(row, name: str = "difference") -> str:
+    """+3.1 points (1.2 to 5.0)."""
+    value, lo, hi = ends(row, name)
+    return f"{value:+.1f} points ({lo:.1f} to {hi:.1f})"
+
+
+def spread(row, name: str) -> str:
+    """0.71 (0.55 to 0.80)."""
+    value, lo, hi = ends(row, name)
+    return f"{value:.2f}" if pd.isna(lo) else f"{value:.2f} ({lo:.2f} to {hi:.2f})"
+
+
+def verdict(row, first: str, second: str, name: str = "difference") -> str:
+    """Which of two scored better, or that the interval of their difference holds 0."""
+    value, lo, hi = ends(row, name)
+    if lo <= 0 <= hi:
+        interval = f"{value:.1f} points, {lo:.1f} to {hi:.1f}"
         return f"{first} cannot be told apart from {second} ({interval})"
-    lo, hi = sorted((abs(change.lo), abs(change.hi)))
-    side = "above" if change.lo > 0 else "below"
-    return (
-        f"{first} scores {abs(change.difference):.1f} points ({lo:.1f} to {hi:.1f}) {side} {second}"
-    )
+    low, high = sorted((abs(lo), abs(hi)))
+    side = "above" if lo > 0 else "below"
+    return f"{first} scores {abs(value):.1f} points ({low:.1f} to {high:.1f}) {side} {second}"
 
 
-def compare(answers: pd.DataFrame | None, one: str, other: str) -> metrics.Difference:
-    return metrics.paired_difference(answers_of(answers, one), answers_of(answers, other))
+def p_value(p: float) -> str:
+    """p = 0.03, or p < 0.001."""
+    if p < 0.001:
+        return "p < 0.001"
+    return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def model(row) -> str:
+    """A row's model for people, whatever its quantization: the model without 6 blocks, after SFT."""
+    removed = row["blocks_removed"]
+    name = f"the model without {removed} blocks" if removed else "the unpruned model"
+    return f"{name} after SFT" if row["healed"] else name
 
 
 def words(name: str) -> str:
     """A method's or a ranking's name for people: output similarity (text only)."""
     base, *ways = name.split("-")
-    if ways and set(ways) <= set(WAYS):
-        return f"{words(base)} ({', '.join(WAYS[way][0] for way in ways)})"
+    if ways and set(ways) <= set(OPTIONS):
+        return f"{words(base)} ({', '.join(OPTIONS[way].title for way in ways)})"
     return NAMES.get(name, name.replace("_", " "))
 
 
-def explained(names: Iterable[str]) -> str:
-    """What the endings of these rankings' names say; empty where there are none."""
-    known = {way for name in names for way in name.split("-")[1:]}
-    return "; ".join(f"{short}: {text}" for way, (short, text) in WAYS.items() if way in known)
+def quantizer(name: str) -> str:
+    """AWQ (clip) of awq-clip."""
+    method, *options = name.split("-")
+    return words(method) + (f" ({', '.join(options)})" if options else "")
 
 
 def criteria_explained(names: Iterable[str]) -> str:
-    """By what the blocks of these rankings go, then what their endings say; empty where none is known."""
+    """By what the blocks of these rankings go, and what their endings say."""
     names = list(names)
-    known = {name.split("-")[0] for name in names}
-    said = [f"{'random-0 and so on' if name == 'random' else words(name)}, {text}" for name, text in CRITERIA.items()
-            if name in known]  # fmt: skip
-    endings = explained(names)
-    return "; ".join([*said, *([endings] if endings else [])])
+    bases = {name.split("-")[0] for name in names}
+    options = {way for name in names for way in name.split("-")[1:]}
+    said = [f"{words(name)}, {one.explained}" for name, one in ORDERS.items() if name in bases]
+    said += [f"{one.title}, {one.explained}" for way, one in OPTIONS.items() if way in options]
+    return "; ".join(said)
 
 
-def listed(numbers) -> str:
-    return ", ".join(map(str, numbers)) or "none"
+def looks_at_blocks(name: str) -> bool:
+    """Whether a ranking weighs blocks; random ones and orders by place do not."""
+    known = ORDERS.get(name.split("-")[0].split(" ")[0])
+    return known is None or known.weighs
 
 
-def joined(names: Iterable[str]) -> str:
+def listed(items: Iterable) -> str:
     """a, b and c."""
-    *most, last = names
+    *most, last = map(str, items)
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def p_value(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"

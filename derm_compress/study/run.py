@@ -169,7 +169,7 @@ def render_report(plan: Plan, *, changed: bool) -> None:
         return
     from derm_compress.report.render import render, render_index
 
-    render(plan.run, root=plan.root, artifacts=plan.artifacts)
+    index = render(plan.run, root=plan.root, artifacts=plan.artifacts, keep=True)
     render_index(plan.root)
     write_json(rendered, mark)
     print(f"report: {shown(index)}", flush=True)

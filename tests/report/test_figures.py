@@ -1,4 +1,4 @@
-"""Figures: deterministic bytes, titles that follow the data, inert text."""
+"""Figures: deterministic bytes, titles that follow the data, labels that can be read, inert text."""
 
 import dataclasses
 import re
@@ -11,36 +11,42 @@ import pandas as pd
 import pytest
 
 from derm_compress.evaluate.judges import rubric
-from derm_compress.report import figures, pareto, quotes, ranking_figures, render, tables
-from derm_compress.report.results import load_results, variant_id
-
-STEMS = {"fig1_pipeline", "fig2_block_removal", "fig3_layer_importance", "fig4_activations", "fig5_case_studies",
-         "fig6_judge_prompt", "fig7_iterative_pruning", "score_vs_blocks", "pareto",
-         "extra_agreement", "extra_calibration_size", "extra_criteria",
-         "extra_activations", "extra_alpha", "extra_errors", "extra_equal_bytes", "extra_diagnosis"}  # fmt: skip
+from derm_compress.report import tables
+from derm_compress.report.figures import FIGURES, draw_all, evaluation, figure, importance, quotes
+from derm_compress.report.figures.quotes import Quote
+from derm_compress.report.figures.style import Source
+from derm_compress.report.results import load_results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return load_results(
-        fabricate.write_store(tmp_path_factory.mktemp("store"), fabricate.stage_files())
-    )
+    folder = tmp_path_factory.mktemp("store")
+    return load_results(fabricate.write_store(folder, fabricate.stage_files()))
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    files = fabricate.stage_files(full=True)
-    return load_results(fabricate.write_store(tmp_path_factory.mktemp("full"), files))
+    folder = tmp_path_factory.mktemp("full")
+    return load_results(fabricate.write_store(folder, fabricate.stage_files(full=True)))
 
 
-@pytest.fixture(scope="module")
-def built(full):
-    return tables.build(full)
+def source(results, **changed):
+    """What figures are drawn from, with some tables or results exchanged."""
+    made = {
+        name: changed.pop(name) for name in list(changed) if name.startswith(("table", "extra"))
+    }
+    results = dataclasses.replace(results, **changed)
+    graph = {stage: list(names) for stage, names in fabricate.UPSTREAM.items()}
+
+    def table(stem):
+        return made[stem] if stem in made else tables.make(stem, results)
+
+    return Source(results, table, graph, rubric.explanation())
 
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    return render.draw(results, tables.build(results), fabricate.UPSTREAM, rubric.explanation())
+    return draw_all(source(results))
 
 
 def texts(drawing):
@@ -48,292 +54,229 @@ def texts(drawing):
 
 
 def test_every_figure_is_drawn_with_its_finding_and_data(drawn):
-    assert set(drawn) == STEMS
+    assert set(drawn) == set(FIGURES)
     for stem, drawing in drawn.items():
-        assert drawing.finding and drawing.png().startswith(b"\x89PNG"), stem
-        assert drawing.data is None or len(drawing.data), stem
-        title = " ".join(" ".join(texts(drawing)).split())
-        assert drawing.finding.split()[0].lower() in title.lower(), stem
+        assert drawing.png.startswith(b"\x89PNG") and len(drawing.data), stem
+        title = " ".join(" ".join(texts(drawing)).split()).lower()
+        assert " ".join(drawing.finding.split()[:3]).lower() in title, stem
+    data, metadata = drawn["fig3_layer_importance"]._repr_mimebundle_()
+    assert data["image/png"].startswith("iVBOR")
+    assert metadata["image/png"]["alt"] == drawn["fig3_layer_importance"].finding
 
 
-def test_equal_results_give_equal_files(results, drawn, tmp_path):
-    again = figures.fig3_layer_importance(results.scores, results.operating)
-    for name, drawing in (("a", drawn["fig3_layer_importance"]), ("b", again)):
-        drawing.save(tmp_path / name)
+def test_a_figure_that_the_results_do_not_suffice_for_is_left_out(full):
+    nothing = load_results({})
+    assert not any(figure(stem, nothing) for stem in FIGURES)
+    unranked = full.scores[full.scores.criterion.isin(["random-0", "last"])]
+    assert FIGURES["fig3_layer_importance"](source(full, scores=unranked)) is None
+
+
+def test_equal_results_give_equal_files_whatever_the_callers_style(results, drawn, tmp_path):
+    with matplotlib.rc_context({"font.size": 30, "text.parse_math": True}):
+        again = FIGURES["fig3_layer_importance"](source(results))
+        again.save(tmp_path / "b")
+    drawn["fig3_layer_importance"].save(tmp_path / "a")
     for end in ("png", "svg", "csv"):
         assert (tmp_path / f"a.{end}").read_bytes() == (tmp_path / f"b.{end}").read_bytes(), end
     svg = (tmp_path / "a.svg").read_text()
     assert "<dc:date>" not in svg and ElementTree.fromstring(svg) is not None
 
 
-def test_a_style_of_the_caller_changes_nothing(results, drawn):
-    with matplotlib.rc_context({"font.size": 30, "text.parse_math": True}):
-        other = figures.fig3_layer_importance(results.scores, results.operating)
-        assert other.png() == drawn["fig3_layer_importance"].png()
-
-
-def test_titles_follow_the_data(results, drawn):
-    built = tables.build(results)
-    worse = built["table1_pruning"].assign(score=built["table1_pruning"].score[::-1].to_numpy())
-    turned = results.scores.assign(rank=28 - results.scores["rank"])
-    louder = results.figure4.assign(
-        value=results.figure4.value.where(results.figure4.channel != 3, 99.0)
-    )
-    tamed = results.answers.assign(stopped=True)
-    depths = {n: variant_id(n) for n in fabricate.DEPTHS}
-    pairs = {
-        "score_vs_blocks": figures.score_vs_blocks(worse, built["table2_sft"]),
-        "pareto": pareto.fig_pareto(
-            pareto.points(results).assign(vram_gib_7b=9.0), built["table4_efficiency"]
-        ),
-        "fig2_block_removal": figures.fig2_block_removal(results.plans["output_similarity"], 2),
-        "fig3_layer_importance": figures.fig3_layer_importance(turned, results.operating),
-        "fig4_activations": figures.fig4_activations(louder),
-        "fig7_iterative_pruning": quotes.fig7_iterative_pruning(tamed, depths),
-    }
-    for stem, other in pairs.items():
-        assert other.finding != drawn[stem].finding, stem
-    assert "Every answer ends" in pairs["fig7_iterative_pruning"].finding
-    assert "10 blocks" in drawn["fig7_iterative_pruning"].finding
-    assert "99.0" in pairs["fig4_activations"].finding
-    assert drawn["fig4_activations"].finding.startswith("original, block 30")
-    assert "No variant" in pairs["pareto"].finding
+@pytest.mark.parametrize(
+    "stem, change, said",
+    [
+        ("score_vs_blocks", {"answers": 4}, "No depth scores below the unpruned 100.0 %"),
+        ("pareto", {"memory": {"vram_gib_7b": 9.0}}, "No variant stays below 4 GiB"),
+        ("fig2_block_removal", {"choice": {"operating": 2}}, "the 2 that matter least go"),
+        ("fig4_activations", {"figure4": {"value": 99.0}}, "the largest value is 99.0"),
+        ("fig7_iterative_pruning", {"answers": {"stopped": True}}, "Every answer ends"),
+        ("extra_agreement", {"extra_agreement": {"rho": 0.5}}, "magnitude (0.50)"),
+        ("extra_criteria", {"extra_criteria_tests": {"p_all_holm": 1.0}}, "cannot be told apart"),
+        ("extra_criteria", {"extra_criteria_tests": {"p_all_holm": 0.0}}, "similarity beats mag"),
+    ],
+)
+def test_titles_follow_the_data(results, stem, change, said):
+    changed = {}
+    for name, values in change.items():
+        frame = getattr(results, name) if hasattr(results, name) else tables.make(name, results)
+        values = {"score": values} if isinstance(values, int) else values
+        changed[name] = frame | values if isinstance(frame, dict) else frame.assign(**values)
+    assert said in FIGURES[stem](source(results, **changed)).finding
 
 
 def test_without_scores_the_paper_stands_alone(results):
-    bare = dataclasses.replace(results, answers=None, evaluation=None)
-    built = tables.build(bare)
-    curve = figures.score_vs_blocks(built["table1_pruning"], built["table2_sft"])
-    bought = pareto.fig_pareto(pareto.points(bare), built["table4_efficiency"])
-    assert "need weights" in curve.finding and "need weights" in bought.finding
-    assert "paper, LLaVA-1.5-7B" in texts(curve)
+    bare = source(results, answers=None, evaluation=None)
+    for stem in ("score_vs_blocks", "pareto"):
+        drawing = FIGURES[stem](bare)
+        assert "need weights" in drawing.finding and "paper" in " ".join(texts(drawing))
 
 
-def test_figure_2_is_the_plan(results):
+def test_figure_2_is_the_plan(results, full):
     plan = results.plans["output_similarity"]
-    data = figures.fig2_block_removal(plan, 6).data
+    data = figure("fig2_block_removal", results).data
     assert data[data.removed].sort_values("turn").block.tolist() == plan["order"][:6]
-    assert (
-        data[data.protected].block.tolist() == plan["protected"]
-        and data[data.protected].turn.isna().all()
-    )
-
-
-def test_figure_2_draws_a_plan_of_one_run(full):
-    drawing = figures.fig2_block_removal(full.plans["angular-contiguous"], 6)
+    assert data[data.protected].block.tolist() == plan["protected"]
+    runs = {"output_similarity": full.plans["angular-contiguous"]}
+    drawing = FIGURES["fig2_block_removal"](source(full, plans=runs))
     start = full.plans["angular-contiguous"]["starts"][5]
     assert drawing.data[drawing.data.removed].block.tolist() == list(range(start, start + 6))
     assert drawing.data.turn.isna().all() and "runs of 6 neighbouring" in drawing.finding
     assert "without 2 to 7" in texts(drawing) and "without 25 to 30" in texts(drawing)
 
 
-def test_figure_3_draws_six_criteria_and_names_the_rest(full, results):
-    groups, left = figures.drawn_in_figure_3(full.scores)
-    assert list(groups) == [
-        "output_similarity",
-        "magnitude",
-        "perplexity",
-        "block_influence",
-        "angular",
-        "taylor",
-    ]
-    assert all(len(group) == fabricate.BLOCKS for group in groups.values())
-    assert {"output_similarity-text", "output_similarity-mlp", "last", "random-4"} <= set(left)
-    drawing = figures.fig3_layer_importance(full.scores, 6)
+def test_figure_3_draws_six_criteria_and_names_the_rest(full):
+    panels = importance.panels(full.scores)
+    assert list(panels)[:2] == ["output_similarity", "magnitude"] and len(panels) == 6
+    assert all(len(panel) == fabricate.BLOCKS for panel in panels.values())
+    drawing = figure("fig3_layer_importance", full)
     said = " ".join(" ".join(texts(drawing)).split())
-    assert "not drawn: random-0" in said and "output similarity (MLPs)" in said
-    assert (
-        len(drawing.figure.axes) == 6
-        and len(figures.fig3_layer_importance(results.scores, 6).figure.axes) == 2
-    )
-    many = pd.concat(
-        [
-            full.scores[full.scores.criterion == "magnitude"].assign(criterion=f"c{i}")
-            for i in range(8)
-        ]
-    )
-    assert figures.drawn_in_figure_3(many)[1] == ["c6", "c7"]
+    assert "not drawn: a random order" in said and "output similarity (MLPs)" in said
+    assert len(drawing.figure.axes) == 6
 
 
-def test_without_a_ranking_to_draw_figure_3_is_left_out(full):
-    scores = full.scores[full.scores.criterion.isin(["random-0", "last", "output_similarity-mlp"])]
-    bare = dataclasses.replace(full, scores=scores, answers=None)
-    assert len(scores) and set(render.draw(bare, {}, fabricate.UPSTREAM, "")) >= {
-        "fig2_block_removal"
-    }
-    assert "fig3_layer_importance" not in render.draw(bare, {}, fabricate.UPSTREAM, "")
+def test_a_heat_map_shows_every_pair_once_most_agreeing_first(full):
+    table = tables.make("extra_agreement", full)
+    grid = importance.correlations(table, "output_similarity").to_numpy()
+    assert (grid == grid.T).all() and (grid.diagonal() == 1).all()
+    assert list(grid[0, 1:]) == sorted(grid[0, 1:], reverse=True)
+    shown = texts(figure("extra_agreement", full))
+    assert len([text for text in shown if re.fullmatch(r"-?\.\d\d", text)]) == len(table)
+
+
+def test_at_most_a_dozen_lines_are_told_apart(full):
+    drawing = figure("extra_criteria", full)
+    labels = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+    assert len(labels) <= 13 and "random (mean and range of 3)" in labels
+    assert "4 others (table)" in labels and "paper, LLaVA-1.5-7B" in labels
+    lines = {line.get_label(): line for line in drawing.figure.axes[0].lines}
+    starts = {name: line.get_ydata()[0] for name, line in lines.items() if len(line.get_ydata())}
+    assert starts["perplexity"] == starts["output similarity"]  # all start unpruned
+    looks = importance.looks(list("abcdefghij"), "a").values()
+    assert len({(look["color"], look.get("marker")) for look in looks}) == 10
 
 
 def overlapping(drawing):
     """Pairs of visible labels of one axis that lie over each other."""
-    figure, found = drawing.figure, []
-    for axes in figure.axes:
+    found = []
+    for axes in drawing.figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             labels = [label for label in axis.get_ticklabels() if label.get_text()]
-            boxes = [label.get_window_extent(figure.canvas.get_renderer()) for label in labels]
+            boxes = [label.get_window_extent() for label in labels]
             found += [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     return found
 
 
 def outside(drawing):
-    """Texts that the figure's edge cuts."""
-    figure = drawing.figure
-    edge = figure.bbox.padded(2)
-    unseen = [
-        tick.label1
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in axis.get_major_ticks()
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-    ]
-    texts = [
-        text
-        for text in figure.findobj(matplotlib.text.Text)
-        if text.get_text() and text not in unseen
-    ]
-    boxes = {
-        text.get_text(): text.get_window_extent(figure.canvas.get_renderer()) for text in texts
-    }
-    inside = {
-        t: edge.x0 <= b.x0 and b.x1 <= edge.x1 and edge.y0 <= b.y0
-        for t, b in boxes.items()
-        if edge.overlaps(b)
-    }
-    return [text for text, whole in inside.items() if not whole]
+    """Texts of axes and legends that the figure's edge cuts."""
+    edge, cut = drawing.figure.bbox.padded(2), []
+    for axes in drawing.figure.axes:
+        low, high = sorted(axes.get_ylim())
+        labels = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+        shown = [label for place, label in labels if low <= place <= high]
+        shown += [*axes.get_xticklabels(), axes.xaxis.label, axes.yaxis.label]
+        for text in shown:
+            box = text.get_window_extent()
+            if text.get_text() and not (edge.x0 <= box.x0 and edge.y0 <= box.y0):
+                cut.append(text.get_text())
+    return cut
 
 
 def test_no_label_of_twenty_rankings_lies_over_another_or_outside(full):
-    names = [
-        *dict.fromkeys(full.values.ranking),
-        "a_long_name-iterative",
-        "another_long_name-text",
-        "x",
-    ]
     whole = full.values[full.values.part == "block"]
     one = whole[whole.ranking == "magnitude"]
-    more = pd.concat(
-        [
-            whole,
-            *(one.assign(ranking=name, value=one.value**k) for k, name in enumerate(names[-3:], 2)),
-        ]
-    )
-    built = tables.build(dataclasses.replace(full, values=more))
-    drawings = render.draw_rankings(full, built)
-    assert built["extra_agreement"].other.nunique() + 1 == 20 and len(drawings) == 3
-    for stem, drawing in drawings.items():
+    names = ["a_long_name-iterative", "another_long_name-text", "x"]
+    more = [one.assign(ranking=name, value=one.value**k) for k, name in enumerate(names, 2)]
+    values = pd.concat([whole, *more])
+    many = source(full, values=values)
+    assert many.table("extra_agreement").other.nunique() + 1 > 18
+    for stem in ("extra_agreement", "extra_calibration_size", "extra_criteria"):
+        drawing = FIGURES[stem](many)
         assert not overlapping(drawing) and not outside(drawing), stem
 
 
-def test_a_heat_map_shows_every_pair_once_most_agreeing_first(built):
-    table = built["extra_agreement"]
-    names = ranking_figures.ordered(table, "output_similarity")
-    grid = ranking_figures.square(table, names)
-    assert (
-        names[0] == "output_similarity" and (grid == grid.T).all() and (grid.diagonal() == 1).all()
-    )
-    assert list(grid[0, 1:]) == sorted(grid[0, 1:], reverse=True)
-    printed = [
-        t
-        for t in texts(ranking_figures.fig_agreement(table, names[0]))
-        if re.fullmatch(r"-?\.\d\d", t)
-    ]
-    assert len(printed) == len(table) == len(names) * (len(names) - 1) / 2
+def test_the_front_holds_what_nothing_cheaper_beats(results):
+    cost, score = pd.Series([1.0, 2, 2, 3, 4, None]), pd.Series([30.0, 50, 60, 60, 70, 99])
+    assert evaluation.front(cost, score).tolist() == [True, False, True, False, True, False]
+    assert not evaluation.front(cost, score * float("nan")).any()
+    points = evaluation.points(results)
+    assert set(points.variant) == set(results.variants.variant) and points.variant.is_unique
+    kinds = points.set_index("variant").kind
+    assert kinds["original|awq4"] == "quantized" and kinds["pruned-6+sft"] == "after SFT"
+    assert kinds["pruned-6"] == "pruned" and kinds["original"] == "unpruned"
+    assert kinds["pruned-6+sft|awq4"] == "pruned, SFT and quantized"
 
 
-def test_the_titles_of_rankings_follow_the_data(built):
-    turned = built["extra_agreement"].assign(rho=-built["extra_agreement"].rho)
-    both = [
-        ranking_figures.fig_agreement(t, "output_similarity").finding
-        for t in (built["extra_agreement"], turned)
-    ]
-    assert "most like perplexity" in both[0] and "least like perplexity" in both[1]
-    tests = built["extra_criteria_tests"]
-    for sign, said in (
-        (1, "beats 8 of 14 rivals and loses to 2"),
-        (-1, "beats 2 of 14 rivals and loses to 8"),
+def test_what_nobody_timed_has_no_panel_of_times(results, drawn):
+    memory, time = drawn["pareto"].figure.axes
+    points = drawn["pareto"].data
+    timed = points.total_ms_per_token.notna() & points.score.notna()
+    share = f"{timed.sum()} of {points.score.notna().sum()} timed"
+    assert 0 < timed.sum() < len(points) and share in time.get_xlabel()
+    for ax, cost, best in (
+        (memory, "vram_gib_7b", "best"),
+        (time, "total_ms_per_token", "fastest"),
     ):
-        assert said in ranking_figures.rivals_in_words(
-            tests.assign(difference_all=sign * tests.difference_all), "own"
-        )
-    assert ranking_figures.rivals_in_words(tests.assign(p_all_holm=1.0), "own").startswith(
-        "Over all depths own beats 0"
-    )
-    one = tests[tests.criterion == "last"]
-    assert (
-        ranking_figures.rivals_in_words(one, "own") == "Over all depths own beats last blocks first"
-    )
-    assert "no scored rival" in ranking_figures.rivals_in_words(None, "own")
+        step = next(line for line in ax.lines if line.get_drawstyle() == "steps-post")
+        rows = points[points[best]].sort_values(cost)
+        assert step.get_xydata().tolist() == rows[[cost, "score"]].to_numpy().tolist()
+    assert len(FIGURES["pareto"](source(results, latency=None)).figure.axes) == 1
 
 
-def test_at_most_a_dozen_lines_are_told_apart(built):
-    frames = built["extra_criteria"], built["table1_pruning"], built["extra_criteria_tests"]
-    drawing = ranking_figures.fig_criteria(*frames, "output_similarity")
-    labels = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
-    assert (
-        len(labels) <= 13
-        and "random (mean and range of 3)" in labels
-        and "4 others (table)" in labels
-    )
-    assert "paper, LLaVA-1.5-7B" in labels and len(drawing.data.criterion.unique()) == 17
-    lines = {line.get_label(): line for line in drawing.figure.axes[0].lines}
-    assert lines["output similarity"].get_linewidth() == max(
-        line.get_linewidth() for name, line in lines.items() if "random" not in name
-    )
-    assert (
-        lines["perplexity"].get_ydata()[0] == lines["output similarity"].get_ydata()[0]
-    )  # all start unpruned
-    shades = [
-        (look["color"], look.get("marker"))
-        for look in ranking_figures.looks(list("abcdefghij"), "a").values()
-    ]
-    assert len(set(shades)) == 10
+SAID = "Psoriasis or melanoma <script>x</script>."
+
+
+def test_right_and_wrong_facts_differ_by_more_than_colour():
+    for disease, right, wrong in (("psoriasis", 0, 1), ("melanoma", 1, 0)):
+        quote = Quote("Original", "name", SAID, f"This is {disease}.")
+        text, facts = quotes.marked(quote), ("Psoriasis", "melanoma")
+        assert f"<b class=right>{facts[right]}</b>" in text
+        assert f"<s class=wrong>{facts[wrong]}</s>" in text
+        runs = [run for line in quotes.lines([quote]) for run in line]
+        assert (facts[right], quotes.RIGHT) in runs and quotes.WRONG in [look for _, look in runs]
+    assert quotes.RIGHT["fontweight"] == "bold" and quotes.WRONG["fontstyle"] == "italic"
+
+
+def test_whatever_is_said_stays_text_and_whole():
+    text = quotes.marked(Quote("", "name", SAID, "This is psoriasis."))
+    assert "<script" not in text
+    assert re.sub(r"</?[bs][^>]*>", "", text).replace("&lt;", "<").replace("&gt;", ">") == SAID
+    assert "(nothing)" in quotes.marked(Quote("", "name", " \x00 ", ""))
+    odd = Quote("", "name", "İ psoriasis", "psoriasis")  # lower case is longer: no mark
+    assert quotes.marked(odd) == odd.answer
+    assert len(quotes.marked(Quote("", "name", "word " * 999, ""))) < quotes.SHOWN + 10
+
+
+def test_figures_5_and_7_show_every_answer_beside_its_reference(drawn):
+    page = drawn["fig5_case_studies"].html
+    assert page.count("<h3>") == 3 and page.count("Reference") == 3
+    assert page.count("<figure class=said>") == 12 and "class=right" in page.split("</p>", 1)[1]
+    assert page.count("Original, grade") == page.count("Pruned + quantized, grade") == 3
+    page = drawn["fig7_iterative_pruning"].html
+    assert page.count("<figure class=said>") == len(fabricate.DEPTHS) + 1
+    assert page.count("[does not end]") == sum(depth >= 10 for depth in fabricate.DEPTHS)
+    assert page.count("<div class=answers>") == page.count("</div>") == 1  # one grid for all
+    assert page.index("10 blocks removed") < page.index("[does not end]")
 
 
 def test_what_a_model_says_is_never_parsed(results):
     said = results.answers.assign(answer=fabricate.EVIL * 2 + " \x1b[31m \x00 日本")
-    depths = {n: variant_id(n) for n in fabricate.DEPTHS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of glyphs that the font has not
-        drawing = quotes.fig7_iterative_pruning(said, depths)
-        assert drawing.png() and "\\frac{1}{2$" in " ".join(texts(drawing))
-        assert quotes.fig6_judge_prompt(fabricate.EVIL).png()
+        drawing = FIGURES["fig7_iterative_pruning"](source(results, answers=said))
+        assert drawing.png and "\\frac{1}{2$" in " ".join(texts(drawing))
     assert not any(text.get_parse_math() for text in drawing.figure.texts)
     assert not any("\x00" in text or "\x1b" in text for text in texts(drawing))
+    asked = dataclasses.replace(source(results), asked="First\n\n  <b>second</b>")
+    page = FIGURES["fig6_judge_prompt"](asked).html
+    assert page == "<pre class=text>First\n\n  &lt;b&gt;second&lt;/b&gt;</pre>"
 
 
 def test_text_figures_keep_every_word_within_their_width():
     text = "supercalifragilistic " * 3 + "x" * 200 + " end"
-    lines = quotes.flow(text, limit=1000)
+    lines = quotes.flow(text, [])
     joined = "".join(run for line in lines for run, _ in line).replace(" ", "")
     assert joined == re.sub(r"\s", "", text)
     assert all(sum(len(run) + 1 for run, _ in line) <= quotes.COLUMNS - 3 for line in lines)
-    assert len(quotes.flow("word " * 500, limit=100)) < 4
-
-
-def test_right_and_wrong_facts_are_told_apart():
-    reference, answer = "This is psoriasis.", "It is psoriasis or melanoma."
-    marks = {answer[a:b]: style for a, b, style in quotes.marks(answer, reference, "name")}
-    assert marks == {"psoriasis": quotes.RIGHT, "melanoma": quotes.WRONG}
-    assert (
-        quotes.RIGHT["fontweight"] == "bold" and quotes.WRONG["fontstyle"] == "italic"
-    )  # survive a grey print
-
-
-def test_every_answer_of_figures_5_and_7_has_its_facts_marked(results):
-    said = results.answers.assign(
-        answer="It is psoriasis or melanoma.", reference="This is psoriasis."
-    )
-    drawings = (
-        quotes.fig5_case_studies(said, {"Original": "original"}),
-        quotes.fig7_iterative_pruning(said, {0: "original", 10: "pruned-10"}, "name"),
-    )
-    for drawing, count in zip(drawings, (1, 2), strict=True):
-        colours = [(text.get_text(), text.get_color()) for text in drawing.figure.texts]
-        assert (
-            colours.count(("psoriasis", quotes.RIGHT["color"])) == count
-            and quotes.LOOKS in drawing.finding
-        )
-        assert colours.count(("melanoma.", quotes.WRONG["color"])) == count
 
 
 def test_the_example_is_the_most_typical_one():
@@ -347,15 +290,7 @@ def test_the_example_is_the_most_typical_one():
 def test_an_example_without_scores_is_not_typical(lost, typical):
     rows = [(i, v, s) for i, s in (("a", 1), ("b", 2.4), ("c", 3), ("d", 4)) for v in "xy"]
     frame = pd.DataFrame(rows, columns=["item", "variant", "score"]).astype({"score": float})
-    half = frame.assign(
-        score=frame.score.mask(frame["item"].isin(list(lost)) & frame.variant.eq("x"))
-    )
-    none = frame.assign(score=frame.score.mask(frame["item"].isin(list(lost))))
+    gone = frame["item"].isin(list(lost))
+    half = frame.assign(score=frame.score.mask(gone & frame.variant.eq("x")))
+    none = frame.assign(score=frame.score.mask(gone))
     assert [quotes.typical_item(some) for some in (half, none)] == list(typical)
-
-
-def test_jupyter_gets_a_picture_with_its_text_alternative(drawn):
-    data, metadata = drawn["fig6_judge_prompt"]._repr_mimebundle_()
-    assert data["image/png"].startswith("iVBOR")
-    assert metadata["image/png"]["alt"] == drawn["fig6_judge_prompt"].finding
-    assert rubric.explanation().splitlines()[0] in " ".join(texts(drawn["fig6_judge_prompt"]))

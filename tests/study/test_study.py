@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -19,7 +20,7 @@ from derm_compress import progress
 from derm_compress.errors import DermError
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import variant
-from derm_compress.study import params, plan
+from derm_compress.study import params, plan, run
 from derm_compress.study.stage import resolve, start_stage
 
 
@@ -508,3 +509,17 @@ def test_plain_papermill_finds_what_the_runner_made(copy):
     assert result.returncode == 0, result.stderr
     assert "02_left from the store" in (copy / "out.ipynb").read_text()
     assert os.listdir(copy / "artifacts" / "runs") == ["tiny"]
+
+
+def test_a_runs_seconds_are_those_of_the_whole_study(tmp_path):
+    cached = {"a": False, "b": False}
+    plan = SimpleNamespace(folder=tmp_path, notebooks=cached, keys={"a": "1", "b": "2"})
+    plan.pointer = lambda stage: {"cached": cached[stage], "seconds": 100}
+    assert run.study_seconds(plan, ["a"], 20)["seconds"] == 200  # b was computed by an earlier call
+    whole = run.study_seconds(plan, ["a", "b"], 150)
+    assert whole["seconds"] == 150 and "wall time" in whole["seconds_are"]
+    (tmp_path / "run_info.json").write_text(json.dumps(whole))
+    cached["a"] = True  # its notebook was shown anew, its result came from the store
+    assert run.study_seconds(plan, ["a", "b"], 20) == whole
+    plan.keys["b"] = "3"
+    assert "sum" in run.study_seconds(plan, ["b"], 20)["seconds_are"]

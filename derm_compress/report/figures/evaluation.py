@@ -1,0 +1,165 @@
+"""Score against memory and against time, and which disease is taken for which. No torch."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from derm_compress.evaluate import metrics
+from derm_compress.report import statistics_tables
+from derm_compress.report.figures.style import (
+    DENSE,
+    PAPER,
+    PRUNED,
+    QUANTIZED,
+    QUIET,
+    SFT,
+    Drawing,
+    Source,
+    canvas,
+    reach,
+    score_axis,
+    styled,
+)
+from derm_compress.report.results import Results, variant_id
+
+TARGET = 4.0  # GiB: the memory the paper aims at
+KINDS = {  # (pruned, healed, quantized): label, colour, marker
+    (False, False, False): ("unpruned", DENSE, "o"),
+    (True, False, False): ("pruned", PRUNED, "s"),
+    (False, True, False): ("after SFT", SFT, "P"),
+    (True, True, False): ("after SFT", SFT, "P"),
+    (False, False, True): ("quantized", QUANTIZED, "^"),
+    (False, True, True): ("quantized", QUANTIZED, "^"),
+    (True, False, True): ("pruned and quantized", QUANTIZED, "v"),
+    (True, True, True): ("pruned, SFT and quantized", QUANTIZED, "D"),
+}
+POINTS = ["variant", "kind", "score", "score_lo", "score_hi", "n"]
+POINTS += ["vram_gib_7b", "total_ms_per_token", "best", "fastest"]
+
+
+def points(results: Results) -> pd.DataFrame:
+    """Every variant on the same test questions, its memory at 7B, its time, and whether none cheaper is better."""
+    table = results.variants.drop_duplicates("variant")
+    gone = table.blocks_removed + table.attentions_removed + table.mlps_removed
+    done = zip(gone > 0, table.healed.astype(bool), table.bits < 16, strict=True)
+    table = table[["variant"]].assign(kind=[KINDS[what][0] for what in done])
+    frames = [results.memory, results.one_prompt]
+    if results.answers is not None:
+        frames.append(metrics.score_table(results.answers, ["variant"], n_boot=500))
+    for frame in frames:
+        if frame is not None:
+            table = table.merge(frame.drop_duplicates("variant"), on="variant", how="left")
+    table = table.reindex(columns=POINTS)
+    table["best"] = front(table.vram_gib_7b, table.score)
+    table["fastest"] = front(table.total_ms_per_token, table.score)
+    return table
+
+
+def front(cost: pd.Series, score: pd.Series) -> pd.Series:
+    """Whether a point scores more than every one that costs no more."""
+    known = pd.DataFrame({"cost": cost, "score": score}).dropna()
+    known = known.sort_values(["cost", "score"], ascending=[True, False])
+    before = known.score.cummax().shift(fill_value=float("-inf"))
+    return pd.Series(known.score > before, dtype=bool).reindex(cost.index, fill_value=False)
+
+
+@styled
+def pareto(source: Source) -> Drawing | None:
+    """All points against planned memory at 7B, and those that were timed against a token's time."""
+    table4 = source.table("table4_efficiency")
+    if table4 is None:
+        return None
+    frame = points(source.results)
+    scored = frame.dropna(subset=["score", "vram_gib_7b"])
+    timed = frame.dropna(subset=["score", "total_ms_per_token"])
+    share = f"{len(timed)} of {frame.score.notna().sum()} timed"
+    rows, finding = 1, _best_of_small(scored)
+    if len(timed):
+        rows, finding = 2, f"{finding}; {share}"
+    figure, axes = canvas(finding, 1.8 + 2.4 * rows, rows=rows, squeeze=False)
+    memory, *times = axes[:, 0]
+    memory.axvline(TARGET, color="#999999", linewidth=1)
+    memory.text(TARGET, 92, f" {TARGET:.0f} GiB", color=QUIET)
+    look = {"color": PAPER, "mfc": "white", "label": "paper, GB as printed"}
+    memory.plot(table4.paper_vram, table4.paper_score, "*", **look)
+    memory.set(xlim=(0, 15), xlabel="planned weights of a 7B model, GiB")
+    _scatter(memory, scored, "vram_gib_7b", "best")
+    for ax in times:
+        ax.set_xlim(0, 1.1 * timed.total_ms_per_token.max())
+        ax.set_xlabel(f"total time a token, ms, this machine ({share})")
+        _scatter(ax, timed, "total_ms_per_token", "fastest", spread=True)
+        score_axis(ax)
+    score_axis(memory)
+    memory.set_ylabel("score, %")
+    handles = memory.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2)
+    return Drawing(figure, frame, finding)
+
+
+def _best_of_small(scored: pd.DataFrame) -> str:
+    """Which of the variants that are small enough scores best."""
+    if scored.empty:
+        return "Scores need weights: only the paper's points are drawn"
+    small = scored[scored.vram_gib_7b < TARGET]
+    if small.empty:
+        return f"No variant stays below {TARGET:.0f} GiB at 7B"
+    best = small.loc[small.score.idxmax()]
+    said = f"Of {len(small)} variants below {TARGET:.0f} GiB at 7B, {best.variant} scores best "
+    return f"{said}on the test pictures: {best.score:.1f} %"
+
+
+def _scatter(ax, frame: pd.DataFrame, cost: str, best: str, *, spread: bool = False) -> None:
+    """The points by kind, and the step along the best scores for their cost."""
+    for label, colour, marker in dict.fromkeys(KINDS.values()):
+        rows = frame[frame.kind == label]
+        if len(rows):
+            ends = reach(rows, "score") if spread else None
+            look = {"fmt": marker, "color": colour, "markersize": 5, "alpha": 0.8}
+            size = {"capsize": 2, "elinewidth": 0.8}
+            ax.errorbar(rows[cost], rows.score, yerr=ends, label=label, **look, **size)
+    rows = frame[frame[best]].sort_values(cost)
+    if len(rows):
+        look = {"where": "post", "color": PAPER, "linewidth": 0.8}
+        ax.step(rows[cost], rows.score, label="best for the memory or time", **look)
+
+
+@styled
+def confusions(source: Source) -> Drawing | None:
+    """Of the original model and the full pipeline: rows the true disease, columns what the answer names."""
+    counts = {}
+    for name in (variant_id(0), variant_id(source.results.operating, healed=True, method="awq")):
+        table = statistics_tables.confusion(source.results, name)
+        if table.size:
+            counts[name] = table
+    if not counts:
+        return None
+    right = {
+        name: sum(t.at[d, d] for d in t.index) / t.to_numpy().sum() for name, t in counts.items()
+    }
+    told = ", ".join(f"{share:.0%} ({name})" for name, share in right.items())
+    finding = f"The right disease is named in {told}"
+    rows = len(counts)
+    figure, axes = canvas(finding, 3.3 * rows + 0.6, rows=rows, squeeze=False)
+    for ax, (name, table) in zip(axes[:, 0], counts.items(), strict=True):
+        _matrix(ax, table)
+        ax.set(title=name, ylabel="disease", xlabel="named")
+    frames = []
+    for name, table in counts.items():
+        cells = table.rename_axis(index="disease", columns="named").stack().rename("count")
+        frames.append(cells.reset_index().assign(variant=name))
+    data = pd.concat(frames, ignore_index=True)[["variant", "disease", "named", "count"]]
+    return Drawing(figure, data, finding)
+
+
+def _matrix(ax, table: pd.DataFrame) -> None:
+    """Counts, shaded by their share of the row."""
+    shares = table.div(table.sum(axis=1).clip(lower=1), axis=0).to_numpy()
+    ax.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    for (row, column), count in pd.DataFrame(table.to_numpy()).stack().items():
+        if count:
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            at = {"ha": "center", "va": "center", "fontsize": 8}
+            ax.text(column, row, count, color=colour, **at)
+    ax.set_xticks(range(table.shape[1]), table.columns, rotation=35, ha="right", fontsize=8)
+    ax.set_yticks(range(table.shape[0]), table.index, fontsize=8)
+    ax.grid(visible=False)

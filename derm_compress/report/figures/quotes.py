@@ -1,0 +1,240 @@
+"""Figures 5 to 7 are text: answers with their facts marked, and what the judge goes by, drawn and as HTML. No torch.
+
+A right fact is bold, a wrong one slanted or struck through, so that grey prints and screen readers keep them apart.
+All that a model said is escaped, and drawn as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+
+import pandas as pd
+from markupsafe import Markup, escape
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from derm_compress.data import dialogue
+from derm_compress.evaluate.judges import rubric
+from derm_compress.report.figures.style import QUANTIZED, QUIET, Drawing, Source, styled
+from derm_compress.report.results import variant_id
+
+COLUMNS = 76  # characters of a drawn line
+ADVANCE = 10 / 140  # inches of one at 8.5 points: whole pixels, so nothing drifts
+RED = "#b00020"
+HEAD, PLAIN, SMALL = {"fontweight": "bold"}, {}, {"color": QUIET}
+ALARM = {"color": RED, "fontweight": "bold"}
+RIGHT = {"color": QUANTIZED, "fontweight": "bold"}
+WRONG = {"color": RED, "fontstyle": "italic"}
+DRAWN, SHOWN = 330, 600  # characters of an answer in the drawing, in the page
+LEGEND = Markup(
+    "<p class=run>A fact that the reference has too is <b class=right>bold and underlined</b>; one"
+    " that it has not is <s class=wrong>struck through</s>. The rest of the text counts for"
+    " nothing.</p>"
+)
+
+
+@dataclass(frozen=True)
+class Quote:
+    """One answer to a question, beside its reference."""
+
+    head: str
+    question: str
+    answer: str
+    reference: str
+    ended: bool = True
+
+
+def marks(text: str, reference: str, question: str) -> list[tuple[int, int, bool]]:
+    """(start, end, right) of each fact in an answer, by the rubric's own eyes, in order, none over another."""
+    if len(text.lower()) != len(text):
+        return []  # lower case is longer: no mark beats a wrong one
+    expected = rubric.stated(reference, question)
+    found = [
+        (*match.span(), name in expected)
+        for name, pattern in rubric.vocabulary(question).items()
+        for match in pattern.finditer(text.lower())
+    ]
+    kept: list[tuple[int, int, bool]] = []
+    for start, end, right in sorted(found, key=lambda mark: (mark[0], -mark[1])):
+        if not kept or start >= kept[-1][1]:
+            kept.append((start, end, right))
+    return kept
+
+
+def plain(text: str, limit: int) -> str:
+    """One line of at most so many characters; control characters become blanks."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def marked(quote: Quote) -> Markup:
+    """An answer as HTML."""
+    text = plain(quote.answer, SHOWN)
+    shown, at = Markup(""), 0
+    for start, end, right in marks(text, quote.reference, quote.question):
+        form = "<b class=right>{}</b>" if right else "<s class=wrong>{}</s>"
+        shown += escape(text[at:start]) + Markup(form).format(text[start:end])
+        at = end
+    shown += escape(text[at:])
+    if not quote.ended:
+        shown += Markup(" <strong>[does not end]</strong>")
+    return shown or Markup("<i>(nothing)</i>")
+
+
+def cards(quotes: list[Quote]) -> Markup:
+    """A row of cards a question, the reference first."""
+    page = LEGEND
+    for question in dict.fromkeys(quote.question for quote in quotes):
+        asked = [quote for quote in quotes if quote.question == question]
+        reference = asked[0].reference
+        row = Markup("")
+        for quote in [Quote("Reference", question, reference, reference), *asked]:
+            row += Markup(
+                "<figure class=said><figcaption>{}</figcaption><blockquote>{}</blockquote></figure>\n"
+            ).format(quote.head, marked(quote))
+        said = Markup("<h3>{}</h3><div class=answers>{}</div>")
+        page += said.format(dialogue.question(question), row)
+    return page
+
+
+def lines(quotes: list[Quote]) -> list[list]:
+    """The same answers as lines of (words, look) runs, under their questions."""
+    found: list[list] = []
+    for question in dict.fromkeys(quote.question for quote in quotes):
+        found.append([(dialogue.question(question), HEAD)])
+        for quote in [one for one in quotes if one.question == question]:
+            text = plain(quote.answer, DRAWN)
+            facts = marks(text, quote.reference, question)
+            spans = [(start, end, RIGHT if right else WRONG) for start, end, right in facts]
+            head, look = quote.head, SMALL
+            if not quote.ended:
+                head, look = f"{head}, this one neither", ALARM
+            found += [*flow(head, [(0, len(head), look)]), *flow(text, spans), []]
+    return found
+
+
+def flow(text: str, spans: list[tuple[int, int, dict]]) -> list[list]:
+    """Lines of (words, look) runs that fit COLUMNS; spans: (start, end, look)."""
+    found, used = [[]], 0
+    for word in re.finditer(rf"\S{{1,{COLUMNS - 4}}}", text):
+        looks = [look for a, b, look in spans if a < word.end() and word.start() < b]
+        look = looks[0] if looks else PLAIN
+        if used and used + 1 + len(word.group()) > COLUMNS - 4:
+            found.append([])
+            used = 0
+        used += len(word.group()) + bool(used)
+        if found[-1] and found[-1][-1][1] == look:
+            found[-1][-1] = (f"{found[-1][-1][0]} {word.group()}", look)
+        else:
+            found[-1].append((word.group(), look))
+    return found
+
+
+def drawn(runs: list[list], finding: str) -> Figure:
+    """A figure of monospaced lines under their finding."""
+    title = [[(text, HEAD)] for text in textwrap.wrap(finding, COLUMNS - 4)]
+    runs = [*title, [], *runs]
+    figure = Figure(figsize=(COLUMNS * ADVANCE, 0.17 * (len(runs) + 1)), layout="none")
+    FigureCanvasAgg(figure)
+    font = {"family": "DejaVu Sans Mono", "fontsize": 8.5, "parse_math": False}
+    for row, line in enumerate(runs, 1):
+        column = 2
+        for text, look in line:
+            place = column / COLUMNS, 1 - row / (len(runs) + 1)
+            figure.text(*place, text, **font, **look)
+            column += len(text) + 1
+    return figure
+
+
+def quoted(quotes: list[Quote], data: pd.DataFrame, finding: str) -> Drawing:
+    finding = f"{finding}; right facts bold and green, wrong ones red and slanted"
+    return Drawing(drawn(lines(quotes), finding), data, finding, cards(quotes))
+
+
+def typical_item(answers: pd.DataFrame) -> str:
+    """The item whose scores lie closest to each variant's mean: no example is picked by taste.
+
+    Of the items that every variant has a score for; else of those with any; without any score the first.
+    """
+    means = answers.groupby(["item", "variant"]).score.mean().unstack().sort_index(kind="stable")
+    apart = (means - means.mean()).abs().dropna(axis=1, how="all")
+    known = apart.dropna() if len(apart.dropna()) else apart.dropna(how="all")
+    return known.mean(axis=1).fillna(0).idxmin()
+
+
+def grade(score) -> str:
+    return "" if pd.isna(score) else f", grade {score:.0f} of 4"
+
+
+@styled
+def case_studies(source: Source) -> Drawing | None:
+    """What three variants say to one typical picture (Figure 5)."""
+    n, answers = source.results.operating, source.results.answers
+    cases = {
+        variant_id(0): "Original",
+        variant_id(n, method="awq"): "Pruned + quantized",
+        variant_id(n, healed=True, method="awq"): "Pruned + SFT + quantized",
+    }
+    if answers is None or not set(cases) <= set(answers.variant):
+        return None
+    chosen = answers[answers.variant.isin(cases)]
+    chosen = chosen[chosen["item"] == typical_item(chosen)]
+    chosen = chosen.assign(
+        label=chosen.variant.map(cases),
+        place=chosen.variant.map({variant: place for place, variant in enumerate(cases)}),
+        asked=chosen.question.map({name: i for i, name in enumerate(dialogue.QUESTIONS)}),
+    ).sort_values(["place", "asked"], kind="stable")
+    quotes = [
+        Quote(row.label + grade(row.score), row.question, row.answer, row.reference)
+        for row in chosen.sort_values(["asked", "place"], kind="stable").itertuples()
+    ]
+    names = ["label", "variant", "item", "question", "answer", "reference", "score", "why"]
+    finding = f"One typical picture ({chosen.disease.iloc[0]})"
+    return quoted(quotes, chosen[names].reset_index(drop=True), finding)
+
+
+@styled
+def judge_prompt(source: Source) -> Drawing | None:
+    """The text that the judge goes by, line by line (Figure 6)."""
+    if not source.asked:
+        return None
+    text = source.asked.strip()
+    runs = [run for line in text.splitlines() for run in flow(plain(line, 4000), [])]
+    finding = "What the judge goes by"
+    data = pd.DataFrame({"line": text.splitlines()})
+    return Drawing(
+        drawn(runs, finding), data, finding, Markup("<pre class=text>{}</pre>").format(text)
+    )
+
+
+@styled
+def iterative_pruning(source: Source, question: str = "features") -> Drawing | None:
+    """One typical picture's answers while blocks go, and how many answers never end (Figure 7)."""
+    table, answers = source.table("table1_pruning"), source.results.answers
+    if table is None or answers is None:
+        return None
+    depths = {variant_id(int(n)): int(n) for n in table.blocks_removed}
+    chosen = answers[answers.variant.isin(depths)]
+    if chosen.empty:
+        return None
+    runaway = (~chosen.stopped.astype(bool)).groupby(chosen.variant).mean()
+    chosen = chosen[chosen.question == question]
+    chosen = chosen[chosen["item"] == typical_item(chosen)]
+    data = chosen.assign(
+        blocks_removed=chosen.variant.map(depths), runaway=chosen.variant.map(runaway)
+    ).sort_values("blocks_removed")
+    quotes = []
+    for row in data.itertuples():
+        head = f"{row.blocks_removed} blocks removed{grade(row.score)}; "
+        head += f"{100 * row.runaway:.0f} % of all answers do not end"
+        quotes.append(Quote(head, question, row.answer, row.reference, bool(row.stopped)))
+    wild = data[data.runaway > 0]
+    finding = "Every answer ends, whatever is removed"
+    if len(wild):
+        most = wild.loc[wild.runaway.idxmax()]
+        finding = f"Answers first fail to end with {wild.blocks_removed.min()} blocks removed; "
+        finding += f"with {most.blocks_removed} removed, {100 * most.runaway:.0f} % run away"
+    names = ["blocks_removed", "item", "question", "answer", "reference", "tokens", "stopped"]
+    return quoted(quotes, data[[*names, "runaway", "score"]].reset_index(drop=True), finding)

@@ -1,0 +1,155 @@
+"""What all figures share: a `Drawing`, one style, scores with intervals. No torch.
+
+Dense grey, pruned blue, SFT orange, quantized green, the paper's own values black and dotted; markers and dashes differ
+too, so that a grey print reads. Text is drawn as it is, never parsed as mathtext.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
+
+from derm_compress.evaluate import metrics
+from derm_compress.report.results import Results
+
+DENSE, PRUNED, SFT, QUANTIZED, PAPER = "#6b6b6b", "#1f6fb4", "#d96f00", "#2a8c4a", "#111111"
+CROWD, BAND, QUIET = "#b5b5b5", "#d9d9d9", "#555555"
+LINES = [  # colours that differ in lightness too, markers and dashes for a grey print
+    ("#d96f00", "s", "-"),
+    ("#2a8c4a", "^", "-"),
+    ("#8a2f7a", "D", "-"),
+    ("#7a5c00", "v", "--"),
+    ("#c23b3b", "P", "--"),
+    ("#1c9aa8", "X", "--"),
+    ("#5a5ac8", "<", "-."),
+    ("#3f3f3f", ">", "-."),
+    ("#a8842c", "h", "-."),
+]
+STYLE = {
+    "figure.dpi": 140,
+    "savefig.dpi": 140,  # equal, so that the layout is made for what is saved
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e2e2e2",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "text.parse_math": False,
+    "svg.hashsalt": "derm_compress",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What figures are drawn from: results, tables by stem, the stages' inputs, what the judge goes by."""
+
+    results: Results
+    table: Callable[[str], pd.DataFrame | None]
+    graph: Mapping[str, list[str]] = field(default_factory=dict)
+    asked: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, the tidy data behind it, its finding, which is its text alternative, and its text if it is one."""
+
+    figure: Figure
+    data: pd.DataFrame
+    finding: str
+    html: Markup | None = None
+
+    def save(self, path: Path) -> None:
+        """Write path.png, path.svg and path.csv; the bytes depend on the content alone."""
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(f"{path}.svg", metadata={"Date": None, "Creator": None})
+        Path(f"{path}.png").write_bytes(self.png)
+        self.data.to_csv(f"{path}.csv", index=False, float_format="%.6g", lineterminator="\n")
+
+    @functools.cached_property
+    def png(self) -> bytes:
+        """With a palette of 256: a third of the size, and charts have no more."""
+        drawn, small = io.BytesIO(), io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(drawn, format="png", metadata={"Software": None})
+        with Image.open(drawn) as image:
+            palette = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            palette.save(small, format="png", optimize=True)
+        return small.getvalue()
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        """Shown by Jupyter as the last value of a cell; nbconvert turns `alt` into the text alternative."""
+        picture = base64.b64encode(self.png).decode()
+        return {"image/png": picture}, {"image/png": {"alt": self.finding}}
+
+
+def styled(draw):
+    """Run a drawing function under the one style, whatever the caller's settings are."""
+
+    @functools.wraps(draw)
+    def inner(*args, **kwargs) -> Drawing | None:
+        with matplotlib.rc_context(STYLE):
+            drawing = draw(*args, **kwargs)
+            if drawing:  # the layout is solved once, so that no format depends on another
+                drawing.figure.draw_without_rendering()
+                drawing.figure.set_layout_engine("none")
+            return drawing
+
+    return inner
+
+
+def canvas(finding: str, height: float, rows: int = 1, **options):
+    """A figure 5.8 inches wide whose title is its finding; returns figure and axes."""
+    figure = Figure(figsize=(5.8, height))
+    FigureCanvasAgg(figure)
+    title = textwrap.fill(finding[:1].upper() + finding[1:], 66)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
+    return figure, figure.subplots(rows, 1, **options)
+
+
+def reach(rows: pd.DataFrame, name: str) -> list[pd.Series]:
+    """How far a value's interval reaches below and above it, as errorbar takes it."""
+    below, above = rows[name] - rows[f"{name}_lo"], rows[f"{name}_hi"] - rows[name]
+    return [below.clip(lower=0), above.clip(lower=0)]
+
+
+def scores(axes, x: pd.Series, rows: pd.DataFrame, name: str = "score", **look) -> None:
+    """Scores with their 95 % interval; rows without a score are left out."""
+    rows = rows.dropna(subset=[name])
+    if len(rows):
+        axes.errorbar(x[rows.index], rows[name], yerr=reach(rows, name), capsize=3, **look)
+
+
+def score_axis(axes) -> None:
+    axes.axhline(metrics.FLOOR, color="#999999", linewidth=1)
+    axes.set(ylabel="score, % (95 % interval)", ylim=(metrics.FLOOR - 9, 100))
+
+
+def plain_numbers(axis) -> None:
+    """0.01, 0.02, 0.05 on a logarithmic axis: the style draws no powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def bare(axes) -> None:
+    """Neither grid nor frame nor ticks: what is drawn has its own borders."""
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
