@@ -1,4 +1,4 @@
-"""A model from its recipe: base, adapters, pruned blocks, quantized weights, in the order of the recipe's steps."""
+"""A model from its recipe: base, adapters, pruned blocks, quantized weights, in that order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from derm_compress.model.recipe import Recipe
 def materialize(
     recipe: Recipe, store, device: str = "cpu", packed: bool = False, dtype=None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Make the variant of a recipe; `store.resolve(ref)` finds adapter and scale files. Merged, never left as LoRA."""
+    """The variant of a recipe, adapters merged; `store.resolve(ref)` finds adapters and scales."""
     usage.reset_peak(device)  # a GPU has room for one model, and none for what is left of the last
     model, processor = load_base(recipe.base, device, dtype)
     if (found := fingerprint(model)) != recipe.fingerprint:

@@ -8,7 +8,7 @@ import torch
 
 
 class PrefixCache:
-    """Keys and values by layer, as attention modules fill a cache; those of a row's picture lie in `prefix`, once."""
+    """Keys and values by layer, for attention modules; those of a row's picture lie in `prefix`."""
 
     def __init__(self, prefix: PrefixCache | None = None, picture: torch.Tensor | None = None):
         self.held, self.prefix, self.picture = {}, prefix, picture
@@ -20,7 +20,7 @@ class PrefixCache:
         return self.joined(layer, slice(None))
 
     def joined(self, layer: int, rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keys, values) [rows, heads, tokens, head size] of these rows, those of their pictures before their own."""
+        """(keys, values) [rows, heads, tokens, head size], those of the rows' pictures first."""
         before = self.prefix.held[layer]
         return tuple(
             torch.cat([first[self.picture[rows]], own[rows]], 2)
@@ -29,7 +29,7 @@ class PrefixCache:
 
 
 class SlotCache:
-    """A cache for rows of different lengths: keys and values [lines, width, heads, head size] a layer."""
+    """A cache for rows of different lengths: [lines, width, heads, head size] a layer."""
 
     def __init__(self, lines: int, width: int):
         self.lines, self.width, self.held = lines, width, {}
@@ -45,7 +45,7 @@ class SlotCache:
                 place[lines, :tokens] = part.transpose(1, 2)
 
     def aim(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Where the next tokens go [rows, tokens]; returns visible() [rows, 1, tokens, seen] of what they may see."""
+        """Sets where the next tokens go [rows, tokens]; returns visible() of what they may see."""
         self.rows, self.seen = len(positions), int(positions.max()) + 1
         first = self.width * torch.arange(self.rows, device=positions.device)[:, None]
         self.spots = (first + positions).flatten()
@@ -65,5 +65,5 @@ class SlotCache:
 
 
 def visible(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to attention's scores so that only `seen` (bool) counts: made once, not in every block."""
+    """What is added to attention's scores so that only `seen` (bool) counts; made once for all."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)

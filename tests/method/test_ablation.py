@@ -36,7 +36,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def told(small):
-    """(end-of-sequence, answers without each unit): what the loop writes, ended by a token that many of them have."""
+    """(end-of-sequence, answers without each unit) of the loop; many answers have the token."""
     answers = {}
     with torch.inference_mode():
         for unit in [None, *UNITS]:
@@ -176,7 +176,7 @@ def test_answers_are_the_loops_where_the_first_attention_is_gone_already(told):
 
 
 def test_near_ties_are_counted(small, told):
-    """A word whose twin has the same row in the head ties wherever it is chosen, and nothing else does."""
+    """A word whose twin has the same row in the head ties wherever it is chosen, no other does."""
     assert not any(row.near_ties for row in written(small, eos=None, batch_size=8).values())
     word = max(
         {t for a in told[1].values() for t in a},

@@ -40,7 +40,7 @@ def frame(calibration, name, units=UNITS):
 
 
 def told_inputs(c, item, *, text_only=False):
-    """(inputs, labels) of each question with its reference answer, by the processor and without padding."""
+    """(inputs, labels) of each question with its reference answer, without padding."""
     tokenizer = c.processor.tokenizer
     for kind in dialogue.QUESTIONS:
         text = prompts.prompt(c.processor, kind, text_only=text_only)
@@ -54,7 +54,7 @@ def told_inputs(c, item, *, text_only=False):
 
 
 def loss_sum(c, item, **how):
-    """Negative log-likelihood of one item's answers, and how many tokens they have, by Transformers' own loss."""
+    """Negative log-likelihood of an item's answers, and their tokens, by Transformers' loss."""
     pairs = [
         (c.model(**i, labels=x).loss, int((x != -100).sum()))
         for i, x in told_inputs(c, item, **how)
@@ -207,7 +207,7 @@ def test_taylor_holds_one_gradient_at_a_time_and_leaves_no_trace(calibration):
 
 
 def test_taylor_is_done_with_a_block_before_the_gradient_is_two_below(calibration):
-    """Gradients that wait for a second use of their weights would be held for all blocks at once."""
+    """Gradients that wait for a second use of their weights would all be held at once."""
     model, seen = calibration.model, []
 
     def entered(block):

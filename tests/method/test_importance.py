@@ -66,7 +66,7 @@ def ranked(names, c, *, protected=PROTECTED, most=5):
 
 
 def scripted(monkeypatch, table, name="block_influence"):
-    """A criterion whose values are table(removed, unit); the blocks that are left tell what was removed."""
+    """A criterion of values table(removed, block); the blocks that are left tell which went."""
     marks, calls = {}, []
 
     def rows(c, units):
@@ -95,7 +95,7 @@ def perplexity_of(c):
 
 
 def fit_head(c):
-    """A head that tells the references as well as a linear map can: taking part of the model away makes it worse."""
+    """A head that tells the references as well as a linear map can: less of a model does worse."""
     read, targets = [], []
     with torch.inference_mode():
         for _, reading in c.readings():
@@ -258,7 +258,7 @@ def test_magnitude_takes_the_lightest_blocks_first(calibration):
 
 
 def test_without_pictures_all_questions_are_alike(calibration):
-    """Output similarity then has one result a unit and question; perplexity reads the items' answers."""
+    """Output similarity then has one result a unit and question; perplexity reads answers."""
     names = ["output_similarity-text", "perplexity-text"]
     measured = measure.measure_importance(names, calibration, Journal())
     found = measured.groupby("ranking").item.unique()

@@ -33,7 +33,7 @@ def splits(node):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_before_evaluation_unseen_pictures_are_only_asked_about(path):
-    """In 02 to 07 the test split occurs in stage.frame("answers…", <an answering function>, …) and nowhere else."""
+    """In 02 to 07 the test split occurs in stage.frame("answers…", <asking>, …) alone."""
     asking = {"answer", "answer_variants"}
     for statement in code(path).body:
         if splits(statement) & set(UNSEEN):

@@ -40,7 +40,7 @@ def greedy(model, batch, *, cached=True):
 
 @torch.inference_mode()
 def gated(model, batch, units, more=6):
-    """Logits, and prompt and greedy answer without a cache, of the whole model with gates around the units."""
+    """Logits, and prompt and greedy answer without a cache, with gates around the units."""
     ids, x = batch["input_ids"], model.get_input_embeddings()(batch["input_ids"])
     features = model.model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
     x[ids == model.config.image_token_id] = torch.cat(list(features))
@@ -95,7 +95,7 @@ def silence(model, units):
     ("plan", "n"), [(PLAN, n) for n in range(6)] + [(PARTS, n) for n in range(1, 7)]
 )
 def test_removal_is_the_residual_stream_without_the_units(pico, dataset, plan, n):
-    """Taking units out equals making them add nothing, in logits, bit for bit, and in cached answers."""
+    """Taking units out is making them add nothing, in logits, bit for bit, and in answers."""
     model, processor = pico
     batch = inputs_of(processor, dataset)
     with removal.without(model, plan.removed(n)):
@@ -178,7 +178,7 @@ def test_recipes_with_absent_sublayers_make_the_model_of_the_plan(recipe, store,
 def test_sublayers_removed_by_plan_are_gated_are_exported_and_reloaded(
     recipe, store, dataset, tmp_path, n
 ):
-    """Bit for bit in logits, and in greedy answers with a cache and without; through this package's own loader."""
+    """Bit for bit in logits, and in greedy answers with a cache and without."""
     model, processor = materialize(recipe, store)
     batch = prompt_of(processor, dataset)
     scores, ids = gated(model, batch, PARTS.removed(n))

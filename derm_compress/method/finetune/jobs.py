@@ -25,7 +25,7 @@ from derm_compress.model.variants import healed_name
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tune: the variant that is trained on (its adapter's folder), its recipe and the settings."""
+    """One fine-tune: the variant trained on (its adapter's folder), its recipe, the settings."""
 
     variant: str
     recipe: str
@@ -44,7 +44,7 @@ def fine_tune_jobs(sources: pd.DataFrame, training: Training, device: str) -> li
 def fine_tune_all(
     folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Path, processes: int
 ) -> None:
-    """Run jobs into folder/<variant>, `processes` at a time, one thread each; finished ones wait in `scratch`."""
+    """Runs jobs into folder/<variant>, one thread each; finished ones wait in `scratch`."""
     if jobs[0].device == anatomy.META:
         for job in jobs:
             plan_only(folder / job.variant, job, scratch=scratch)
@@ -61,7 +61,7 @@ def fine_tune_all(
 
 
 def fine_tune(job: Job, *, data: Path, store, scratch: Path) -> None:
-    """Leaves scratch/<variant>, the peft adapter with curve.parquet, and scratch/<variant>.json, what it took."""
+    """Leaves scratch/<variant>, adapter and curve.parquet, and <variant>.json, its costs."""
     torch.set_num_threads(1)
     dataset, recipe = load_dataset(data), Recipe.from_json(job.recipe)
     model, processor = materialize(recipe, store, job.device)
@@ -113,7 +113,7 @@ def loss_curves(folder: Path, variants: Sequence[str]) -> pd.DataFrame:
 
 
 def training_costs(scratch: Path, variants: Sequence[str]) -> pd.DataFrame:
-    """Of fine-tunes: variant (as healed), seconds, train_peak_gib (planned), measured_peak_gib (CPU: the process's)."""
+    """variant (as healed), seconds, skipped, train_peak_gib (planned), measured_peak_gib."""
     rows = []
     for name in variants:
         told = json.loads((scratch / f"{name}.json").read_text())

@@ -63,7 +63,7 @@ def training_batch(
 def planned_peak(
     model, processor, items: Sequence[Item], images: np.ndarray, training: Training
 ) -> float:
-    """GiB that memory.plan_training gives for this model and these settings, with the first batch's length."""
+    """GiB that memory.plan_training gives, with the length of the first batch."""
     first = items[: training.batch_size]
     rng = np.random.default_rng(training.seed)
     width = training_batch(model, processor, first, images, rng)["input_ids"].shape[1]
@@ -102,7 +102,7 @@ def attach(model, training: Training):
 
 
 def save_memory(model) -> None:
-    """Gradient checkpointing: blocks keep what they read, not what they computed; half as much time again."""
+    """Gradient checkpointing: blocks keep what they read alone; half as much time again."""
     anatomy.decoder(model).gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False}
     )
@@ -118,9 +118,9 @@ def train(
     checkpoint: Path,
     what: str,
 ) -> tuple[object, pd.DataFrame, dict]:
-    """QLoRA steps, going on from the checkpoint if there is one; the peft model, the curve, and {seconds, skipped}.
+    """QLoRA steps, from the checkpoint on: the peft model, the curve, {seconds, skipped}.
 
-    skipped: steps not taken since gradients were not finite; DermError for more than a tenth of all, or for all.
+    skipped: steps whose gradients were not finite; DermError for more than a tenth, or for all.
     """
     import pandas as pd
 
@@ -151,7 +151,7 @@ def train(
 
 
 def one_step(tuned, batch: dict, optimizer) -> tuple[float, bool]:
-    """The loss, and whether gradients were finite, so that a step was taken: half precision may overflow."""
+    """The loss, and whether a step was taken: in half precision gradients may overflow."""
     scale = FP16_SCALE if tuned.dtype == torch.float16 else 1
     weights = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()

@@ -13,7 +13,7 @@ from derm_compress.errors import DermError
 
 
 def side_by_side(work: Callable, pieces: Sequence, *, processes: int) -> None:
-    """work(piece) for all pieces, `processes` at a time; the first failure is raised when all have ended."""
+    """work(piece) for all pieces; the first failure is raised when all have ended."""
     pool = ProcessPoolExecutor(
         min(processes, len(pieces)),
         mp_context=multiprocessing.get_context("spawn"),

@@ -65,7 +65,7 @@ class Calibration:
     def readings(
         self, units: Sequence[Unit] = (), watch=None
     ) -> Iterator[tuple[Sequence[Item], Reading]]:
-        """Batches of items, and their prompts with reference answers, read once: rows are items by questions."""
+        """Batches of items, and their reference answers read once: rows are items by questions."""
         prompts = self.prompts()
         for part in self.batches():
             rows = itertools.product(range(len(part)), dialogue.QUESTIONS)
@@ -75,7 +75,7 @@ class Calibration:
             yield part, Reading(self.model, prompts, pictures, picture, kinds, told, units, watch)
 
     def answers(self, units: Sequence[Unit]) -> Iterator[tuple[Answer, str]]:
-        """Answers of the model (unit None), and of the model without each unit, with their texts."""
+        """Answers of the model (unit None) and of the model without each unit, with their texts."""
         rows = ablated_answers(
             self.model,
             self.processor,

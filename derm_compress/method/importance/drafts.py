@@ -25,7 +25,7 @@ from derm_compress.model.units import Unit
 
 @dataclass
 class Answer:
-    """One greedy answer, under way or done, of the model without `unit` (None: of the whole model)."""
+    """A greedy answer, under way or done, of the model without `unit` (None: the whole model)."""
 
     unit: Unit | None
     item: str
@@ -41,7 +41,7 @@ class Answer:
 
 
 class Guesses:
-    """N-gram speculation: what followed the same tokens, in this picture's answers or else in any to the question."""
+    """N-gram speculation: what followed the same tokens, in this picture's answers or else any."""
 
     def __init__(self, longest: int = 4):
         self.longest, self.known, self.learnt = longest, {}, set()
@@ -69,7 +69,7 @@ class Guesses:
 
 
 def choose(scores: torch.Tensor) -> tuple[list, list]:
-    """Greedy tokens of logits [..., vocabulary], and whether the best two lie within rounding of each other."""
+    """Greedy tokens of logits [..., vocabulary], and whether the runner-up lies within rounding."""
     best = scores.float().topk(2)
     first, second = best.values.unbind(-1)
     near = first - second <= 4 * torch.finfo(scores.dtype).eps * first.abs()
@@ -77,7 +77,7 @@ def choose(scores: torch.Tensor) -> tuple[list, list]:
 
 
 class Writer:
-    """Continuous batching: up to `lines` answers at once, whatever part each lacks; a freed line takes the next.
+    """Continuous batching: up to `lines` answers at once; a freed line takes the next.
 
     Each is read with AHEAD guesses behind its last token, of which those stand that greedy decoding
     agrees with.
@@ -94,7 +94,7 @@ class Writer:
         return len(tokens) >= self.most or (len(tokens) > 0 and tokens[-1] == self.eos)
 
     def add(self, going: list[tuple[int, Answer]], reading: Reading, cache) -> Iterator[Answer]:
-        """Takes (row of the reading, answer) to go on with; gives back answers that end meanwhile."""
+        """Goes on with (row of the reading, answer); gives back answers that end meanwhile."""
         while going:
             first = len(self.answers)
             some, going = going[: self.lines - first], going[self.lines - first :]
@@ -111,7 +111,7 @@ class Writer:
             yield from self.step()
 
     def step(self) -> Iterator[Answer]:
-        """Reads every answer's last token and the guesses behind it; gives back answers that end."""
+        """Reads each answer's last token and guesses behind it; gives back answers that end."""
         guessed = [self.guesses.after(answer, self.AHEAD) for answer in self.answers]
         tokens, near = self.predict(guessed)
         for line, answer in enumerate(self.answers):
@@ -173,9 +173,9 @@ def ablated_answers(
     text_only: bool = False,
     eos: int | None = None,
 ) -> Iterator[Answer]:
-    """Greedy answers of the full model (unit None) and of the model without each unit, as they are finished.
+    """Greedy answers of the full model (unit None) and without each unit, as they are finished.
 
-    `questions` are the study's kinds, or any by name. Up to `batch_size` answers are written at once;
+    `questions`: the study's kinds, or any by name. Up to `batch_size` answers are written at once;
     without a unit half as many are read, but all about at least one picture.
     """
     if not isinstance(questions, dict):
@@ -204,9 +204,9 @@ def ablated_answers(
 def read_without(
     prompts: Prompts, items: Sequence[Item], images, drafts: dict, units, writer: Writer
 ) -> Iterator[Answer]:
-    """Items' answers without each unit, or of the whole model, as far as drafts tell; the writer has the rest.
+    """Answers without each unit, or of the whole model; the writer goes on where drafts end.
 
-    Units go from the last to the first, so that the reading holds ever less; it lives no longer than this.
+    Units go from the last to the first, so that the reading, which ends here, holds ever less.
     """
     asked = [(item.id, kind) for item in items for kind in prompts.rest]
     picture = [i for i in range(len(items)) for _ in prompts.rest]
@@ -231,7 +231,10 @@ def read_without(
 
 
 def verified(draft: list[int], scores: torch.Tensor, writer: Writer) -> tuple[list[int], int, int]:
-    """What stands of a draft by logits [tokens + 1, vocabulary], with the token after it: (tokens, accepted, near ties)."""
+    """What stands of a draft, by logits [tokens + 1, vocabulary], and the token after it.
+
+    (tokens, accepted, near ties)
+    """
     chosen, near = choose(scores)
     accepted = 0
     while accepted < len(draft) and draft[accepted] == chosen[accepted]:

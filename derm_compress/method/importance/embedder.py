@@ -15,7 +15,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 class Embedder:
-    """all-MiniLM-L6-v2 from the packaged offline copy (or a folder or hub id); every distinct text is embedded once.
+    """all-MiniLM-L6-v2, packaged (or a folder or hub id); every distinct text is embedded once.
 
     It is loaded when it is first asked.
     """
@@ -38,7 +38,7 @@ class Embedder:
             ) from error
 
     def __call__(self, text: str) -> np.ndarray:
-        """Unit vector [width]; one text at a time, so that what stands beside it changes nothing."""
+        """Unit vector [width]; one text at a time, so that nothing beside it changes it."""
         if text not in self.known:
             how = {"normalize_embeddings": True, "show_progress_bar": False}
             self.known[text] = self.model.encode([text], **how)[0]

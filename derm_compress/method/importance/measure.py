@@ -1,4 +1,4 @@
-"""Values of all units by all rankings, each kept as soon as it is there, and the frames that are made of them."""
+"""Values of all units by all rankings, kept as soon as they are there, and frames of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from derm_compress.progress import track
 
 
 def protected_blocks(model, names: Sequence[int]) -> tuple[int, ...]:
-    """Block indices from a parameter; negative ones count from the end. The paper protects 0, 1 and -1."""
+    """Block indices; negative ones count from the end. The paper protects 0, 1 and -1."""
     total = len(anatomy.blocks(model))
     if bad := [n for n in names if not -total <= n < total]:
         raise DermError(
@@ -30,7 +30,7 @@ def protected_blocks(model, names: Sequence[int]) -> tuple[int, ...]:
 
 
 def measure_importance(names: Iterable[str], c: Calibration, journal) -> pd.DataFrame:
-    """Rows of all rankings, scored once on the whole model: ranking, unit, block, part and the criterion's columns."""
+    """Rows of all rankings: ranking, unit, block, part and the criterion's columns."""
     found, blocks = rankings(names), len(anatomy.blocks(c.model))
     weigh = [ranking.name for ranking in found if ranking.criterion.weighs]
     if weigh and not anatomy.has_values(c.model):
@@ -58,7 +58,7 @@ def unit_rows(
     journal,
     removed: Sequence[Unit] = (),
 ) -> pd.DataFrame:
-    """The criterion's rows for units by their original names, each kept in the journal as soon as it is there.
+    """The criterion's rows for units, each kept in the journal as soon as it is there.
 
     `removed` units are out of c.model already; values are then those of the model without them.
     Raises DermError where a value is not a number.
@@ -97,7 +97,7 @@ def unit_rows(
 
 
 def seen_by(ranking: Ranking, c: Calibration) -> Calibration:
-    """What a ranking looks at: without pictures or a look at items, one without a name stands for all."""
+    """What a ranking looks at: one item without a name, where it makes no difference which."""
     if ranking.items_alike:
         c = dataclasses.replace(c, items=[dataclasses.replace(c.items[0], id="")])
     return dataclasses.replace(c, text_only=ranking.text_only, seed=c.seed + ranking.draw)
@@ -109,7 +109,7 @@ def scored(
     todo: Sequence[tuple[Sequence[Item], list[Unit]]],
     removed: Sequence[Unit],
 ) -> Iterator[dict]:
-    """The criterion's rows for units of each batch of items, with units as text by their original names."""
+    """The criterion's rows for units of each batch, units as text by their original names."""
     criterion: Callable = getattr(scoring, ranking.criterion.name)
     for items, units in todo:
         original = dict(zip(positions(units, removed), units, strict=True))
@@ -119,7 +119,7 @@ def scored(
 
 
 def positions(units: Sequence[Unit], removed: Sequence[Unit]) -> list[Unit]:
-    """What units are called in a model that lacks whole blocks: blocks count anew, sublayers follow their block."""
+    """Units as they are called in a model that lacks whole blocks."""
     gone = {s for unit in removed for s in unit.sublayers}
     whole = [s // 2 for s in gone if s % 2 and s - 1 in gone]
     return [unit.at(unit.block - sum(block < unit.block for block in whole)) for unit in units]
@@ -132,7 +132,7 @@ def importance_values(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def importance_scores(values: pd.DataFrame, protected: Sequence[int]) -> pd.DataFrame:
-    """Mean value of each unit: criterion, block, part, score, rank (0 goes first; protected units have none).
+    """Mean value of each unit: criterion, block, part, score, rank (0 goes first).
 
     For output similarity Eq. 5, as 1 - the mean cosine.
     """
@@ -145,7 +145,7 @@ def importance_scores(values: pd.DataFrame, protected: Sequence[int]) -> pd.Data
 
 
 def answers_without_blocks(measured: pd.DataFrame) -> pd.DataFrame:
-    """The answers behind output similarity: block, item, question, answer, cosine, what of the draft stood."""
+    """The answers behind output similarity: block, item, question, answer, similarity, drafts."""
     columns = ["block", "item", "question", "answer", "value", "accepted", "tokens", "near_ties"]
     told = measured[measured.ranking == "output_similarity"].reindex(columns=columns)
     told["similarity"] = 1 - told.value

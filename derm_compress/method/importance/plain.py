@@ -1,4 +1,4 @@
-"""Output similarity the plain way, as the paper tells it; drafts.py gives the same answers sooner."""
+"""Output similarity the plain way, as the paper tells it; drafts.py is sooner there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pruning plans of rankings: ranked once, anew after each removal, or as one run of neighbouring blocks."""
+"""Pruning plans of rankings: ranked once, anew after each removal, or as one run of blocks."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def settings(ranking: Ranking, c: Calibration, most: int) -> dict:
 def iterative(
     ranking: Ranking, c: Calibration, first: dict[Unit, float], *, most: int, journal
 ) -> dict:
-    """Order and scores where the least important unit goes and the others are scored anew, compared with the whole."""
+    """Order and scores where the least goes and the others are scored anew, against the whole."""
     order, scores, now = [], [], first
     if ranking.criterion.asks_alone:
         c = dataclasses.replace(c, original=whole_answers(ranking, c))
@@ -120,7 +120,7 @@ def whole_answers(ranking: Ranking, c: Calibration) -> dict[tuple[str, str], str
 def run_scores(
     measured: pd.DataFrame, ranking: Ranking, first: dict[int, float]
 ) -> dict[tuple[int, int], float]:
-    """Score of every run of blocks (start, length): the criterion's own, or else the sum of its blocks'."""
+    """Score of every run of blocks (start, length): the criterion's own, or its blocks' sum."""
     told = measured[measured.ranking == ranking.base]
     runs = {}
     if "runs" in told and told.runs.notna().any():

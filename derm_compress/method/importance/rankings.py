@@ -77,7 +77,7 @@ class Ranking:
 
     @property
     def base(self) -> str:
-        """The name under which values are kept: what is done after scoring does not matter to them."""
+        """The name of its values, which do not know what is done after scoring."""
         draw = [str(self.draw)] if self.criterion.name == "random" else []
         scoring = [option for option in self.options if not OPTIONS[option].after_scoring]
         return "-".join([self.criterion.name, *draw, *scoring])
@@ -111,7 +111,7 @@ def _wrong(criterion: str, options: list[str], draws: list[int]) -> str:
 
 
 def rankings(names: Iterable[str]) -> list[Ranking]:
-    """Rankings of these names, each once, the published plan aside; the first, the study's own, removes blocks."""
+    """Rankings of these names, each once, `published` aside; the first one removes blocks."""
     names = list(dict.fromkeys(names))
     if not names:
         raise DermError("rankings: name at least one, such as output_similarity")
@@ -124,7 +124,7 @@ def rankings(names: Iterable[str]) -> list[Ranking]:
 
 
 def criteria_used(names: Iterable[str]) -> pd.DataFrame:
-    """Of the criteria in these rankings: source, what of each picture they read, and their cost; by name."""
+    """Source, reads and cost of the criteria in these rankings, by name."""
     import pandas as pd
 
     used = {ranking.criterion.name: ranking.criterion for ranking in rankings(names)}

@@ -1,4 +1,4 @@
-"""How little a model misses one of its units, by each criterion of criteria.py; the lowest value goes first.
+"""How little a model misses a unit, by each criterion of criteria.py; the lowest goes first.
 
 Each function yields a row for every unit and calibration picture (and question, where it asks):
 `unit`, `item`, `value`. Units are those of the model at hand.
@@ -27,7 +27,7 @@ FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of 
 
 
 def output_similarity(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
-    """1 - cosine between the answers with and without the unit (paper, Eqs. 2-5); by answer, with its text."""
+    """1 - cosine of the answers with and without the unit (paper, Eqs. 2-5); by answer."""
     whole = dict(c.original)
     for answer, text in c.answers(units):
         asked = answer.item, answer.question
@@ -52,7 +52,7 @@ def output_similarity(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
 
 @torch.inference_mode()
 def perplexity(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
-    """Mean negative log-likelihood of the reference answer without the unit (Kim et al.; Song et al., SLEB; 2024)."""
+    """Mean negative log-likelihood of the reference answers without the unit (Kim et al. 2024)."""
     for items, reading in c.readings(units):
         for unit in sorted(units, reverse=True):
             scores = reading.predictions(reading.without(unit)[0])
@@ -67,7 +67,7 @@ def perplexity(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
 
 @torch.inference_mode()
 def block_influence(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
-    """1 - mean cosine over all tokens between what enters and what leaves the unit (ShortGPT, Men et al. 2024)."""
+    """1 - mean cosine over all tokens of what enters and leaves the unit (Men et al. 2024)."""
     entering, cosines = {}, {}
 
     def watch(part, sublayer, x, y):
@@ -94,7 +94,7 @@ def block_influence(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
 
 @torch.inference_mode()
 def angular(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
-    """Angle / pi at the last token between what enters and what leaves the unit (Gromov et al. 2024).
+    """Angle / pi at the last token of what enters and leaves the unit (Gromov et al. 2024).
 
     `runs` has the same for the runs of 1, 2, … blocks from a block on.
     """
@@ -127,10 +127,10 @@ def last_token(reading: Reading) -> torch.Tensor:
 
 
 def taylor(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
-    """Sum of |w * gradient| over the unit's weights, the loss being the reference answers' (Kim et al. 2024).
+    """Sum of |w * gradient| over the unit's weights, of the references' loss (Kim et al. 2024).
 
-    One backward pass an item. Blocks are read again when their turn comes, and each weight's gradient
-    is used and dropped as soon as it is there: beside the weights there are what enters every block,
+    One backward pass an item. Blocks are read again when their turn comes, and a gradient is used
+    and dropped as soon as it is there: beside the weights there are what enters every block,
     the inner values of one block and the gradient of one weight, about 1 GiB at 7B.
     """
     scale = FP16_SCALE if c.model.dtype == torch.float16 else 1
@@ -176,7 +176,7 @@ def gradients(model, weights: list[torch.nn.Parameter], use) -> Iterator[None]:
 def answer_loss(c: Calibration, item: Item) -> torch.Tensor:
     """Mean negative log-likelihood of one item's reference answers, over all their tokens.
 
-    Each question is a row with the picture in it: a beginning that rows share would have every weight
+    Each question is a row with the picture in it: a shared beginning would have every weight
     used twice, and the gradients of all blocks wait for its turn.
     """
     prompts, model = c.prompts(), c.model

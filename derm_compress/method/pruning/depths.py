@@ -1,4 +1,4 @@
-"""How many blocks go: the paper's depths on a model of any size, and the rule of the operating point. No torch."""
+"""The paper's depths on a model of any size, and the rule of the operating point. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAPER_DEPTHS = {"operating": 6, "deeper": 9}  # of 32 blocks
 
 
 def plan_depths(of_32: Sequence[int], plan: Plan) -> list[int]:
-    """Depths of the paper's 32 blocks as the same fractions of this model's, as far as the plan reaches.
+    """The paper's depths (of 32) as the same fractions of this model, as far as the plan reaches.
 
     Says which it does not reach; DermError if it is none.
     """
@@ -39,7 +39,7 @@ def choose_operating_point(
     """Depth where about a third of the score above the floor is gone, and one half as deep again.
 
     As in the paper, where 80.12 -> 62.50 over a floor of 25 at 6 of 32. `scores` has blocks_removed
-    and score (percent) on development items. `fixed` (of 32) overrules; where no depth loses between
+    and score (percent) on development items. `fixed` (of 32) overrules; where no depth loses from
     half and one and a half times that share, the paper's fractions are taken. Returns operating,
     deeper (blocks of this plan's model) and why.
     """

@@ -91,7 +91,7 @@ class Plan:
 
 
 def published_plan() -> Plan:
-    """The removal order of the paper's published code for its fine-tuned LLaVA-1.5-7B; it names 14 blocks."""
+    """The order of the paper's published code, for LLaVA-1.5-7B: 14 blocks."""
     file = Path(__file__).with_name("published_plan.json")
     return Plan.from_dict(json.loads(file.read_text("utf-8")))
 
