@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
-
 from derm_compress.errors import DermError
 from derm_compress.method.finetune.merge import merge_adapter
 from derm_compress.method.quantization import quantize
 from derm_compress.model import removal, usage
 from derm_compress.model.anatomy import META, blocks, fingerprint
+from derm_compress.model.hf import LlavaForConditionalGeneration, LlavaProcessor
 from derm_compress.model.loading import load_base
 from derm_compress.model.recipe import Recipe
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from derm_compress.model.hf import LlavaForConditionalGeneration
 
 META = "meta"  # the device of a model without values, of which only the shapes are known
 LINEARS = (  # of a block, in the order of their use

@@ -9,13 +9,18 @@ from pathlib import Path, PurePath
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.utils import logging as transformers_logging
 
 from derm_compress.errors import DermError
 from derm_compress.model import removal, shapes
 from derm_compress.model.anatomy import META, blocks, has_values
 from derm_compress.model.devices import half
+from derm_compress.model.hf import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from derm_compress.model.hf import logging as transformers_logging
 
 TINY = Path(__file__).parent / "tiny_llava"
 PICO_BLOCKS = 8  # random ones on the tiny model's shapes

@@ -67,9 +67,9 @@ class Architecture:
 def architecture(config) -> Architecture:
     """Measure a LlavaConfig: the model is built on the meta device and its tensors are counted."""
     import torch
-    from transformers import LlavaForConditionalGeneration
 
     from derm_compress.model import anatomy
+    from derm_compress.model.hf import LlavaForConditionalGeneration
 
     with torch.device(anatomy.META):
         model = LlavaForConditionalGeneration(config)
@@ -107,7 +107,7 @@ def _count(module) -> int:
 
 def llava_7b_config():
     """LlavaConfig of llava-hf/llava-1.5-7b-hf from its published settings: CLIP ViT-L/14 at 336 px and Vicuna-7B."""
-    from transformers import LlavaConfig
+    from derm_compress.model.hf import LlavaConfig
 
     text = {
         "model_type": "llama",

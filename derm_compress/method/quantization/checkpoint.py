@@ -14,12 +14,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    LlavaForConditionalGeneration,
-)
 
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import gemm
@@ -28,6 +22,12 @@ from derm_compress.method.quantization.grids import HQQGrid, IntegerGrid, NF4Gri
 from derm_compress.method.quantization.packed import PackedLinear
 from derm_compress.method.quantization.quantize import quantized_linears
 from derm_compress.model import anatomy, devices, loading
+from derm_compress.model.hf import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    LlavaForConditionalGeneration,
+)
 
 OWN = "derm_compress"
 # of OWN: names that no other loader takes, which would fill its linears at random

@@ -1,0 +1,42 @@
+"""Transformers' classes, imported without the packages that it would load on sight: two seconds."""
+
+import contextlib
+import sys
+
+UNUSED = ("hqq", "scipy", "sklearn")  # its own quantizer, losses and drafts; none is asked for here
+
+
+@contextlib.contextmanager
+def hidden(*names: str):
+    """These packages look uninstalled inside the block, if nothing has asked for them before."""
+    absent = [name for name in names if name not in sys.modules]
+    if "transformers" in sys.modules:  # which has made up its mind
+        absent = []
+    sys.modules.update(dict.fromkeys(absent))
+    try:
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name, None)
+
+
+with hidden(*UNUSED):
+    from transformers import (
+        AutoConfig,
+        AutoProcessor,
+        BitsAndBytesConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+    from transformers.utils import logging
+
+__all__ = [
+    "AutoConfig",
+    "AutoProcessor",
+    "BitsAndBytesConfig",
+    "LlavaConfig",
+    "LlavaForConditionalGeneration",
+    "LlavaProcessor",
+    "logging",
+]
