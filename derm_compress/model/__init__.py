@@ -1,4 +1,4 @@
-"""Models: their anatomy, loading, recipes and variants, prompts and readings, memory planned and measured."""
+"""Models: their anatomy, loading, recipes and variants, prompts, memory planned and measured."""
 
 from derm_compress.faces import face
 

@@ -1,4 +1,4 @@
-"""Which device a model goes to and in which type, over how many GPUs, and how its memory is given back."""
+"""Which device a model goes to, in which type, and how it gives its memory back."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def beside(device: str) -> str:
 def spread(model, over: int | None = None, **how) -> None:
     """Blocks over the GPUs, for generation: one T4 holds 7B in fp16 and hardly a batch beside it.
 
-    In place; nothing happens where one GPU has room enough, unless `over` says over how many devices. how: as
-    accelerate's dispatch_model takes it.
+    In place; nothing happens where one GPU has room enough, unless `over` says over how many
+    devices. how: as accelerate's dispatch_model takes it.
     """
     if over is None:
         over = torch.cuda.device_count() if model.device.type == "cuda" else 1
@@ -42,7 +42,7 @@ def spread(model, over: int | None = None, **how) -> None:
 
 
 def placement(model, over: int) -> dict[str, int]:
-    """{module: GPU}: as many blocks on each, what comes before on the first, what after on the last."""
+    """{module: GPU}: as many blocks on each, the rest where the first or the last block is."""
     inner, count = "model.language_model", len(blocks(model))
     places = {
         "model.vision_tower": 0,

@@ -1,4 +1,4 @@
-"""Loading a LLaVA by name, every weight accounted for: embedded, from a folder or hub id, or as shapes alone."""
+"""Loading a LLaVA by name, every weight accounted for, or its shapes alone."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ from derm_compress.model.hf import logging as transformers_logging
 TINY = Path(__file__).parent / "tiny_llava"
 PICO_BLOCKS = 8  # random ones on the tiny model's shapes
 SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
-PARTIAL = (
-    "derm_compress.safetensors"  # a model that lacks sublayers: no other loader takes the name
-)
+PARTIAL = "derm_compress.safetensors"  # of a model that lacks sublayers, for this loader alone
 DERIVED = ("position_ids", "inv_freq")  # in old checkpoints, though they follow from the config
 
-# bitsandbytes names an optional CPU kernel at every import; what Transformers prints is checked below
+# bitsandbytes names an optional CPU kernel at every import; what Transformers says is checked here
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -67,7 +65,7 @@ def with_values(model, processor) -> tuple[LlavaForConditionalGeneration, LlavaP
 
 
 def config_of(name: str):
-    """The LlavaConfig of a name that load_base knows; the published 7B model's without a download."""
+    """The LlavaConfig of a name that load_base knows; the published model's without a download."""
     published = PurePath(name).name in (SEVEN_B, f"{SEVEN_B}-hf")
     if published and not Path(_source(name)).is_dir():
         return shapes.llava_7b_config()
@@ -159,7 +157,7 @@ def _first(error: Exception) -> str:
 
 
 def check_expansion(name: str, config, processor: LlavaProcessor) -> None:
-    """Refuse a processor that makes room for more or fewer image tokens than the tower gives features."""
+    """Refuse a processor that makes more or fewer image tokens than the tower gives features."""
     vision = config.vision_config
     asked = (processor.image_processor.crop_size["height"] // processor.patch_size) ** 2
     asked += processor.num_additional_image_tokens

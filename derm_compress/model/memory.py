@@ -26,7 +26,7 @@ REMOVED = (
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are stored: `bits` each, and `group_bytes` for what each group shares, its scale and zero point.
+    """How weights are stored: `bits` each, and `group_bytes` for a group's scale and zero point.
 
     A mean over blocks may give a fraction of a bit. A group size of 0 makes each row a group.
     """
@@ -41,7 +41,7 @@ class Format:
 
     @property
     def overhead(self) -> float:
-        """Bytes a weight beside its own bits; rows, whose length this does not know, count nothing."""
+        """Bytes a weight beside its own bits; nothing for rows, whose length this does not know."""
         return self.group_bytes / self.group_size if self.group_size else 0.0
 
 
@@ -51,10 +51,11 @@ NF4 = Format(4, GROUP, FP32)  # of QLoRA: an fp32 absmax a block
 def plan_weights(
     arch: Architecture, *, form: Format = Format(), **removed: int
 ) -> dict[str, float]:
-    """GiB of the weights by component; only the decoder blocks' linears are quantized, all else is fp16.
+    """GiB of the weights by component; all but the decoder blocks' linears is fp16.
 
-    `removed` are counts by name: blocks_removed, attentions_removed, mlps_removed. Left out: NF4's codebook of 64
-    bytes a linear, padding of odd shapes, and the 4/group that torch's int4 kernel adds where it is used.
+    `removed` are counts by name: blocks_removed, attentions_removed, mlps_removed. Left out: NF4's
+    codebook of 64 bytes a linear, padding of odd shapes, and the 4/group that torch's int4 kernel
+    adds where it is used.
     """
     weights = arch.over_linears(lambda out, into: out * into, **removed)
     scales = weights * form.overhead
@@ -75,13 +76,14 @@ def plan_peak(
     form: Format = Format(),
     **removed: int,
 ) -> dict[str, float]:
-    """GiB while questions of `prompt_tokens` about one picture each are answered; the rest as in plan_weights.
+    """GiB while questions of `prompt_tokens` about one picture each are answered.
 
-    Weights + fp16 KV cache at its final length (2 x width x blocks a token) + the prefill's activations + one linear
-    decoded to fp16 where quantized: parts that peak at different times, so rather too much. Activations, with fused
-    attention, the last token's logits and an MLP at least twice as wide as the residual: four tensors of the
-    residual's width (embeddings, block input, residual, normed), three of the MLP's, and the picture's features; or
-    the tower's peak if larger. `int4_kernel`: torch's, which holds a bfloat16 scale and offset a group of 4 bits.
+    Weights + fp16 KV cache at its final length (2 x width x blocks a token) + the prefill's
+    activations + one linear decoded to fp16 where quantized: parts that peak at different times, so
+    rather too much. Activations, with fused attention, the last token's logits and an MLP at least
+    twice as wide as the residual: four tensors of the residual's width (embeddings, block input,
+    residual, normed), three of the MLP's, and the picture's features; or the tower's peak if
+    larger. `int4_kernel`: torch's, which holds a bfloat16 scale and offset a group of 4 bits.
     """
     tokens = prompt_tokens + arch.image_tokens
     attentions = arch.kept(removed.get("blocks_removed", 0)) - removed.get("attentions_removed", 0)
@@ -109,11 +111,11 @@ def plan_training(
     element: int = FP16,
     rest: int = FP16,
 ) -> dict[str, float]:
-    """GiB of QLoRA: base in NF4 blocks of 64 (or another `form`), fp32 adapters on all decoder linears, Adam, a picture a row.
+    """GiB of QLoRA, a picture a row: base as `form`, fp32 adapters on all decoder linears, Adam.
 
-    Adapters are rank x (in + out) a linear, gradients as much, Adam twice that. `element`: bytes of the compute type;
-    `rest`: of what is not 4-bit (4 after peft's k-bit preparation). With checkpointing a block keeps its input, and
-    one block is alive anew. No dropout masks.
+    Adapters are rank x (in + out) a linear, gradients as much, Adam's state twice that. `element`:
+    bytes of the compute type; `rest`: of what is not 4-bit (4 after peft's k-bit preparation). With
+    checkpointing a block keeps its input, and one block is alive anew. No dropout masks.
     """
     hidden, mlp, linears = arch.hidden, arch.intermediate, arch.linears.values()
     blocks, tokens = arch.kept(blocks_removed), batch * (text_tokens + arch.image_tokens)
@@ -121,8 +123,9 @@ def plan_training(
     for part in (*arch.outside, "block_norms"):
         base[part] *= rest / FP16
     adapters = FP32 * rank * blocks * sum(out + into for out, into in linears)
-    # A block keeps for backward, in fp32, both norms' inputs, each adapter's input (in fp32 all that read the same
-    # share one) and its middle; in the compute type queries, keys, values, attention's output, gate, activated gate, up
+    # A block keeps for backward, in fp32, both norms' inputs, each adapter's input (where computing
+    # is in fp32, one for all that read the same) and its middle; in the compute type queries, keys,
+    # values, attention's output, gate, activated gate and up.
     inputs = 2 * hidden + mlp if element == FP32 else sum(into for _, into in linears)
     block = FP32 * (2 * hidden + inputs + rank * len(linears))
     block += element * (2 * hidden + 2 * arch.cache_width + 3 * mlp)
@@ -143,9 +146,9 @@ def plan_variants(
 ) -> pd.DataFrame:
     """One row a variant: params_b, vram_gib (weights), peak_gib, and with `_7b` those of arch_7b.
 
-    variants: blocks_removed, attentions_removed, mlps_removed (of arch), bits, group_size, group_bytes;
-    `blocks_removed_7b` is the same fraction of arch_7b's blocks.
-    asked: batch, prompt_tokens, new_tokens as in plan_peak.
+    variants: blocks_removed, attentions_removed, mlps_removed (of arch), bits, group_size,
+    group_bytes; `blocks_removed_7b` is the same fraction of arch_7b's blocks. asked: batch,
+    prompt_tokens, new_tokens as in plan_peak.
     """
     rows = []
     for row in variants.to_dict("records"):

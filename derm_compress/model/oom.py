@@ -12,9 +12,10 @@ from derm_compress.errors import DermError
 
 
 def halved(work: Callable[[int], object], batch_size: int, what: str):
-    """work(batch_size), begun again with half as many at once where memory was exceeded; DermError if one is too many.
+    """work(batch_size), begun again with half as many at once where memory was exceeded.
 
-    What goes on with another batch size may differ in the last digits of half precision.
+    DermError if one is too many. What goes on with another batch size may differ in the last digits
+    of half precision.
     """
     while True:
         # suppressed rather than caught: its traceback would keep the tensors alive
@@ -26,7 +27,7 @@ def halved(work: Callable[[int], object], batch_size: int, what: str):
 def in_parts(
     work: Callable[[Sequence], object], batches: Iterable[Sequence], what: str
 ) -> Iterator[tuple]:
-    """(part, work(part)) for all batches; one that exceeds memory is halved, and all that follow are no larger."""
+    """(part, work(part)) for all batches, halved where memory is exceeded, and later ones alike."""
     most = None
     for batch in batches:
         start = 0
@@ -57,7 +58,7 @@ def fewer(size: int, what: str) -> int:
 
 @contextlib.contextmanager
 def naming(parameters: str, what: str) -> Iterator[None]:
-    """DermError that names the parameters to lower where memory is exceeded: halving a step would change it."""
+    """DermError that names the parameters to lower, where halving a step would change it."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""The study's questions as a model reads them: prompts to answer, to calibrate on, and to be trained on."""
+"""The study's questions as a model reads them: to answer, to calibrate on, to be trained on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ask(processor, question: str, *, text_only: bool = False) -> str:
 def prepare(
     processor, texts: Sequence[str], images: np.ndarray | None, device
 ) -> dict[str, torch.Tensor]:
-    """Model inputs of a batch, padded on the left so that new tokens follow the prompt; images [n, S, S, 3] or None."""
+    """Model inputs of a batch, padded on the left for new tokens to follow; images [n, S, S, 3]."""
     processor.tokenizer.padding_side = "left"
     pictures = None if images is None else list(images)
     made = processor(text=list(texts), images=pictures, return_tensors="pt", padding=True)
@@ -49,9 +49,10 @@ def calibration_batches(
     text_only: bool = False,
     answer_weight: float = 1.0,
 ) -> Iterator[dict]:
-    """Prompts with image, and with the reference answer after them: what statistics are collected on.
+    """Prompts with image and reference answer: what statistics are collected on.
 
-    text_only leaves the image out. An answer_weight other than 1 adds `token_weights`: that for the answers' tokens.
+    text_only leaves the image out. An answer_weight other than 1 adds `token_weights`: that for the
+    answers' tokens.
     """
     asked = [(item, kind) for item in items for kind in dialogue.QUESTIONS]
     for start in range(0, len(asked), batch_size):
@@ -76,9 +77,10 @@ def calibration_batches(
 def encode(
     tokenizer, turns: Sequence[tuple[str, str]], image_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels of one conversation; labels are kept on answers and their end-of-sequence alone.
+    """Token ids of one conversation, and labels on its answers and their end-of-sequence alone.
 
-    The published template never ends an answer; here every answer does, or the model would never learn to stop.
+    The published template never ends an answer; here every answer does, or the model would never
+    learn to stop.
     """
     text, spans = "", []
     for i, (question, answer) in enumerate(turns):

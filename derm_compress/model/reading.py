@@ -1,7 +1,7 @@
-"""Prompts and continuations read once, and again without a part of the model at the cost of what lies above it.
+"""Prompts and answers read once, and without a part of the model at the cost of what lies above.
 
-Picture features, the prompts' common beginning and all that lies below the part are computed once and shared. Every
-block has two sublayers, attention and MLP, counted over all blocks.
+Picture features, the prompts' common beginning and all that lies below the part are computed once
+and shared. Every block has two sublayers, attention and MLP, counted over all blocks.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def run(
 ) -> torch.Tensor:
     """Hidden states [rows, tokens, width] after all sublayers from `start` on.
 
-    mask: as visible() makes it, or None for causal attention. gates [rows, sublayers]: False lets a row pass a sublayer
-    unchanged. watch(sublayer, x, y) sees all.
+    mask: as visible() makes it, or None for causal attention. gates [rows, sublayers]: False lets a
+    row pass a sublayer unchanged. watch(sublayer, x, y) sees all.
     """
     blocks = list(anatomy.blocks(model))
     rope = anatomy.decoder(model).rotary_emb(x, position_ids=positions)
@@ -53,7 +53,7 @@ def logits(model, x) -> torch.Tensor:
 
 @contextmanager
 def looking(model) -> Iterator[None]:
-    """Vision tower and projector beside the decoder while pictures are looked at; then a GPU's wait on the CPU."""
+    """Vision tower and projector beside the decoder; afterwards a GPU's wait on the CPU."""
     home = anatomy.decoder(model).device
     parts = [anatomy.parts(model)[name] for name in ("vision_tower", "projector")]
     for part in parts:
@@ -66,7 +66,7 @@ def looking(model) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of the questions' common beginning, picture included, and of what follows in each."""
+    """Token ids of the questions' common beginning, picture included, and of the rest of each."""
 
     prefix: torch.Tensor
     rest: dict[str, list[int]]
@@ -77,7 +77,7 @@ class Prompts:
     def of(
         processor, image: np.ndarray, questions: dict[str, str], device, *, text_only: bool = False
     ) -> Prompts:
-        """Of questions by name; all pictures take as many tokens, so one `image` [S, S, 3] tells all prompts' ids."""
+        """Of questions by name; one `image` [S, S, 3] does, as all take as many tokens."""
         images, ids = None if text_only else [image], []
         for question in questions.values():
             text = ask(processor, question, text_only=text_only)
@@ -115,10 +115,11 @@ class Prompts:
 
 
 class Reading:
-    """Prompts and continuations read once by the full model; `without` reads them again from a unit on.
+    """Prompts and continuations read once by the full model, and again from a unit on.
 
-    Row r continues question `kinds[r]` about `pictures[picture[r]]` by the tokens `told[r]`; `units` may be left out.
-    watch(part, sublayer, x, y) sees each sublayer at work, part 0 being the prompts' common beginning, 1 the rest.
+    Row r continues question `kinds[r]` about `pictures[picture[r]]` by the tokens `told[r]`;
+    `units` may be left out. watch(part, sublayer, x, y) sees each sublayer at work, part 0 being
+    the prompts' common beginning, 1 the rest.
     """
 
     def __init__(
@@ -161,14 +162,14 @@ class Reading:
             watch(part, sublayer, x, y)
 
     def without(self, unit: Unit | None) -> tuple[torch.Tensor, PrefixCache]:
-        """Last hidden states [rows, tokens, width] without a unit, and the keys and values behind it."""
+        """Last hidden states [rows, tokens, width] without a unit, and its keys and values."""
         if unit is None:
             return self.last, self.cache
         first, after = Unit.of(unit).span
         return self._read((self.states[0][first], self.states[1][first]), after)
 
     def forget(self, unit: Unit) -> None:
-        """Gives back what only this unit needs and those above it: for units from the last to the first."""
+        """Gives back what this unit and those above need, for going from the last to the first."""
         unit = Unit.of(unit)
         for states in self.states:
             for sublayer in [s for s in states if s > unit.span[0]]:
@@ -180,14 +181,15 @@ class Reading:
             self.cache.prefix.held.pop(layer, None)
 
     def predictions(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Logits [told + 1, vocabulary] of every row: for each token told and for the one after the last."""
+        """Logits [told + 1, vocabulary] of every row: for its tokens told and the one after."""
         counts = [len(tokens) + 1 for tokens in self.told]
         rows = [torch.full((n,), r) for r, n in enumerate(counts)]
         columns = [torch.arange(n) + asked - 1 for n, asked in zip(counts, self.asked, strict=True)]
         return list(logits(self.model, x[torch.cat(rows), torch.cat(columns)]).split(counts))
 
     def held(self, cache: PrefixCache, rows: torch.Tensor) -> Iterator[tuple[int, tuple]]:
-        """(layer, (keys, values)) of these rows; a unit's cache knows what lies above it, the rest is shared."""
+        """(layer, (keys, values)) of these rows; a unit's cache knows what lies above it, the rest
+        is shared."""
         for layer in dict.fromkeys([*self.cache.held, *cache.held]):
             owner = cache if layer in cache.held else self.cache
             yield layer, owner.joined(layer, rows)

@@ -17,10 +17,11 @@ REF = re.compile(r"\d\d_[a-z_]+/[0-9a-f]{64}(/[^/\\\0]+)*")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a variant is made: `base` is a name load_base knows, `blocks` its depth; `steps` are applied in order.
+    """How a variant is made: `steps` applied to `base`, a name load_base knows, of `blocks` blocks.
 
-    Steps are `adapter` (ref, sha256, kept), `prune` (kept) and `quantize` (a Form's fields; ref to searched scales).
-    Where blocks are kept without their attention or MLP, `prune` and later `adapter` steps list these as `absent`.
+    Steps are `adapter` (ref, sha256, kept), `prune` (kept) and `quantize` (a Form's fields; ref to
+    searched scales). Where blocks are kept without their attention or MLP, `prune` and later
+    `adapter` steps list these as `absent`.
     """
 
     base: str
@@ -68,7 +69,7 @@ def _absent(units: Iterable[Unit | str]) -> dict[str, list[str]]:
 
 
 def check_ref(text: str) -> str:
-    """A reference to what a stage left, "02_finetune/<64-digit key>/adapter"; DermError for any other."""
+    """A reference, "02_finetune/<64-digit key>/adapter"; DermError for what is none."""
     if not REF.fullmatch(text) or {".", ".."} & set(text.split("/")):
         raise DermError(f"reference {text!r}: is not STAGE/KEY/NAME of a stored result")
     return text

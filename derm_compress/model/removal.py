@@ -1,4 +1,4 @@
-"""Taking blocks and sublayers out of a model, for good or for a while; what is left is an ordinary, smaller model."""
+"""Taking blocks and sublayers out of a model, for good or for a while."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class AbsentAttention(Absent):
 
 
 def apply(model, kept: Sequence[int], absent: Iterable[Unit | str] = ()) -> None:
-    """Keep the blocks at these positions, without the `absent` sublayers (by position too), in place.
+    """Keep the blocks at these positions, without the `absent` sublayers, in place.
 
-    Config, `layer_idx` and weights agree afterwards: without the renumbering cached generation fails, without the
-    config a reload gets random blocks.
+    Config, `layer_idx` and weights agree afterwards: without the renumbering cached generation
+    fails, without the config a reload gets random blocks.
     """
     layers = anatomy.blocks(model)
     if sorted(set(kept)) != list(kept) or not kept or kept[-1] >= len(layers):
@@ -71,7 +71,7 @@ def lacking(model) -> tuple[Unit, ...]:
 
 
 def apply_step(model, step: dict, kept: Sequence[int]) -> tuple[int, ...]:
-    """Apply a recipe's prune step to a model of these original blocks; returns those that are left."""
+    """Apply a recipe's prune step to a model of these original blocks; returns those left."""
     if gone := sorted(set(step["kept"]) - set(kept)):
         raise DermError(f"recipe: blocks {gone} are to be kept but were pruned before")
     told = set(step.get("absent", ()))

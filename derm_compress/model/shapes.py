@@ -1,4 +1,4 @@
-"""A model's architecture as numbers: parameters by part and widths, from which sizes follow. No torch until measured."""
+"""A model's architecture as numbers, from which sizes follow. No torch until one is measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from derm_compress.errors import DermError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Parameters by part, and the widths that set cache and activations: JSON by asdict, back by **.
+    """Parameters by part, and the widths that set cache and activations; JSON by asdict.
 
     Methods take how much is removed: whole blocks, and attentions and MLPs from blocks that stay.
     """
@@ -79,7 +79,7 @@ def architecture(config) -> Architecture:
     linears = {name: list(linear.weight.shape) for name, linear in anatomy.linears(block).items()}
     tied = parts["head"].weight is embedding.weight
     patches = (vision.image_size // vision.patch_size) ** 2
-    # LLaVA keeps all hidden states of the tower; its quick-GELU holds three tensors of the MLP's width
+    # LLaVA keeps all the tower's hidden states; quick-GELU holds three tensors of the MLP's width
     tower = (vision.num_hidden_layers + 2) * vision.hidden_size + 3 * vision.intermediate_size
     return Architecture(
         blocks=text.num_hidden_layers,
@@ -106,7 +106,7 @@ def _count(module) -> int:
 
 
 def llava_7b_config():
-    """LlavaConfig of llava-hf/llava-1.5-7b-hf from its published settings: CLIP ViT-L/14 at 336 px and Vicuna-7B."""
+    """LlavaConfig of llava-hf/llava-1.5-7b-hf: CLIP ViT-L/14 at 336 px and Vicuna-7B."""
     from derm_compress.model.hf import LlavaConfig
 
     text = {

@@ -1,18 +1,21 @@
-"""Builds the embedded tiny LLaVA: `python -m derm_compress.model.tiny` (one thread and a C++ compiler, about half an hour).
+"""Builds the embedded tiny LLaVA: `python -m derm_compress.model.tiny`, half an hour in one thread.
 
-A real LlavaForConditionalGeneration: a CLIP tower of 4 layers x 128 at 72 px (36 image tokens), a two-layer projector,
-a LLaMA decoder of 32 blocks x 64. The tower first learns picture attributes and is then frozen; projector and decoder
-learn to describe pictures and, from text alone, what is known of the eight diseases. No picture is ever shown with
-its disease: fine-tuning must have something to teach.
+A real LlavaForConditionalGeneration: a CLIP tower of 4 layers x 128 at 72 px (36 image tokens), a
+two-layer projector, a LLaMA decoder of 32 blocks x 64. The tower first learns picture attributes
+and is then frozen; projector and decoder learn to describe pictures and, from text alone, what is
+known of the eight diseases. No picture is ever shown with its disease: fine-tuning must have
+something to teach.
 
-The decoder starts at a standard deviation of 0.1: at LLaMA's 0.02, blocks this narrow stay almost the identity, and
-removing them would show nothing.
+The decoder starts at a standard deviation of 0.1: at LLaMA's 0.02, blocks this narrow stay almost
+the identity, and removing them would show nothing. Training the decoder compiles a block, which
+takes a C++ compiler.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +34,11 @@ from transformers import (
 )
 
 from derm_compress.data import dialogue, synthetic
-from derm_compress.model.prompts import collate, encode
+from derm_compress.model.loading import TINY
+from derm_compress.model.prompts import IGNORED, collate, encode
 from derm_compress.progress import track
 
-FOLDER = Path(__file__).parent / "tiny_llava"
-SIZE, PATCH, VOCABULARY = 72, 12, 800
+SIZE, PATCH, TOWER_WIDTH, VOCABULARY = 72, 12, 128, 800
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
@@ -49,50 +52,49 @@ ASKED = {name: f"What is the {name} of the spots?" for name in synthetic.ATTRIBU
 
 def picture_conversation(facts: dict[str, str], rng: np.random.Generator) -> list[tuple[str, str]]:
     """One description and two questions on single attributes, in random order."""
-    told = dialogue.picture_answers(facts)
-    turns = [("Describe the picture.", told[rng.integers(len(told))])]
-    for name in rng.choice(list(ASKED), 2, replace=False):
-        turns.append((ASKED[str(name)], f"The {name} is {facts[str(name)]}."))
+    turns = [("Describe the picture.", _one_of(dialogue.picture_answers(facts), rng))]
+    for name in map(str, rng.choice(list(ASKED), 2, replace=False)):
+        turns.append((ASKED[name], f"The {name} is {facts[name]}."))
     return [turns[i] for i in rng.permutation(len(turns))]
 
 
 def text_conversation(disease: str, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """What a language model has read of a disease, without any picture: from its name to facts, and back."""
-    book = dialogue.book()
-    told = {kind: book["diseases"][disease][kind]["answers"] for kind in ("treatment", "features")}
-    told["name"] = dialogue.answers(disease, {}, "name")
-    kind, hint = (str(k) for k in rng.choice(["treatment", "features"], 2, replace=False))
-    known = told[hint][rng.integers(len(told[hint]))]
-    turns = [
-        (
-            f"The patient has {disease}. {dialogue.question(kind)}",
-            told[kind][rng.integers(len(told[kind]))],
-        ),
-        (f"{known} {dialogue.question('name')}", told["name"][rng.integers(len(told["name"]))]),
-    ]
+    """What a language model has read of a disease: from its name to facts, and back."""
+    told = {kind: dialogue.answers(disease, {}, kind) for kind in ("name", "treatment", "features")}
+    kind, hint = map(str, rng.choice(["treatment", "features"], 2, replace=False))
+    known = _one_of(told[hint], rng)
+    asked = f"The patient has {disease}. {dialogue.question(kind)}"
+    forth = asked, _one_of(told[kind], rng)
+    back = f"{known} {dialogue.question('name')}", _one_of(told["name"], rng)
+    turns = [forth, back]
     return [turns[i] for i in rng.permutation(2)]
+
+
+def _one_of(texts: Sequence[str], rng: np.random.Generator) -> str:
+    return texts[rng.integers(len(texts))]
 
 
 def corpus(n: int, seed: int) -> list[str]:
     """Plain text that the subword tokenizer is trained on."""
-    rng = np.random.default_rng(seed)
-    names, turns = dialogue.diseases(), []
+    rng, turns = np.random.default_rng(seed), []
+    names = dialogue.diseases()
     for i in range(n):
-        facts = synthetic.draw_facts(rng)
-        turns += dialogue.conversation(names[i % len(names)], facts, rng)
-        turns += picture_conversation(facts, rng) + text_conversation(names[i % len(names)], rng)
-    return [f"USER: {q} ASSISTANT: {a}" for q, a in turns]
+        name, facts = names[i % len(names)], synthetic.draw_facts(rng)
+        turns += dialogue.conversation(name, facts, rng)
+        turns += picture_conversation(facts, rng)
+        turns += text_conversation(name, rng)
+    return [f"USER: {question} ASSISTANT: {answer}" for question, answer in turns]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with LLaVA's special tokens; a beginning-of-sequence token is always put first."""
+    """Byte-level BPE with LLaVA's special tokens; <s> is always put first."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet
+        vocab_size=VOCABULARY,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -112,9 +114,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """CLIP's image preparation at 72 px and the tokenizer, as one LlavaProcessor."""
     side = {"height": SIZE, "width": SIZE}
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=side)
     return LlavaProcessor(
-        image_processor=images,
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=side),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -123,15 +124,13 @@ def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def config(
-    vocabulary: int, *, blocks: int = 32, hidden: int = 64, image_token: int = 4
-) -> LlavaConfig:
-    """Shapes of the tiny model; every linear of the decoder divides by 64, the group size of the study."""
+def config(vocabulary: int) -> LlavaConfig:
+    """Shapes of the tiny model; the decoder's linears divide by 64, the study's group size."""
     text = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=blocks,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=32,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=1024,
@@ -141,7 +140,7 @@ def config(
         pad_token_id=3,
     )
     vision = CLIPVisionConfig(
-        hidden_size=128,
+        hidden_size=TOWER_WIDTH,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -151,120 +150,101 @@ def config(
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=image_token,
+        image_token_index=4,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=IMAGE_TOKENS,
     )
 
 
-def image_features(
-    model: LlavaForConditionalGeneration, pixels: torch.Tensor, batch: int = 256
-) -> torch.Tensor:
-    """Outputs of the frozen tower, [n, 36, 128]."""
-    tower = model.model.vision_tower
-    with torch.no_grad():
-        parts = [
-            tower(p, output_hidden_states=True).hidden_states[-1][:, 1:]
-            for p in pixels.split(batch)
-        ]
-    return torch.cat(parts)
-
-
-def train_tower(
-    model, pixels, facts, *, steps: int, batch: int, lr: float, seed: int
-) -> nn.ModuleDict:
-    """Teach every image token to name all six attributes; returns the (discarded) heads."""
-    targets = {
-        a: torch.tensor([values.index(f[a]) for f in facts])
-        for a, values in synthetic.ATTRIBUTES.items()
-    }
-    heads = nn.ModuleDict({a: nn.Linear(128, len(v)) for a, v in synthetic.ATTRIBUTES.items()})
-    tower = model.model.vision_tower
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer, schedule = _optimizer(parameters, lr, steps)
-    draw = torch.Generator().manual_seed(seed)
-    for step in track(range(steps), "vision tower"):
-        rows = torch.randint(len(facts), (batch,), generator=draw)
-        tokens = tower(pixels[rows], output_hidden_states=True).hidden_states[-1][
-            :, 1:
-        ]  # [batch, 36, 128]
-        loss = sum(
-            F.cross_entropy(
-                head(tokens).transpose(1, 2), targets[a][rows, None].expand(-1, IMAGE_TOKENS)
-            )
-            for a, head in heads.items()
-        )
-        _step(loss, parameters, optimizer, schedule)
+def _train(what: str, loss_of, parameters, *, steps: int, lr: float) -> None:
+    """AdamW with a warm-up; loss_of() draws a batch."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    for step in track(range(steps), what):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
         if step % 100 == 0:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+            print(f"{what}, step {step}: loss {loss.item():.4f}", flush=True)
+
+
+def _seen(model, pixels: torch.Tensor) -> torch.Tensor:
+    """What the tower gives the projector: [n, 36, 128]."""
+    tower = model.model.vision_tower
+    return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+
+def _targets(facts: Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, values in synthetic.ATTRIBUTES.items():
+        found[name] = torch.tensor([values.index(one[name]) for one in facts])
+    return found
+
+
+def train_tower(model, pixels, facts, *, steps: int, batch: int, seed: int) -> nn.ModuleDict:
+    """Teach every image token to name all six attributes; returns the (discarded) heads."""
+    targets, draw = _targets(facts), torch.Generator().manual_seed(seed)
+    sizes = {name: len(values) for name, values in synthetic.ATTRIBUTES.items()}
+    heads = nn.ModuleDict({name: nn.Linear(TOWER_WIDTH, size) for name, size in sizes.items()})
+
+    def loss_of():
+        rows = torch.randint(len(facts), (batch,), generator=draw)
+        tokens, total = _seen(model, pixels[rows]), 0
+        for name, head in heads.items():
+            wanted = targets[name][rows, None].expand(-1, IMAGE_TOKENS)
+            total = total + F.cross_entropy(head(tokens).transpose(1, 2), wanted)
+        return total
+
+    learned = [*model.model.vision_tower.parameters(), *heads.parameters()]
+    _train("vision tower", loss_of, learned, steps=steps, lr=1.5e-3)
     return heads
 
 
-def tower_accuracy(model, heads, pixels, facts) -> dict[str, float]:
-    """Share of unseen pictures whose attributes the heads name rightly from the mean over image tokens."""
-    features = image_features(model, pixels)
+def tower_accuracy(heads, features, facts) -> dict[str, float]:
+    """Share of pictures whose attributes the heads name rightly from the mean over image tokens."""
     right = {}
-    for a, values in synthetic.ATTRIBUTES.items():
-        said = heads[a](features).mean(1).argmax(-1)
-        right[a] = (said == torch.tensor([values.index(f[a]) for f in facts])).float().mean().item()
+    for name, wanted in _targets(facts).items():
+        said = heads[name](features).mean(1).argmax(-1)
+        right[name] = (said == wanted).float().mean().item()
     return right
 
 
-def train_decoder(
-    model, tokenizer, features, facts, *, steps: int, batch: int, lr: float, seed: int
-) -> None:
-    """Next-token loss on the answers; two conversations in three have a picture, the rest are text."""
-    inner = model.model
-    parameters = [
-        *inner.multi_modal_projector.parameters(),
-        *inner.language_model.parameters(),
-        *model.lm_head.parameters(),
-    ]
-    optimizer, schedule = _optimizer(parameters, lr, steps)
+def train_decoder(model, tokenizer, features, facts, *, steps: int, batch: int, seed: int) -> None:
+    """Next-token loss on the answers; two conversations in three have a picture, others none."""
+    inner, n_text = model.model, batch // 3
     rng, names = np.random.default_rng(seed), dialogue.diseases()
-    n_text = batch // 3
-    for (
-        block
-    ) in inner.language_model.layers:  # one compiled block serves all 32; about twice as fast
-        block.forward = torch.compile(block.forward, dynamic=True)
-    for step in track(range(steps), "decoder"):
+
+    def loss_of():
         rows = rng.integers(len(facts), size=batch - n_text)
-        told = [picture_conversation(facts[r], rng) for r in rows]
-        told += [text_conversation(names[rng.integers(len(names))], rng) for _ in range(n_text)]
-        pieces = [
-            encode(tokenizer, t, IMAGE_TOKENS if i < len(rows) else 0) for i, t in enumerate(told)
-        ]
+        shown = [picture_conversation(facts[row], rng) for row in rows]
+        read = [text_conversation(names[rng.integers(len(names))], rng) for _ in range(n_text)]
+        pieces = [encode(tokenizer, turns, IMAGE_TOKENS) for turns in shown]
+        pieces += [encode(tokenizer, turns, 0) for turns in read]
         inputs = collate(pieces, pad=tokenizer.pad_token_id)
-        embeds = inner.get_input_embeddings()(inputs["input_ids"])
-        where = inputs["input_ids"] == model.config.image_token_index
-        embeds = embeds.masked_scatter(
-            where[..., None], inner.multi_modal_projector(features[rows])
+        x = inner.get_input_embeddings()(inputs["input_ids"])
+        spots = (inputs["input_ids"] == model.config.image_token_index)[..., None]
+        x = x.masked_scatter(spots, inner.multi_modal_projector(features[rows]))
+        out = inner.language_model(
+            inputs_embeds=x, attention_mask=inputs["attention_mask"], use_cache=False
         )
-        hidden = inner.language_model(
-            inputs_embeds=embeds, attention_mask=inputs["attention_mask"], use_cache=False
-        ).last_hidden_state
-        kept = inputs["labels"][:, 1:] != -100
-        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][kept]), inputs["labels"][:, 1:][kept])
-        _step(loss, parameters, optimizer, schedule)
-        if step % 50 == 0:
-            print(f"step {step}: loss {loss.item():.4f}", flush=True)
+        labels = inputs["labels"][:, 1:]
+        kept = labels != IGNORED
+        return F.cross_entropy(model.lm_head(out.last_hidden_state[:, :-1][kept]), labels[kept])
+
+    learned = [inner.multi_modal_projector, inner.language_model, model.lm_head]
+    for block in inner.language_model.layers:
+        block.forward = torch.compile(
+            block.forward, dynamic=True
+        )  # one serves all 32; twice as fast
+    parameters = [weight for module in learned for weight in module.parameters()]
+    _train("decoder", loss_of, parameters, steps=steps, lr=2e-3)
     for block in inner.language_model.layers:
         del block.forward
-
-
-def _optimizer(parameters, lr, steps):
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    return optimizer, schedule
-
-
-def _step(loss, parameters, optimizer, schedule) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    schedule.step()
 
 
 def build(
@@ -278,37 +258,28 @@ def build(
     model = LlavaForConditionalGeneration(config(len(tokenizer)))
     drawn, images = synthetic.pictures(pictures, seed=seed + 1000, diseases=False)
     pixels = prepare.image_processor(list(images), return_tensors="pt")["pixel_values"]
-    facts = [p.facts for p in drawn]
-    held = len(facts) // 16
-    heads = train_tower(
-        model, pixels[held:], facts[held:], steps=tower_steps, batch=64, lr=1.5e-3, seed=seed
-    )
-    accuracy = tower_accuracy(model, heads, pixels[:held], facts[:held])
-    print("tower accuracy", accuracy, f"{time.perf_counter() - began:.0f} s", flush=True)
-    features = image_features(model, pixels)
+    facts = [picture.facts for picture in drawn]
+    held = len(facts) // 16  # to measure the tower on
+    heads = train_tower(model, pixels[held:], facts[held:], steps=tower_steps, batch=64, seed=seed)
+    with torch.no_grad():
+        features = torch.cat([_seen(model, part) for part in pixels.split(256)])
+    accuracy = tower_accuracy(heads, features[:held], facts[:held])
     train_decoder(
-        model,
-        tokenizer,
-        features[held:],
-        facts[held:],
-        steps=decoder_steps,
-        batch=24,
-        lr=2e-3,
-        seed=seed,
+        model, tokenizer, features[held:], facts[held:], steps=decoder_steps, batch=24, seed=seed
     )
     model.half().save_pretrained(folder)
     prepare.save_pretrained(folder)
     told = {
         "command": "python -m derm_compress.model.tiny",
         "minutes": round((time.perf_counter() - began) / 60, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "settings": {
             "pictures": pictures,
             "tower_steps": tower_steps,
             "decoder_steps": decoder_steps,
             "seed": seed,
         },
-        "tower_accuracy": {a: round(v, 3) for a, v in accuracy.items()},
+        "tower_accuracy": {name: round(share, 3) for name, share in accuracy.items()},
         "ceiling_of_diagnosis": round(synthetic.bayes_accuracy(8000), 3),
     }
     (folder / "recipe.json").write_text(json.dumps(told, indent=1) + "\n")
@@ -316,4 +287,4 @@ def build(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    build(FOLDER, pictures=8000, tower_steps=900, decoder_steps=1200)
+    build(TINY, pictures=8000, tower_steps=900, decoder_steps=1200)

@@ -1,4 +1,4 @@
-"""What can be removed from a decoder: a block, or one of its two sublayers, attention and MLP. No torch."""
+"""What can be removed from a decoder: a block, or the attention or MLP of one. No torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SUBLAYERS = ("attention", "mlp")  # of a block, in the order of their use
 class Unit:
     """A block, or with `part` its attention or MLP alone.
 
-    Units sort by their first sublayer, the shorter first. Written "12" and "12.attention"; `plain` is what JSON files
-    hold.
+    Units sort by their first sublayer, the shorter first. Written "12" and "12.attention"; `plain`
+    is what JSON files hold.
     """
 
     block: int

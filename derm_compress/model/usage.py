@@ -10,7 +10,7 @@ from derm_compress.model.memory import GIB
 
 
 def tensor_gib(model) -> float:
-    """GiB of parameters, buffers and bitsandbytes' quantization states; what is shared counts once."""
+    """GiB of parameters, buffers and bitsandbytes' states; what is shared counts once."""
     tensors = [*model.parameters(), *model.buffers()]
     states = [tensor.quant_state for tensor in tensors if getattr(tensor, "quant_state", None)]
     states += [state.state2 for state in states if state.state2]
@@ -37,7 +37,7 @@ def peak_gib(device: str = "cpu") -> float:
 
 
 def reset_peak(device: str = "cpu") -> None:
-    """Makes peak_gib start anew, on a GPU with what others left there given back; a process can on Linux alone."""
+    """Makes peak_gib start anew, a GPU's free memory given back; off Linux a CPU's stays."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if str(device).startswith("cuda"):
@@ -49,7 +49,7 @@ def reset_peak(device: str = "cpu") -> None:
 
 
 def resident_gib(device: str = "cpu") -> dict[str, float]:
-    """rss_gib, rss_peak_gib of this process; on CUDA also allocated and reserved peaks and the device's use."""
+    """rss_gib, rss_peak_gib of this process; on CUDA also what was allocated, reserved, in use."""
     import psutil
 
     held = {"rss_gib": psutil.Process().memory_info().rss / GIB, "rss_peak_gib": peak_gib()}

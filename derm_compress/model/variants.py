@@ -1,4 +1,4 @@
-"""The frame of variants: a row for every model of the study, by name, with the recipe that makes it. No torch."""
+"""The frame of variants: every model of the study by name, and its recipe. No torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ORIGINAL, HEALED = "original", "+sft"
 class Variant:
     """A row of the frame of variants; its fields are the frame's columns.
 
-    `source` is the unquantized variant that a quantized one was made of, and any other's own name. Unquantized weights
-    count as 16 bits, whatever the CPU computes in.
+    `source` is the unquantized variant that a quantized one was made of, and any other's own name.
+    Unquantized weights count as 16 bits, whatever the CPU computes in.
     """
 
     variant: str
@@ -60,9 +60,10 @@ def variant(name: str, recipe: Recipe, *, source: str = "", **known) -> dict:
 def pruned(
     original: Recipe, plans: Sequence, depths: Sequence[int], rival: Sequence[int] = ()
 ) -> pd.DataFrame:
-    """The original and, as far as each goes, the first plan at all `depths` and others at those of `rival`.
+    """The original, the first plan at all `depths`, and others at those of `rival`.
 
-    The first plan is the study's own and names its variants plainly. Depths count a plan's units.
+    Each as far as it goes. The first plan is the study's own and names its variants plainly. Depths
+    count a plan's units.
     """
     rows = [variant(ORIGINAL, original)]
     for i, plan in enumerate(plans):
@@ -75,18 +76,18 @@ def pruned(
 
 
 def paper_depth(removed: int, blocks: int, of: int = 32) -> int:
-    """The same fraction of another model's blocks, half a block rounded up, and at least one where any goes."""
+    """The same fraction of another model's blocks, rounded half up; at least one where any goes."""
     return max(min(removed, 1), int(removed * blocks / of + 0.5))
 
 
 def to_heal(
     known: pd.DataFrame, choice: dict, *, depths: Sequence[int] = (), seeds: int = 1
 ) -> pd.DataFrame:
-    """What SFT is given: the model of every role, the study's own plan at further `depths` (of 32), and so many
-    training seeds of the operating point and of its control.
+    """What SFT is given: the model of every role, and the study's own plan at further `depths`.
 
-    Adds `sft_seed` (0 for the first) and `adapter`, the name of the folder to train into. DermError where stage 04 has
-    no model of a depth.
+    `depths` are of 32; `seeds`: trainings of the operating point and of its control. Adds
+    `sft_seed` (0 for the first) and `adapter`, the name of the folder to train into. DermError
+    where stage 04 has no model of a depth.
     """
     role, blocks = roles(choice), Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
     names = [name for name in role.values() if name in set(known.variant)]
@@ -106,7 +107,7 @@ def healed_name(adapter: str) -> str:
 
 
 def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
-    """The variants of to_heal() after SFT: `adapters/<adapter>` under the stage's reference `ref`."""
+    """The variants of to_heal() after SFT; `ref`: the stage's reference to the folder `adapters`."""
     rows = []
     for row in sources.to_dict("records"):
         folder = row["adapter"]
@@ -137,7 +138,7 @@ def read_choice(folder: Path) -> dict:
 
 
 def roles(choice: dict, rival: str = "magnitude") -> dict[str, str]:
-    """Variant names by role: unpruned, operating, deeper, and the rival criterion at the operating depth."""
+    """Variant names by role: unpruned, operating, deeper, and the rival at the operating depth."""
     return {
         "unpruned": ORIGINAL,
         "operating": f"pruned-{choice['operating']}",
