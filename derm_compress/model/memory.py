@@ -17,11 +17,7 @@ FP16, FP32 = 2, 4  # bytes
 GROUP = 64  # weights that share a scale, where nothing else is said
 QUESTION, ANSWER = 32, 200  # tokens of a question and of its longest answer, as plans assume
 CONVERSATION = 200  # tokens of a training conversation of three turns beside its picture's
-REMOVED = (
-    "blocks_removed",
-    "attentions_removed",
-    "mlps_removed",
-)  # the latter from blocks that stay
+REMOVED = ("blocks_removed", "attentions_removed", "mlps_removed")  # both from blocks that stay
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Reading:
         places = torch.arange(self.begin + ids.shape[1], device=device)
         self.places = places[None, : self.begin], places[None, self.begin :]
         self.mask = visible((places <= self.places[1].T)[None, None], model.dtype)
-        wanted = [Unit.of(unit).span[0] for unit in units]
+        wanted = [unit.span[0] for unit in units]
         self.states = dict.fromkeys(wanted), dict.fromkeys(wanted)  # what sublayers read, by part
         x = prompts.embedded(model, pictures), model.get_input_embeddings()(ids)
         self.last, self.cache = self._read(x, 0, partial(self._see, watch))
@@ -165,12 +165,11 @@ class Reading:
         """Last hidden states [rows, tokens, width] without a unit, and its keys and values."""
         if unit is None:
             return self.last, self.cache
-        first, after = Unit.of(unit).span
+        first, after = unit.span
         return self._read((self.states[0][first], self.states[1][first]), after)
 
     def forget(self, unit: Unit) -> None:
         """Gives back what this unit and those above need, for going from the last to the first."""
-        unit = Unit.of(unit)
         for states in self.states:
             for sublayer in [s for s in states if s > unit.span[0]]:
                 del states[sublayer]

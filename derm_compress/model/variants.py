@@ -107,7 +107,7 @@ def healed_name(adapter: str) -> str:
 
 
 def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
-    """The variants of to_heal() after SFT; `ref`: the stage's reference to the folder `adapters`."""
+    """The variants of to_heal() after SFT; `ref` is the stage's word for the folder `adapters`."""
     rows = []
     for row in sources.to_dict("records"):
         folder = row["adapter"]
