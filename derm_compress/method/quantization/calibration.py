@@ -34,7 +34,7 @@ def collect(model, batches, *, device=None, folder=None, skip=()):
     try:
         with _on(device, home, _around(model)):
             passes = [
-                [waiting.put((i, k), part) for k, part in enumerate(read(model, batch))]
+                [waiting.put((i, k), part) for k, part in enumerate(parts_of(model, batch))]
                 for i, batch in enumerate(batches)
             ]
         if not passes:
@@ -145,8 +145,8 @@ def _first(picture):
 
 
 @torch.inference_mode()
-def read(model, batch):
-    """A batch before the first block: what rows about one picture share, and what follows.
+def parts_of(model, batch):
+    """A batch before the first block: what rows about one picture share, if anything, and the rest.
 
     Either is a dict: hidden [rows, tokens, width], cos and sin of the tokens' places, mask (None:
     causal), weight of the tokens (None: all 1), row: which of the rows shared each follows (None:
