@@ -138,7 +138,7 @@ def projection_output(model, batch, block, projection):
 
 
 def block_errors(model, changed, batches):
-    """Rows (block, relative_error): ||h' - h|| / ||h|| of each block's output h, over all tokens."""
+    """Rows (block, relative_error): ||h' - h|| / ||h|| of every block's output h, real tokens."""
     full, other = (dict(enumerate(anatomy.blocks(one))) for one in (model, changed))
     if len(full) != len(other):
         said = f"models of {len(full)} and {len(other)} blocks; compare equal depths"

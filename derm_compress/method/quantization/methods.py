@@ -19,8 +19,8 @@ class Method:
     """A quantization method, and what may be asked of it.
 
     grid: a kind that grids.grid_of knows. scaling: who chooses the scales: "search" (Eqs. 6-8),
-    "autoawq", or nobody. group_sizes: empty for any. options: in the order in which a name says
-    them. in_paper: of its Tables 3 and 5.
+    "autoawq", or nobody. group_sizes: empty for any. options: what a name may say beside the
+    method. in_paper: of the paper's Tables 3 and 5.
     """
 
     name: str
@@ -71,56 +71,50 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-NF4 = {"grid": "nf4", "widths": (4,), "group_sizes": (32, 64, 128, 256)}
+SEARCHED = ("duo", "clip", "text")
+BLOCKS = (32, 64, 128, 256)
 METHODS = {
     method.name: method
     for method in (
         Method(
             "awq",
             "AWQ",
-            grid="integer",
-            scaling="search",
-            options=("duo", "clip", "text"),
+            "integer",
+            "search",
+            options=SEARCHED,
             in_paper=True,
-            citation="Lin et al. 2024, arXiv:2306.00978",
+            citation="arXiv:2306.00978",
         ),
         Method(
             "autoawq",
             "AutoAWQ",
-            grid="integer",
-            scaling="autoawq",
-            widths=(4,),
-            options=("duo", "clip", "text"),
-            citation="https://github.com/casper-hansen/AutoAWQ",
+            "integer",
+            "autoawq",
+            (4,),
+            options=SEARCHED,
+            citation="arXiv:2306.00978",
         ),
-        Method("rtn", "round-to-nearest", grid="integer", options=("clip",), in_paper=True),
+        Method("rtn", "round-to-nearest", "integer", options=("clip",), in_paper=True),
         Method(
             "rtn_symmetric",
             "symmetric round-to-nearest",
-            grid="symmetric",
+            "symmetric",
             options=("clip",),
             in_paper=True,
-            citation="the paper's Eq. 1",
         ),
         Method(
             "bitsandbytes",
             "bitsandbytes",
-            **NF4,
+            "nf4",
+            widths=(4,),
+            group_sizes=BLOCKS,
             options=("double",),
             in_paper=True,
-            citation="Dettmers et al. 2023, arXiv:2305.14314",
+            citation="arXiv:2305.14314",
         ),
-        Method(
-            "awq_nf4", "AWQ-NF4", **NF4, scaling="search", options=("duo", "clip", "double", "text")
-        ),
-        Method("hqq", "HQQ", grid="hqq", citation="https://mobiusml.github.io/hqq_blog"),
-        Method(
-            "llm_int8",
-            "LLM.int8",
-            grid="int8",
-            widths=(8,),
-            citation="Dettmers et al. 2022, arXiv:2208.07339",
-        ),
+        Method("awq_nf4", "AWQ-NF4", "nf4", "search", (4,), BLOCKS, (*SEARCHED, "double")),
+        Method("hqq", "HQQ", "hqq", citation="https://mobiusml.github.io/hqq_blog"),
+        Method("llm_int8", "LLM.int8", "int8", widths=(8,), citation="arXiv:2208.07339"),
     )
 }
 IN_PAPER = tuple(name for name, method in METHODS.items() if method.in_paper)
