@@ -67,7 +67,7 @@ def quantized_variants(sources: pd.DataFrame, wanted: pd.DataFrame, ref: str) ->
     """The variants of what is wanted, each with its `source`.
 
     What needs a search takes its scales from `ref/<form>/<source>.safetensors`, as
-    evaluate.search_scales leaves them.
+    search_scales() leaves them.
     """
     known = sources.drop_duplicates("variant").set_index("variant")
     rows = []
