@@ -62,7 +62,7 @@ def counts(folder: Path) -> str:
 
 
 def beside(runs: dict[str, Path], stem: str, keys: list[str], score: str) -> pd.DataFrame:
-    """A row for each key that any run has, in order of the keys or, of settings, of appearance; a column a run."""
+    """A row for each key that any run has, in order (settings: of appearance); a column a run."""
     frames = []
     for name, folder in runs.items():
         file = folder / "tables" / f"{stem}.csv"

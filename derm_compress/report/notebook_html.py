@@ -1,4 +1,4 @@
-"""Executed notebooks as inert HTML: outputs sanitised, equations as MathML, no trace of the machine."""
+"""Executed notebooks as inert HTML: sanitised outputs, MathML, no trace of the machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from markupsafe import Markup
 MIMES = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
 TAGS = re.findall(r"\w+", "a b blockquote br code del div em h1 h2 h3 h4 hr i li ol p pre span")
 TAGS += re.findall(r"\w+", "strong sub sup ul table tbody td th thead tr")
-FOLDED = Markup("<details><summary>Parameters</summary><pre>{}</pre></details>")
+FOLDED = Markup("<details><summary>{}</summary><pre>{}</pre></details>")
+SUMMARIES = {"parameters": "Parameters", "injected-parameters": "What this run sets"}
 FORMULA = re.compile(r"(?s)```.*?```|`[^`]*`|\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$")
 
 
 def cleaner(root: Path):
-    """A function that hides this machine in any JSON value: known folders, then every other absolute path, its name."""
+    """A function that hides this machine in a JSON value: absolute paths and its name."""
     places = {str(root): ".", str(root.parent): "..", str(Path.home()): "~", sys.prefix: "python"}
     known = sorted((place for place in places if len(place) > 2), key=len, reverse=True)
     folder = re.compile("(?:" + "|".join(map(re.escape, known)) + r")(?![\w.-])")
@@ -67,9 +68,9 @@ def notebook_body(path: Path, clean) -> str:
             continue
         if cell.cell_type == "markdown":
             cell.source = set_aside(cell.source, aside)
-        if {"parameters", "injected-parameters"} & set(tags):
-            word = word_for(FOLDED.format(cell.source), aside)
-            cell = nbformat.v4.new_markdown_cell(word, id=cell.get("id", "parameters"))
+        for tag in SUMMARIES.keys() & set(tags):
+            word = word_for(FOLDED.format(SUMMARIES[tag], cell.source), aside)
+            cell = nbformat.v4.new_markdown_cell(word, id=cell.get("id", tag))
         for output in cell.get("outputs", ()):
             if "data" in output:
                 slim(output)
@@ -95,7 +96,7 @@ def clean_html(html: str) -> str:
 
 
 def slim(output) -> None:
-    """Leave of an output what a page can show without scripts, with a text alternative to each image."""
+    """Leave of an output what a page can show without scripts; each image gets a text."""
     from nbformat import from_dict
 
     alt = {"alt": output.metadata.get("image/png", {}).get("alt", "A figure of this notebook")}
@@ -106,7 +107,7 @@ def slim(output) -> None:
 
 
 def set_aside(text: str, aside: list[str]) -> str:
-    """Put a word in the place of each formula, which goes `aside` as MathML; code stays as it is."""
+    """Put a word in the place of each formula, which goes `aside` as MathML; code stays."""
 
     def one(found: re.Match) -> str:
         latex = found[1] or found[2]

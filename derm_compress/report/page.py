@@ -1,4 +1,4 @@
-"""Jinja with this report's templates: HTML in which whatever is not Markup is escaped, and inert Markdown. No torch."""
+"""The report's templates: HTML that escapes what is not Markup, inert Markdown. No torch."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def environment() -> Environment:
         autoescape=select_autoescape(["html"]),
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     made.filters |= {"inert": inert, "markdown": to_markdown, "yaml": as_yaml}
     made.filters["base64"] = lambda data: base64.b64encode(data).decode()

@@ -1,4 +1,4 @@
-"""The report's parts in the paper's order: what each asks, and what its table's cells mean. No torch."""
+"""The report's parts in the paper's order: what each asks, what its cells mean. No torch."""
 
 from __future__ import annotations
 

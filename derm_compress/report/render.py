@@ -1,6 +1,7 @@
-"""reports/<run>/: every table and figure of the paper beside its own values, from stored files alone. No torch.
+"""reports/<run>/: every table and figure of the paper beside its own values, from stored files.
 
-Self-contained pages without scripts, whose own policy forbids requests; whatever a model or a label says is escaped.
+Self-contained pages without scripts, whose own policy forbids requests; whatever a model or a label
+says is escaped. No torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FROM_THEM = ("extra_verdicts", "extra_side_by_side")  # and of other tables, whi
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left: its stages' notes, run_info.json, and where artifacts and executed notebooks lie."""
+    """What a run has left: its stages' notes, run_info.json, and where its artifacts lie."""
 
     name: str
     folder: Path
@@ -58,7 +59,7 @@ class Run:
 
 
 def read_run(name: str, artifacts: Path, clean: Callable) -> Run:
-    """The stages' notes in order, with the folders that they name; DermError where there is no such run."""
+    """The stages' notes in order, with the folders that they name; DermError for no such run."""
     folder = artifacts / "runs" / name
     files = sorted(folder.glob("[0-9]*.json"))
     if not files:
@@ -74,10 +75,10 @@ def read_run(name: str, artifacts: Path, clean: Callable) -> Run:
 
 
 def render(run: str, *, root: Path, artifacts: Path | None = None, keep: bool = False) -> Path:
-    """Write reports/<run>/ anew, whole or not at all, and print its headline; returns its index.html.
+    """Write reports/<run>/ anew, whole or not at all, and print its headline; its index.html.
 
-    keep: a report that git tracks stays as it is where this run has the same results, since it would
-    differ in times and dates alone; then this run's own goes beside its stages.
+    keep: a report that git tracks stays where this run has the same results, since it would differ
+    in times and dates alone; then this run's own goes beside its stages.
     """
     root = Path(root).resolve()
     clean = cleaner(root)
@@ -211,7 +212,7 @@ def same_column(ours: pd.Series, theirs: pd.Series) -> bool:
 
 
 def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, Drawing]) -> None:
-    """Fill a temporary folder beside the target and swap them: a report is whole or the one before."""
+    """Fill a folder beside the target and swap them: a report is whole or the one before."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = {"prefix": f".{target.name}-", "dir": target.parent}
     with disk_guard(target), tempfile.TemporaryDirectory(**beside) as temporary:

@@ -1,4 +1,4 @@
-"""What a run's numbers say: templates/findings/*.md.j2, a sentence each `- `, no number typed. No torch."""
+"""What a run's numbers say: templates/findings/*.md.j2, a sentence after each `- `. No torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ STAGES = {  # stage: the templates that its notebook ends with
 
 
 def findings(stage: str, results: Results | dict):
-    """The sentences that a stage's notebook ends with, as IPython's Markdown; 01's are of its report."""
+    """The sentences that a stage's notebook ends with, as Markdown; 01's are of its report."""
     from IPython.display import Markdown
 
     if isinstance(results, dict):
@@ -58,7 +58,7 @@ def findings(stage: str, results: Results | dict):
 
 
 def headline(results: Results) -> str:
-    """How far can this model be compressed, and is it worth more than pruning or quantizing alone?"""
+    """How far this model is compressed, and whether that beats pruning or quantizing alone."""
     return Facts(results).said("headline")[0]
 
 
@@ -172,7 +172,7 @@ class Facts:
         return first_to_go(self.results.plans[name], self.results.operating)
 
     def shared(self) -> list[dict]:
-        """Of the blocks to go, how many each other plan of whole blocks removes; the fewest first."""
+        """How many of the blocks to go each other plan of whole blocks removes, fewest first."""
         gone, found = set(self.gone(self.results.criterion)), []
         for name, plan in self.results.plans.items():
             whole = not any(isinstance(unit, str) for unit in plan["order"])
@@ -182,7 +182,7 @@ class Facts:
         return sorted(found, key=lambda row: row["blocks"])
 
     def agreeing(self) -> list[dict]:
-        """The study's ranking beside each other one that looks at blocks, the least alike first."""
+        """The study's ranking beside each other that looks at blocks, the least alike first."""
         own, found = self.results.criterion, []
         for row in self.rows("extra_agreement"):
             other = row["other"] if row["one"] == own else row["one"]
@@ -204,7 +204,7 @@ class Facts:
         return sorted(rows, key=lambda row: row["difference_all"])
 
     def outliers(self) -> list[dict]:
-        """Per model of stage 06: how many projections have outlier channels, and the largest output."""
+        """Per model of stage 06: projections with outlier channels, and the largest output."""
         found = []
         for name, rows in self.results.statistics.groupby("variant", sort=False):
             loud = int((rows.outlier_channels > 0).sum())
@@ -219,7 +219,7 @@ class Facts:
         return [row for row in self.rows(stem) if (row["blocks_removed"], row["healed"]) in main]
 
     def exponents(self) -> list[dict]:
-        """Per main model: the median exponent of plain AWQ's search, and how far it lowered Eq. 7's loss."""
+        """Per main model: plain AWQ's median exponent, how far its search lowered Eq. 7's loss."""
         search = self.results.search
         if search is None:
             return []
@@ -229,11 +229,6 @@ class Facts:
             saved = 1 - rows.loss.sum() / rows.loss_rtn.sum()
             found.append({"variant": name, "alpha": rows.alpha.median(), "saved": saved})
         return [row for row in found if row["variant"] in main_models(self.results)]
-
-    def detectable(self, images: int) -> float:
-        """The difference that so many pictures can show, with this run's spread over test pictures."""
-        spread = [row["sd"] for row in self.rows("extra_power", pictures="test")]
-        return power.detectable(float(np.median(spread)), images)
 
 
 def main_models(results: Results) -> list[str]:

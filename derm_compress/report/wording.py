@@ -1,4 +1,4 @@
-"""Words for what is computed: scores with intervals, verdicts of paired comparisons, names. No torch."""
+"""Words for what is computed: scores with intervals, verdicts, names. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES |= {"random-0": "a random order"}
 
 
 def ends(row, name: str) -> tuple[float, float, float]:
-    """A value and its interval, from a table's row or from metrics' Score, Difference or Recovery."""
+    """A value and its interval, from a table's row or from one of metrics' tuples."""
     if hasattr(row, "_asdict"):
         return getattr(row, name), row.lo, row.hi
     return row[name], row[f"{name}_lo"], row[f"{name}_hi"]
@@ -60,7 +60,7 @@ def p_value(p: float) -> str:
 
 
 def model(row) -> str:
-    """A row's model for people, whatever its quantization: the model without 6 blocks, after SFT."""
+    """A row's model for people, quantized or not: the model without 6 blocks after SFT."""
     removed = row["blocks_removed"]
     name = f"the model without {removed} blocks" if removed else "the unpruned model"
     return f"{name} after SFT" if row["healed"] else name

@@ -1,4 +1,4 @@
-"""The report in a real browser: headless Chromium, where there is one, at a desk's width and at a phone's."""
+"""The report in headless Chromium, where there is one, at a desk's width and at a phone's."""
 
 import html
 import json
@@ -15,21 +15,24 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--hide-scrollbars"]  # fmt: skip
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+QUIET += ["--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]
 PAGES = ["tiny/index.html", "tiny/notebooks/04_pruning.html", "index.html"]
 ASKED = """
 const all = (query, d) => [...d.querySelectorAll(query)], frames = all("iframe", document);
 const look = f => {
   const told = {}, d = f.contentDocument, w = f.contentWindow, root = d.documentElement;
   told.scroll = root.scrollWidth; told.width = w.innerWidth;
-  told.requests = w.performance.getEntriesByType("resource").map(r => r.name).filter(n => !n.startsWith("data:"));
+  const asked = w.performance.getEntriesByType("resource").map(r => r.name);
+  told.requests = asked.filter(n => !n.startsWith("data:"));
   told.scripts = d.scripts.length; told.hit = Boolean(w.planted || window.planted);
   told.images = all("img", d).map(i => [i.alt, i.naturalWidth]);
   told.captions = all("table", d).map(t => t.caption ? t.caption.textContent : "");
   told.loose = all("table, img, pre", d).filter(e => {
-    let box = e; while (box && w.getComputedStyle(box).overflowX === "visible") box = box.parentElement;
-    return e.getBoundingClientRect().right > w.innerWidth + 1 && (!box || box === root || box === d.body);
+    let box = e;
+    while (box && w.getComputedStyle(box).overflowX === "visible") box = box.parentElement;
+    const over = e.getBoundingClientRect().right > w.innerWidth + 1;
+    return over && (!box || box === root || box === d.body);
   }).map(e => e.outerHTML.slice(0, 80));
   told.text = d.body.innerText.includes("<script>");
   const marked = [".right", ".wrong"].map(query => d.querySelector(query));
@@ -61,7 +64,8 @@ def seen(reports, tmp_path_factory):
         [(page, width) for page in PAGES for width in (1280, 390)],
     )
     frames = "".join(
-        f'<iframe src="file://{reports}/{page}" style="border:0;width:{width}px;height:800px"></iframe>'
+        f'<iframe src="file://{reports}/{page}" style="border:0;height:800px;width:{width}px">'
+        "</iframe>"
         for page, width in wanted
     )
     (folder / "frames.html").write_text(f"<body>{frames}<pre id=o></pre><script>{ASKED}</script>")
@@ -118,7 +122,7 @@ def test_facts_differ_by_more_than_colour_and_figures_stay_readable_on_a_phone(s
 
 
 def test_the_policy_stops_a_request_that_a_page_would_make(reports, tmp_path):
-    """The test's own eyes: an image from elsewhere in such a page is not fetched, a script in it does not run."""
+    """An image from elsewhere in such a page is not fetched, and a script in it does not run."""
     page = (reports / "tiny/index.html").read_text()
     planted = "<main><img id=x src='file:///elsewhere.png'><script>document.title='ran'</script>"
     (tmp_path / "page.html").write_text(page.replace("<main>", planted, 1))

@@ -1,4 +1,4 @@
-"""Figures: deterministic bytes, titles that follow the data, labels that can be read, inert text."""
+"""Figures: equal bytes, titles that follow the data, labels that can be read, inert text."""
 
 import dataclasses
 import re

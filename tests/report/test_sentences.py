@@ -1,4 +1,4 @@
-"""Findings: what a claim says follows the numbers, in every stage, with few results and with many."""
+"""Findings: what a claim says follows the numbers, in every stage, with few results and many."""
 
 import dataclasses
 import re

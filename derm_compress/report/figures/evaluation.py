@@ -38,7 +38,10 @@ POINTS += ["vram_gib_7b", "total_ms_per_token", "best", "fastest"]
 
 
 def points(results: Results) -> pd.DataFrame:
-    """Every variant on the same test questions, its memory at 7B, its time, and whether none cheaper is better."""
+    """Every variant's score on the same test questions beside its memory at 7B and its time.
+
+    best, fastest: whether nothing that takes no more memory, no more time, scores as much.
+    """
     table = results.variants.drop_duplicates("variant")
     gone = table.blocks_removed + table.attentions_removed + table.mlps_removed
     done = zip(gone > 0, table.healed.astype(bool), table.bits < 16, strict=True)
@@ -125,7 +128,7 @@ def _scatter(ax, frame: pd.DataFrame, cost: str, best: str, *, spread: bool = Fa
 
 @styled
 def confusions(source: Source) -> Drawing | None:
-    """Of the original model and the full pipeline: rows the true disease, columns what the answer names."""
+    """The original model and the full pipeline: rows the true disease, columns what is named."""
     counts = {}
     for name in (variant_id(0), variant_id(source.results.operating, healed=True, method="awq")):
         table = statistics_tables.confusion(source.results, name)
@@ -133,11 +136,11 @@ def confusions(source: Source) -> Drawing | None:
             counts[name] = table
     if not counts:
         return None
-    right = {
-        name: sum(t.at[d, d] for d in t.index) / t.to_numpy().sum() for name, t in counts.items()
-    }
-    told = ", ".join(f"{share:.0%} ({name})" for name, share in right.items())
-    finding = f"The right disease is named in {told}"
+    told = []
+    for name, table in counts.items():
+        right = sum(table.at[disease, disease] for disease in table.index)
+        told.append(f"{right / table.to_numpy().sum():.0%} ({name})")
+    finding = f"The right disease is named in {', '.join(told)}"
     rows = len(counts)
     figure, axes = canvas(finding, 3.3 * rows + 0.6, rows=rows, squeeze=False)
     for ax, (name, table) in zip(axes[:, 0], counts.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Figure 3, and how rankings compare: do they agree, how many pictures do they need, which is best. No torch."""
+"""Figure 3, and rankings compared: do they agree, what do they need, which is best. No torch."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ VALUES = {
 
 @styled
 def layer_importance(source: Source) -> Drawing | None:
-    """Each criterion's value of every block; the least important filled, protected blocks as crosses.
+    """Each criterion's value of every block; the least important filled, protected ones as crosses.
 
-    Output similarity is drawn as the paper's Figure 3 has it, the mean cosine (high: unimportant), its
-    score being 1 minus that. The axis names the rankings that are not drawn.
+    Output similarity is drawn as the paper's Figure 3 has it, the mean cosine (high: unimportant),
+    its score being 1 minus that. The axis names the rankings that are not drawn.
     """
     scores, removed = source.results.scores, source.results.operating
     groups = {} if scores is None else panels(scores)
@@ -123,7 +123,7 @@ def agreement(source: Source) -> Drawing | None:
 
 
 def correlations(table: pd.DataFrame, own: str) -> pd.DataFrame:
-    """Every ranking beside every other, `own` first, then by correlation with it; 1 on the diagonal."""
+    """[ranking, ranking], `own` first, then by correlation with it; 1 on the diagonal."""
     names = list(dict.fromkeys([*table.one, *table.other]))
     both = pd.concat([table, table.rename(columns={"one": "other", "other": "one"})])
     grid = both.pivot(index="one", columns="other", values="rho").astype(float)
@@ -136,7 +136,7 @@ def correlations(table: pd.DataFrame, own: str) -> pd.DataFrame:
 
 
 def _most_and_least(grid: pd.DataFrame) -> str:
-    """Which rankings are most and least like the study's own; orders that look at no block aside."""
+    """Which rankings are most and least like the study's own, of those that look at blocks."""
     own = grid.columns[0]
     others = {
         name: rho
@@ -185,7 +185,7 @@ def calibration_size(source: Source) -> Drawing | None:
 
 
 def looks(names: list[str], own: str) -> dict[str, dict]:
-    """A line style for each name: bold for `own`, distinct for the next ones, one grey for the crowd."""
+    """A line style a name: bold for `own`, distinct for the next ones, one grey for the crowd."""
     found = {}
     if own in names:
         found[own] = {"color": PRUNED, "marker": "o", "linewidth": 2.6, "zorder": 4}
@@ -201,7 +201,7 @@ def looks(names: list[str], own: str) -> dict[str, dict]:
 def criteria(source: Source) -> Drawing | None:
     """Score against blocks removed for every criterion.
 
-    The study's own is bold, with its 95 % band; random orders are a range; the paper's curve is dotted.
+    The study's own is bold, with its 95 % band; random orders are a range; the paper's is dotted.
     """
     table, table1 = source.table("extra_criteria"), source.table("table1_pruning")
     tests, own = source.table("extra_criteria_tests"), source.results.criterion

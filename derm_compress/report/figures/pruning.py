@@ -121,7 +121,7 @@ def _tries(plan: dict, gone: list) -> tuple[list, str]:
 
 @styled
 def score_vs_blocks(source: Source) -> Drawing | None:
-    """Score against blocks removed, before and after SFT, with the paper's curve (Tables 1 and 2)."""
+    """Score against blocks removed, before and after SFT, with the paper's curve."""
     table1, table2 = source.table("table1_pruning"), source.table("table2_sft")
     if table1 is None:
         return None

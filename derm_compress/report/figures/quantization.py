@@ -121,7 +121,7 @@ def exponents(source: Source) -> Drawing | None:
 
 @styled
 def errors(source: Source) -> Drawing | None:
-    """Output errors of each main model's blocks by method, and every model's mean error beside its cost."""
+    """Output errors of each main model's blocks by method; below, mean errors beside costs."""
     blocks, means = source.table("extra_errors"), source.table("table3_quantization")
     tests = source.table("extra_quantization_tests")
     if blocks is None or means is None or tests is None:

@@ -1,7 +1,7 @@
-"""Figures 5 to 7 are text: answers with their facts marked, and what the judge goes by, drawn and as HTML. No torch.
+"""Figures 5 to 7 are text, drawn and as HTML: answers with their facts marked, and the judge's.
 
-A right fact is bold, a wrong one slanted or struck through, so that grey prints and screen readers keep them apart.
-All that a model said is escaped, and drawn as it is.
+A right fact is bold, a wrong one slanted or struck through, so that grey prints and screen readers
+keep them apart. All that a model said is escaped, and drawn as it is. No torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ ALARM = {"color": RED, "fontweight": "bold"}
 RIGHT = {"color": QUANTIZED, "fontweight": "bold"}
 WRONG = {"color": RED, "fontstyle": "italic"}
 DRAWN, SHOWN = 330, 600  # characters of an answer in the drawing, in the page
+CARD = Markup(
+    "<figure class=said><figcaption>{}</figcaption><blockquote>{}</blockquote></figure>\n"
+)
 LEGEND = Markup(
     "<p class=run>A fact that the reference has too is <b class=right>bold and underlined</b>; one"
     " that it has not is <s class=wrong>struck through</s>. The rest of the text counts for"
@@ -47,7 +50,7 @@ class Quote:
 
 
 def marks(text: str, reference: str, question: str) -> list[tuple[int, int, bool]]:
-    """(start, end, right) of each fact in an answer, by the rubric's own eyes, in order, none over another."""
+    """(start, end, right) of each fact in an answer, as the rubric sees it; none over another."""
     if len(text.lower()) != len(text):
         return []  # lower case is longer: no mark beats a wrong one
     expected = rubric.stated(reference, question)
@@ -91,9 +94,7 @@ def cards(quotes: list[Quote]) -> Markup:
         reference = asked[0].reference
         row = Markup("")
         for quote in [Quote("Reference", question, reference, reference), *asked]:
-            row += Markup(
-                "<figure class=said><figcaption>{}</figcaption><blockquote>{}</blockquote></figure>\n"
-            ).format(quote.head, marked(quote))
+            row += CARD.format(quote.head, marked(quote))
         said = Markup("<h3>{}</h3><div class=answers>{}</div>")
         page += said.format(dialogue.question(question), row)
     return page
@@ -156,7 +157,7 @@ def quoted(quotes: list[Quote], data: pd.DataFrame, finding: str) -> Drawing:
 def typical_item(answers: pd.DataFrame) -> str:
     """The item whose scores lie closest to each variant's mean: no example is picked by taste.
 
-    Of the items that every variant has a score for; else of those with any; without any score the first.
+    Of the items that every variant has a score for; else of those with any; else the first.
     """
     means = answers.groupby(["item", "variant"]).score.mean().unstack().sort_index(kind="stable")
     apart = (means - means.mean()).abs().dropna(axis=1, how="all")

@@ -1,7 +1,7 @@
 """What all figures share: a `Drawing`, one style, scores with intervals. No torch.
 
-Dense grey, pruned blue, SFT orange, quantized green, the paper's own values black and dotted; markers and dashes differ
-too, so that a grey print reads. Text is drawn as it is, never parsed as mathtext.
+Dense grey, pruned blue, SFT orange, quantized green, the paper's own values black and dotted;
+markers and dashes differ too, so that a grey print reads. Text is never parsed as mathtext.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Source:
-    """What figures are drawn from: results, tables by stem, the stages' inputs, what the judge goes by."""
+    """What figures are drawn from; graph: the stages' inputs, asked: what the judge goes by."""
 
     results: Results
     table: Callable[[str], pd.DataFrame | None]
@@ -68,7 +68,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, the tidy data behind it, its finding, which is its text alternative, and its text if it is one."""
+    """A figure, its tidy data, its finding (the text alternative), and HTML if it is text."""
 
     figure: Figure
     data: pd.DataFrame
@@ -94,7 +94,7 @@ class Drawing:
         return small.getvalue()
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        """Shown by Jupyter as the last value of a cell; nbconvert turns `alt` into the text alternative."""
+        """What Jupyter shows; nbconvert turns `alt` into the text alternative."""
         picture = base64.b64encode(self.png).decode()
         return {"image/png": picture}, {"image/png": {"alt": self.finding}}
 
