@@ -29,7 +29,7 @@ class Step:
 
     stage: str
     what: str
-    gib: Callable[[int], float] = lambda batch: 0.0
+    gib: Callable[[int], float]
     parameter: str = ""
     batch: int = 1
     disk: float = 0.0  # bytes that stay
@@ -47,72 +47,47 @@ class Needs:
 
     def steps(self) -> list[Step]:
         """All parts of all stages, in order."""
-        return [
-            *self.learning(),
-            *self.pruning(),
-            *self.healing(),
-            *self.quantizing(),
-            *self.evaluating(),
-        ]
-
-    def learning(self) -> list[Step]:
-        """Stages 01 and 02."""
-        p = self.p
+        p, arch = self.p, self.arch
         pictures = p["n_train"] + p["n_test"] + p["n_heldout"]
-        tuning, batch = self.training(p["finetune_rank"]), p["finetune_batch"]
-        adapter = self.adapter(p["finetune_rank"])
-        return [
-            Step("01_data", "pictures", disk=pictures * p["image_size"] ** 2 * 3),
-            self.answers("02_finetune"),
-            Step("02_finetune", "fine-tuning", tuning, "finetune_batch", batch, adapter),
-        ]
-
-    def pruning(self) -> list[Step]:
-        """Stages 03 and 04."""
-        steps = [Step("03_layer_importance", "plans", lambda _: self.weights)]
-        batch = self.p["importance_batch"]
-        for ranking in rankings(self.p["rankings"]):
-            gib = self.scoring(ranking)
-            steps.append(Step("03_layer_importance", ranking.name, gib, "importance_batch", batch))
-        return [*steps, self.answers("04_pruning")]
-
-    def healing(self) -> list[Step]:
-        """Stage 05: the models of the three roles and of a rival, further depths, further seeds."""
-        p = self.p
         tuned = 3 + self.rival + len(p["sft_depths"]) + 2 * (p["sft_seeds"] - 1)
-        tuning, disk = self.training(p["sft_rank"]), tuned * self.adapter(p["sft_rank"])
-        return [
-            Step("05_sft", "fine-tuning", tuning, "sft_batch", p["sft_batch"], disk),
-            self.answers("05_sft"),
-        ]
+        tune, heal = self.training(p["finetune_rank"]), self.training(p["sft_rank"])
+        adapters = self.adapter(p["finetune_rank"]), tuned * self.adapter(p["sft_rank"])
+        statistics = 10 * 3 * self.tokens(1) * arch.hidden
+        scales = (4 + self.rival) * FP32 * arch.blocks * 5 * arch.hidden + self.waiting()
 
-    def quantizing(self) -> list[Step]:
-        """Stages 06 and 07."""
-        activations, search = "06_activation_analysis", "07_quantization"
-        statistics = 10 * 3 * self.tokens(1) * self.arch.hidden
-        scales = (4 + self.rival) * FP32 * self.arch.blocks * 5 * self.arch.hidden
-        batch = self.p["quantization_batch"]
-        by = "quantization_batch"
+        def step(stage, what, gib, parameter="", *, disk=0.0, gpus=1):
+            batch = p[parameter] if parameter else 1
+            batch = max(1, *batch) if isinstance(batch, list) else batch
+            return Step(stage, what, gib, parameter, batch, disk, gpus)
+
+        def answers(stage):
+            return step(stage, "answers", self.answering, "batch_size")
+
+        def ranking(one):
+            return step("03_layer_importance", one.name, self.scoring(one), "importance_batch")
+
         return [
-            Step(
-                activations, "statistics", self.watching,
-                "activation_batch", self.p["activation_batch"], statistics,
+            step("01_data", "pictures", lambda _: 0.0, disk=pictures * p["image_size"] ** 2 * 3),
+            answers("02_finetune"),
+            step("02_finetune", "fine-tuning", tune, "finetune_batch", disk=adapters[0]),
+            step("03_layer_importance", "plans", lambda _: self.weights),
+            *map(ranking, rankings(p["rankings"])),
+            answers("04_pruning"),
+            step("05_sft", "fine-tuning", heal, "sft_batch", disk=adapters[1]),
+            answers("05_sft"),
+            step(
+                "06_activation_analysis",
+                "statistics",
+                self.watching,
+                "activation_batch",
+                disk=statistics,
             ),
-            Step(search, "search", self.calibrating, by, batch, scales + self.waiting()),
-            Step(search, "errors", self.comparing, by, batch, gpus=2),
-            self.answers(search),
-        ]  # fmt: skip
-
-    def evaluating(self) -> list[Step]:
-        """Stage 08."""
-        widest = max(1, *self.p["latency_batches"])
-        return [
-            self.answers("08_evaluation"),
-            Step("08_evaluation", "latency", self.timing, "latency_batches", widest),
+            step("07_quantization", "search", self.calibrating, "quantization_batch", disk=scales),
+            step("07_quantization", "errors", self.comparing, "quantization_batch", gpus=2),
+            answers("07_quantization"),
+            answers("08_evaluation"),
+            step("08_evaluation", "latency", self.timing, "latency_batches"),
         ]
-
-    def answers(self, stage: str) -> Step:
-        return Step(stage, "answers", self.answering, "batch_size", self.p["batch_size"])
 
     def answering(self, batch: int) -> float:
         """GiB on the first GPU: blocks and cache are spread over all of them."""
