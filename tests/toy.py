@@ -74,7 +74,7 @@ def word():
     return (Path(__file__).parent / "words.yaml").read_text()
 """
 RENDER = """\
-def render(run, *, root, artifacts):
+def render(run, *, root, artifacts, keep):
     folder = root / "reports" / run
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text("report")

@@ -52,7 +52,7 @@ def keys_and_views(root: Path) -> tuple[dict, dict]:
 @pytest.mark.parametrize(
     ("module", "recomputed"),
     [
-        ("data/sources.py", STAGES),
+        ("data/dialogue.py", STAGES),
         ("model/prompts.py", STAGES[1:]),
         ("method/finetune/train.py", STAGES[1:]),
         ("method/importance/criteria.py", STAGES[2:]),
