@@ -14,6 +14,7 @@ from derm_compress.model import memory
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.shapes import llava_7b
+from derm_compress.model.units import Unit
 
 ORDER = list(range(30, 1, -1))  # 0, 1 and 31 are never removed
 SCALES = f"07_quantization/{'a' * 64}/scales"
@@ -158,7 +159,8 @@ def test_equal_bytes_are_equal_to_two_percent():
 
 
 def test_what_the_plan_removes_last_gets_the_wider_codes():
-    asked = budgets.equal_bytes(known(), ORDER, [8], [3], 64).set_index(["source", "form"])
+    order = [Unit.of(block) for block in ORDER]  # as plans have it
+    asked = budgets.equal_bytes(known(), order, [8], [3], 64).set_index(["source", "form"])
     step = json.loads(asked.step["original", "awq2-mixed"])
     assert step["bits"] == 2 and set(step["block_bits"].values()) == {4}
     assert {int(block) for block in step["block_bits"]} == {0, 1, 31, *ORDER[-13:]}

@@ -15,6 +15,7 @@ from derm_compress.method.quantization import wanted
 from derm_compress.method.quantization.forms import Form
 from derm_compress.method.quantization.methods import METHODS
 from derm_compress.model.recipe import Recipe
+from derm_compress.model.units import Unit
 from derm_compress.model.variants import HEALED, ORIGINAL, named, paper_depth
 
 METHOD, WIDEST, NARROWEST = "awq", 4, 2
@@ -81,7 +82,7 @@ def _sources(known: pd.DataFrame, n: int) -> list:
 
 def equal_bytes(
     known: pd.DataFrame,
-    order: Sequence[int],
+    order: Sequence[Unit | int],
     depths: Sequence[int],
     budgets: Sequence[int],
     group_size: int,
@@ -93,6 +94,7 @@ def equal_bytes(
     check(depths, budgets)
     blocks = Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
     removed = sorted({paper_depth(n, blocks) for n in depths})
+    order = [Unit.of(unit).plain for unit in order]  # blocks by their number
     frames = [pd.DataFrame(columns=COLUMNS)]
     for budget in budgets:
         for n in [0, *removed] if removed else []:
