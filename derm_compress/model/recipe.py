@@ -51,8 +51,11 @@ class Recipe:
         settings = {"ref": ref, "sha256": adapter_digest(folder), "kept": list(self.kept())}
         return self.then("adapter", **settings, **_absent(self.absent()))
 
+    def to_dict(self) -> dict:
+        return asdict(self)
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.to_dict(), sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Recipe:

@@ -5,7 +5,8 @@ from derm_compress.faces import face
 FACE = {
     "figures": ["figure"],
     "render": ["render", "render_index"],
-    "results": ["Results", "load_results"],
+    "results": ["Results", "load_results", "of_predictions"],
     "sentences": ["findings", "headline"],
+    "tables": ["table"],
 }
 __getattr__, __all__ = face(__name__, FACE)

@@ -436,3 +436,9 @@ def _cell(name, value, lo, hi):
     text = style % value
     return text if pd.isna(lo) else f"{text} ({style % lo} to {style % hi})"
 
+
+
+def table(stem: str, results: Results) -> pd.DataFrame | None:
+    """One table as a reader sees it; None where what it needs is not there."""
+    made = build(results)
+    return readable(made[stem]) if stem in made else None
