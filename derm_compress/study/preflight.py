@@ -14,6 +14,7 @@ from derm_compress.study.needs import Needs
 
 CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: of the 14.74 that a T4 reports 14.2 are left
 IMPORTANCE, QUANTIZATION = "03_layer_importance", "07_quantization"
+EVALUATION = "08_evaluation"
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ KAGGLE = Machine("Kaggle, two T4", gpus=2, gib=14.2)
 
 
 def check(plan) -> None:
-    """DermError where a run (plan.Plan) cannot work: quantizers, embedder, GPU, memory, disk."""
+    """DermError where a run (plan.Plan) cannot work: quantizers, embedder, judge, GPU, disk."""
     values = plan.values
     check_forms(values)
     if missing(plan, IMPORTANCE):
         check_embedder(plan)
+    if values["judge"] != "rubric" and missing(plan, EVALUATION):
+        check_judge(values)
     if values["device"] == "cpu" and not missing(plan, QUANTIZATION):
         return
     arch = architecture(values)
@@ -128,6 +131,14 @@ def check_embedder(plan) -> None:
 
         folder = plan.root / name  # stages run in the project's root
         Embedder(str(folder) if folder.is_dir() else name)("any text")
+
+
+def check_judge(values: dict) -> None:
+    """DermError for a judge that stage 08 would refuse; nothing is asked yet."""
+    from derm_compress.evaluate.judges.judge import choose_judge
+
+    names = ("model", "url", "prompt", "concurrency")
+    choose_judge(values["judge"], **{name: values[f"judge_{name}"] for name in names})
 
 
 def check_forms(p: dict, arch: Architecture | None = None) -> None:

@@ -155,6 +155,14 @@ def test_quantizers_that_stage_07_would_refuse_are_refused_first(wrong, said):
         preflight.check(planned(**{"device": "cpu"} | wrong))
 
 
+def test_a_judge_that_cannot_be_asked_is_refused_before_any_stage(tmp_path):
+    asked = planned(device="cpu", judge="openai", artifact_root=str(tmp_path))
+    with pytest.raises(DermError, match="judge: openai needs judge_model"):
+        preflight.check(asked)
+    asked.values["judge_model"] = "any"
+    preflight.check(asked)
+
+
 def test_a_sentence_transformer_that_is_not_there_is_told_before_any_stage(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cpu = {"device": "cpu", "embedder": "no/such/model", "artifact_root": str(tmp_path)}
