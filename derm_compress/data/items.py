@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from derm_compress.errors import DermError
@@ -57,6 +58,11 @@ class Dataset:
 
     def of(self, split: str) -> tuple[Item, ...]:
         return tuple(item for item in self.items if item.split == split)
+
+    def picture(self, item: Item, size: int = 216) -> Image.Image:
+        """An item's picture, enlarged for the eye: what a notebook shows."""
+        found = Image.fromarray(self.images[item.row])
+        return found.resize((size, size), Image.Resampling.NEAREST)
 
     def frame(self) -> pd.DataFrame:
         """One row per item; facts as JSON."""
