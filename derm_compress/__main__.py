@@ -135,6 +135,15 @@ def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...")]) -> None
 
 
 @app.command()
+def paper() -> None:
+    """Write docs/paper.md: where the paper disagrees with itself."""
+    from derm_compress.report.paper.page import write
+    from derm_compress.study.plan import project_root
+
+    print(write(project_root()))
+
+
+@app.command()
 def pack(run: str, path: Path, owner: Owner = "") -> None:
     """Copy what a run has finished and begun into a Kaggle data set folder."""
     from derm_compress.kaggle.build import pack as copy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 
@@ -14,7 +13,6 @@ from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.evaluate import secondary
 from derm_compress.evaluate.judges import controls, judge
-from derm_compress.model import shapes
 
 BLOCKS, DEPTHS, OPERATING, DEEPER = 32, (0, 2, 4, 6, 7, 8, 9, 10, 12), 6, 9
 DEEP = (14, 16)  # of a full study; the published plan has 14 blocks
@@ -315,6 +313,7 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
     files["03_layer_importance"] |= {"values": values, "scores": scores, "plans.json": plans}
     files["03_layer_importance"]["similarity"] = pd.DataFrame(drafts)
     files["04_pruning"]["choice.json"] = {
+        "criterion": "output_similarity",
         "operating": OPERATING,
         "deeper": DEEPER,
         "why": "a third is gone",
@@ -350,10 +349,9 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
         Item(name, "test", name, name, row, {}, "") for row, name in enumerate(dialogue.diseases())
     ]
     files["08_evaluation"] |= {
-        "variants": pd.concat([table, blind]), "answers": pd.concat(eight), "memory": memory(table),
+        "variants": table, "answers": pd.concat(eight), "memory": memory(table),
         "measured/latency": pd.concat([latency(shown), latency(shown, 4)]),
         "judge_controls": controls.judge_controls(asked, judge.RubricJudge()),
-        "architecture_7b.json": dataclasses.asdict(shapes.llava_7b()),
     }  # fmt: skip
     earlier = {name: files[name]["answers"] for name in kinds}
     together = secondary.predictions(earlier, files["08_evaluation"]["answers"])

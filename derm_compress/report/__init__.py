@@ -4,9 +4,8 @@ from derm_compress.faces import face
 
 FACE = {
     "figures": ["figure"],
-    "render": ["render", "render_index"],
-    "results": ["Results", "load_results", "of_predictions"],
+    "results": ["Results", "load_results"],
     "sentences": ["findings", "headline"],
-    "tables": ["table"],
+    "tables": ["readable", "table"],
 }
 __getattr__, __all__ = face(__name__, FACE)

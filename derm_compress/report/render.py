@@ -27,7 +27,7 @@ from derm_compress.report.figures.style import Drawing, Source
 from derm_compress.report.notebook_html import cleaner, notebook_body
 from derm_compress.report.page import page, to_markdown
 from derm_compress.report.parts import PARTS, QUESTION
-from derm_compress.report.results import Results, load_results
+from derm_compress.report.results import Results, items_hash, load_results
 from derm_compress.report.sentences import Facts
 
 BRIEF = ["setting", "score", "score_lo", "score_hi", "n", "paper_score"]
@@ -113,7 +113,7 @@ def frozen(results: Results) -> dict:
     """What scores can be compared by: the rubric, and the pictures they rest on."""
     found = {"rubric_sha256": rubric.frozen_hash()}
     if results.items is not None:
-        found["test_items_sha256"] = tables.items_hash(results.items)[:16]
+        found["test_items_sha256"] = items_hash(results.items)[:16]
     return found
 
 

@@ -1,23 +1,20 @@
-"""What a run has left, as frames: every stage's stored results by name, whichever of them there are. No torch."""
+"""What a run has left, as frames: every stage's stored results by name, whichever there are."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
 from derm_compress.model.variants import paper_depth
-from derm_compress.report import paper
+from derm_compress.report.paper.numbers import BLOCKS
 
-ANSWERING = (
-    "02_finetune",
-    "04_pruning",
-    "05_sft",
-    "07_quantization",
-    "08_evaluation",
-)  # the last one's word counts
+ANSWERING = ("02_finetune", "04_pruning", "05_sft", "07_quantization", "08_evaluation")
+ANSWER = ["variant", "item", "question"]  # what tells an answer apart
 
 
 def _of(file: str):
@@ -28,7 +25,8 @@ def _of(file: str):
 class Results:
     """A run's frames and JSON values by name; None is what no stage has left.
 
-    `variants`: of all stages; `answers`: their 39 x 3 test items; `evaluation`: stage 08's test and held-out items.
+    `variants`: of all stages; `answers`: their answers on test items; `evaluation`: stage 08's, on
+    test and held-out items.
     """
 
     items: pd.DataFrame | None = _of("01_data/items.parquet")
@@ -46,49 +44,27 @@ class Results:
     search: pd.DataFrame | None = _of("07_quantization/search.parquet")
     channels: pd.DataFrame | None = _of("07_quantization/channels.parquet")
     equal_bytes: pd.DataFrame | None = _of("07_quantization/equal_bytes.parquet")
-    evaluation: pd.DataFrame | None = _of("08_evaluation/answers.parquet")
     architecture: dict | None = _of("08_evaluation/architecture.json")
     memory: pd.DataFrame | None = _of("08_evaluation/memory.parquet")
     judge_controls: pd.DataFrame | None = _of("08_evaluation/judge_controls.parquet")
     latency: pd.DataFrame | None = _of("08_evaluation/measured/latency.parquet")
     predictions: pd.DataFrame | None = _of("08_evaluation/predictions.parquet")
-    architecture_7b: dict | None = _of("08_evaluation/architecture_7b.json")
+    evaluation: pd.DataFrame | None = _of("08_evaluation/answers.parquet")
     variants: pd.DataFrame | None = None
     answers: pd.DataFrame | None = None
 
     @property
     def criterion(self) -> str:
-        """The criterion of the study's own variants, which bear no criterion in their names.
-
-        Before there are any, the first plan that goes by the first values, which lie in the order of the rankings.
-        """
-        rows = (
-            []
-            if self.variants is None
-            else self.variants[["variant", "blocks_removed", "criterion"]].to_numpy()
-        )
-        plain = [criterion for name, n, criterion in rows if n and name == variant_id(n)]
-        plans, first = (
-            list(self.plans or {}),
-            None if self.values is None else next(iter(self.values.ranking), None),
-        )
-        likely = [
-            name for name in plans if scored_as(name) == first
-        ]  # stored plans lie in the alphabet's order
-        return next(iter([*plain, *likely, *plans]), "output_similarity")
-
-    @property
-    def one_prompt(self) -> pd.DataFrame | None:
-        """The measured times at batch 1, which come first; None where nothing was measured."""
-        return (
-            None
-            if self.latency is None or self.latency.empty
-            else self.latency.drop_duplicates("variant")
-        )
+        """The study's own: stage 04 notes it, and stage 03 ranks by it first."""
+        if "criterion" in (self.choice or {}):
+            return self.choice["criterion"]
+        if self.values is not None and len(self.values):
+            return self.values.ranking.iloc[0]
+        return next(iter(self.plans or {}), "output_similarity")
 
     @property
     def blocks(self) -> int:
-        return next((plan["blocks"] for plan in (self.plans or {}).values()), paper.BLOCKS)
+        return next((plan["blocks"] for plan in (self.plans or {}).values()), BLOCKS)
 
     @property
     def protected(self) -> tuple[int, ...]:
@@ -103,20 +79,66 @@ class Results:
     def deeper(self) -> int:
         return (self.choice or {}).get("deeper", paper_depth(9, self.blocks))
 
+    @property
+    def one_prompt(self) -> pd.DataFrame | None:
+        """The measured times at batch 1, which come first; None where nothing was measured."""
+        if self.latency is None or self.latency.empty:
+            return None
+        return self.latency.drop_duplicates("variant")
+
+    @cached_property
+    def together(self) -> pd.DataFrame:
+        """Test and held-out answers, each once."""
+        frames = [frame for frame in (self.answers, self.evaluation) if frame is not None]
+        frames = frames or [pd.DataFrame(columns=[*ANSWER, "score"])]
+        return pd.concat(frames).drop_duplicates(ANSWER, keep="last")
+
+    def variant(
+        self, blocks_removed: int, *, criterion: str = "", healed=False, quantizer="", bits=0
+    ) -> str | None:
+        """The name of the model with so many blocks removed, by the study's own criterion unless
+        another is given; quantized to 4 bits unless told otherwise. None where there is none."""
+        return pick(
+            self.variants,
+            blocks_removed=blocks_removed,
+            attentions_removed=0,
+            mlps_removed=0,
+            criterion=(criterion or self.criterion) if blocks_removed else "",
+            healed=healed,
+            sft_seed=0,
+            quantizer=quantizer,
+            bits=bits or (4 if quantizer else 16),
+        )
+
+    @property
+    def full(self) -> str | None:
+        """The full pipeline's model: pruned to the operating point, healed, in 4-bit AWQ."""
+        return self.variant(self.operating, healed=True, quantizer="awq")
+
+
+def pick(variants: pd.DataFrame | None, **columns) -> str | None:
+    """The name of the one variant with these values in these columns; None where there is none."""
+    if variants is None:
+        return None
+    for column, value in columns.items():
+        variants = variants[variants[column] == value]
+    return variants.variant.iloc[0] if len(variants) else None
+
 
 def load_results(folders: dict[str, Path], **given) -> Results:
-    """Results from {stage: its artifact folder}; a stage still running hands over its own frames by name."""
+    """Results from {stage: its artifact folder}; a stage under way gives its own frames by name."""
     known = {f.name: _read(folders, f.metadata["file"]) for f in fields(Results) if f.metadata}
     known |= {name: _together(folders, name) for name in ("variants", "answers")}
+    known |= given
     known |= of_predictions(known["predictions"]) | given
-    for name, keys in (("variants", ["variant"]), ("answers", ["variant", "item", "question"])):
+    for name, keys in (("variants", ["variant"]), ("answers", ANSWER)):
         if known[name] is not None:
             known[name] = known[name].drop_duplicates(keys, keep="last")
     return Results(**known)
 
 
 def of_predictions(predictions: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
-    """`answers` and `evaluation` from stage 08's one frame of all answers: what every score table is made of."""
+    """`answers` and `evaluation` from stage 08's one frame of all answers."""
     if predictions is None:
         return {}
     last = predictions.stage == ANSWERING[-1]
@@ -128,36 +150,22 @@ def _read(folders, file):
     path = Path(folders[stage], name) if stage in folders else None
     if path is None or not path.is_file():
         return None
-    return (
-        pd.read_parquet(path) if path.suffix == ".parquet" else json.loads(path.read_text("utf-8"))
-    )
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    return json.loads(path.read_text("utf-8"))
 
 
 def _together(folders, name):
-    """One frame of all stages' variants or test answers; of equal rows the later stage's counts."""
-    frames = [
-        f for stage in ANSWERING if (f := _read(folders, f"{stage}/{name}.parquet")) is not None
-    ]
-    frame = pd.concat(frames, ignore_index=True) if frames else None
-    return frame[frame.split == "test"] if frames and name == "answers" else frame
+    """One frame of all stages' variants or test answers, later stages last."""
+    frames = [_read(folders, f"{stage}/{name}.parquet") for stage in ANSWERING]
+    frames = [frame for frame in frames if frame is not None]
+    if not frames:
+        return None
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[frame.split == "test"] if name == "answers" else frame
 
 
-def variant_id(
-    blocks: int, *, criterion: str = "", healed: bool = False, method: str = "", bits: int = 4
-) -> str:
-    """The id that the stages give a model: pruned-6+sft|awq4."""
-    name = (f"pruned-{blocks}" if blocks else "original") + (f"-{criterion}" if criterion else "")
-    return name + ("+sft" if healed else "") + (f"|{method}{bits}" if method else "")
-
-
-def scored_as(name: str) -> str:
-    """The name under which a ranking's values are kept: without what is done differently after scoring."""
-    return "-".join(
-        part for part in name.split("-") if part not in ("iterative", "contiguous", "unprotected")
-    )
-
-
-def answers_of(frame: pd.DataFrame | None, variant: str) -> pd.DataFrame:
+def answers_of(frame: pd.DataFrame | None, variant: str | None) -> pd.DataFrame:
     """One variant's answers, each once; empty where there are none."""
     if frame is None:
         return pd.DataFrame({"item": [], "question": [], "score": []})
@@ -165,7 +173,8 @@ def answers_of(frame: pd.DataFrame | None, variant: str) -> pd.DataFrame:
 
 
 def first_to_go(plan: dict, count: int) -> list:
-    """The first `count` units that a stored plan removes, or all that it has; of a plan of runs, one so long."""
+    """The first `count` units that a stored plan removes, or all it has; of a plan of runs, one so
+    long."""
     if starts := plan.get("starts"):
         count = min(count, len(starts))
         return list(range(starts[count - 1], starts[count - 1] + count)) if count else []
@@ -175,3 +184,10 @@ def first_to_go(plan: dict, count: int) -> list:
 def reaches(plan: dict, count: int) -> bool:
     """Whether a stored plan has so many units to remove."""
     return count <= len(plan.get("starts") or plan["order"])
+
+
+def items_hash(items: pd.DataFrame) -> str:
+    """sha256 of which items (id, disease, facts) are tested or held out, in any order."""
+    held = items[items.split.isin(["test", "heldout"])]
+    rows = sorted(map(list, held[["id", "disease", "facts"]].to_numpy()))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -16,9 +16,12 @@ from jinja2.exceptions import TemplateNotFound
 
 from derm_compress.evaluate import metrics
 from derm_compress.evaluate.judges.controls import judge_findings
-from derm_compress.report import paper, power, tables, verdicts, wording
+from derm_compress.report import tables, wording
+from derm_compress.report.paper import numbers as paper
 from derm_compress.report.page import inert
-from derm_compress.report.results import Results, answers_of, first_to_go, reaches, variant_id
+from derm_compress.report.results import Results, answers_of, first_to_go, reaches
+from derm_compress.report.tables import verdicts
+from derm_compress.report.tables.statistics import POWER, detectable
 
 SURE = 0.05  # a corrected p below this is a difference
 FEW = 3  # rivals, up to which each gets its own sentence
@@ -111,8 +114,8 @@ class Facts:
 
     def recovery(self) -> metrics.Recovery:
         """What SFT gives back at the operating point, net of what it gives the unpruned model."""
-        n = self.results.operating
-        four = variant_id(0), variant_id(n), variant_id(n, healed=True), variant_id(0, healed=True)
+        n, named = self.results.operating, self.results.variant
+        four = named(0), named(n), named(n, healed=True), named(0, healed=True)
         return metrics.recovery(*(answers_of(self.results.answers, name) for name in four))
 
     def pictures(self) -> tuple[int, int]:
@@ -234,7 +237,7 @@ class Facts:
 def main_models(results: Results) -> list[str]:
     """The three that the question is about: unpruned, pruned, pruned and healed."""
     n = results.operating
-    return [variant_id(0), variant_id(n), variant_id(n, healed=True)]
+    return [results.variant(0), results.variant(n), results.variant(n, healed=True)]
 
 
 def plain_awq(search: pd.DataFrame) -> str | None:
@@ -265,16 +268,14 @@ def environment() -> Environment:
     made.filters |= {one.__name__: one for one in filters} | {"p": wording.p_value}
     made.globals |= {
         "verdict": wording.verdict,
-        "variant": variant_id,
         "isnan": pd.isna,
         "rank_correlation": rank_correlation,
         "judge_findings": judge_findings,
-        "at_papers_size": verdicts.at_papers_size,
-        "RULES": verdicts.RULES,
-        "BLOCKS": paper.BLOCKS,
+        "verdicts": verdicts,
+        "paper": paper,
         "SURE": SURE,
         "FEW": FEW,
-        "POWER": power.POWER,
+        "POWER": POWER,
         "median": statistics.median,
     }
     return made

@@ -294,7 +294,8 @@ def test_the_operating_point_is_where_a_third_is_gone():
     big = Plan("x", tuple(range(2, 31)), (0, 1, 31), 32, "f")
     papers = scores(d0=80.12, d2=73.15, d4=65.75, d6=62.5, d7=57.25, d9=36.25)
     choice = choose_operating_point(papers, big)
-    assert (choice["operating"], choice["deeper"]) == (6, 9) and "loses 32%" in choice["why"]
+    assert choice["criterion"] == "x" and "loses 32%" in choice["why"]
+    assert (choice["operating"], choice["deeper"]) == (6, 9)
     assert choose_operating_point(papers, big, fixed=8)["operating"] == 8
     flat = Plan("x", (3, 5), (), 8)
     for told, why in (

@@ -10,11 +10,10 @@ from pathlib import Path
 import fabricate
 import pytest
 
-from derm_compress.report import side_by_side, tables
+from derm_compress.report import tables
 from derm_compress.report.results import load_results
 
 GOLDEN = Path(__file__).with_name("golden")
-CONSTANT = {"extra_contradictions", "extra_planner"}  # the paper's alone, whatever the run
 
 
 def made_tables():
@@ -22,9 +21,8 @@ def made_tables():
     with tempfile.TemporaryDirectory() as folder:
         files = fabricate.stage_files(full=True)
         results = load_results(fabricate.write_run(Path(folder), files=files, notebooks=False))
-    built = tables.build(results) | side_by_side.build(results)
-    kept = {stem: frame for stem, frame in built.items() if stem not in CONSTANT}
-    return {f"{stem}.csv": tables.to_csv(frame) for stem, frame in kept.items()}
+    built = tables.build(results)
+    return {f"{stem}.csv": tables.to_csv(frame) for stem, frame in built.items()}
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,8 @@ def choose_operating_point(
 
     As in the paper, where 80.12 -> 62.50 over a floor of 25 at 6 of 32. `scores` has blocks_removed
     and score (percent) on development items. `fixed` (of 32) overrules; where no depth loses from
-    half and one and a half times that share, the paper's fractions are taken. Returns operating,
-    deeper (blocks of this plan's model) and why.
+    half and one and a half times that share, the paper's fractions are taken. Returns the
+    plan's criterion, operating, deeper (blocks of its model) and why.
     """
     if fixed:
         why = "set by the parameter operating_blocks"
@@ -67,10 +67,12 @@ def choose_operating_point(
 
 def _beside(depth: int, plan: Plan, why: str) -> dict:
     """A depth and one half as deep again."""
-    return {"operating": depth, "deeper": min(int(1.5 * depth + 0.5), plan.most), "why": why}
+    deeper = min(int(1.5 * depth + 0.5), plan.most)
+    return {"criterion": plan.criterion, "operating": depth, "deeper": deeper, "why": why}
 
 
 def _papers(plan: Plan, why: str) -> dict:
     depth, deeper = (paper_depth(n, plan.blocks) for n in PAPER_DEPTHS.values())
     depth = min(depth, plan.most)
-    return {"operating": depth, "deeper": min(max(deeper, depth + 1), plan.most), "why": why}
+    deeper = min(max(deeper, depth + 1), plan.most)
+    return {"criterion": plan.criterion, "operating": depth, "deeper": deeper, "why": why}

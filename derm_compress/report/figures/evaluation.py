@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 
 from derm_compress.evaluate import metrics
-from derm_compress.report import statistics_tables
 from derm_compress.report.figures.style import (
     DENSE,
     PAPER,
@@ -20,7 +19,8 @@ from derm_compress.report.figures.style import (
     score_axis,
     styled,
 )
-from derm_compress.report.results import Results, variant_id
+from derm_compress.report.results import Results
+from derm_compress.report.tables.answers import confusion
 
 TARGET = 4.0  # GiB: the memory the paper aims at
 KINDS = {  # (pruned, healed, quantized): label, colour, marker
@@ -130,8 +130,8 @@ def _scatter(ax, frame: pd.DataFrame, cost: str, best: str, *, spread: bool = Fa
 def confusions(source: Source) -> Drawing | None:
     """The original model and the full pipeline: rows the true disease, columns what is named."""
     counts = {}
-    for name in (variant_id(0), variant_id(source.results.operating, healed=True, method="awq")):
-        table = statistics_tables.confusion(source.results, name)
+    for name in (source.results.variant(0), source.results.full):
+        table = confusion(source.results, name)
         if table.size:
             counts[name] = table
     if not counts:

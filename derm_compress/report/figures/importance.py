@@ -23,7 +23,7 @@ from derm_compress.report.figures.style import (
     score_axis,
     styled,
 )
-from derm_compress.report.rivals import RANDOM, random_name
+from derm_compress.report.tables.criteria import random_name
 from derm_compress.report.wording import looks_at_blocks, words
 
 PANELS = 6  # criteria that Figure 3 draws
@@ -208,7 +208,7 @@ def criteria(source: Source) -> Drawing | None:
     if table is None or table1 is None or table.score.isna().all():
         return None
     curves = _curves(table, table1)
-    random = [name for name in curves if RANDOM.fullmatch(name)]
+    random = [name for name in curves if name.startswith("random-")]
     names = in_order([name for name in curves if name not in random], tests, own)
     finding = _won(tests, own)
     figure, axes = canvas(finding, 5.6)

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from derm_compress.data import dialogue
 from derm_compress.evaluate.judges import rubric
 from derm_compress.report.figures.style import QUANTIZED, QUIET, Drawing, Source, styled
-from derm_compress.report.results import variant_id
 
 COLUMNS = 76  # characters of a drawn line
 ADVANCE = 10 / 140  # inches of one at 8.5 points: whole pixels, so nothing drifts
@@ -172,11 +171,11 @@ def grade(score) -> str:
 @styled
 def case_studies(source: Source) -> Drawing | None:
     """What three variants say to one typical picture (Figure 5)."""
-    n, answers = source.results.operating, source.results.answers
+    results, answers = source.results, source.results.answers
     cases = {
-        variant_id(0): "Original",
-        variant_id(n, method="awq"): "Pruned + quantized",
-        variant_id(n, healed=True, method="awq"): "Pruned + SFT + quantized",
+        results.variant(0): "Original",
+        results.variant(results.operating, quantizer="awq"): "Pruned + quantized",
+        results.full: "Pruned + SFT + quantized",
     }
     if answers is None or not set(cases) <= set(answers.variant):
         return None
@@ -216,7 +215,7 @@ def iterative_pruning(source: Source, question: str = "features") -> Drawing | N
     table, answers = source.table("table1_pruning"), source.results.answers
     if table is None or answers is None:
         return None
-    depths = {variant_id(int(n)): int(n) for n in table.blocks_removed}
+    depths = {source.results.variant(n): int(n) for n in table.blocks_removed}
     chosen = answers[answers.variant.isin(depths)]
     if chosen.empty:
         return None

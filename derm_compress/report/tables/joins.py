@@ -1,0 +1,70 @@
+"""What every table joins: scores, planned sizes, and the paper's values beside a run's models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from derm_compress.evaluate import metrics
+from derm_compress.report.paper import numbers
+from derm_compress.report.results import ANSWER, Results
+
+SCORE = ["score", "score_lo", "score_hi", "n"]
+SIZE = [
+    *("params_b", "vram_gib", "peak_gib"),
+    *("blocks_removed_7b", "params_b_7b", "vram_gib_7b", "peak_gib_7b"),
+]
+FORM = ["blocks_removed", "healed", "method", "bits"]
+SYMMETRIC = "Round to neighbour, symmetric grid (Eq. 1)"
+
+
+def join(table: pd.DataFrame, other: pd.DataFrame | None, columns: list[str]) -> pd.DataFrame:
+    """These columns of another frame beside each variant, empty where it has none."""
+    if other is None:
+        return table.assign(**dict.fromkeys(columns, np.nan))
+    other = other.drop_duplicates("variant").reindex(columns=["variant", *columns])
+    return table.merge(other, on="variant", how="left")
+
+
+def sized(table: pd.DataFrame, results: Results) -> pd.DataFrame:
+    """Planned sizes beside each variant, and the share of blocks removed."""
+    table = join(table, results.memory, SIZE)
+    if "blocks_removed" in table:
+        table["fraction_removed"] = table.blocks_removed / results.blocks
+    return table
+
+
+def scored(table: pd.DataFrame, results: Results, answers: pd.DataFrame | None) -> pd.DataFrame:
+    """Scores with intervals over `answers`, and planned sizes, beside each variant."""
+    known = None
+    if answers is not None:
+        asked = answers[answers.variant.isin(table.variant)].drop_duplicates(ANSWER)
+        known = metrics.score_table(asked, ["variant"])
+    return sized(join(table, known, SCORE), results)
+
+
+def interval(name: str, estimate) -> dict[str, float]:
+    """A value and its interval as a row's columns: name, name_lo, name_hi."""
+    value, lo, hi, *_ = estimate
+    return {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
+
+
+def of_paper(results: Results, number: int) -> pd.DataFrame:
+    """The paper's Table 2 to 5 with `variant`, the run's model in each row's place, and what its
+    Table 5 lacks: rounding on the symmetric grid, where the run has it."""
+    table = numbers.table(number)
+    depths = {"unpruned": 0, "operating": results.operating, "deeper": results.deeper}
+    table["variant"] = [
+        results.variant(
+            depths[row["role"]],
+            criterion=row.get("criterion", ""),
+            healed=row["healed"],
+            quantizer=row["quantizer"],
+        )
+        for row in table.to_dict("records")
+    ]
+    table = table.drop(columns=[*numbers.MODEL, "criterion"], errors="ignore")
+    symmetric = results.variant(results.operating, healed=True, quantizer="rtn_symmetric")
+    if number == 5 and symmetric:
+        table.loc[len(table), ["setting", "variant"]] = SYMMETRIC, symmetric
+    return table

@@ -1,0 +1,97 @@
+"""The paper's Tables 1 to 5, ours beside its own."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from derm_compress.evaluate import metrics
+from derm_compress.model.variants import paper_depth
+from derm_compress.report.paper import numbers
+from derm_compress.report.results import Results, answers_of
+from derm_compress.report.tables import joins, quantizers, statistics
+
+TIMES = [
+    f"{name}{end}"
+    for name in ("decode_ms_per_token", "prefill_ms", "total_ms_per_token")
+    for end in ("", "_lo", "_hi")
+]
+BASELINES = ("base", "original", "blank", "shuffled")
+
+
+def pruning(results: Results) -> pd.DataFrame:
+    """Pruning alone by the study's own criterion; the paper's rows by the fraction of blocks."""
+    depths = sorted(set(results.variants.blocks_removed))
+    names = {results.variant(n): n for n in depths if results.variant(n)}
+    table = pd.DataFrame({"variant": list(names), "blocks_removed": list(names.values())})
+    table = joins.scored(table, results, results.answers)
+    table["of_32"] = [paper_depth(n, numbers.BLOCKS, results.blocks) for n in table.blocks_removed]
+    theirs = numbers.table(1).rename(columns={"blocks_removed": "of_32"})
+    return table.merge(theirs, on="of_32", how="left")
+
+
+def sft(results: Results) -> pd.DataFrame:
+    """SFT of each pruned model and of the unpruned one (the control); gain: paired."""
+    rows = []
+    for n in sorted(set(results.variants.blocks_removed)):
+        healed = results.variant(n, healed=True)
+        if healed is None:
+            continue
+        before, after = (answers_of(results.answers, v) for v in (results.variant(n), healed))
+        score = metrics.score_interval(after)
+        rows.append(
+            {
+                "variant": healed,
+                "blocks_removed": n,
+                **joins.interval("score_before", metrics.score_interval(before)),
+                **joins.interval("score_after", score),
+                **joins.interval("gain", metrics.paired_difference(after, before)),
+                "n": score.n or None,
+            }
+        )
+    if not rows:
+        return pd.DataFrame()
+    table = joins.sized(pd.DataFrame(rows), results)
+    table = joins.join(table, results.training, ["seconds", "train_peak_gib"])
+    return table.merge(joins.of_paper(results, 2), on="variant", how="left")
+
+
+def quantization(results: Results) -> pd.DataFrame:
+    """Every quantized model of the study's own criterion, with its output errors."""
+    table = quantizers.quantized(results)
+    table = table.sort_values(["blocks_removed", "healed", "method", "bits"])
+    table = joins.scored(table, results, results.answers)
+    if results.errors is not None:
+        errors = results.errors.groupby("variant").relative_error.mean()
+        table["relative_error"] = table.variant.map(errors)
+    return table.merge(joins.of_paper(results, 3), on="variant", how="left")
+
+
+def efficiency(results: Results) -> pd.DataFrame:
+    """The paper's six ways to the operating point, on test and held-out items, with times."""
+    table = joins.join(joins.of_paper(results, 4), results.variants, joins.FORM)
+    table = joins.scored(table, results, results.evaluation)
+    return joins.join(table, results.one_prompt, TIMES)
+
+
+def ablation(results: Results) -> pd.DataFrame:
+    """The full pipeline with one part exchanged at a time, each paired with it."""
+    table = joins.join(joins.of_paper(results, 5), results.variants, joins.FORM)
+    table = joins.scored(table, results, results.evaluation)
+    compared = statistics.comparisons(results)
+    compared = compared if len(compared) else None
+    return joins.join(table, compared, [*statistics.CHANGE, "p_holm"])
+
+
+def running(results: Results) -> pd.DataFrame:
+    """What each packed model took when stage 08 ran it, beside its planned weights."""
+    if results.one_prompt is None:
+        return pd.DataFrame()
+    taken = results.one_prompt.rename(columns={"weights_gib": "measured_weights_gib"})
+    return joins.join(taken, results.memory, ["vram_gib"])
+
+
+def baselines(results: Results) -> pd.DataFrame:
+    """What the score owes to fine-tuning and to seeing: before it, with blank or other pictures."""
+    answers = results.together
+    there = [name for name in BASELINES if name in set(answers.variant)]
+    return joins.scored(pd.DataFrame({"variant": there}, dtype=object), results, answers)
