@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -13,6 +14,7 @@ from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.evaluate import secondary
 from derm_compress.evaluate.judges import controls, judge
+from derm_compress.report.results import Results, load_results
 
 BLOCKS, DEPTHS, OPERATING, DEEPER = 32, (0, 2, 4, 6, 7, 8, 9, 10, 12), 6, 9
 DEEP = (14, 16)  # of a full study; the published plan has 14 blocks
@@ -357,6 +359,16 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
     together = secondary.predictions(earlier, files["08_evaluation"]["answers"])
     files["08_evaluation"]["predictions"] = together.assign(similarity=together.score / 4)
     return files
+
+
+def finished(**how):
+    """The Results of a finished study, without files; how: of stage_files."""
+    files, given = stage_files(**how), {}
+    for field in dataclasses.fields(Results):
+        stage, _, name = field.metadata.get("file", "08_evaluation/variants").partition("/")
+        given[field.name] = files[stage].get(name.removesuffix(".parquet"))
+    given["variants"] = files["08_evaluation"]["variants"]
+    return load_results({}, **{name: value for name, value in given.items() if name != "answers"})
 
 
 def write_store(root, files):

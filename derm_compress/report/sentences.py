@@ -17,11 +17,11 @@ from jinja2.exceptions import TemplateNotFound
 from derm_compress.evaluate import metrics
 from derm_compress.evaluate.judges.controls import judge_findings
 from derm_compress.report import tables, wording
-from derm_compress.report.paper import numbers as paper
 from derm_compress.report.page import inert
+from derm_compress.report.paper import numbers as paper
 from derm_compress.report.results import Results, answers_of, first_to_go, reaches
 from derm_compress.report.tables import verdicts
-from derm_compress.report.tables.statistics import POWER, detectable
+from derm_compress.report.tables.statistics import POWER
 
 SURE = 0.05  # a corrected p below this is a difference
 FEW = 3  # rivals, up to which each gets its own sentence

@@ -184,3 +184,25 @@ def test_the_permutation_test_keeps_its_level_when_nothing_differs():
     rng = np.random.default_rng(9)
     p = [metrics.sign_flip_p(rng.normal(0, 1, 12), n_permutations=500, seed=i) for i in range(400)]
     assert 0.02 < np.mean(np.array(p) <= 0.05) < 0.09
+
+
+def test_recovery_is_net_of_the_control_and_its_interval_holds_the_truth():
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(60):
+        whole = rng.normal(3.2, 0.2, (39, 3))
+        sets = [whole] + [whole + by + rng.normal(0, 0.1, (39, 3)) for by in (-1, -0.4, 0.1)]
+        told = metrics.recovery(*(answers(np.clip(marks, 1, 4)) for marks in sets), n_boot=400)
+        covered += told.lo <= 50 <= told.hi
+    assert 51 <= covered <= 60 and told.n == 117
+
+
+def test_recovery_in_closed_form_and_without_a_loss():
+    sets = [answers(marks) for marks in ([[4], [4]], [[2], [2]], [[3], [4]], [[4], [4]])]
+    assert metrics.recovery(*sets, n_boot=20_000) == (37.5, 50, 75, 50, 100, 2)
+    none = metrics.recovery(sets[0], sets[0], sets[2], sets[3])
+    assert none.loss == 0 and np.isnan([none.share, none.lo, none.hi]).all()
+    half = answers([[2], [4]])
+    seldom = metrics.recovery(sets[0], half, sets[2], sets[3])
+    assert seldom.share == 50 and np.isnan(seldom.lo)  # a quarter of the draws have no loss
+    empty = metrics.recovery(*sets[:3], sets[3].assign(score=np.nan))
+    assert empty.n == 0 and np.isnan(empty.share)

@@ -1,7 +1,7 @@
 """Every table of the made-up full study, byte by byte as it is kept in golden/.
 
-Where a table is meant to change, `PYTHONPATH=tests python tests/report/test_golden.py` makes the files anew; read the
-difference before committing it.
+Where a table is meant to change, `PYTHONPATH=tests python tests/report/test_golden.py` makes the
+files anew; read the difference before committing it.
 """
 
 import tempfile

@@ -15,9 +15,10 @@ import pytest
 
 from derm_compress.errors import DermError
 from derm_compress.evaluate.judges import rubric
-from derm_compress.report import comparison, notebook_html, render, tables
+from derm_compress.report import comparison, notebook_html, render
 from derm_compress.report.figures.style import Drawing
 from derm_compress.report.parts import PARTS, QUESTION
+from derm_compress.report.results import items_hash
 
 FULL_ALONE = ("extra_sublayers", "extra_seeds")
 
@@ -79,7 +80,7 @@ def test_everything_is_there_and_small(home):
     info = record["run_info"]
     assert info["seconds"] == 321.5 and record["environment"]["python"]
     assert info["rubric_sha256"] == rubric.frozen_hash()
-    assert info["test_items_sha256"] == tables.items_hash(fabricate.items())[:16]
+    assert info["test_items_sha256"] == items_hash(fabricate.items())[:16]
     assert info["test_items_sha256"] in (home / "index.html").read_text()
     assert record["stages"]["01_data"]["cached"] is True
     assert set(record["stages"]) == set(fabricate.UPSTREAM)

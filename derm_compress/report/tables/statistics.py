@@ -13,7 +13,6 @@ from derm_compress.report.tables import joins
 
 CHANGE = ["difference", "difference_lo", "difference_hi", "p"]
 ALPHA, POWER = 0.05, 0.80
-PAPER_IMAGES = 39  # with three questions each
 
 
 def family(results: Results) -> pd.DataFrame:

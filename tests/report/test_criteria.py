@@ -1,0 +1,167 @@
+"""Criteria in pairs: the right difference at the right depths, Holm, cliffs, sublayers."""
+
+import dataclasses
+
+import fabricate
+import numpy as np
+import pandas as pd
+import pytest
+
+from derm_compress.evaluate import metrics
+from derm_compress.report.results import Results
+from derm_compress.report.tables import criteria
+
+ITEMS = 20
+
+
+def study(operating=4, **plans):
+    """Results from {criterion: {depth: mean mark}}; the first is the study's own, the original's
+    mark is 3.5."""
+    rng = np.random.default_rng(0)
+    quality = rng.normal(0, 0.3, (ITEMS, 3))
+    rows, marks = [fabricate.variant("original")], [3.5]
+    for name, depths in plans.items():
+        name = name.replace("_", "-")
+        end = "" if name == "own" else f"-{name}"
+        rows += [fabricate.variant(f"pruned-{n}{end}", n, criterion=name) for n in depths]
+        marks += depths.values()
+    answers = []
+    for row, mark in zip(rows, marks, strict=True):
+        seen = np.clip(mark + quality + rng.normal(0, 0.05, quality.shape), 1, 4)
+        name = row["variant"]
+        answers += [(name, f"i{i}", f"q{q}", seen[i, q]) for i in range(ITEMS) for q in range(3)]
+    return Results(
+        variants=pd.DataFrame(rows),
+        answers=pd.DataFrame(answers, columns=["variant", "item", "question", "score"]),
+        choice={"criterion": "own", "operating": operating},
+    )
+
+
+def against_rivals(results):
+    return criteria.criteria_tests(results).set_index("criterion")
+
+
+def scores(results):
+    return 25 * results.answers.groupby("variant").score.mean()
+
+
+def direct(results, one, other):
+    answers = results.answers
+    return metrics.paired_difference(*(answers[answers.variant == v] for v in (one, other)))
+
+
+def test_differences_are_own_minus_rival_at_the_depth_and_over_shared_depths():
+    results = study(
+        own={2: 3.0, 4: 2.5, 6: 2.0}, better={2: 3.2, 4: 2.7}, worse={4: 1.5, 6: 2.2, 8: 1.2}
+    )
+    table, score = against_rivals(results), scores(results)
+    assert table.difference["better"] == pytest.approx(score["pruned-4"] - score["pruned-4-better"])
+    over = score[["pruned-2", "pruned-4"]].mean()
+    over -= score[["pruned-2-better", "pruned-4-better"]].mean()
+    assert table.difference_all["better"] == pytest.approx(over) and table.difference["better"] < 0
+    assert table.depths.to_dict() == {"better": 2, "worse": 2}
+    assert table.ahead.to_dict() == {"better": 0, "worse": 1}
+    told = direct(results, "pruned-4", "pruned-4-worse")
+    columns = ["difference", "difference_lo", "difference_hi", "p"]
+    assert table.loc["worse", columns].tolist() == pytest.approx(list(told[:4]))
+    assert table.n.tolist() == [ITEMS * 3] * 2
+
+
+def test_p_values_are_corrected_over_the_rivals():
+    table = against_rivals(study(own={4: 2.5}, a={4: 2.4}, b={4: 2.49}, c={4: 2.5}))
+    assert table.p_holm.tolist() == metrics.holm(table.p).tolist()
+    assert table.p_holm["a"] == pytest.approx(3 * table.p["a"])
+    assert table.p_holm["a"] < 0.05 < table.p_holm["c"]
+
+
+def test_random_orders_are_one_rival_over_the_depths_that_all_have():
+    results = study(own={2: 3.0, 4: 2.5}, random_0={2: 2.0, 4: 2.9}, random_1={4: 1.9})
+    table, score = against_rivals(results), scores(results)
+    assert list(table.index) == ["random (mean of 2)"] and table.depths.tolist() == [1]
+    mean = score[["pruned-4-random-0", "pruned-4-random-1"]].mean()
+    assert table.difference.iloc[0] == pytest.approx(score["pruned-4"] - mean)
+    assert list(against_rivals(study(own={4: 2.5}, random_0={4: 2.0})).index) == ["random-0"]
+
+
+def test_a_rival_without_the_operating_depth_has_no_difference_there_and_does_not_count():
+    table = against_rivals(study(own={2: 3.0, 4: 2.5}, short={2: 2.0}, other={2: 2.9, 4: 1.5}))
+    assert np.isnan([table.p["short"], table.p_holm["short"]]).all()
+    assert table.p_all["short"] < 0.01 and table.p_holm["other"] == table.p["other"]
+    assert criteria.criteria_tests(study(own={2: 3.0})).empty
+
+
+def test_unscored_answers_and_other_models_are_left_out():
+    results = study(own={4: 2.5}, other={4: 2.4})
+    answers, variants = results.answers, results.variants
+    packed = variants.assign(variant=variants.variant + "|awq4", bits=4, quantizer="awq")
+    healed = variants.assign(variant=variants.variant + "+sft", healed=True)
+    ends = [answers.assign(variant=answers.variant + end, score=1) for end in ("|awq4", "+sft")]
+    more = dataclasses.replace(
+        results, variants=pd.concat([variants, packed, healed]), answers=pd.concat([answers, *ends])
+    )
+    pd.testing.assert_frame_equal(against_rivals(more), against_rivals(results))
+    lost = (answers.variant == "pruned-4") & (answers["item"] == "i3")
+    gap = dataclasses.replace(results, answers=answers.assign(score=answers.score.mask(lost)))
+    assert against_rivals(gap).n.tolist() == [57]
+
+
+def test_the_cliff_is_where_a_block_costs_most():
+    results = study(own={2: 3.4, 4: 3.3, 5: 2.6, 9: 1.6}, other={2: 2.0, 4: 1.9})
+    table = criteria.cliffs(results).set_index("criterion")
+    own, other = table.loc["own"], table.loc["other"]
+    assert (own.fall_from, own.fall_to) == (4, 5) and own.fall_lo < own.fall < own.fall_hi
+    assert own.fall == own.fall_per_block == pytest.approx(25 * 0.7, abs=2)
+    assert (other.fall_from, other.fall_per_block) == (0, other.fall / 2)
+    low = direct(results, "pruned-4", "pruned-5")
+    assert (own.fall_lo, own.fall_hi) == pytest.approx((low.lo, low.hi))
+
+
+def test_level_ends_before_the_first_depth_that_is_clearly_worse_than_the_unpruned_model():
+    dips = {2: 3.5, 4: 3.0, 6: 3.6}
+    results = study(own={2: 3.5, 4: 3.6, 6: 2.0}, other={2: 3.0}, dips=dips, flat={2: 3.6, 4: 3.6})
+    level = criteria.cliffs(results).set_index("criterion").level_until
+    assert level.to_dict() == {"own": 4, "other": 0, "dips": 2, "flat": 4}
+
+
+def sublayer_study(share=1 / 3):
+    """Own's blocks 1 to 4 and models without 3 and 7 attentions, which take `share` of a block."""
+    results = study(3, own={1: 3.0, 2: 2.8, 3: 2.4, 4: 2.0}, attention={3: 3.4, 7: 1.5})
+    table = results.variants
+    cut = table.criterion == "attention"
+    table = table.assign(attentions_removed=table.blocks_removed.where(cut, 0))
+    table["blocks_removed"] = table.blocks_removed.where(~cut, 0)
+    gone = table.blocks_removed + share * table.attentions_removed
+    sizes = pd.DataFrame({"variant": table.variant, "params_b": 1 - gone / 10})
+    return dataclasses.replace(results, variants=table, memory=sizes)
+
+
+def test_sublayers_stand_beside_the_nearest_model_of_whole_blocks():
+    results = sublayer_study()
+    table = criteria.sublayers(results)
+    assert table.nearest.tolist() == ["pruned-1", "pruned-2"]
+    assert table.apart.tolist() == pytest.approx([0, 1 / 3])
+    told = direct(results, "pruned-3-attention", "pruned-1").difference
+    assert table.difference[0] == told > 0 > table.difference[1]
+    assert criteria.sublayers(sublayer_study(0.5)).nearest[1] in ("pruned-3", "pruned-4")
+
+
+def test_sublayers_are_no_rivals_and_without_sizes_nothing_is_near():
+    results = sublayer_study()
+    assert criteria.criteria_tests(results).empty
+    assert list(criteria.cliffs(results).criterion) == ["own"]
+    none = criteria.sublayers(dataclasses.replace(results, memory=None))
+    assert len(none) == 2 and "nearest" not in none
+
+
+def test_a_block_that_lost_both_its_parts_makes_no_plan_of_blocks():
+    """Of seven sublayers that go, all may belong to whole blocks: the plan is one of sublayers."""
+    results = sublayer_study()
+    both = results.variants.variant == "pruned-7-attention"
+    table = results.variants.assign(
+        blocks_removed=results.variants.blocks_removed.mask(both, 2),
+        attentions_removed=results.variants.attentions_removed.mask(both, 0),
+    )
+    results = dataclasses.replace(results, variants=table)
+    assert criteria.criteria_tests(results).empty
+    cut = criteria.sublayers(results)
+    assert list(cut.variant) == ["pruned-3-attention", "pruned-7-attention"]
