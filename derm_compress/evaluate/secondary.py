@@ -29,7 +29,7 @@ def predictions(
 
     earlier: as schema.read_answers gives it; answers: stage 08's. Adds `fact_f1`, `diagnosis` (null
     but for the name question) and `similarity` (null but for the variants in `alike` on test
-    items). report.results.of_predictions makes the frames of every score table of it.
+    items). report.results.load_results makes the frames of every score table of it.
     """
     frames = [frame[frame.split == "test"].assign(stage=stage) for stage, frame in earlier.items()]
     every = schema.latest([*frames, answers.assign(stage=LAST)])

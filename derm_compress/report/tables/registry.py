@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from derm_compress.errors import DermError
 from derm_compress.report.results import Results
 from derm_compress.report.tables import (
     answers,
@@ -208,7 +209,9 @@ _BY_STEM = {table.stem: table for table in TABLES}
 
 
 def make(stem: str, results: Results) -> pd.DataFrame | None:
-    """One table; None where the results do not suffice."""
+    """One table; None where the results do not suffice. DermError for a stem that is none."""
+    if stem not in _BY_STEM:
+        raise DermError(f"report: there is no table {stem}; there are {', '.join(_BY_STEM)}")
     return _BY_STEM[stem].made(results)
 
 
