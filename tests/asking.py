@@ -7,7 +7,7 @@ from derm_compress.model import prompts
 
 def inputs_of(processor, dataset, n=2):
     items = dataset.of("test")[:n]
-    texts = [prompts.prompt(processor, kind) for kind in ("name", "treatment")][:n]
+    texts = [prompts.prompt(processor, kind) for kind in ("name", "features")][:n]
     return prompts.prepare(processor, texts, dataset.images[[i.row for i in items]], "cpu")
 
 

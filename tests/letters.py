@@ -1,4 +1,4 @@
-"""A processor whose tokens are letters, pictures and questions for it, and a small model that reads them."""
+"""A processor whose tokens are letters, what it is asked, and a small model that reads it."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace

@@ -62,7 +62,7 @@ def test_a_reading_is_that_of_the_model_without_the_unit(small, read, unit):
 
 @pytest.mark.parametrize("ranking", ("output_similarity", "perplexity-sublayers"))
 def test_a_reading_holds_what_is_planned(small, read, ranking):
-    """Bytes alive with what one unit needs, units going from the last to the first, against needs."""
+    """Bytes alive with what one unit needs, units going from the last to the first."""
     asked, arch = Ranking.of(ranking), shapes.architecture(small.config)
     units, most = asked.units(arch.blocks), 0
     prompts = Prompts.of(Words(), PICTURES[0], QUESTIONS, "cpu")
@@ -84,9 +84,8 @@ def test_a_reading_holds_what_is_planned(small, read, ranking):
     tokens = 3 * reading.begin, len(TOLD) * reading.places[1].shape[1]
     costs = Needs({"rankings": ["last"]}, arch)
     costs.kinds = len(QUESTIONS)
-    joined = (
-        2 * arch.cache_width * (2 * costs.kinds * tokens[0] + tokens[1])
-    )  # gone again when a block is through
+    # joined keys and values are gone again when a block is through
+    joined = 2 * arch.cache_width * (2 * costs.kinds * tokens[0] + tokens[1])
     planned = 2 * costs.held(asked, *tokens) - 4 * joined  # in fp32
     assert 0.9 * planned < most <= planned
 
