@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from filelock import FileLock, Timeout
 
 from derm_compress.errors import DermError
+from derm_compress.progress import say
 
 STAGE, KEY = re.compile(r"[0-9]{2}_[a-z0-9_]+"), re.compile(r"[0-9a-f]{64}")
 _HELD: dict[Path, FileLock] = {}  # a second lock on one file would wait for this process's own
@@ -133,7 +134,7 @@ def hold(path: Path, *, waiting: str = "") -> bool:
     except Timeout:
         if not waiting:
             return False
-        print(waiting, flush=True)
+        say(waiting)
         lock.acquire()
     _HELD[path] = lock
     return True

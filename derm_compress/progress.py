@@ -1,6 +1,18 @@
 """One line of progress now and then, readable in a log, a notebook and a terminal (no torch)."""
 
+import os
 import time
+from pathlib import Path
+
+LOG = "DERM_COMPRESS_LOG"  # the runner's name for the file that it shows lines of
+
+
+def say(text: str) -> None:
+    """Prints a line and hands it on where a runner listens; what cells print is for readers alone."""
+    print(text, flush=True)
+    if path := os.environ.get(LOG):
+        with Path(path).open("a", encoding="utf-8") as log:
+            log.write(text + "\n")
 
 
 def clock(seconds: float) -> str:
@@ -22,10 +34,10 @@ def track(iterable, what: str, total: int | None = None, *, every: float = 10.0)
         yield item
         now = time.monotonic()
         if now - last >= every and done != total:
-            print(f"{what}: {_line(done, total, now - begun)}", flush=True)
+            say(f"{what}: {_line(done, total, now - begun)}")
             last, every, said = now, min(every * 1.5, 60.0), True
     if said:
-        print(f"{what}: {done} in {clock(time.monotonic() - begun)}", flush=True)
+        say(f"{what}: {done} in {clock(time.monotonic() - begun)}")
 
 
 def _line(done: int, total: int | None, seconds: float) -> str:

@@ -39,6 +39,7 @@ from pathlib import Path
 import pandas as pd
 
 from derm_compress.method import words
+from derm_compress.progress import say
 
 
 def numbers(count, seed):
@@ -62,7 +63,7 @@ def misbehave(mode, journal):
         if str(item) not in journal.done:
             journal.add(str(item), item)
             if mode == "slow":
-                print("item", item, flush=True)
+                say(f"item {item}")
                 time.sleep(0.25)
     return {"items": len(journal.done)}
 '''

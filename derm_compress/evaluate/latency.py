@@ -18,7 +18,7 @@ from derm_compress.method.quantization import packed
 from derm_compress.model import anatomy, devices, prompts, usage
 from derm_compress.model.memory import GIB
 from derm_compress.model.recipe import Recipe
-from derm_compress.progress import track
+from derm_compress.progress import say, track
 
 
 def time_variants(
@@ -74,10 +74,7 @@ def _timed(model, name: str, requests, *, speed: float, **how) -> list[dict]:
             told = measure_latency(model, inputs, **how) | usage.resident_gib(device)
         except torch.OutOfMemoryError:
             batch = len(inputs["input_ids"])
-            print(
-                f"latency of {name}: out of GPU memory with {batch} at once; not measured",
-                flush=True,
-            )
+            say(f"latency of {name}: out of GPU memory with {batch} at once; not measured")
             break
         rows.append({"weights_gib": stored} | told | card | floor(model, told, speed))
         usage.reset_peak(device)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from derm_compress.errors import DermError
+from derm_compress.progress import say
 
 
 def halved(work: Callable[[int], object], batch_size: int, what: str):
@@ -52,7 +53,7 @@ def fewer(size: int, what: str) -> int:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    print(f"{what}: out of GPU memory with {size} at once; going on with {size // 2}", flush=True)
+    say(f"{what}: out of GPU memory with {size} at once; going on with {size // 2}")
     return size // 2
 
 

@@ -6,20 +6,19 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
 from derm_compress.files import read_json, shown, write_text
-from derm_compress.progress import clock
+from derm_compress.progress import LOG, clock
 from derm_compress.study import keys
 from derm_compress.study.plan import ARITHMETIC, Plan, read_note
 
 SILENCE = 30  # seconds after which a stage that says nothing is told to be alive
-REPEATED = ("reads  ", "on  ")  # what every stage says of itself
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PARAMETERS = "parameters.yaml"  # all of a run's: by these a kernel finds the keys of its inputs
 KERNEL = {  # waiting threads cost more than they give; progress bars print hundreds of lines
@@ -41,8 +40,8 @@ class Job:
     process: subprocess.Popen
     begun: float
     spoke: float
+    log: TextIO
     last: str = ""
-    reader: threading.Thread | None = None
 
 
 class Execution:
@@ -67,6 +66,7 @@ class Execution:
                 self._start_ready()
                 time.sleep(0.05)
                 for job in list(self.jobs):
+                    self._relay(job)
                     if job.process.poll() is None:
                         self._heartbeat(job)
                     elif not self._close(job):
@@ -89,14 +89,13 @@ class Execution:
             about = f", about {clock(expected)} as in the last report" if expected else ""
             self.say(stage, f"starts{about}")
             now = time.monotonic()
-            job = Job(stage, launch(self.plan, stage), now, now)
-            job.reader = threading.Thread(target=self._listen, args=(job,), daemon=True)
-            job.reader.start()
-            self.jobs.append(job)
+            process = launch(self.plan, stage)
+            log = log_of(self.plan, stage).open(encoding="utf-8", errors="replace")
+            self.jobs.append(Job(stage, process, now, now, log))
 
-    def _listen(self, job: Job) -> None:
-        for line in map(str.rstrip, job.process.stdout):
-            if line and not line.startswith((*REPEATED, f"{job.stage}  run ")):
+    def _relay(self, job: Job) -> None:
+        for line in map(str.rstrip, job.log):
+            if line:
                 job.last, job.spoke = line, time.monotonic()
                 self.say(job.stage, line)
 
@@ -110,7 +109,8 @@ class Execution:
         self.say(job.stage, f"in cell {begun} of {cells}{about}")
 
     def _close(self, job: Job) -> bool:
-        job.reader.join()
+        self._relay(job)
+        job.log.close()
         self.jobs.remove(job)
         settle(self.plan, job.stage)
         why = trouble(self.plan, job)
@@ -137,17 +137,22 @@ def launch(plan: Plan, stage: str) -> subprocess.Popen:
         env[name] = os.pathsep.join(filter(None, [str(path), os.environ.get(name)]))
     env["DERM_COMPRESS_ROOT"] = str(plan.root)
     env["DERM_COMPRESS_PARAMS"] = str(plan.folder / PARAMETERS)
-    return subprocess.Popen(
-        [sys.executable, "-m", "derm_compress.study.worker", json.dumps(request)],
-        cwd=plan.root,
-        env=env,
-        encoding="utf-8",
-        errors="replace",
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    env[LOG] = str(log_of(plan, stage))
+    with log_of(plan, stage).open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "derm_compress.study.worker", json.dumps(request)],
+            cwd=plan.root,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def log_of(plan: Plan, stage: str) -> Path:
+    """Where a stage's lines of progress go, for the runner to show."""
+    return plan.folder / f"{stage}.log"
 
 
 def running(plan: Plan, stage: str) -> Path:

@@ -17,7 +17,7 @@ from derm_compress.files import (
     write_frame,
     write_json,
 )
-from derm_compress.progress import clock
+from derm_compress.progress import clock, say
 from derm_compress.study import store
 from derm_compress.study.params import (
     Notebook,
@@ -95,7 +95,7 @@ class Stage:
             seconds = time.monotonic() - begun
             self.measure(Path(file).stem if "." in file else file, {"seconds": round(seconds, 3)})
             if seconds >= 1:
-                print(f"{file} made in {clock(seconds)}", flush=True)
+                say(f"{file} made in {clock(seconds)}")
         return path
 
     def journal(self, name: str) -> Journal:
@@ -167,7 +167,7 @@ class Stage:
         if not cached:
             state = f"finished in {clock(manifest['made']['seconds'])}"
         told = f"{len(manifest['files'])} files, results {manifest['results'][:12]}"
-        print(f"{self.name} {state}: {told}")
+        say(f"{self.name} {state}: {told}")
 
     def provenance(self) -> str:
         """Where the stage stands, in three lines; in a fourth what differs from the defaults."""

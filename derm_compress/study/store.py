@@ -21,6 +21,7 @@ from derm_compress.files import (
     sync,
     write_json,
 )
+from derm_compress.progress import say
 
 MANIFEST = "manifest.json"
 MEASURED = ("measured.json", "measured/")  # differ from run to run
@@ -80,11 +81,11 @@ class Store:
             self._verified.add((stage, key))
             return True
         if entry != self.own(stage, key):
-            print(f"damaged: {shown(entry)}: {fault}; it is not used", flush=True)
+            say(f"damaged: {shown(entry)}: {fault}; it is not used")
             self._refused.add(entry)
             return self.complete(stage, key)
         if fault != "absent":
-            print(f"damaged: {shown(entry)}: {fault}; set aside, to be recomputed", flush=True)
+            say(f"damaged: {shown(entry)}: {fault}; set aside, to be recomputed")
             self._set_aside(stage, key)
         return False
 
@@ -132,7 +133,7 @@ class Store:
         begun = [artifact(root, stage, key).with_name(work.name) for root in self.mounted]
         found = max((path for path in begun if path.is_dir()), key=reached, default=None)
         if found and not work.exists():
-            print(f"{stage}: goes on from {shown(found)}", flush=True)
+            say(f"{stage}: goes on from {shown(found)}")
             copy(found, work)
 
     def adopt(self, stage: str, key: str) -> None:

@@ -1,4 +1,4 @@
-"""One notebook in a process of its own: papermill executes it, what cells print is passed on."""
+"""One notebook in a process of its own: papermill executes it."""
 
 import json
 import os
@@ -26,8 +26,6 @@ def main(request: dict) -> int:
             language="python",
             cwd=request["cwd"],
             progress_bar=False,
-            stdout_file=printed,
-            stderr_file=printed,
             shutdown_kernel="immediate",
         )
     except PapermillExecutionError:

@@ -454,7 +454,7 @@ def test_a_damaged_artifact_is_named_and_computed_again(copy):
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
-        ("crash", ["in [6] ValueError: the toy crashed", "shapes.py:25, in misbehave"]),
+        ("crash", ["in [6] ValueError: the toy crashed", "shapes.py:26, in misbehave"]),
         ("exit", ["failed: in [6] SystemExit: 0"]),
         ("die", ["failed: its kernel died in cell 7"]),
     ],

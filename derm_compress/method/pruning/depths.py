@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from derm_compress.errors import DermError
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.model.variants import paper_depth
+from derm_compress.progress import say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ def plan_depths(of_32: Sequence[int], plan: Plan) -> list[int]:
             limit = "iterative_blocks higher"
         raise DermError(f"pruning {reach}, and depths begin at {asked[0]}; set {limit}")
     if beyond := asked[len(found) :]:
-        print(f"{reach}: depths {beyond} are left out", flush=True)
+        say(f"{reach}: depths {beyond} are left out")
     return found
 
 
