@@ -58,7 +58,7 @@ def keys_and_views(root: Path) -> tuple[dict, dict]:
         ("method/importance/criteria.py", STAGES[2:]),
         ("method/quantization/scaling.py", STAGES[6:]),
         ("evaluate/latency.py", STAGES[7:]),
-        ("report/tables.py", []),
+        ("report/results.py", []),
         ("study/store.py", []),
         ("kaggle/build.py", []),
     ],
