@@ -25,10 +25,6 @@ class Architecture:
     image_tokens: int  # that one picture takes in the decoder
     tower_values: int  # alive at once while the tower reads one picture
 
-    @property
-    def block_linears(self) -> int:
-        return sum(out * into for out, into in self.linears.values())
-
     def kept(self, blocks_removed: int) -> int:
         """Decoder blocks left; raises DermError where that many cannot go."""
         if not 0 <= blocks_removed < self.blocks:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 SUBLAYERS = ("attention", "mlp")  # of a block, in the order of their use
+TEXT = re.compile(r"(?P<block>[0-9]+)(\.(?P<part>attention|mlp))?")
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,10 @@ class Unit:
         """The unit of 12, "12" or "12.attention"; ValueError for anything else."""
         if isinstance(told, Unit):
             return told
-        block, dot, part = str(told).partition(".")
-        if (
-            isinstance(told, bool | float)
-            or not block.isdecimal()
-            or (dot and part not in SUBLAYERS)
-        ):
+        found = TEXT.fullmatch(str(told))
+        if not found:
             raise ValueError(f"{told!r} is no unit; units are N, N.attention and N.mlp")
-        return cls(int(block), part)
+        return cls(int(found["block"]), found["part"] or "")
 
     @property
     def span(self) -> tuple[int, int]:
