@@ -167,7 +167,8 @@ def test_criteria_that_look_at_weights_are_refused_by_name(dataset):
     model, processor = loading.load_base("pico", anatomy.META)
     calibration = Calibration(model, processor, dataset.of("train")[:1], dataset.images)
     with pytest.raises(DermError, match=r"\['magnitude', 'taylor'\] need weights"):
-        measure.measure_importance(["last", "magnitude", "random-1", "taylor"], calibration, Journal())
+        wanted = ["last", "magnitude", "random-1", "taylor"]
+        measure.measure_importance(wanted, calibration, Journal())
     measured = measure.measure_importance(["last", "random-1"], calibration, Journal())
     assert set(measured.ranking) == {"last", "random-1"} and measured.value.notna().all()
 

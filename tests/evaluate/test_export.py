@@ -1,4 +1,4 @@
-"""Exported folders: the same model again, a card whose code runs, no folder that only looks whole."""
+"""Exported folders: the same model again, a card whose code runs, nothing half loaded."""
 
 import json
 
