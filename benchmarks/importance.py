@@ -1,16 +1,17 @@
-"""What a model says without a block, by drafts and by the plain loop: are the texts equal, and how much faster?
+"""What a model says without a block, by drafts and by the plain loop: equal texts, and how soon?
 
-The embedded base first learns one long question (name, treatment and features, these in two wordings), so that answers
-have 48 tokens or more and end by themselves. Then drafts.ablated_answers and the loop over removal.without and
-model.generate, at its fastest batch, take turns in one thread, each of as many answers as a block has. The last line
-is JSON; an item is one (block, answer), `ratio` the loop's wall seconds over the drafts'. A status of 1 if the texts differ or the ratio is below 3.
+The embedded base first learns one long question (name, treatment and features, these in two
+wordings), so that answers have 48 tokens or more and end by themselves. Then drafts.ablated_answers
+and the loop over removal.without and model.generate, at its fastest batch, take turns in a thread,
+each of as many answers as a block has. The last line is JSON; an item is one (block, answer),
+`ratio` the loop's wall seconds over the drafts'. A status of 1 if the texts differ or the ratio is
+below 3.
 """
 
 import ctypes
 import json
 import sys
 import time
-from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -19,17 +20,20 @@ import torch
 
 from derm_compress.data import dialogue, synthetic
 from derm_compress.method.importance.drafts import ablated_answers
-from derm_compress.model import anatomy, loading, prompts, reading, removal, tiny, usage
+from derm_compress.model import anatomy, loading, prompts, removal, tiny, usage
 from derm_compress.model.prompts import collate, encode
+from derm_compress.model.reading import Prompts
+from derm_compress.model.units import Unit
 
 AIM = 3
-ITEMS, BLOCKS, LEAST, MOST = 32, list(range(2, 31)), 48, 96
+ITEMS, LEAST, MOST = 32, 48, 96  # LEAST and MOST: tokens of an answer
+BLOCKS = [Unit(block) for block in range(2, 31)]
 LONG = {"all": " ".join(map(dialogue.question, dialogue.QUESTIONS))}
 SHORT = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
 
 
 def teach(model, processor, items, images, *, steps: int, batch: int, lr: float) -> None:
-    """The blocks learn to answer LONG about these items: name, treatment, and the features twice in other words."""
+    """The blocks learn to answer LONG: name, treatment, and the features twice in other words."""
     pixels = processor.image_processor(list(images[[i.row for i in items]]), return_tensors="pt")[
         "pixel_values"
     ]
@@ -55,7 +59,7 @@ def teach(model, processor, items, images, *, steps: int, batch: int, lr: float)
 
 @torch.inference_mode()
 def loop(model, processor, asked, images, units, *, batch: int):
-    """The straightforward way: remove a unit, generate, put it back; tokens up to the end of sequence by key."""
+    """The plain way: remove a unit, generate, put it back; tokens of each answer by key."""
     eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
     for unit in units:
         answers = {}
@@ -80,7 +84,7 @@ def loop(model, processor, asked, images, units, *, batch: int):
 
 
 class Meter:
-    """Seconds and peak MiB of one side's turns; a side that keeps nothing between them is measured from each anew."""
+    """Seconds and peak MiB of one side's turns, from each turn's own start if it keeps nothing."""
 
     def __init__(self, keeps: bool):
         self.wall = self.cpu = self.mib = 0.0
@@ -102,103 +106,52 @@ class Meter:
         self.mib = float(np.maximum(self.mib, 1024 * (usage.peak_gib() - self.base)))
 
 
-def watch(seen: Counter) -> None:
-    """Counts block-tokens, seconds and rows of what `reading.run` does, by kind."""
-    run = reading.run
-
-    def counted(model, x, *args, start=0, gates=None, **more):
-        kind = "reading" if gates is None else "full" if gates.all() else "writing"
-        began = time.perf_counter()
-        y = run(model, x, *args, start=start, gates=gates, **more)
-        seen[f"{kind} s"] += time.perf_counter() - began
-        seen[f"{kind} rows"] += len(x)
-        seen[kind] += x.shape[0] * x.shape[1] * (len(anatomy.blocks(model)) - start / 2)
-        return y
-
-    reading.run = reading.run = counted
-
-
-def race(
-    model, processor, items, images, questions, *, blocks, lines: int, batches, seen: Counter
-) -> dict:
-    """Both ways in turns, the loop at the best of `batches`; what they took, and whether their tokens are the same."""
+def race(model, processor, items, images, questions, *, blocks, lines: int, batches) -> dict:
+    """Both ways in turns, the loop at the best of `batches`: what they took, and equal or not."""
     asked = [(item, *question) for question in questions.items() for item in items]
     tried = {batch: Meter(keeps=False) for batch in batches}
     for batch, meter in tried.items():
         with meter:
             list(loop(model, processor, asked, images, blocks[:1], batch=batch))
-    print(
-        "the loop's seconds a block by batch:",
-        {b: round(m.cpu, 2) for b, m in tried.items()},
-        flush=True,
-    )
-    batch, units, rows, plain = min(tried, key=lambda b: tried[b].cpu), [None, *blocks], {}, {}
-    count = len(anatomy.blocks(model))  # of blocks; while one is away, one less
-    watched = anatomy.blocks(model)[0].register_forward_pre_hook(
-        lambda _, args: seen.update(
-            loop=args[0].shape[0] * args[0].shape[1] * (count - (len(plain) > 0))
-        )
-    )
-    seen.clear()
-    drafts = ablated_answers(
-        model, processor, items, images, blocks, questions, batch_size=lines, max_new_tokens=MOST
-    )
-    straight, fast, slow = (
-        loop(model, processor, asked, images, units, batch=batch),
-        Meter(True),
-        Meter(False),
-    )
-    for n in range(len(units)):
+    seconds = {batch: round(meter.cpu, 2) for batch, meter in tried.items()}
+    print("the loop's seconds a block by batch:", seconds, flush=True)
+    batch, units = min(seconds, key=seconds.get), [None, *blocks]
+    prompts = Prompts.of(processor, images[0], questions, model.device)
+    how = {"batch_size": lines, "max_new_tokens": MOST}
+    drafts = ablated_answers(model, prompts, items, images, blocks, **how)
+    straight = loop(model, processor, asked, images, units, batch=batch)
+    fast, slow, rows, plain = Meter(keeps=True), Meter(keeps=False), {}, {}
+    for n in range(1, 1 + len(units)):
         with slow:
             plain |= next(straight)
         with fast:
-            rows |= {row.key: row for row in islice(drafts, (n + 1) * len(asked) - len(rows))}
-    watched.remove()
+            rows |= {row.key: row for row in islice(drafts, n * len(asked) - len(rows))}
     same = {key: row.tokens for key, row in rows.items()} == plain
-    return {"texts_equal": same, "loop_batch": batch, "batch": lines} | compared(
-        rows, fast, slow, seen
-    )
+    found = {"texts_equal": same, "loop_batch": batch, "batch": lines}
+    return found | compared(rows, fast, slow)
 
 
-def compared(rows: dict, fast: Meter, slow: Meter, seen: Counter) -> dict:
+def compared(rows: dict, fast: Meter, slow: Meter) -> dict:
     """The figures of one race."""
-    ablated = [
-        (row, rows[None, *key[1:]].tokens) for key, row in rows.items() if key[0] is not None
-    ]
-    gained = sum(
-        len(row.tokens) - row.accepted - 1 for row, draft in ablated if row.accepted < len(draft)
-    )
-    kinds, count = ("reading", "full", "writing"), len(ablated)
+    ablated = [row for row in rows.values() if row.unit]
+    drafts = [rows[None, row.item, row.question].tokens for row in ablated]
+    drafted, count = sum(map(len, drafts)), len(ablated)
     values = {
-        "ratio": slow.wall / fast.wall, "ratio_of_cpu_seconds": slow.cpu / fast.cpu, "items": count,
-        "items_per_s": count / fast.wall, "loop_items_per_s": count / slow.wall,
-        "accepted": sum(row.accepted for row, _ in ablated) / sum(len(draft) for _, draft in ablated),
-        "unchanged": sum(row.tokens == draft for row, draft in ablated) / count,
+        "ratio": slow.wall / fast.wall,
+        "ratio_of_cpu_seconds": slow.cpu / fast.cpu,
+        "items": count,
+        "items_per_s": count / fast.wall,
+        "loop_items_per_s": count / slow.wall,
+        "accepted": sum(row.accepted for row in ablated) / drafted,
+        "unchanged": np.mean([row.tokens == d for row, d in zip(ablated, drafts, strict=True)]),
         "near_ties": sum(row.near_ties for row in rows.values()),
-        "answer_tokens": sum(len(draft) for _, draft in ablated) / count,
-        "seconds": fast.wall, "loop_seconds": slow.wall, "peak_mib": fast.mib, "loop_peak_mib": slow.mib,
-        "block_tokens_of_loop": sum(seen[kind] for kind in kinds) / seen["loop"],
-        "tokens_a_step": gained / max(1, seen["writing rows"]),
-    }  # fmt: skip
-    values |= {f"{kind}_of_seconds": seen[f"{kind} s"] / fast.wall for kind in kinds}
-    return {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
-
-
-def bounds(found: dict) -> str:
-    """What keeps the drafts from being faster still, in words."""
-    kinds = {
-        "reading": "reading drafts",
-        "full": "the whole model's own answers",
-        "writing": "writing what differs",
+        "answer_tokens": drafted / count,
+        "seconds": fast.wall,
+        "loop_seconds": slow.wall,
+        "peak_mib": fast.mib,
+        "loop_peak_mib": slow.mib,
     }
-    shares = {told: found[f"{kind}_of_seconds"] for kind, told in kinds.items()}
-    told = ", ".join(
-        f"{share:.0%} {what}" for what, share in sorted(shares.items(), key=lambda pair: -pair[1])
-    )
-    floor = 1 / found["block_tokens_of_loop"]
-    computed = f"they compute {found['block_tokens_of_loop']:.0%} of the loop's block-tokens"
-    peaks = f"peak {found['peak_mib']:.0f} MiB, the loop's {found['loop_peak_mib']:.0f}"
-    return f"the drafts' seconds are {told}; {computed}, so {floor:.1f}x is the most at equal speed a token; {peaks}"
+    return {name: round(float(v), 4) for name, v in values.items()}
 
 
 def main() -> None:
@@ -216,17 +169,14 @@ def main() -> None:
         f"only {len(chosen)} answers have {LEAST} tokens or more and end by themselves"
     )
     print(f"taught in {time.perf_counter() - began:.0f} s", flush=True)
-    watch(seen := Counter())
-    how = {"blocks": BLOCKS, "lines": ITEMS, "batches": (8, 16, 32), "seen": seen}
+    how = {"blocks": BLOCKS, "lines": ITEMS, "batches": (8, 16, 32)}
     found = race(model, processor, chosen, images, LONG, **how)
     print("one long question:", found, flush=True)
-    how |= {"blocks": BLOCKS[::6], "lines": 3 * ITEMS, "batches": (32, 96)}
-    found["short_questions_of_the_base"] = race(
-        loading.load_base("tiny")[0], processor, chosen, images, SHORT, **how
-    )
-    print(bounds(found))
-    print(json.dumps(found))
-    equal = found["texts_equal"] and found["short_questions_of_the_base"]["texts_equal"]
+    base = loading.load_base("tiny")[0]
+    how = {"blocks": BLOCKS[::6], "lines": 3 * ITEMS, "batches": (32, 96)}
+    short = race(base, processor, chosen, images, SHORT, **how)
+    print(json.dumps(found | {"short_questions_of_the_base": short}))
+    equal = found["texts_equal"] and short["texts_equal"]
     sys.exit(0 if equal and found["ratio"] >= AIM else 1)
 
 

@@ -1,6 +1,6 @@
 import itertools
 import weakref
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +9,11 @@ from letters import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.method.importance import drafts
+from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.importance.drafts import ablated_answers
 from derm_compress.model import reading, removal
 from derm_compress.model.prompts import prepare, prompt
+from derm_compress.model.reading import Prompts
 from derm_compress.model.units import Unit
 
 ITEMS = [Item(f"i{row}", "train", "rosacea", f"g{row}", row, {}, "") for row in range(3)]
@@ -51,8 +53,11 @@ def told(small):
 
 
 def written(model, *, eos, batch_size, units=UNITS, most=MOST, pictures=PICTURES):
-    how = {"batch_size": batch_size, "max_new_tokens": most, "eos": eos}
-    rows = list(ablated_answers(model, Words(), ITEMS, pictures, units, QUESTIONS, **how))
+    words = Words()
+    words.tokenizer = SimpleNamespace(eos_token_id=eos)
+    prompts = Prompts.of(words, pictures[0], QUESTIONS, "cpu")
+    how = {"batch_size": batch_size, "max_new_tokens": most}
+    rows = list(ablated_answers(model, prompts, ITEMS, pictures, units, **how))
     answers = {row.key: row for row in rows}
     assert len(answers) == len(rows) == (1 + len(units)) * len(ITEMS) * len(QUESTIONS)
     return answers
@@ -144,8 +149,8 @@ def test_answers_are_those_of_generate_on_the_pico_model(pico, dataset, text_onl
     asked, expected = (*pico, dataset.of("train")[:2], dataset.images, units), {}
     for kind in dialogue.QUESTIONS:
         expected |= loop(*asked, kind, text_only=text_only)
-    how = {"batch_size": 6, "max_new_tokens": 6, "text_only": text_only}
-    rows = {row.key: row.tokens for row in ablated_answers(*asked, dialogue.QUESTIONS, **how)}
+    c = Calibration(*asked[:4], None, batch_size=6, max_new_tokens=6, text_only=text_only)
+    rows = {answer.key: answer.tokens for answer, _ in c.answers(units)}
     assert rows == expected
     assert len({tuple(tokens) for tokens in rows.values()}) > 6
 
@@ -204,10 +209,3 @@ def test_in_half_precision_answers_differ_where_words_nearly_tie_and_nowhere_els
                     )
     differ = [key for key, row in rows.items() if row.tokens != expected[key]]
     assert len(differ) < 0.1 * len(rows) and all(rows[key].near_ties for key in differ)
-
-
-def test_questions_by_any_name_are_asked(small, told):
-    one, asked = [replace(ITEMS[0], id="x")], {"it": "what is it"}
-    how = {"batch_size": 1, "max_new_tokens": MOST, "eos": told[0]}
-    (row,) = ablated_answers(small, Words(), one, PICTURES, [], asked, **how)
-    assert (row.key, row.tokens) == ((None, "x", "it"), told[1][None, "i0", "short"])

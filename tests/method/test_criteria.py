@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
+from derm_compress.files import file_digest
 from derm_compress.method.importance import scoring
 from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.importance.criteria import CRITERIA
-from derm_compress.method.importance.embedder import Embedder
+from derm_compress.method.importance.embedder import Embedder, packaged
 from derm_compress.method.importance.plain import output_similarity_plainly
 from derm_compress.model import anatomy, prompts, removal
 from derm_compress.model.units import SUBLAYERS, Unit
@@ -84,7 +85,11 @@ def states(c, item):
         hook.remove()
 
 
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
 def test_the_embedder_is_the_published_model(embed):
+    assert file_digest(packaged() / "model.safetensors") == MINILM_SHA256
     same, near, far = map(
         embed, ["a red rash on the face", "a red spot on the face", "stock prices fell on Monday"]
     )

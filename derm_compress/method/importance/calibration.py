@@ -76,17 +76,8 @@ class Calibration:
 
     def answers(self, units: Sequence[Unit]) -> Iterator[tuple[Answer, str]]:
         """Answers of the model (unit None) and of the model without each unit, with their texts."""
-        rows = ablated_answers(
-            self.model,
-            self.processor,
-            self.items,
-            self.images,
-            units,
-            dialogue.QUESTIONS,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-            text_only=self.text_only,
-        )
+        how = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+        rows = ablated_answers(self.model, self.prompts(), self.items, self.images, units, **how)
         for row in rows:
             text = self.processor.tokenizer.decode(row.tokens, skip_special_tokens=True)
             yield row, text.strip()

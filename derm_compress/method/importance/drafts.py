@@ -9,13 +9,12 @@ are those of removing the part and generating anew (plain.py).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.model import anatomy
 from derm_compress.model.cache import SlotCache
@@ -80,7 +79,7 @@ class Writer:
     """Continuous batching: up to `lines` answers at once; a freed line takes the next.
 
     Each is read with AHEAD guesses behind its last token, of which those stand that greedy decoding
-    agrees with.
+    agrees with: a third sooner for long answers, a little later for those of a few words.
     """
 
     AHEAD = 7
@@ -91,7 +90,7 @@ class Writer:
         self.answers: list[Answer] = []  # under way; the first lines are theirs
 
     def ended(self, tokens: Sequence[int]) -> bool:
-        return len(tokens) >= self.most or (len(tokens) > 0 and tokens[-1] == self.eos)
+        return len(tokens) >= self.most or self.eos in tokens[-1:]
 
     def add(self, going: list[tuple[int, Answer]], reading: Reading, cache) -> Iterator[Answer]:
         """Goes on with (row of the reading, answer); gives back answers that end meanwhile."""
@@ -116,10 +115,7 @@ class Writer:
         tokens, near = self.predict(guessed)
         for line, answer in enumerate(self.answers):
             self.take(answer, guessed[line], tokens[line], near[line])
-        done = [line for line, answer in enumerate(self.answers) if self.ended(answer.tokens)]
-        ended = [self.answers[line] for line in done]
-        self.free(done)
-        for answer in ended:
+        for answer in self.free():
             self.guesses.learn(answer)
             yield answer
 
@@ -132,8 +128,8 @@ class Writer:
             ids[row, : 1 + len(guess)] = torch.tensor([answer.tokens[-1], *guess])
             if answer.unit:
                 gates[row, slice(*answer.unit.span)] = False
-        places = torch.tensor([answer.position for answer in self.answers], device=device)
-        positions = places[:, None] + torch.arange(1 + most, device=device)
+        places = torch.tensor([[answer.position] for answer in self.answers], device=device)
+        positions = places + torch.arange(1 + most, device=device)
         x = self.model.get_input_embeddings()(ids.to(device))
         mask = self.cache.aim(positions, x.dtype)
         x = run(self.model, x, self.cache, mask, positions, gates=gates.to(device))
@@ -148,49 +144,49 @@ class Writer:
             if self.ended(answer.tokens) or i >= len(guess) or guess[i] != token:
                 return
 
-    def free(self, done: list[int]) -> None:
-        """Takes answers out; the last ones move to their lines."""
-        count = len(self.answers) - len(done)
-        gaps = [line for line in done if line < count]
-        last = [line for line in range(count, len(self.answers)) if line not in done]
+    def free(self) -> list[Answer]:
+        """Takes out the answers that have ended; the last ones move to their lines."""
+        done = [self.ended(answer.tokens) for answer in self.answers]
+        ended = [answer for answer, over in zip(self.answers, done, strict=True) if over]
+        count = len(self.answers) - len(ended)
+        gaps = [line for line in range(count) if done[line]]
+        last = [line for line in range(count, len(done)) if not done[line]]
         self.cache.move(last, gaps)
         for line, gap in zip(last, gaps, strict=True):
             self.answers[gap] = self.answers[line]
         del self.answers[count:]
+        return ended
 
 
 @torch.inference_mode()
 def ablated_answers(
     model,
-    processor,
+    prompts: Prompts,
     items: Sequence[Item],
     images: np.ndarray,
-    units: Sequence[Unit],
-    questions: Sequence[str] | dict[str, str],
+    units: Iterable[Unit | int | str],
     *,
     batch_size: int,
     max_new_tokens: int,
-    text_only: bool = False,
-    eos: int | None = None,
 ) -> Iterator[Answer]:
     """Greedy answers of the full model (unit None) and without each unit, as they are finished.
 
-    `questions`: the study's kinds, or any by name. Up to `batch_size` answers are written at once;
-    without a unit half as many are read, but all about at least one picture.
+    Up to `batch_size` answers are written at once; without a unit half as many are read, but all
+    about at least one picture.
     """
-    if not isinstance(questions, dict):
-        questions = {kind: dialogue.question(kind) for kind in questions}
-    if eos is None:
-        eos = processor.tokenizer.eos_token_id
-    device = anatomy.decoder(model).device
-    prompts = Prompts.of(processor, images[0], questions, device, text_only=text_only)
-    width = len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens
-    writer = Writer(model, lines=batch_size, width=width, max_new_tokens=max_new_tokens, eos=eos)
-    some = max(1, batch_size // len(questions))
+    units = sorted(map(Unit.of, units), reverse=True)
+    writer = Writer(
+        model,
+        lines=batch_size,
+        width=len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        eos=prompts.processor.tokenizer.eos_token_id,
+    )
+    some = max(1, batch_size // len(prompts.rest))
     for start in range(0, len(items), some):
         part, drafts = items[start : start + some], {}
-        whole = itertools.chain(read_without(prompts, part, images, {}, (), writer), writer.flush())
-        for answer in whole:
+        whole = read_without(prompts, part, images, {}, (), writer)
+        for answer in itertools.chain(whole, writer.flush()):
             drafts[answer.item, answer.question] = answer.tokens
             yield answer
         # a reading leaves about half of its rows to write, and holds most of the memory
@@ -213,7 +209,7 @@ def read_without(
     told = [drafts.get(key, []) for key in asked]
     pictures, kinds = images[[item.row for item in items]], [kind for _, kind in asked]
     reading = Reading(writer.model, prompts, pictures, picture, kinds, told, units)
-    for unit in sorted(units, reverse=True) or [None]:
+    for unit in units or [None]:
         states, cache = reading.without(unit)
         going = []
         for row, scores in enumerate(reading.predictions(states)):
