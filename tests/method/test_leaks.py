@@ -33,7 +33,7 @@ def splits(node):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_before_evaluation_unseen_pictures_are_only_asked_about(path):
-    """In 02 to 07 test pictures are answered about, and one of 02's is looked at; nothing else sees them."""
+    """In 02 to 07 unseen pictures occur in stage.frame("answers…", <asking>, …) and nowhere else."""
     for statement in code(path).body:
         if splits(statement) & set(UNSEEN):
             value = statement.value
