@@ -94,9 +94,7 @@ def variants_of(recipe, store):
 def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset, tmp_path):
     """What the eight notebooks call, in their order, on the true shapes."""
     model, processor, recipe = seven_b
-    calibration = Calibration(
-        model, processor, dataset.of("train")[:2], dataset.images, Embedder()
-    )
+    calibration = Calibration(model, processor, dataset.of("train")[:2], dataset.images, Embedder())
     measured = measure.measure_importance(["published"], calibration, Journal())
     scores, told = (
         measure.importance_scores(measure.importance_values(measured), (0, 1, 31)),
@@ -138,7 +136,6 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
         scores=scores, plans=plans, choice=choice, variants=variants, answers=answers,
         evaluation=answers, training=training, latency=timed,
         memory=memory.plan_variants(variants, arch, arch),
-        architecture=architecture(variants),
     )  # fmt: skip
     check_tables(tables.build(results))
 
