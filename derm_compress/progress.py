@@ -8,7 +8,7 @@ LOG = "DERM_COMPRESS_LOG"  # the runner's name for the file that it shows lines 
 
 
 def say(text: str) -> None:
-    """Prints a line and hands it on where a runner listens; what cells print is for readers alone."""
+    """Prints a line, and hands it to the runner if one listens; prints are for readers alone."""
     print(text, flush=True)
     if path := os.environ.get(LOG):
         with Path(path).open("a", encoding="utf-8") as log:

@@ -1,4 +1,4 @@
-"""The notebooks as text: what every one of them has, and what none may have. They run in test_smoke.py."""
+"""The notebooks as text: what each has and what none may have. They run in test_smoke.py."""
 
 import ast
 import itertools
@@ -13,9 +13,15 @@ from derm_compress.study import params
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STAGES = [
-    "01_data", "02_finetune", "03_layer_importance", "04_pruning", "05_sft", "06_activation_analysis",
-    "07_quantization", "08_evaluation",
-]  # fmt: skip
+    "01_data",
+    "02_finetune",
+    "03_layer_importance",
+    "04_pruning",
+    "05_sft",
+    "06_activation_analysis",
+    "07_quantization",
+    "08_evaluation",
+]
 
 
 def cells(path):
@@ -86,7 +92,7 @@ class TestEvery:
         assert path.stem == "01_data" or "assert " in shown
 
     def test_no_result_is_typed_into_its_text(self, path):
-        """After the first cell, prose holds no percentages or scores; the paper's own, in 04, name the paper."""
+        """After the first cell, prose holds no scores; the paper's own stand where it is named."""
         for kind, text, _ in cells(path)[1:]:
             text = re.sub(r"https?://\S+", "", text)
             if kind == "markdown" and "paper" not in text.lower():
