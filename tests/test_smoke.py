@@ -98,7 +98,7 @@ def test_one_file_holds_every_answer_and_statistics_stand_beside_the_tables(stud
         and not frame.duplicated(["variant", "item", "question"]).any()
     )
     named = study / "reports/smoke/tables"
-    for stem in ("planner", "latency", "comparisons", "power", "diagnosis", "secondary"):
+    for stem in ("latency", "comparisons", "power", "diagnosis", "secondary"):
         assert len(pd.read_csv(named / f"extra_{stem}.csv")), stem
     assert set(pd.read_csv(named / "extra_latency.csv").batch) == {1, 4}
     assert (
