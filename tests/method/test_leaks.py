@@ -33,7 +33,7 @@ def splits(node):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_before_evaluation_unseen_pictures_are_only_asked_about(path):
-    """In 02 to 07 test pictures are answered about, and one of 02's is looked at; nothing else."""
+    """02 to 07 answer about test pictures, and 02 looks at one; nothing else sees them."""
     for statement in code(path).body:
         if splits(statement) & set(UNSEEN):
             value = statement.value
