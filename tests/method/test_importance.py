@@ -16,7 +16,7 @@ from derm_compress.evaluate import answers
 from derm_compress.files import Journal
 from derm_compress.method.importance import measure, scoring
 from derm_compress.method.importance.calibration import Calibration
-from derm_compress.method.importance.plans import pruning_plans, whole_answers
+from derm_compress.method.importance.plans import pruning_plans
 from derm_compress.method.importance.rankings import Ranking
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.model import anatomy, removal
@@ -56,9 +56,9 @@ def calibration(pico, dataset):
     return Calibration(*pico, dataset.of("train")[:2], dataset.images, different, 3, 6)
 
 
-def ranked(names, c, *, protected=PROTECTED, most=5):
+def ranked(names, c, *, protected=PROTECTED, most=5, journal=None):
     """(plans by name, measured rows)."""
-    journal = Journal()
+    journal = journal or Journal()
     measured = measure.measure_importance(names, c, journal)
     how = {"protected": protected, "most": most, "fingerprint": "f", "journal": journal}
     told = pruning_plans(names, measured, c, **how)
@@ -85,23 +85,21 @@ def scripted(monkeypatch, table, name="block_influence"):
 
 def perplexity_of(c):
     """Mean negative log-likelihood of the references, by the model as it is."""
-    losses = []
     with torch.inference_mode():
-        for _, reading in c.readings():
-            scores = reading.predictions(reading.last)
-            for row, told in zip(scores, reading.told, strict=True):
-                losses.append(cross_entropy(row[:-1], torch.tensor(told)).item())
-    return np.mean(losses)
+        reading = c.reading()
+        scores = reading.predictions(reading.last)
+    pairs = zip(scores, map(torch.tensor, reading.told), strict=True)
+    return np.mean([cross_entropy(row[:-1], told).item() for row, told in pairs])
 
 
 def fit_head(c):
     """A head that tells the references as well as a linear map can: less of a model does worse."""
     read, targets = [], []
     with torch.inference_mode():
-        for _, reading in c.readings():
-            for row, asked, told in zip(reading.last, reading.asked, reading.told, strict=True):
-                read.append(anatomy.decoder(c.model).norm(row[asked - 1 : asked - 1 + len(told)]))
-                targets += told
+        reading = c.reading()
+        for row, asked, told in zip(reading.last, reading.asked, reading.told, strict=True):
+            read.append(anatomy.decoder(c.model).norm(row[asked - 1 : asked - 1 + len(told)]))
+            targets += told
     x = torch.cat(read).double()
     wanted = one_hot(torch.tensor(targets), c.model.lm_head.out_features).double()
     found = torch.linalg.lstsq(x, wanted, driver="gelsd").solution
@@ -355,6 +353,28 @@ def test_of_a_cut_batch_only_the_units_that_lack_a_result_are_computed(
     assert computed == [*first, *itertools.product(units, [three, four])]
 
 
+@pytest.mark.parametrize(("rows", "again"), [(30, ["train-00001"]), (50, [])])
+def test_a_stopped_iterative_ranking_asks_the_whole_model_nothing_twice(
+    calibration, monkeypatch, tmp_path, rows, again
+):
+    """Of 8 blocks there are 2 x 24 rows, a picture after the other; then those after a removal."""
+    name, log, asked = "output_similarity-iterative", tmp_path / "log.jsonl", []
+    whole, _ = ranked([name], calibration, most=2)
+    with pytest.raises(KeyboardInterrupt):
+        ranked([name], calibration, most=2, journal=Cut(log, rows))
+    inner = Calibration.answers
+
+    def answers(c, units):
+        if len(anatomy.blocks(c.model)) == 8:
+            asked.extend(item.id for item in c.items)
+        return inner(c, units)
+
+    monkeypatch.setattr(Calibration, "answers", answers)
+    journal = Journal(log)
+    assert len(journal.done) == rows
+    assert ranked([name], calibration, most=2, journal=journal)[0] == whole and asked == again
+
+
 # Frames
 
 
@@ -398,6 +418,6 @@ def test_the_answers_behind_the_values_are_kept(calibration):
     _, measured = ranked(["output_similarity", "last"], calibration)
     said = measure.answers_without_blocks(measured)
     assert len(said) == 8 * 2 * 3 and (said.accepted <= said.tokens).all()
-    own = whole_answers(Ranking.of("output_similarity"), calibration)
+    own = {(row.item, row.question): row.original for row in measured.dropna().itertuples()}
     same = [own[row.item, row.question] == row.answer for row in said.itertuples()]
     assert (said.similarity[same] == 1).all() and 0 < sum(same) < len(same)

@@ -106,17 +106,17 @@ def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(
 
 def test_rankings_go_on_with_smaller_batches(pico, dataset, monkeypatch):
     c = Calibration(*pico, dataset.of("train")[:3], dataset.images, batch_size=6, max_new_tokens=4)
-    real = Calibration.readings
+    real = Calibration.reading
 
     def small(c, *words, **how):
         narrow(3, [])(c.batch_size)
         return real(c, *words, **how)
 
     whole = measure.measure_importance(["perplexity"], c, files.Journal()).value
-    monkeypatch.setattr(Calibration, "readings", small)
+    monkeypatch.setattr(Calibration, "reading", small)
     found = measure.measure_importance(["perplexity"], c, files.Journal()).value
     assert found.sub(whole).abs().max() < 1e-5
-    monkeypatch.setattr(Calibration, "readings", full)
+    monkeypatch.setattr(Calibration, "reading", full)
     with pytest.raises(DermError, match="ranking perplexity: out of GPU memory"):
         measure.measure_importance(["perplexity"], c, files.Journal())
 

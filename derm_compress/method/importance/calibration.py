@@ -23,8 +23,7 @@ from derm_compress.model.units import Unit
 class Calibration:
     """A model, training pictures [n, S, S, 3] and how to ask about them.
 
-    `original` holds the full model's answers by (item, question), where the model at hand has lost
-    units already.
+    original: the whole model's answers by (item, question) where the one at hand has lost units.
     """
 
     model: object
@@ -43,10 +42,12 @@ class Calibration:
         """The decoder's; a vision tower may wait elsewhere."""
         return anatomy.decoder(self.model).device
 
-    def batches(self) -> list[Sequence[Item]]:
-        """Items that are asked all questions at once."""
+    def batches(self) -> list[Calibration]:
+        """The same of a few items each: as many as are asked all questions at once."""
         some = max(1, self.batch_size // len(dialogue.QUESTIONS))
-        return [self.items[start : start + some] for start in range(0, len(self.items), some)]
+        starts = range(0, len(self.items), some)
+        parts = [self.items[start : start + some] for start in starts]
+        return [dataclasses.replace(self, items=part) for part in parts]
 
     def prompts(self) -> Prompts:
         questions = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
@@ -62,17 +63,14 @@ class Calibration:
             for kind in dialogue.QUESTIONS
         ]
 
-    def readings(
-        self, units: Sequence[Unit] = (), watch=None
-    ) -> Iterator[tuple[Sequence[Item], Reading]]:
-        """Batches of items, and their reference answers read once: rows are items by questions."""
+    def reading(self, units: Sequence[Unit] = (), watch=None) -> Reading:
+        """All items' reference answers read at once: rows are items by questions."""
         prompts = self.prompts()
-        for part in self.batches():
-            rows = itertools.product(range(len(part)), dialogue.QUESTIONS)
-            picture, kinds = zip(*rows, strict=True)
-            told = [tokens for item in part for tokens in self.told(prompts, item)]
-            pictures = self.images[[item.row for item in part]]
-            yield part, Reading(self.model, prompts, pictures, picture, kinds, told, units, watch)
+        rows = itertools.product(range(len(self.items)), dialogue.QUESTIONS)
+        picture, kinds = zip(*rows, strict=True)
+        told = [tokens for item in self.items for tokens in self.told(prompts, item)]
+        pictures = self.images[[item.row for item in self.items]]
+        return Reading(self.model, prompts, pictures, picture, kinds, told, units, watch)
 
     def answers(self, units: Sequence[Unit]) -> Iterator[tuple[Answer, str]]:
         """Answers of the model (unit None) and of the model without each unit, with their texts."""

@@ -171,10 +171,10 @@ def ablated_answers(
 ) -> Iterator[Answer]:
     """Greedy answers of the full model (unit None) and without each unit, as they are finished.
 
-    Up to `batch_size` answers are written at once; without a unit half as many are read, but all
-    about at least one picture.
+    The items' prompts are read at once, without a unit half of them; up to `batch_size` answers
+    are written at once.
     """
-    units = sorted(map(Unit.of, units), reverse=True)
+    units, drafts = sorted(map(Unit.of, units), reverse=True), {}
     writer = Writer(
         model,
         lines=batch_size,
@@ -182,19 +182,16 @@ def ablated_answers(
         max_new_tokens=max_new_tokens,
         eos=prompts.processor.tokenizer.eos_token_id,
     )
-    some = max(1, batch_size // len(prompts.rest))
-    for start in range(0, len(items), some):
-        part, drafts = items[start : start + some], {}
-        whole = read_without(prompts, part, images, {}, (), writer)
-        for answer in itertools.chain(whole, writer.flush()):
-            drafts[answer.item, answer.question] = answer.tokens
-            yield answer
-        # a reading leaves about half of its rows to write, and holds most of the memory
-        half = (len(part) + 1) // 2
-        for few in (part[:half], part[half:]):
-            if few and units:
-                yield from read_without(prompts, few, images, drafts, units, writer)
-        yield from writer.flush()
+    whole = read_without(prompts, items, images, {}, (), writer)
+    for answer in itertools.chain(whole, writer.flush()):
+        drafts[answer.item, answer.question] = answer.tokens
+        yield answer
+    # a reading leaves about half of its rows to write, and holds most of the memory
+    half = (len(items) + 1) // 2
+    for few in (items[:half], items[half:]):
+        if few and units:
+            yield from read_without(prompts, few, images, drafts, units, writer)
+    yield from writer.flush()
 
 
 def read_without(

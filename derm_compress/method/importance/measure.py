@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pandas as pd
 
@@ -38,12 +38,12 @@ def measure_importance(names: Iterable[str], c: Calibration, journal) -> pd.Data
             f"rankings {weigh} need weights, and device meta has none: "
             "take published, last or random-0"
         )
-    frames = [pd.DataFrame({"ranking": [], "unit": [], "item": [], "value": []}, dtype=object)]
+    frames = []
     for ranking in {ranking.base: ranking for ranking in found}.values():
-        frame = unit_rows(ranking, c, ranking.units(blocks), journal=journal)
-        frame.insert(0, "ranking", ranking.base)
-        frames.append(frame)
-    frame = pd.concat(frames[1:] or frames, ignore_index=True).astype({"value": float})
+        frames.append(unit_rows(ranking, c, ranking.units(blocks), journal=journal))
+        frames[-1].insert(0, "ranking", ranking.base)
+    none = pd.DataFrame(columns=["ranking", "unit", "item", "value"])
+    frame = pd.concat(frames or [none], ignore_index=True).astype({"value": float})
     units = [Unit.of(unit) for unit in frame.unit]
     frame["block"] = [unit.block for unit in units]
     frame["part"] = [unit.part or "block" for unit in units]
@@ -51,36 +51,31 @@ def measure_importance(names: Iterable[str], c: Calibration, journal) -> pd.Data
 
 
 def unit_rows(
-    ranking: Ranking,
-    c: Calibration,
-    units: Sequence[Unit],
-    *,
-    journal,
-    removed: Sequence[Unit] = (),
+    ranking: Ranking, c: Calibration, units: Sequence[Unit], *, journal, removed=()
 ) -> pd.DataFrame:
     """The criterion's rows for units, each kept in the journal as soon as it is there.
 
-    `removed` units are out of c.model already; values are then those of the model without them.
-    Raises DermError where a value is not a number.
+    `removed` units are out of c.model already. DermError where a value is not a number.
     """
     c = seen_by(ranking, c)
-    questions = ranking.criterion.questions
-    gone = " ".join(map(str, removed))
+    state = f"{ranking.base} without [{' '.join(map(str, removed))}]"
 
     def key(unit: Unit | str, item: str, question: str) -> str:
-        return f"{ranking.base} without [{gone}]: {unit}, {item}, {question}"
+        return f"{state}: {unit}, {item}, {question}"
 
-    def lacking(items: Sequence[Item]) -> list[Unit]:
-        """Units that lack a result for one of these items."""
-        asked = list(itertools.product([item.id for item in items], questions))
-        return [unit for unit in units if any(key(unit, *one) not in journal.done for one in asked)]
+    def keys(unit: Unit, items: Sequence[Item]) -> list[str]:
+        """Of all results of a unit, as many for each of its items."""
+        asked = itertools.product(items, ranking.criterion.questions)
+        return [key(unit, item.id, question) for item, question in asked]
 
     def fill(batch_size: int) -> None:
-        sized = dataclasses.replace(c, batch_size=batch_size)
+        todo = []
         # batches are the same ones whatever is missing: a neighbour may move a last digit
-        todo = [(items, lacking(items)) for items in sized.batches()]
-        total = sum(len(items) * len(some) for items, some in todo) * len(questions)
-        made = scored(ranking, sized, todo, removed)
+        for batch in dataclasses.replace(c, batch_size=batch_size).batches():
+            lacking = [u for u in units if not journal.done.keys() >= set(keys(u, batch.items))]
+            todo.append((batch, lacking))
+        total = sum(len(keys(unit, batch.items)) for batch, lacking in todo for unit in lacking)
+        made = scored(ranking, todo, removed)
         for row in track(made, f"{ranking.base}: results by unit and picture", total):
             if not math.isfinite(row["value"]):
                 raise DermError(
@@ -92,8 +87,7 @@ def unit_rows(
                 journal.add(place, row)
 
     oom.halved(fill, c.batch_size, f"ranking {ranking.name}")
-    wanted = itertools.product(units, [item.id for item in c.items], questions)
-    return pd.DataFrame([journal.done[key(*one)] for one in wanted])
+    return pd.DataFrame([journal.done[place] for unit in units for place in keys(unit, c.items)])
 
 
 def seen_by(ranking: Ranking, c: Calibration) -> Calibration:
@@ -104,18 +98,14 @@ def seen_by(ranking: Ranking, c: Calibration) -> Calibration:
 
 
 def scored(
-    ranking: Ranking,
-    c: Calibration,
-    todo: Sequence[tuple[Sequence[Item], list[Unit]]],
-    removed: Sequence[Unit],
+    ranking: Ranking, todo: Sequence[tuple[Calibration, list[Unit]]], removed: Sequence[Unit]
 ) -> Iterator[dict]:
     """The criterion's rows for units of each batch, units as text by their original names."""
-    criterion: Callable = getattr(scoring, ranking.criterion.name)
-    for items, units in todo:
+    criterion = getattr(scoring, ranking.criterion.name)
+    for batch, units in todo:
         original = dict(zip(positions(units, removed), units, strict=True))
-        if units:
-            for row in criterion(dataclasses.replace(c, items=items), list(original)):
-                yield row | {"unit": str(original[row["unit"]])}
+        for row in criterion(batch, list(original)) if units else ():
+            yield row | {"unit": str(original[row["unit"]])}
 
 
 def positions(units: Sequence[Unit], removed: Sequence[Unit]) -> list[Unit]:

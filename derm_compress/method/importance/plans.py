@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,10 +10,10 @@ import pandas as pd
 
 from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.importance.criteria import PUBLISHED
-from derm_compress.method.importance.measure import importance_values, seen_by, unit_rows
+from derm_compress.method.importance.measure import importance_values, unit_rows
 from derm_compress.method.importance.rankings import Ranking
 from derm_compress.method.pruning.plan import Plan, published_plan
-from derm_compress.model import anatomy, oom, removal
+from derm_compress.model import anatomy, removal
 from derm_compress.model.units import Unit
 from derm_compress.progress import track
 
@@ -37,30 +36,13 @@ def pruning_plans(
             plan.check(blocks=blocks, fingerprint=fingerprint)
         else:
             ranking = Ranking.of(name)
+            told = measured[measured.ranking == ranking.base]
             spared = () if "unprotected" in ranking.options else tuple(protected)
-            known = Plan(name, (), spared, blocks, fingerprint, settings=settings(ranking, c, most))
-            plan = dataclasses.replace(
-                known, **chosen(ranking, measured, c, spared=spared, most=most, journal=journal)
-            )
+            how = settings(ranking, c, most)
+            plan = Plan(name, (), spared, blocks, fingerprint, settings=how)
+            plan = ranked(plan, ranking, told, c, most=most, journal=journal)
         made[name] = plan.to_dict()
     return made
-
-
-def chosen(
-    ranking: Ranking, measured: pd.DataFrame, c: Calibration, *, spared, most: int, journal
-) -> dict:
-    """A plan's order or starts, and scores."""
-    values = importance_values(measured[measured.ranking == ranking.base])
-    mean = values.groupby("unit").value.mean()
-    units = ranking.units(len(anatomy.blocks(c.model)))
-    first = {unit: float(mean[str(unit)]) for unit in units if unit.block not in spared}
-    if "iterative" in ranking.options:
-        return iterative(ranking, c, first, most=most, journal=journal)
-    if "contiguous" in ranking.options:
-        by_block = {unit.block: score for unit, score in first.items()}
-        return contiguous(run_scores(measured, ranking, by_block), by_block)
-    order = sorted(first, key=lambda unit: (first[unit], unit))
-    return {"order": tuple(order), "scores": tuple(first[unit] for unit in order)}
 
 
 def settings(ranking: Ranking, c: Calibration, most: int) -> dict:
@@ -86,68 +68,67 @@ def settings(ranking: Ranking, c: Calibration, most: int) -> dict:
     return told
 
 
+def ranked(
+    plan: Plan, ranking: Ranking, told: pd.DataFrame, c: Calibration, *, most: int, journal
+) -> Plan:
+    """The plan with the order, or the starts of runs, that the measured rows `told` give."""
+    mean = importance_values(told).groupby("unit").value.mean()
+    units = ranking.units(plan.blocks)
+    scores = {unit: float(mean[str(unit)]) for unit in units if unit.block not in plan.protected}
+    if "contiguous" in ranking.options:
+        starts, lost = contiguous(told, {unit.block: score for unit, score in scores.items()})
+        return dataclasses.replace(plan, starts=starts, scores=lost)
+    if "iterative" in ranking.options:
+        if ranking.criterion.asks_alone:
+            c = dataclasses.replace(c, original=whole_answers(told))
+        scores = iterative(ranking, c, scores, most=most, journal=journal)
+    else:
+        scores = {unit: scores[unit] for unit in sorted(scores, key=lambda u: (scores[u], u))}
+    return dataclasses.replace(plan, order=tuple(scores), scores=tuple(scores.values()))
+
+
+def whole_answers(told: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """The whole model's answers by (item, question), which every answer without a unit names."""
+    return {(row.item, row.question): row.original for row in told.itertuples()}
+
+
 def iterative(
-    ranking: Ranking, c: Calibration, first: dict[Unit, float], *, most: int, journal
-) -> dict:
-    """Order and scores where the least goes and the others are scored anew, against the whole."""
-    order, scores, now = [], [], first
-    if ranking.criterion.asks_alone:
-        c = dataclasses.replace(c, original=whole_answers(ranking, c))
-    for _ in track(range(min(most, len(first))), f"{ranking.name}: removals"):
-        unit = min(now, key=lambda unit: (now[unit], unit))
-        order.append(unit)
-        scores.append(now[unit])
-        others = [other for other in now if other != unit]
+    ranking: Ranking, c: Calibration, scores: dict[Unit, float], *, most: int, journal
+) -> dict[Unit, float]:
+    """Scores in the order of removal, those left being scored anew, against the whole model."""
+    order = {}
+    for _ in track(range(min(most, len(scores))), f"{ranking.name}: removals"):
+        unit = min(scores, key=lambda unit: (scores[unit], unit))
+        order[unit] = scores[unit]
+        others = [other for other in scores if other != unit]
         if not others or len(order) == most:
             break
         with removal.without(c.model, order):
-            frame = unit_rows(ranking, c, others, journal=journal, removed=order)
+            frame = unit_rows(ranking, c, others, journal=journal, removed=list(order))
         mean = frame.groupby("unit").value.mean()
-        now = {other: float(mean[str(other)]) for other in others}
-    return {"order": tuple(order), "scores": tuple(scores)}
+        scores = {other: float(mean[str(other)]) for other in others}
+    return order
 
 
-def whole_answers(ranking: Ranking, c: Calibration) -> dict[tuple[str, str], str]:
-    """The whole model's answers by (item, question)."""
+def contiguous(
+    told: pd.DataFrame, scores: dict[int, float]
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Starts and scores of the least important runs of n blocks, for n = 1, 2, …
 
-    def answers(batch_size: int) -> dict:
-        asked = dataclasses.replace(seen_by(ranking, c), batch_size=batch_size).answers(())
-        return {(answer.item, answer.question): text for answer, text in asked}
-
-    return oom.halved(answers, c.batch_size, f"ranking {ranking.name}")
-
-
-def run_scores(
-    measured: pd.DataFrame, ranking: Ranking, first: dict[int, float]
-) -> dict[tuple[int, int], float]:
-    """Score of every run of blocks (start, length): the criterion's own, or its blocks' sum."""
-    told = measured[measured.ranking == ranking.base]
-    runs = {}
+    A run's score is the criterion's own, or else the sum of its blocks'.
+    """
+    own = {}
     if "runs" in told and told.runs.notna().any():
-        for block, lists in told.groupby("block").runs:
-            mean = np.mean(np.stack(lists.to_list()), 0)
-            runs |= {(block, n): float(score) for n, score in enumerate(mean, 1)}
-        return runs
-    for start in first:
-        for n, block in enumerate(itertools.count(start), 1):
-            if block not in first:
-                break
-            runs[start, n] = runs.get((start, n - 1), 0.0) + first[block]
-    return runs
+        own = {block: np.mean([*lists], 0) for block, lists in told.groupby("block").runs}
 
+    def lost(start: int, n: int) -> float:
+        if own:
+            return float(own[start][n - 1])
+        return sum(scores[block] for block in range(start, start + n))
 
-def contiguous(runs: dict[tuple[int, int], float], free: Iterable[int]) -> dict:
-    """Start and score of the least important run of n free blocks, for n = 1, 2, …"""
-    free, starts, scores = set(free), [], []
-    for n in itertools.count(1):
-        allowed = {
-            start: score
-            for (start, length), score in runs.items()
-            if length == n and free.issuperset(range(start, start + n))
-        }
-        if not allowed:
-            return {"order": (), "starts": tuple(starts), "scores": tuple(scores)}
-        best = min(allowed, key=lambda start: (allowed[start], start))
-        starts.append(best)
-        scores.append(allowed[best])
-    raise AssertionError("runs are finite")
+    least = []
+    for n in range(1, len(scores) + 1):
+        free = [start for start in scores if scores.keys() >= {*range(start, start + n)}]
+        if free:
+            least.append(min((lost(start, n), start) for start in free))
+    return tuple(start for _, start in least), tuple(score for score, _ in least)

@@ -44,6 +44,7 @@ def output_similarity(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
             "question": answer.question,
             "value": value,  # importance_scores has the mean over pictures (Eq. 5)
             "answer": text,
+            "original": before,
             "accepted": answer.accepted,
             "tokens": len(answer.tokens),
             "near_ties": answer.near_ties,
@@ -53,16 +54,15 @@ def output_similarity(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
 @torch.inference_mode()
 def perplexity(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
     """Mean negative log-likelihood of the reference answers without the unit (Kim et al. 2024)."""
-    for items, reading in c.readings(units):
-        for unit in sorted(units, reverse=True):
-            scores = reading.predictions(reading.without(unit)[0])
-            reading.forget(unit)
-            asked = itertools.product(items, dialogue.QUESTIONS)
-            for (item, kind), row, told in zip(asked, scores, reading.told, strict=True):
-                wanted = torch.tensor(told, device=row.device)
-                value = F.cross_entropy(row[:-1].float(), wanted).item()
-                yield {"unit": unit, "item": item.id, "question": kind, "value": value}
-        del reading  # before the next one is made
+    reading = c.reading(units)
+    for unit in sorted(units, reverse=True):
+        scores = reading.predictions(reading.without(unit)[0])
+        reading.forget(unit)
+        asked = itertools.product(c.items, dialogue.QUESTIONS)
+        for (item, kind), row, told in zip(asked, scores, reading.told, strict=True):
+            wanted = torch.tensor(told, device=row.device)
+            value = F.cross_entropy(row[:-1].float(), wanted).item()
+            yield {"unit": unit, "item": item.id, "question": kind, "value": value}
 
 
 @torch.inference_mode()
@@ -80,16 +80,15 @@ def block_influence(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
         else:
             entering[part] = x
 
-    for items, reading in c.readings(watch=watch):
-        places = torch.arange(len(reading.places[1][0]))
-        real = (places <= last_token(reading)[:, None]).to(c.device)  # [rows, tokens]: no padding
-        for unit, (i, item) in itertools.product(units, enumerate(items)):
-            beginning, rest = cosines[0, *unit.span][i], cosines[1, *unit.span] * real
-            rows = reading.picture == i
-            total = beginning.sum() + rest[rows].sum()
-            value = 1 - (total / (len(beginning) + real[rows].sum())).item()
-            yield {"unit": unit, "item": item.id, "value": value}
-        del reading  # before the next one is made
+    reading = c.reading(watch=watch)
+    places = torch.arange(len(reading.places[1][0]))
+    real = (places <= last_token(reading)[:, None]).to(c.device)  # [rows, tokens]: no padding
+    for unit, (i, item) in itertools.product(units, enumerate(c.items)):
+        beginning, rest = cosines[0, *unit.span][i], cosines[1, *unit.span] * real
+        rows = reading.picture == i
+        total = beginning.sum() + rest[rows].sum()
+        value = 1 - (total / (len(beginning) + real[rows].sum())).item()
+        yield {"unit": unit, "item": item.id, "value": value}
 
 
 @torch.inference_mode()
@@ -104,20 +103,18 @@ def angular(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
         if part:
             seen[sublayer], seen[sublayer + 1] = x, y
 
-    for items, reading in c.readings(watch=watch):
-        last = last_token(reading)
-        states = torch.stack([seen[s][torch.arange(len(last)), last] for s in sorted(seen)])
-        states = F.normalize(states.double(), dim=-1)  # [sublayers + 1, rows, width]
-        for unit in units:
-            first, after = unit.span
-            ends = [after] if unit.part else range(after, len(states), 2)
-            cosines = torch.stack([(states[first] * states[end]).sum(-1) for end in ends])
-            angles = cosines.clamp(-1, 1).arccos() / torch.pi  # [runs, rows]
-            for i, item in enumerate(items):
-                runs = angles[:, reading.picture == i].mean(1).tolist()
-                yield {"unit": unit, "item": item.id, "value": runs[0], "runs": runs}
-        seen.clear()
-        del reading  # before the next one is made
+    reading = c.reading(watch=watch)
+    last = last_token(reading)
+    states = torch.stack([seen[s][torch.arange(len(last)), last] for s in sorted(seen)])
+    states = F.normalize(states.double(), dim=-1)  # [sublayers + 1, rows, width]
+    for unit in units:
+        first, after = unit.span
+        ends = [after] if unit.part else range(after, len(states), 2)
+        cosines = torch.stack([(states[first] * states[end]).sum(-1) for end in ends])
+        angles = cosines.clamp(-1, 1).arccos() / torch.pi  # [runs, rows]
+        for i, item in enumerate(c.items):
+            runs = angles[:, reading.picture == i].mean(1).tolist()
+            yield {"unit": unit, "item": item.id, "value": runs[0], "runs": runs}
 
 
 def last_token(reading: Reading) -> torch.Tensor:
