@@ -73,6 +73,8 @@ def assignments(texts: list[str]) -> dict[str, str]:
         name, sign, value = text.partition("=")
         if not sign or not name.isidentifier():
             raise DermError(f"--set {text}: write name=value")
+        if name in found:
+            raise DermError(f"--set: {name} is given twice")
         found[name] = value
     return found
 

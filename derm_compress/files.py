@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, journals that survive a kill, locks, digests (no torch)."""
+"""Files: written whole or not at all, notes and journals with checksums, locks (no torch)."""
 
 import contextlib
 import errno
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path, PurePath
 
 from filelock import FileLock, Timeout
@@ -14,8 +15,21 @@ from filelock import FileLock, Timeout
 from derm_compress.errors import DermError
 from derm_compress.progress import say
 
-STAGE, KEY = re.compile(r"[0-9]{2}_[a-z0-9_]+"), re.compile(r"[0-9a-f]{64}")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+)
+CHECKSUM = "checksum"  # of all else that a note says
 _HELD: dict[Path, FileLock] = {}  # a second lock on one file would wait for this process's own
+_NAMED: set[Path] = set()  # notes whose damage has been said
+STAGE, KEY = re.compile(r"[0-9]{2}_[a-z0-9_]+"), re.compile(r"[0-9a-f]{64}")
 
 
 def shown(path: Path) -> str:
@@ -32,11 +46,12 @@ def public(value):
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
+    """Removes a file, a link or a whole folder, if it is there and as far as that is allowed."""
+    if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def sync(*paths: Path) -> None:
@@ -51,15 +66,23 @@ def sync(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def disk_guard(path: Path):
-    """Turns a full disk, also one that a library reports in its own words, into one clear line."""
+    """Turns a full disk, also in a library's words, or a place that takes no file into one line."""
     try:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        if number not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
-            raise
-        advice = "free some space and run again, what was finished is kept"
-        raise DermError(f"the disk is full while writing {shown(path)}: {advice}") from error
+        if number in FULL or "No space left" in str(error):
+            advice = "free some space and run again, what was finished is kept"
+            raise DermError(f"the disk is full while writing {shown(path)}: {advice}") from error
+        if number in CLOSED and beside(Path(error.filename or path), path):
+            why = f"{error.strerror.lower()} ({shown(Path(error.filename or path))})"
+            raise DermError(f"cannot write {shown(path)}: {why}") from error
+        raise
+
+
+def beside(other: Path, path: Path) -> bool:
+    """Whether another path is one that writing `path` touches: above it, or in its folder."""
+    return other in path.parents or path.parent in other.parents
 
 
 @contextlib.contextmanager
@@ -78,17 +101,22 @@ def atomic(path: Path):
 
 
 def copy(folder: Path, path: Path) -> None:
-    """The folder as `path`: whole or not at all, and not read-only where the folder is."""
+    """The folder as `path`: whole or not at all, writable, and without links to anywhere."""
     with atomic(path) as part:
-        shutil.copytree(folder, part, copy_function=shutil.copyfile)
+        shutil.copytree(folder, part, copy_function=shutil.copyfile, ignore=links)
         for inner in [part, *part.rglob("*")]:
             inner.chmod(0o755 if inner.is_dir() else 0o644)
+
+
+def links(folder: str, names: list[str]) -> list[str]:
+    """Which names in a folder are links: what shutil.copytree shall ignore."""
+    return [name for name in names if Path(folder, name).is_symlink()]
 
 
 def write_json(path: Path, value) -> None:
     """JSON as the store keeps it: indent 1, sorted keys; NaN is refused, unknown is null."""
     text = json.dumps(
-        value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain
+        value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False, default=plain
     )
     write_text(path, text + "\n")
 
@@ -102,10 +130,39 @@ def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _plain(value):
+def plain(value):
+    """What JSON does not know as what it does."""
     if hasattr(value, "tolist"):  # numpy's scalars and arrays
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be kept as JSON")
+
+
+def write_note(path: Path, note: dict) -> None:
+    """A JSON object with the checksum by which `checked` notices damage."""
+    write_json(path, note | {CHECKSUM: digest(note)})
+
+
+def read_note(path: Path) -> dict:
+    """What write_note left; empty where it is missing or damaged, which is said once."""
+    try:
+        return checked(read_json(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        if path not in _NAMED:
+            say(f"damaged: {shown(path)}: it is not used, and made anew")
+            _NAMED.add(path)
+        return {}
+
+
+def checked(note: dict) -> dict:
+    """A note without its checksum, which older ones have not; ValueError if it is damaged."""
+    if not isinstance(note, dict):
+        raise ValueError("no JSON object")
+    told = {name: value for name, value in note.items() if name != CHECKSUM}
+    if note.get(CHECKSUM, digest(told)) != digest(told):
+        raise ValueError("changed")
+    return told
 
 
 def write_frame(path: Path, frame) -> None:
@@ -127,15 +184,16 @@ def hold(path: Path, *, waiting: str = "") -> bool:
     """
     if path in _HELD:
         return True
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if not waiting:
-            return False
-        say(waiting)
-        lock.acquire()
+    with disk_guard(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if not waiting:
+                return False
+            say(waiting)
+            lock.acquire()
     _HELD[path] = lock
     return True
 
@@ -161,9 +219,10 @@ def artifact(store: Path, stage: str, key: str) -> Path:
 
 
 class Journal:
-    """An append-only log of finished items; a line that a kill cut short is dropped on opening.
+    """An append-only log of finished items, a line each: [key, row, checksum of both].
 
-    `done` maps each key (str) to its row (JSON value). Without a path it lives in memory only.
+    `done` maps each key (str) to its row (JSON value). Without a path it lives in memory only. A
+    line that a kill cut short is dropped on opening; a damaged one with all after it, and said.
     """
 
     def __init__(self, path: Path | None = None):
@@ -172,25 +231,47 @@ class Journal:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        whole = 0
-        for line in path.read_bytes().splitlines(keepends=True):
+        lines, whole = path.read_bytes().splitlines(keepends=True), 0
+        for number, line in enumerate(lines, 1):
             try:
-                key, row = json.loads(line if line.endswith(b"\n") else b"")
-            except (ValueError, TypeError):
-                os.truncate(path, whole)
-                break
+                key, row = read_line(line)
+            except ValueError:
+                if number < len(lines) or line.endswith(b"\n"):
+                    where = f"{shown(path)}, line {number}"
+                    say(f"damaged: {where}: it and what follows are made anew")
+                with disk_guard(path):
+                    os.truncate(path, whole)
+                return
             self.done[key] = row
             whole += len(line)
 
     def add(self, key: str, row) -> None:
         """Keeps a row, as a later run will read it."""
-        line = json.dumps([key, row], default=_plain)
+        row = json.loads(json.dumps(row, default=plain))
         if self._path:
+            line = json.dumps([key, row, checksum(key, row)])
             with disk_guard(self._path):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self._path, "a", encoding="utf-8") as handle:
                     handle.write(line + "\n")
-        self.done[key] = json.loads(line)[1]
+        self.done[key] = row
+
+
+def read_line(line: bytes) -> tuple[str, object]:
+    """(key, row) of a whole line, in older journals without checksum; ValueError if damaged."""
+    try:
+        key, row, *check = json.loads(line)
+    except (TypeError, RecursionError) as error:
+        raise ValueError("no list") from error
+    if not line.endswith(b"\n") or not isinstance(key, str):
+        raise ValueError("cut short")
+    if check not in ([], [checksum(key, row)]):
+        raise ValueError("changed")
+    return key, row
+
+
+def checksum(key: str, row) -> int:
+    return zlib.crc32(json.dumps([key, row]).encode())
 
 
 def digest(value) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from derm_compress.data import dialogue
 from derm_compress.evaluate import metrics
-from derm_compress.files import artifact
+from derm_compress.files import artifact, read_note
 from derm_compress.model.recipe import Recipe
 
 NOT_PLAIN = (
@@ -81,11 +81,10 @@ def facts(recipe_json: str, artifacts: Path, run: str) -> Facts:
 
 def _stored(artifacts: Path, run: str, stage: str, name: str) -> Path | None:
     """A finished stage's file."""
-    pointer = Path(artifacts, "runs", run, f"{stage}.json")
-    if not pointer.is_file():
+    pointer = read_note(Path(artifacts, "runs", run, f"{stage}.json"))
+    if "key" not in pointer:
         return None
-    key = json.loads(pointer.read_text("utf-8"))["key"]
-    path = artifact(Path(artifacts, "store"), stage, key) / name
+    path = artifact(Path(artifacts, "store"), stage, pointer["key"]) / name
     return path if path.is_file() else None
 
 

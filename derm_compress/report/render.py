@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from derm_compress.errors import DermError
 from derm_compress.evaluate.judges import prompts, rubric
-from derm_compress.files import artifact, atomic, disk_guard
+from derm_compress.files import artifact, atomic, disk_guard, read_note
 from derm_compress.report import comparison, figures, tables
 from derm_compress.report.figures.style import Drawing, Source
 from derm_compress.report.notebook_html import cleaner, notebook_body
@@ -65,12 +65,11 @@ def read_run(name: str, artifacts: Path, clean: Callable) -> Run:
     if not files:
         command = f"python -m derm_compress run params/{name}.yaml"
         raise DermError(f"report: run {name} has no finished stage; {command}")
-    notes = [clean(json.loads(path.read_text("utf-8"))) for path in files]
-    stages = {note["stage"]: note for note in notes}
+    notes = [clean(read_note(path)) for path in files]
+    stages = {note["stage"]: note for note in notes if note}
     store = artifacts / "store"
     kept = {stage: artifact(store, stage, note["key"]) for stage, note in stages.items()}
-    info = folder / "run_info.json"
-    known = clean(json.loads(info.read_text("utf-8"))) if info.exists() else {}
+    known = clean(read_note(folder / "run_info.json"))
     return Run(name, folder, stages, known, kept)
 
 

@@ -13,10 +13,10 @@ from typing import TextIO
 
 import yaml
 
-from derm_compress.files import read_json, shown, write_text
+from derm_compress.files import read_json, read_note, shown, write_text
 from derm_compress.progress import LOG, clock
 from derm_compress.study import keys
-from derm_compress.study.plan import ARITHMETIC, Plan, read_note
+from derm_compress.study.plan import ARITHMETIC, Plan
 
 SILENCE = 30  # seconds after which a stage that says nothing is told to be alive
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -117,8 +117,13 @@ def read_schema(source: str, where: str) -> dict[str, Parameter]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     nodes = ast.parse(source).body
-    found = [read_line(node, comments.get(node.end_lineno, ""), where) for node in nodes]
-    return {parameter.name: parameter for parameter in found}
+    found = {}
+    for node in nodes:
+        parameter = read_line(node, comments.get(node.end_lineno, ""), where)
+        if parameter.name in found:
+            raise DermError(f"{where}: {parameter.name} is given twice")
+        found[parameter.name] = parameter
+    return found
 
 
 def read_line(node: ast.stmt, comment: str, where: str) -> Parameter:
@@ -257,15 +262,25 @@ def check(values: dict, known: dict[str, Parameter], where: str) -> dict:
     return checked
 
 
+def read_yaml(text: str):
+    """YAML in which no name is given twice: of two values the last would win without a word."""
+    node = yaml.compose(text, yaml.SafeLoader)
+    names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is given twice")
+    return yaml.safe_load(text)
+
+
 def read_params(path: Path, known: dict[str, Parameter]) -> dict:
     """A checked parameter file (YAML, flat)."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         names = sorted(other.name for other in path.parent.glob("*.yaml"))
         there = ", ".join(names) or "no .yaml file"
         raise DermError(f"no parameter file {path}; its folder has {there}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DermError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise DermError(f"{path}: expected lines of `name: value`")

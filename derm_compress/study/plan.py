@@ -1,6 +1,5 @@
 """One run as data: where it lies, the key of every stage, its notes, its models (no torch)."""
 
-import contextlib
 import os
 import platform
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.files import public, read_frame, read_json, write_json
+from derm_compress.files import public, read_frame, read_note, write_note
 from derm_compress.study import keys as keys_
 from derm_compress.study.params import (
     Notebook,
@@ -133,7 +132,7 @@ class Plan:
             "view": self.view(stage),
         }
         made = self.store.manifest(stage, self.keys[stage])["made"]
-        write_json(self.folder / f"{stage}.json", made | note)
+        write_note(self.folder / f"{stage}.json", made | note)
 
     def made(self, stage: str) -> Path:
         """The folder of what this run last noted for a stage, whatever its key is today."""
@@ -146,14 +145,6 @@ class Plan:
                 f"run {self.run} has no finished {stage}; it may have {', '.join(self.notebooks)}"
             )
         return self.store.entry(stage, key)
-
-
-def read_note(path: Path) -> dict:
-    """A JSON file of notes; empty where it is missing or damaged: notes can be made anew."""
-    with contextlib.suppress(OSError, ValueError):
-        note = read_json(path)
-        return note if isinstance(note, dict) else {}
-    return {}
 
 
 def make_plan(root: Path, notebooks: dict[str, Notebook], values: dict) -> Plan:

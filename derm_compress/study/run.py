@@ -7,11 +7,11 @@ from pathlib import Path
 
 from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.files import hold, public, release, shown, write_json
+from derm_compress.files import hold, public, read_note, release, shown, write_note
 from derm_compress.study import keys
 from derm_compress.study.execution import Execution
 from derm_compress.study.params import check, known_parameters, read_notebooks, read_params, select
-from derm_compress.study.plan import Plan, git_state, make_plan, project_root, read_note
+from derm_compress.study.plan import Plan, git_state, make_plan, project_root
 
 
 def run(
@@ -97,7 +97,7 @@ def run_one(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
             for stage in set(stages) - set(todo):
                 plan.point(stage, cached=True)
             note |= study_seconds(plan, todo, time.monotonic() - begun)
-            write_json(plan.folder / "run_info.json", note | {"git": git_state(plan.root)})
+            write_note(plan.folder / "run_info.json", note | {"git": git_state(plan.root)})
         render_report(plan, changed=bool(stale))
         return True
     finally:
@@ -171,7 +171,7 @@ def render_report(plan: Plan, *, changed: bool) -> None:
 
     index = render(plan.run, root=plan.root, artifacts=plan.artifacts, keep=True)
     render_index(plan.root)
-    write_json(rendered, mark)
+    write_note(rendered, mark)
     print(f"report: {shown(index)}", flush=True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from derm_compress.errors import DermError
 from derm_compress.files import (
     artifact,
+    checked,
     copy,
     digest,
     disk_guard,
@@ -19,7 +20,7 @@ from derm_compress.files import (
     remove,
     shown,
     sync,
-    write_json,
+    write_note,
 )
 from derm_compress.progress import say
 
@@ -57,21 +58,32 @@ class Store:
         return own
 
     def manifest(self, stage: str, key: str) -> dict:
-        return read_json(self.entry(stage, key) / MANIFEST)
+        """What an artifact says of itself: files, results, made; ValueError if that is damaged."""
+        told = checked(read_json(self.entry(stage, key) / MANIFEST))
+        if told["results"] != results(told["files"]):
+            raise ValueError("its results are not those of its files")
+        return told
 
     def fault(self, stage: str, key: str) -> str:
-        """Why an artifact cannot be used; empty if every file is there as its manifest says."""
+        """Why an artifact cannot be used; empty if it is just the files that its manifest lists."""
         entry = self.entry(stage, key)
         if not entry.is_dir():
             return "absent"
+        there = file_names(entry)
         try:
-            for name, kept in self.manifest(stage, key)["files"].items():
+            listed = self.manifest(stage, key)["files"]
+            for name, kept in listed.items():
+                if name not in there:
+                    return f"{name} is missing"
                 if file_digest(entry / name) != kept["sha256"]:
                     return f"{name} was changed or cut short"
         except FileNotFoundError as error:
             return f"{Path(error.filename).name} is missing"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return f"{MANIFEST} is unreadable"
+            return f"{MANIFEST} is damaged"
+        for name in sorted(there - listed.keys() - {MANIFEST}):
+            if not PurePosixPath(name).name.startswith("."):  # what file browsers leave
+                return f"{name} is not in its manifest"
         return ""
 
     def complete(self, stage: str, key: str) -> bool:
@@ -146,25 +158,21 @@ class Store:
             self._go_on(stage, key)
 
     def commit(self, stage: str, key: str, made: dict) -> None:
-        """Turns the work folder into the artifact: manifest last, then one rename.
-
-        `results` is the digest of all but what was measured.
-        """
+        """Turns the work folder into the artifact: manifest last, then one rename."""
         work, own = self.work(stage, key), self.own(stage, key)
         for passing in (work / "journal", work / MANIFEST):
             remove(passing)
         files = {}
-        for path in work.rglob("*"):
-            if path.is_file():
-                name = path.relative_to(work).as_posix()
-                files[name] = {"sha256": file_digest(path), "size": path.stat().st_size}
-        results = {n: kept["sha256"] for n, kept in files.items() if not n.startswith(MEASURED)}
+        for name in file_names(work):
+            path = work / name
+            files[name] = {"sha256": file_digest(path), "size": path.stat().st_size}
         sync(*work.rglob("*"))
-        write_json(work / MANIFEST, {"files": files, "results": digest(results), "made": made})
+        write_note(work / MANIFEST, {"files": files, "results": results(files), "made": made})
         if not self.complete(stage, key):  # without locks another process may have been first
             os.rename(work, own)
             sync(own.parent)
         remove(work)
+        remove(self._aside(stage, key))
         release(self.lock(stage, key))
 
     def discard(self, stage: str, key: str) -> None:
@@ -178,11 +186,26 @@ class Store:
         release(self.lock(stage, key))
 
     def _set_aside(self, stage: str, key: str) -> None:
-        own = self.own(stage, key)
+        """Keeps a damaged or unwanted artifact until there is a new one."""
+        own, aside = self.own(stage, key), self._aside(stage, key)
         self._verified.discard((stage, key))
-        remove(aside := own.with_name(f"{key}.old"))
-        with contextlib.suppress(FileNotFoundError):
+        remove(aside)
+        with disk_guard(own), contextlib.suppress(FileNotFoundError):
             os.rename(own, aside)
+
+    def _aside(self, stage: str, key: str) -> Path:
+        return self.own(stage, key).with_name(f"{key}.old")
+
+
+def file_names(folder: Path) -> set[str]:
+    """The files in a folder, relative to it; a link is no part of an artifact."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return {path.relative_to(folder).as_posix() for path in files}
+
+
+def results(files: dict) -> str:
+    """Digest of all files of a manifest but those of what was measured."""
+    return digest({n: kept["sha256"] for n, kept in files.items() if not n.startswith(MEASURED)})
 
 
 def reached(work: Path) -> tuple[int, ...]:

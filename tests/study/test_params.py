@@ -55,6 +55,11 @@ def test_other_lines_in_the_cell_are_refused(line):
         params.read_schema(line, "cell")
 
 
+def test_a_name_stands_once_in_the_cell():
+    with pytest.raises(DermError, match="cell: x is given twice"):
+        params.read_schema("x: int = 1\nx: int = 2", "cell")
+
+
 @pytest.mark.parametrize(
     "line", ['x: int = "a"', "x: int = 9  # [1..5]", 'x: str = "c"  # [a|b]', "x: bool = 1"]
 )
@@ -84,6 +89,9 @@ def test_a_default_obeys_its_own_rule(line):
         ("run: ../x", ["run is '../x'"]),
         ("run: [x", ["cannot be read as YAML"]),
         ("- run", ["expected lines of"]),
+        ("blocks: 1\nrate: 1.0\nblocks: 2", ["blocks is given twice"]),
+        ("? [run]\n: x", ["cannot be read as YAML"]),
+        ("[" * 3000, ["cannot be read as YAML"]),
     ],
 )
 def test_a_wrong_file_gets_one_line(tmp_path, schema, text, words):

@@ -263,6 +263,7 @@ def test_export_finds_the_operating_point_by_its_columns(tmp_path):
             "--set: facto is no parameter of any notebook; nearest: factor",
         ),
         (["params/tiny.yaml", "--set", "factor"], "--set factor: write name=value"),
+        (["params/tiny.yaml", "--set", "seed=1", "--set", "seed=2"], "--set: seed is given twice"),
         (["params/tiny.yaml", "--only", "09"], "no stage 09; known: 01_data, 02_left, 03_right"),
         (
             ["params/tiny.yaml", "--from", "02"],
