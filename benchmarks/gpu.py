@@ -30,7 +30,7 @@ from derm_compress.errors import DermError
 from derm_compress.evaluate import latency
 from derm_compress.files import atomic, write_json
 from derm_compress.method.finetune import train
-from derm_compress.method.quantization import calibration, folding, grids, scaling
+from derm_compress.method.quantization import calibration, grids, scaling
 from derm_compress.method.quantization.forms import Form
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, loading, memory, removal, usage
@@ -215,7 +215,7 @@ def awq(rig: Rig, *, blocks: int) -> Rows:
     held = (release(rig) - before) / blocks if before else None
     calibrating = timed(rig, lambda: dict(calibration.collect(model, batches)))
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    widths = [rig.arch.linears[names[0]][1] for _, names in folding.GROUPS.values()]
+    widths = [rig.arch.linears[told.linears[0]][1] for told in anatomy.SEPARATE.values()]
     values = sum(width * min(width, tokens) for width in widths)  # H = X^T X, or X if smaller
     yield "statistics of a block", "GiB", held, memory.FP32 * values / memory.GIB
     yield "calibration of a block", "s", calibrating / blocks, None

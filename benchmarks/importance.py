@@ -43,7 +43,7 @@ def teach(model, processor, items, images, *, steps: int, batch: int, lr: float)
             dialogue.answers(item.disease, item.facts, k) for k in dialogue.QUESTIONS
         )
         told = " ".join((name[0], treatment[0], features[0], features[-1]))
-        pieces.append(encode(processor.tokenizer, [(LONG["all"], told)], tiny.IMAGE_TOKENS))
+        pieces.append(encode(processor, [(LONG["all"], told)], image_tokens=tiny.IMAGE_TOKENS))
     weights = list(anatomy.blocks(model).parameters())
     optimizer, rng = torch.optim.AdamW(weights, lr=lr), np.random.default_rng(0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)

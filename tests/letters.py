@@ -1,7 +1,6 @@
 """A processor whose tokens are letters, what it is asked, and a small model that reads it."""
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 from small_llava import IMAGE, IMAGE_TOKENS, small_llava
@@ -16,12 +15,19 @@ QUESTIONS = {"long": "what do you see there", "short": "what is it"}
 class Words:
     """A processor whose tokens are letters, for small_llava."""
 
-    tokenizer = SimpleNamespace(eos_token_id=IMAGE - 1)
+    chat_template, image_token = "", "#"
+
+    class tokenizer:
+        bos_token, eos_token, eos_token_id = None, chr(IMAGE - 1), IMAGE - 1
+        added_tokens_decoder = {IMAGE - 1: chr(IMAGE - 1)}
+
+        def __new__(cls, text, **_):
+            return {"input_ids": [ord(letter) for letter in text]}
 
     def apply_chat_template(self, turns, **_):
-        return "".join(part.get("text", "#") for part in turns[0]["content"])
+        return "".join(part.get("text", "#") for turn in turns for part in turn["content"])
 
-    def __call__(self, text, images):
+    def __call__(self, text, images, **_):
         ids = [[IMAGE] * IMAGE_TOKENS if letter == "#" else [ord(letter)] for letter in f"<{text}>"]
         return {"input_ids": [sum(ids, [])]}
 

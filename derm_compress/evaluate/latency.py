@@ -117,10 +117,10 @@ def read_bytes(model, *, batch: int, tokens: float) -> float:
     """Bytes that a decoding step must read: blocks, last norm, head, a cache of `tokens` a row."""
     parts, blocks = anatomy.parts(model), anatomy.blocks(model)
     held = nn.ModuleList([*blocks, parts["decoder"].norm, parts["head"]])
-    text, element = model.config.text_config, model.get_input_embeddings().weight.element_size()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attentions = sum("self_attn.k_proj" in anatomy.linears(block) for block in blocks)
-    cache = 2 * element * text.num_key_value_heads * head * attentions  # keys and values of a token
+    element = model.get_input_embeddings().weight.element_size()
+    attentions = sum("qkv" in anatomy.groups(block) for block in blocks)
+    width = anatomy.cache_width(model.config.text_config)
+    cache = 2 * element * width * attentions  # keys and values of a token
     return GIB * usage.tensor_gib(held) + cache * batch * tokens
 
 

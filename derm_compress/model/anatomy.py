@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from derm_compress.errors import DermError
+
 if TYPE_CHECKING:
     from derm_compress.model.hf import LlavaForConditionalGeneration
 
 META = "meta"  # the device of a model without values, of which only the shapes are known
-LINEARS = (  # of a block, in the order of their use
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # tokens before the patches
+TEXT = 1024  # tokens that a conversation may take beside its picture's
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that read one input, and the module before them, which can scale it.
+
+    Of that module's outputs, in `parts` equal parts, the input is linear in the last.
+    """
+
+    linears: tuple[str, ...]
+    before: str
+    parts: int = 1
+
+
+SEPARATE = {
+    "qkv": Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+    "o": Group(("self_attn.o_proj",), "self_attn.v_proj"),
+    "gate_up": Group(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+    "down": Group(("mlp.down_proj",), "mlp.up_proj"),
+}
+FUSED = {
+    "qkv": Group(("self_attn.qkv_proj",), "input_layernorm"),
+    "o": Group(("self_attn.o_proj",), "self_attn.qkv_proj", parts=3),
+    "gate_up": Group(("mlp.gate_up_proj",), "post_attention_layernorm"),
+    "down": Group(("mlp.down_proj",), "mlp.gate_up_proj", parts=2),
+}
+DECODERS = {"llama": SEPARATE, "mistral": SEPARATE, "qwen2": SEPARATE, "phi3": FUSED}
+# attention reads the product of queries and keys, not them
+QUERIES_AND_KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.qkv_proj")
+# every linear of every block, in a whole model
+ADAPTED = r".*language_model.*\.(q|k|v|qkv|o|gate|up|gate_up|down)_proj"
 
 
 def decoder(model: LlavaForConditionalGeneration) -> nn.Module:
@@ -34,9 +61,17 @@ def blocks(model: LlavaForConditionalGeneration) -> nn.ModuleList:
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a block by name: seven, fewer where a sublayer was removed."""
+    """The linear layers of a block by name, in the order of their use."""
     inside = dict(block.named_modules())
-    return {name: inside[name] for name in LINEARS if name in inside}
+    return {name: inside[name] for group in groups(block).values() for name in group.linears}
+
+
+def groups(block: nn.Module) -> dict[str, Group]:
+    """The groups of a block's linears by name: four, two where a sublayer was removed."""
+    inside = dict(block.named_modules())
+    fused = any(group.linears[0] in inside for group in (FUSED["qkv"], FUSED["gate_up"]))
+    family = FUSED if fused else SEPARATE
+    return {name: group for name, group in family.items() if group.linears[0] in inside}
 
 
 def inputs(model: LlavaForConditionalGeneration) -> dict[str, int]:
@@ -56,6 +91,50 @@ def parts(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
         "decoder": decoder(model),
         "head": model.lm_head,
     }
+
+
+def image_tokens(config) -> int:
+    """Tokens that one picture takes in the decoder, by a LlavaConfig."""
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2 + TOWERS[vision.model_type]
+    return tokens - (config.vision_feature_select_strategy == "default")
+
+
+def cache_width(text_config) -> int:
+    """Values of a token's keys in one block, and as many of its values."""
+    size = getattr(text_config, "head_dim", None)
+    size = size or text_config.hidden_size // text_config.num_attention_heads
+    return text_config.num_key_value_heads * size
+
+
+def tied(model: LlavaForConditionalGeneration) -> bool:
+    """Whether the head is the embedding."""
+    return model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def check(name: str, config) -> None:
+    """DermError for a LlavaConfig with a tower or decoder that this module does not know."""
+    vision, text = config.vision_config, config.text_config
+    for part, inner, known in (("tower", vision, TOWERS), ("decoder", text, DECODERS)):
+        if inner.model_type not in known:
+            raise DermError(
+                f"model {name}: its {part} is {inner.model_type}; known: {', '.join(known)}"
+            )
+    window, needed = getattr(text, "sliding_window", None), image_tokens(config) + TEXT
+    if window and window < needed:
+        raise DermError(
+            f"model {name}: its blocks see {window} tokens back; a picture and what is said of it "
+            f"may take {needed}"
+        )
+
+
+def check_blocks(name: str, model: LlavaForConditionalGeneration) -> None:
+    """DermError for a block with weights that would be left out of what is done to its linears."""
+    for block in blocks(model):
+        known = {f"{linear}.weight" for linear in linears(block)}
+        matrices = [key for key, weight in block.named_parameters() if weight.ndim > 1]
+        if unknown := sorted(set(matrices) - known):
+            raise DermError(f"model {name}: nobody knows its blocks' {', '.join(unknown)}")
 
 
 def fingerprint(model: LlavaForConditionalGeneration) -> str:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from derm_compress.model.prompts import ends
+
 
 @torch.inference_mode()
 def generate(
     model, processor, inputs, *, max_new_tokens: int
 ) -> tuple[list[str], list[int], list[bool]]:
-    """Greedy answers of a batch: texts, new tokens, and whether end-of-sequence was reached."""
-    tokenizer = processor.tokenizer
+    """Greedy answers of a batch: texts, new tokens, and whether they came to their end."""
+    tokenizer, last = processor.tokenizer, ends(processor)
     whole = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=last,
         pad_token_id=tokenizer.pad_token_id,
     )
     ids = whole[:, inputs["input_ids"].shape[1] :]
-    ended = ids == tokenizer.eos_token_id
+    ended = torch.isin(ids, torch.tensor(last, device=ids.device))
     stopped = ended.any(1)
     lengths = torch.where(stopped, ended.int().argmax(1) + 1, ids.shape[1]).tolist()
     kept = [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)]

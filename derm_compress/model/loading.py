@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path, PurePath
 
 import torch
@@ -11,21 +12,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from derm_compress.errors import DermError
-from derm_compress.model import removal, shapes
+from derm_compress.model import anatomy, prompts, removal, shapes
 from derm_compress.model.anatomy import META, blocks, has_values
 from derm_compress.model.devices import half
 from derm_compress.model.hf import (
     AutoConfig,
-    AutoProcessor,
+    GenerationConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
 from derm_compress.model.hf import logging as transformers_logging
+from derm_compress.model.processors import read_processor
 
 TINY = Path(__file__).parent / "tiny_llava"
 PICO_BLOCKS = 8  # random ones on the tiny model's shapes
 SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
 PARTIAL = "derm_compress.safetensors"  # of a model that lacks sublayers, for this loader alone
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DERIVED = ("position_ids", "inv_freq")  # in old checkpoints, though they follow from the config
 
 # bitsandbytes names an optional CPU kernel at every import; what Transformers says is checked here
@@ -39,24 +42,39 @@ def load_base(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU.
 
-    On the meta device: the model's shapes, and no processor, as nothing can be asked.
+    What does not fit is refused before a weight is read. On the meta device: the model's shapes,
+    and no processor, as nothing can be asked.
     """
     if device == META:
         return _of_shapes(name), None
+    if device == "cpu":
+        # threads of a shared machine wait for each other; one also gives the same bytes
+        torch.set_num_threads(1)
+    processor = check_model(name)
+    model = _pico() if name == "pico" else _stored(name, dtype or half(device))
+    # a folder's own may hold what is not greedy, such as a penalty on repetition
+    model.generation_config = GenerationConfig(
+        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=prompts.ends(processor),
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    return model.to(device=device, dtype=dtype).eval(), processor
+
+
+def is_here(name: str) -> bool:
+    """Whether a name says a folder, or what can be none: anything but a hub id."""
+    return Path(_source(name)).is_dir() or not HUB_ID.fullmatch(name)
+
+
+def check_model(name: str) -> LlavaProcessor:
+    """The processor of a model that load_base can load; DermError where it cannot."""
     if name == SEVEN_B:
         raise DermError(
             f"model {name}: shapes without weights; set device: meta, or model: llava-hf/{name}-hf"
         )
-    if device == "cpu":
-        # threads of a shared machine wait for each other; one also gives the same bytes
-        torch.set_num_threads(1)
-    if name == "pico":
-        model, processor = _pico(), AutoProcessor.from_pretrained(TINY)
-        model = model.to(dtype) if dtype else model
-    else:
-        model, processor = _stored(name, dtype or half(device))
-        check_expansion(name, model.config, processor)
-    return model.to(device).eval(), processor
+    config = _read_config(name)
+    anatomy.check_blocks(name, _of_shapes(name))
+    return read_processor(name, _source(name), config)
 
 
 def with_values(model, processor) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -79,20 +97,29 @@ def _source(name: str) -> str:
     """A model folder, from the project's root as data_root is; anything else is a hub id."""
     if name in ("tiny", "pico"):
         return str(TINY)
-    inside = Path(os.environ.get("DERM_COMPRESS_ROOT") or Path(__file__).parents[2]) / name
+    root = Path(os.environ.get("DERM_COMPRESS_ROOT") or Path(__file__).parents[2])
+    inside = root / Path(name).expanduser()
     return str(inside) if inside.is_dir() else name
 
 
 def _read_config(name: str):
+    source = _source(name)
     try:
-        config = AutoConfig.from_pretrained(_source(name))
+        config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise DermError(f"model {name}: no readable config.json there ({_first(error)})") from error
+        if Path(source).is_dir():
+            said = f"no readable config.json there ({_first(error)})"
+        elif HUB_ID.fullmatch(name):
+            said = f"no folder has this name, and the hub's model cannot be read ({_first(error)})"
+        else:
+            said = "there is no such folder; a model is tiny, pico, a folder or a hub's OWNER/NAME"
+        raise DermError(f"model {name}: {said}") from error
     if config.model_type != "llava":
         raise DermError(
             f"model {name}: is a {config.model_type} model; "
             "this study needs a LLaVA model (model_type llava)"
         )
+    anatomy.check(name, config)
     return config
 
 
@@ -114,8 +141,8 @@ def _pico() -> LlavaForConditionalGeneration:
         return LlavaForConditionalGeneration(config).float()
 
 
-def _stored(name: str, dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A checkpoint and its processor; DermError where a weight would be left random or unused."""
+def _stored(name: str, dtype) -> LlavaForConditionalGeneration:
+    """A checkpoint; DermError where a weight would be left random or unused."""
     source, config = _source(name), _read_config(name)
     absent = getattr(config, "absent_sublayers", ())
     try:
@@ -129,7 +156,6 @@ def _stored(name: str, dtype) -> tuple[LlavaForConditionalGeneration, LlavaProce
             use_safetensors=True,
             output_loading_info=True,
         )
-        processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise DermError(f"model {name}: cannot be loaded: {_first(error)}") from error
     missing = sorted(told["missing_keys"]) + [str(key) for key in told["mismatched_keys"]]
@@ -149,35 +175,8 @@ def _stored(name: str, dtype) -> tuple[LlavaForConditionalGeneration, LlavaProce
             f"model {name}: {len(unused)} weights have no place in its config, "
             f"first {unused[0]}; mend the config"
         )
-    return model, processor
+    return model
 
 
 def _first(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def check_expansion(name: str, config, processor: LlavaProcessor) -> None:
-    """Refuse a processor that makes more or fewer image tokens than the tower gives features."""
-    vision = config.vision_config
-    asked = (processor.image_processor.crop_size["height"] // processor.patch_size) ** 2
-    asked += processor.num_additional_image_tokens
-    asked -= processor.vision_feature_select_strategy == "default"
-    given = (vision.image_size // vision.patch_size) ** 2
-    given += config.vision_feature_select_strategy == "full"
-    if asked != given:
-        raise DermError(
-            f"model {name}: its processor expands to {asked} tokens a picture, the model gives "
-            f"{given}: mend patch_size, crop_size or num_additional_image_tokens (1 for LLaVA-1.5) "
-            "in its processor's config"
-        )
-
-
-def check_picture_size(processor: LlavaProcessor | None, images) -> None:
-    """Refuse pictures [n, S, S, 3] that the processor would resize: stage 01 prepares them once."""
-    if processor is None:
-        return
-    wanted, found = processor.image_processor.crop_size["height"], images.shape[1]
-    if wanted != found:
-        raise DermError(
-            f"pictures of {found} px, but the model reads {wanted} px: set image_size: {wanted}"
-        )

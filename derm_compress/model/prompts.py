@@ -1,8 +1,11 @@
-"""The study's questions as a model reads them: to answer, to calibrate on, to be trained on."""
+"""A conversation as a model reads it, by its own chat template: to answer, calibrate and train."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +13,101 @@ from torch.nn.utils.rnn import pad_sequence
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
+from derm_compress.errors import DermError
 
 IGNORED = -100  # the label that the loss leaves out
+TODAY = datetime(2024, 7, 26)  # for templates that tell the date: a prompt is the same every day
+
+
+class Said(NamedTuple):
+    """An answer's place in a text: from the blank before it to its last word, and to its end."""
+
+    start: int
+    words: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation's text, with one image token for its picture, and where the answers are."""
+
+    text: str
+    answers: tuple[Said, ...]
+
+
+def render(processor, turns: Sequence[tuple[str, str | None]], *, picture: bool = True) -> Rendered:
+    """A conversation by the processor's chat template; None as the last answer asks for it.
+
+    Each answer follows the prompt that asks for it, and ends with the template's own end token. A
+    template without one, as LLaVA-1.5's, gets end-of-sequence in place of the blank that it puts
+    there, or the model would never learn to stop.
+    """
+    told, before, text, answers = [], "", "", []
+    for question, answer in turns:
+        told.append(_message("user", question, picture=picture and not told))
+        asked = _by_template(processor, told, add_generation_prompt=True)
+        if not asked.startswith(before):
+            raise DermError("chat template: it changes what was said when a conversation goes on")
+        text += asked.removeprefix(before)
+        if answer is None:
+            break
+        told.append(_message("assistant", answer))
+        before = _by_template(processor, told)
+        lead, behind = _around(answer, asked, before)
+        end, after = _end(processor.tokenizer, behind)
+        start, words = len(text), len(text) + len(lead + answer)
+        text += lead + answer + end + after
+        answers.append(Said(start, words, words + len(end)))
+    return Rendered(text, tuple(answers))
+
+
+def _message(role: str, text: str, *, picture: bool = False) -> dict:
+    image = [{"type": "image"}] if picture else []
+    return {"role": role, "content": [*image, {"type": "text", "text": text}]}
+
+
+def _by_template(processor, told: list[dict], **how) -> str:
+    if "strftime_now" in processor.chat_template:
+        how["strftime_now"] = TODAY.strftime
+    try:
+        return processor.apply_chat_template(told, **how)
+    except Exception as error:  # a template is somebody else's program
+        raise DermError(f"chat template: {str(error).partition(chr(10))[0]}") from error
+
+
+def _around(answer: str, asked: str, told: str) -> tuple[str, str]:
+    """What a template puts between a prompt and its answer, and behind the answer."""
+    if told.startswith(asked):
+        lead, found, behind = told.removeprefix(asked).partition(answer)
+    else:  # some write the prompt in another way once it is answered; what is asked counts
+        (_, found, behind), lead = told.rpartition(answer), ""
+    if not found:
+        raise DermError("chat template: it does not keep an answer as it is")
+    return lead, behind
+
+
+def _end(tokenizer, behind: str) -> tuple[str, str]:
+    """What ends an answer, of the text that a template puts behind it, and what is left of that."""
+    marks = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    places = [behind.index(mark) + len(mark) for mark in marks if mark in behind]
+    if not places:
+        return behind.rstrip() + tokenizer.eos_token, ""
+    return behind[: min(places)], behind[min(places) :]
+
+
+def ends(processor) -> list[int]:
+    """Ids of the tokens that end an answer: the chat template's own, and end-of-sequence."""
+    made = render(processor, [("Why?", "So.")], picture=False)
+    (said,) = made.answers
+    ids = processor.tokenizer(made.text[said.words : said.end], add_special_tokens=False)
+    found = [ids["input_ids"][-1], processor.tokenizer.eos_token_id]
+    return [token for token in dict.fromkeys(found) if token is not None]
+
+
+def specials(processor, text: str) -> dict[str, bool]:
+    """How a text is tokenized: one that begins with the first token needs no other."""
+    first = processor.tokenizer.bos_token
+    return {"add_special_tokens": not (first and text.startswith(first))}
 
 
 def prompt(processor, kind: str, *, text_only: bool = False) -> str:
@@ -20,12 +116,8 @@ def prompt(processor, kind: str, *, text_only: bool = False) -> str:
 
 
 def ask(processor, question: str, *, text_only: bool = False) -> str:
-    """A question, the image before it unless `text_only`, by the processor's own chat template."""
-    content = [{"type": "text", "text": question}]
-    if not text_only:
-        content.insert(0, {"type": "image"})
-    turns = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(turns, add_generation_prompt=True)
+    """The prompt of a question, the image before it unless `text_only`."""
+    return render(processor, [(question, None)], picture=not text_only).text
 
 
 def prepare(
@@ -33,9 +125,9 @@ def prepare(
 ) -> dict[str, torch.Tensor]:
     """Model inputs of a batch, padded on the left for new tokens to follow; images [n, S, S, 3]."""
     processor.tokenizer.padding_side = "left"
+    how = {"return_tensors": "pt", "padding": True} | specials(processor, texts[0])
     pictures = None if images is None else list(images)
-    made = processor(text=list(texts), images=pictures, return_tensors="pt", padding=True)
-    return made.to(device)
+    return processor(text=list(texts), images=pictures, **how).to(device)
 
 
 def calibration_batches(
@@ -57,42 +149,53 @@ def calibration_batches(
     asked = [(item, kind) for item in items for kind in dialogue.QUESTIONS]
     for start in range(0, len(asked), batch_size):
         part = asked[start : start + batch_size]
-        texts = [prompt(processor, kind, text_only=text_only) for _, kind in part]
-        told = [""] * len(part)
-        if answered:
-            told = [f" {dialogue.reference(i.disease, i.facts, kind)}" for i, kind in part]
-        texts = [text + answer for text, answer in zip(texts, told, strict=True)]
+        texts, begins = [], []
+        for item, kind in part:
+            turn = dialogue.question(kind), dialogue.reference(item.disease, item.facts, kind)
+            made = render(processor, [turn], picture=not text_only)
+            (said,) = made.answers
+            texts.append(made.text[: said.words if answered else said.start])
+            begins.append(said.start)
         pictures = None if text_only else images[[item.row for item, _ in part]]
         batch = prepare(processor, texts, pictures, device)
         if answer_weight != 1:
             shape = batch["input_ids"].shape
             batch["token_weights"] = torch.ones(shape, device=device)
-            for weights, text, answer in zip(batch["token_weights"], texts, told, strict=True):
-                places = processor.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-                length = sum(end > len(text) - len(answer) for _, end in places)
+            for weights, text, begin in zip(batch["token_weights"], texts, begins, strict=True):
+                length = sum(end > begin for _, end in _places(processor, text))
                 weights[len(weights) - length :] = answer_weight
         yield batch
 
 
-def encode(
-    tokenizer, turns: Sequence[tuple[str, str]], image_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of one conversation, and labels on its answers and their end-of-sequence alone.
+def _places(processor, text: str) -> list[tuple[int, int]]:
+    how = {"return_offsets_mapping": True} | specials(processor, text)
+    return processor.tokenizer(text, **how)["offset_mapping"]
 
-    The published template never ends an answer; here every answer does, or the model would never
-    learn to stop.
+
+def encode(
+    processor, turns: Sequence[tuple[str, str]], *, image_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of one conversation, and labels on its answers and their end tokens alone.
+
+    image_tokens: that its picture takes, before all answers; 0 without a picture.
     """
-    text, spans = "", []
-    for i, (question, answer) in enumerate(turns):
-        image = tokenizer.image_token * image_tokens + "\n" if i == 0 and image_tokens else ""
-        text += f"USER: {image}{question} ASSISTANT:"
-        start = len(text)
-        text += f" {answer}{tokenizer.eos_token}"
-        spans.append((start, len(text)))
-    coded = tokenizer(text, return_offsets_mapping=True)
-    answered = [any(a <= s < e <= b for a, b in spans) for s, e in coded["offset_mapping"]]
+    made = render(processor, turns, picture=image_tokens > 0)
+    text, more = made.text, 0
+    if image_tokens:
+        pictures = processor.image_token * image_tokens
+        text = text.replace(processor.image_token, pictures, 1)
+        more = len(text) - len(made.text)
+    coded = processor.tokenizer(text, return_offsets_mapping=True, **specials(processor, text))
     ids = torch.tensor(coded["input_ids"])
-    return ids, torch.where(torch.tensor(answered), ids, IGNORED)
+    labels = torch.full_like(ids, IGNORED)
+    for said in made.answers:
+        start, end = said.start + more, said.end + more
+        for i, (first, after) in enumerate(coded["offset_mapping"]):
+            if first < start < after:
+                raise DermError("chat template: a token joins a prompt's end with the answer")
+            if start <= first < min(after, end):  # an end token may take in blanks behind it
+                labels[i] = ids[i]
+    return ids, labels
 
 
 def collate(
@@ -105,9 +208,3 @@ def collate(
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
     }
-
-
-def image_tokens(model) -> int:
-    """Tokens that one image takes in the prompt: patches of the tower, without its class token."""
-    vision = model.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2

@@ -14,9 +14,10 @@ from functools import partial
 import numpy as np
 import torch
 
+from derm_compress.data import dialogue
 from derm_compress.model import anatomy
 from derm_compress.model.cache import PrefixCache, visible
-from derm_compress.model.prompts import ask, prompt
+from derm_compress.model.prompts import IGNORED, ask, encode, ends, specials
 from derm_compress.model.units import Unit
 
 
@@ -66,10 +67,14 @@ def looking(model) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of the questions' common beginning, picture included, and of the rest of each."""
+    """Token ids of the questions' common beginning, picture included, and of the rest of each.
+
+    `ends` end an answer.
+    """
 
     prefix: torch.Tensor
     rest: dict[str, list[int]]
+    ends: list[int]
     processor: object
     device: torch.device
 
@@ -81,21 +86,20 @@ class Prompts:
         images, ids = None if text_only else [image], []
         for question in questions.values():
             text = ask(processor, question, text_only=text_only)
-            ids.append(processor(text=text, images=images)["input_ids"][0])
+            how = specials(processor, text)
+            ids.append(processor(text=text, images=images, **how)["input_ids"][0])
         alike = 0
         while alike < min(map(len, ids)) - 1 and len({row[alike] for row in ids}) == 1:
             alike += 1
         rest = {kind: list(row[alike:]) for kind, row in zip(questions, ids, strict=True)}
-        return Prompts(torch.tensor(ids[0][:alike], device=device), rest, processor, device)
+        prefix = torch.tensor(ids[0][:alike], device=device)
+        return Prompts(prefix, rest, ends(processor), processor, device)
 
     def told(self, kind: str, answer: str, *, text_only: bool = False) -> list[int]:
         """Token ids of an answer and its end, as they follow the prompt."""
-        tokenizer = self.processor.tokenizer
-        asked = prompt(self.processor, kind, text_only=text_only)
-        before = tokenizer(asked)["input_ids"]
-        whole = tokenizer(f"{asked} {answer}{tokenizer.eos_token}")["input_ids"]
-        assert whole[: len(before)] == before, "a token joins the prompt's end with the answer"
-        return whole[len(before) :]
+        turns = [(dialogue.question(kind), answer)]
+        ids, labels = encode(self.processor, turns, image_tokens=0 if text_only else 1)
+        return ids[labels != IGNORED].tolist()
 
     def embedded(self, model, pictures: np.ndarray) -> torch.Tensor:
         """The prefix with each picture's features in it: [pictures, prefix, width]."""

@@ -73,7 +73,6 @@ def architecture(config) -> Architecture:
     block, embedding = anatomy.blocks(model)[0], model.get_input_embeddings()
     parts = anatomy.parts(model)
     linears = {name: list(linear.weight.shape) for name, linear in anatomy.linears(block).items()}
-    tied = parts["head"].weight is embedding.weight
     patches = (vision.image_size // vision.patch_size) ** 2
     # LLaVA keeps all the tower's hidden states; quick-GELU holds three tensors of the MLP's width
     tower = (vision.num_hidden_layers + 2) * vision.hidden_size + 3 * vision.intermediate_size
@@ -84,16 +83,16 @@ def architecture(config) -> Architecture:
         outside={
             "vision_tower": _count(parts["vision_tower"]),
             "projector": _count(parts["projector"]),
-            "head": 0 if tied else _count(parts["head"]),
+            "head": 0 if anatomy.tied(model) else _count(parts["head"]),
             "embedding": _count(embedding),
             "final_norm": _count(parts["decoder"].norm),
         },
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
-        cache_width=linears["self_attn.k_proj"][0],
+        cache_width=anatomy.cache_width(text),
         vocabulary=text.vocab_size,
-        image_tokens=patches + (config.vision_feature_select_strategy == "full"),
-        tower_values=(patches + 1) * tower,
+        image_tokens=anatomy.image_tokens(config),
+        tower_values=(patches + anatomy.TOWERS[vision.model_type]) * tower,
     )
 
 

@@ -214,7 +214,7 @@ def tower_accuracy(heads, features, facts) -> dict[str, float]:
     return right
 
 
-def train_decoder(model, tokenizer, features, facts, *, steps: int, batch: int, seed: int) -> None:
+def train_decoder(model, processor, features, facts, *, steps: int, batch: int, seed: int) -> None:
     """Next-token loss on the answers; two conversations in three have a picture, others none."""
     inner, n_text = model.model, batch // 3
     rng, names = np.random.default_rng(seed), dialogue.diseases()
@@ -223,9 +223,9 @@ def train_decoder(model, tokenizer, features, facts, *, steps: int, batch: int, 
         rows = rng.integers(len(facts), size=batch - n_text)
         shown = [picture_conversation(facts[row], rng) for row in rows]
         read = [text_conversation(names[rng.integers(len(names))], rng) for _ in range(n_text)]
-        pieces = [encode(tokenizer, turns, IMAGE_TOKENS) for turns in shown]
-        pieces += [encode(tokenizer, turns, 0) for turns in read]
-        inputs = collate(pieces, pad=tokenizer.pad_token_id)
+        pieces = [encode(processor, turns, image_tokens=IMAGE_TOKENS) for turns in shown]
+        pieces += [encode(processor, turns, image_tokens=0) for turns in read]
+        inputs = collate(pieces, pad=processor.tokenizer.pad_token_id)
         x = inner.get_input_embeddings()(inputs["input_ids"])
         spots = (inputs["input_ids"] == model.config.image_token_index)[..., None]
         x = x.masked_scatter(spots, inner.multi_modal_projector(features[rows]))
@@ -265,7 +265,7 @@ def build(
         features = torch.cat([_seen(model, part) for part in pixels.split(256)])
     accuracy = tower_accuracy(heads, features[:held], facts[:held])
     train_decoder(
-        model, tokenizer, features[held:], facts[held:], steps=decoder_steps, batch=24, seed=seed
+        model, prepare, features[held:], facts[held:], steps=decoder_steps, batch=24, seed=seed
     )
     model.half().save_pretrained(folder)
     prepare.save_pretrained(folder)

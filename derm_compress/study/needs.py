@@ -16,8 +16,10 @@ from derm_compress.model.shapes import Architecture
 PROMPT, ANSWER = 24, 60  # tokens beside a picture's: of a question, an answer
 GROUPED = (  # one of each that share inputs
     "self_attn.q_proj",
+    "self_attn.qkv_proj",
     "self_attn.o_proj",
     "mlp.gate_proj",
+    "mlp.gate_up_proj",
     "mlp.down_proj",
 )
 TAP = 32  # bytes alive for each value of a projection whose statistics are summed
@@ -189,7 +191,7 @@ class Needs:
         """
         arch = self.arch
         state = FP16 * arch.hidden * arch.blocks
-        inner = FP16 * (8 * arch.hidden + 4 * arch.linears["mlp.up_proj"][0])
+        inner = FP16 * (8 * arch.hidden + 4 * arch.intermediate)
         weight = (FP16 + FP32) * max(out * into for out, into in arch.linears.values())
         told = self.kinds * (arch.image_tokens + PROMPT / 2 + PROMPT + ANSWER)
         return self.reading(1) - self.tower() + ((state + inner) * told + weight) / GIB

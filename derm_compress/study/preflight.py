@@ -34,6 +34,8 @@ def check(plan) -> None:
     """DermError where a run (plan.Plan) cannot work: quantizers, embedder, judge, GPU, disk."""
     values = plan.values
     check_forms(values)
+    if missing(plan, "02_finetune"):
+        check_base(values)
     if missing(plan, IMPORTANCE):
         check_embedder(plan)
     if values["judge"] != "rubric" and missing(plan, EVALUATION):
@@ -119,6 +121,14 @@ def advice(step, p: dict, machine: Machine) -> str:
     if step.parameter == "importance_batch":
         return "leave it out of rankings, or take a smaller model or a larger GPU"
     return "take a smaller model or a larger GPU"
+
+
+def check_base(values: dict) -> None:
+    """DermError for a model folder that stage 02 would refuse; a hub's model is asked there."""
+    from derm_compress.model import loading
+
+    if values["device"] != "meta" and loading.is_here(values["model"]):
+        loading.check_model(values["model"])
 
 
 def check_embedder(plan) -> None:

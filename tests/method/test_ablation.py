@@ -1,6 +1,6 @@
+import dataclasses
 import itertools
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,9 +53,8 @@ def told(small):
 
 
 def written(model, *, eos, batch_size, units=UNITS, most=MOST, pictures=PICTURES):
-    words = Words()
-    words.tokenizer = SimpleNamespace(eos_token_id=eos)
-    prompts = Prompts.of(words, pictures[0], QUESTIONS, "cpu")
+    prompts = Prompts.of(Words(), pictures[0], QUESTIONS, "cpu")
+    prompts = dataclasses.replace(prompts, ends=[] if eos is None else [eos])
     how = {"batch_size": batch_size, "max_new_tokens": most}
     rows = list(ablated_answers(model, prompts, ITEMS, pictures, units, **how))
     answers = {row.key: row for row in rows}

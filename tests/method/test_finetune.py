@@ -41,7 +41,7 @@ def weights_of(folder):
 def test_labels_are_answers_and_their_ends_alone(pico):
     tokenizer = pico[1].tokenizer
     turns = [("What is it?", "This is rosacea."), ("And the treatment?", "Sun protection.")]
-    ids, labels = prompts.encode(tokenizer, turns, 36)
+    ids, labels = prompts.encode(pico[1], turns, image_tokens=36)
     assert (ids == tokenizer.convert_tokens_to_ids("<image>")).sum() == 36
     assert ids[0] == tokenizer.bos_token_id
     kept = labels != prompts.IGNORED
@@ -53,7 +53,7 @@ def test_training_prompts_are_the_tests_prompts(pico):
     """The ids before the first answer are what the processor makes of the test's prompt."""
     model, processor = pico
     turns = [(dialogue.question("name"), "This is rosacea.")]
-    ids, labels = prompts.encode(processor.tokenizer, turns, prompts.image_tokens(model))
+    ids, labels = prompts.encode(processor, turns, image_tokens=36)
     first = int((labels != prompts.IGNORED).int().argmax())
     picture = np.zeros((1, 72, 72, 3), np.uint8)
     asked = prompts.prepare(processor, [prompts.prompt(processor, "name")], picture, "cpu")

@@ -12,7 +12,7 @@ from small_llava import asked, batch, loud_llava, small_llava
 
 from derm_compress.errors import DermError
 from derm_compress.method.activations import block_errors
-from derm_compress.method.quantization import calibration, folding, grids, scaling
+from derm_compress.method.quantization import calibration, grids, scaling
 from derm_compress.method.quantization.forms import Form
 from derm_compress.method.quantization.grids import IntegerGrid, NF4Grid
 from derm_compress.method.quantization.inputs import InputStatistics, input_statistics
@@ -77,7 +77,7 @@ def test_by_hand_on_one_matrix_the_equations_find_the_exponent_of_the_search(mod
     _, rows = search_one(model, BATCHES, Form("awq", 3, 64))
     (row,) = (row for row in rows if (row["block"], row["group"]) == (2, "down"))
     assert row["alpha"] == alpha and row["loss"] == pytest.approx(loss, rel=1e-3)
-    assert {row["group"] for row in rows} == set(folding.GROUPS) and len(rows) == 16
+    assert {row["group"] for row in rows} == set(anatomy.SEPARATE) and len(rows) == 16
     assert all(0 < row["loss"] <= row["loss_rtn"] for row in rows)
 
 

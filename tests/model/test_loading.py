@@ -9,6 +9,7 @@ from transformers import BertConfig
 
 from derm_compress.errors import DermError
 from derm_compress.model import anatomy, loading
+from derm_compress.model.processors import check_picture_size
 
 
 def test_anatomy(pico):
@@ -89,6 +90,6 @@ def test_a_folder_that_is_not_whole_is_refused(folder, spoil, words):
 
 
 def test_pictures_of_another_size_are_refused(pico, dataset):
-    loading.check_picture_size(pico[1], dataset.images)
+    check_picture_size(pico[1], dataset.images)
     with pytest.raises(DermError, match="image_size: 72"):
-        loading.check_picture_size(pico[1], dataset.images[:, :36, :36])
+        check_picture_size(pico[1], dataset.images[:, :36, :36])

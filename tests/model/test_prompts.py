@@ -73,7 +73,7 @@ def test_answers_weigh_more_by_a_llama_tokenizer_too(dataset, tmp_path):
     published_llava.write_processor(tmp_path, size=72)
     processor, items = AutoProcessor.from_pretrained(tmp_path), dataset.of("train")[:2]
     processor.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=published_llava.tokenizer(), pad_token="<pad>"
+        tokenizer_object=published_llava.tokenizer(), pad_token="<pad>", eos_token="</s>"
     )
     how = {"batch_size": 6, "device": "cpu", "answer_weight": 4.0}
     (batch,) = prompts.calibration_batches(processor, items, dataset.images, **how)

@@ -112,7 +112,7 @@ def test_labels_are_answers_and_their_ends(published):
         (dialogue.question("name"), "This is rosacea."),
         (dialogue.question("treatment"), "Sun protection."),
     ]
-    ids, labels = prompts.encode(tokenizer, turns, IMAGE_TOKENS)
+    ids, labels = prompts.encode(published[1], turns, image_tokens=IMAGE_TOKENS)
     kept = labels != prompts.IGNORED
     assert ids[0] == tokenizer.bos_token_id
     assert (ids == tokenizer.convert_tokens_to_ids("<image>")).sum() == IMAGE_TOKENS
@@ -128,7 +128,7 @@ def test_training_criteria_and_the_test_read_the_same_ids(published, small):
     read = Prompts.of(processor, small.images[0], questions, "cpu")
     for kind, question in questions.items():
         turns = [(question, "Sun protection.")]
-        ids, labels = prompts.encode(processor.tokenizer, turns, prompts.image_tokens(model))
+        ids, labels = prompts.encode(processor, turns, image_tokens=IMAGE_TOKENS)
         told = read.told(kind, "Sun protection.")
         assert [*read.prefix.tolist(), *read.rest[kind], *told] == ids.tolist()
         assert told == ids[labels != prompts.IGNORED].tolist()

@@ -20,7 +20,7 @@ def test_the_embedded_model_is_what_its_recipe_says(embedded):
     told = json.loads((loading.TINY / "recipe.json").read_text())
     assert sum(p.numel() for p in model.parameters()) == told["parameters"]
     assert processor.image_processor.crop_size["height"] == tiny.SIZE
-    assert prompts.image_tokens(model) == tiny.IMAGE_TOKENS == 36
+    assert anatomy.image_tokens(model.config) == tiny.IMAGE_TOKENS == 36
     text, fresh = model.config.text_config, tiny.config(len(processor.tokenizer)).text_config
     assert fresh.to_dict() == text.to_dict() | {"dtype": fresh.dtype}
     for block in anatomy.blocks(model):  # the study's group size

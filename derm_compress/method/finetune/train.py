@@ -19,7 +19,7 @@ from derm_compress.errors import DermError
 from derm_compress.method.quantization.forms import Form
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, memory, oom, shapes
-from derm_compress.model.prompts import collate, encode, image_tokens
+from derm_compress.model.prompts import collate, encode
 from derm_compress.progress import track
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from derm_compress.data.items import Item
 
 FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of two changes no digit
-TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # plain name lists would also hit CLIP
+TARGETS = anatomy.ADAPTED  # plain name lists would also hit the tower
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
@@ -49,11 +49,10 @@ def training_batch(
     model, processor, items: Sequence[Item], images: np.ndarray, rng: np.random.Generator
 ) -> dict:
     """One batch of conversations, each with its picture and its turns in random order and words."""
-    tokenizer, expanded = processor.tokenizer, image_tokens(model)
+    expanded = anatomy.image_tokens(model.config)
     told = [dialogue.conversation(item.disease, item.facts, rng) for item in items]
-    batch = collate(
-        [encode(tokenizer, turns, expanded) for turns in told], pad=tokenizer.pad_token_id
-    )
+    pieces = [encode(processor, turns, image_tokens=expanded) for turns in told]
+    batch = collate(pieces, pad=processor.tokenizer.pad_token_id)
     pictures = list(images[[item.row for item in items]])
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     batch["pixel_values"] = pixels.to(model.dtype)
@@ -72,7 +71,7 @@ def planned_peak(
         shapes.architecture(model.config),
         rank=training.rank,
         batch=len(first),
-        text_tokens=width - image_tokens(model),
+        text_tokens=width - anatomy.image_tokens(model.config),
         element=element,
         rest=element,
         checkpointing=model.device.type == "cuda",

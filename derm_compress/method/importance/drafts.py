@@ -84,13 +84,13 @@ class Writer:
 
     AHEAD = 7
 
-    def __init__(self, model, *, lines: int, width: int, max_new_tokens: int, eos: int):
-        self.model, self.lines, self.most, self.eos = model, lines, max_new_tokens, eos
+    def __init__(self, model, *, lines: int, width: int, max_new_tokens: int, ends: list[int]):
+        self.model, self.lines, self.most, self.ends = model, lines, max_new_tokens, ends
         self.cache, self.guesses = SlotCache(lines, width + self.AHEAD), Guesses()
         self.answers: list[Answer] = []  # under way; the first lines are theirs
 
     def ended(self, tokens: Sequence[int]) -> bool:
-        return len(tokens) >= self.most or self.eos in tokens[-1:]
+        return len(tokens) >= self.most or (bool(tokens) and tokens[-1] in self.ends)
 
     def add(self, going: list[tuple[int, Answer]], reading: Reading, cache) -> Iterator[Answer]:
         """Goes on with (row of the reading, answer); gives back answers that end meanwhile."""
@@ -180,7 +180,7 @@ def ablated_answers(
         lines=batch_size,
         width=len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens,
         max_new_tokens=max_new_tokens,
-        eos=prompts.processor.tokenizer.eos_token_id,
+        ends=prompts.ends,
     )
     whole = read_without(prompts, items, images, {}, (), writer)
     for answer in itertools.chain(whole, writer.flush()):

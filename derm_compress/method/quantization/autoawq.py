@@ -13,7 +13,7 @@ import warnings
 import torch
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import calibration, folding
+from derm_compress.method.quantization import calibration
 from derm_compress.model import anatomy, removal
 
 
@@ -85,6 +85,9 @@ def check(model, batches, form):
     if form.block_bits or removal.lacking(model):
         said = "autoawq takes whole blocks at one width, all of them; use awq for exceptions"
         raise DermError(f"quantize: {said}")
+    if any(anatomy.groups(block) != anatomy.SEPARATE for block in anatomy.blocks(model)):
+        said = "autoawq knows separate projections alone; use awq for fused ones"
+        raise DermError(f"quantize: {said}")
     if any("token_weights" in batch for batch in batches):
         said = "autoawq weighs all tokens alike; set answer_weight to 1, or leave autoawq out"
         raise DermError(f"quantize: {said}")
@@ -105,7 +108,7 @@ def search(model, batches, form):
 
 
 def _kept(reference, blocks):
-    group_of = {names[0]: group for group, (_, names) in folding.GROUPS.items()}
+    group_of = {told.linears[0]: group for group, told in anatomy.SEPARATE.items()}
     found, tensors, rows = reference.found_scales, {}, []
     for i, (_, names, s) in enumerate(found):
         block, group = i * blocks // len(found), group_of[names[0]]

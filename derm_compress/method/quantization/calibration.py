@@ -208,11 +208,10 @@ def _through(block, passes, waiting, *, watch):
 
         return see
 
-    for group in folding.GROUPS if watch else ():
-        linears = list(folding.group_linears(block, group).values())
-        if linears:  # none where the sublayer was removed
-            sums[group] = InputSums()
-            handles.append(linears[0].register_forward_pre_hook(hook(group)))
+    for group in anatomy.groups(block) if watch else ():
+        first, *_ = folding.group_linears(block, group).values()
+        sums[group] = InputSums()
+        handles.append(first.register_forward_pre_hook(hook(group)))
     device = next(block.parameters()).device
     try:
         for batch in passes:

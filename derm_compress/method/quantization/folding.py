@@ -5,39 +5,32 @@ import torch
 from derm_compress.errors import DermError
 from derm_compress.model import anatomy
 
-GROUPS = {  # linears that read one input, and the module before them that can absorb 1 / s
-    "qkv": ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    "o": ("self_attn.v_proj", ("self_attn.o_proj",)),
-    "gate_up": ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    "down": ("mlp.up_proj", ("mlp.down_proj",)),
-}
-
 
 def group_linears(block, group):
-    """{name: linear} of a group; none where the sublayer was removed."""
-    there = anatomy.linears(block)
-    return {name: there[name] for name in GROUPS[group][1] if name in there}
+    """{name: linear} of a group of anatomy.groups()."""
+    return {name: block.get_submodule(name) for name in anatomy.groups(block)[group].linears}
 
 
 def absorbs(block, group):
-    """Whether the module before a group fits s [in].
+    """Whether the module before a group fits s [in], in the last of its parts.
 
-    Under grouped-query attention v_proj is narrower than o_proj, which then stays unscaled.
+    Under grouped-query attention the values are narrower than what o_proj reads, which then stays
+    unscaled.
     """
-    linears = list(group_linears(block, group).values())
-    before = GROUPS[group][0]
-    return bool(linears) and len(block.get_submodule(before).weight) == linears[0].in_features
+    told = anatomy.groups(block)[group]
+    wide = block.get_submodule(told.linears[0]).in_features
+    return len(block.get_submodule(told.before).weight) == told.parts * wide
 
 
 def scale_groups(model):
     """{"block.group": (module before, linears)} of the decoder, where s [in] can be folded."""
     return {
         f"{index}.{group}": (
-            block.get_submodule(before),
+            block.get_submodule(told.before),
             list(group_linears(block, group).values()),
         )
         for index, block in enumerate(anatomy.blocks(model))
-        for group, (before, _) in GROUPS.items()
+        for group, told in anatomy.groups(block).items()
         if absorbs(block, group)
     }
 
@@ -53,7 +46,8 @@ def fold_scales(model, scales):
         s = scales[key].to(before.weight.device, torch.float32)
         for parameter in before.parameters():
             rows = s.view(-1, *[1] * (parameter.ndim - 1))
-            _set(parameter, parameter.float() / rows, key)
+            last = parameter[-len(s) :]
+            _set(last, last.float() / rows, key)
         for linear in linears:
             _set(linear.weight, linear.weight.float() * s, key)
 

@@ -16,7 +16,7 @@ ALPHAS = tuple(i / 20 for i in range(20))  # Eq. 8's exponents
 FLOOR = 1e-4  # no channel counts as quieter than this share of the loudest, which bounds s
 SAMPLE = 128  # rows that choose FINALISTS of larger weights; all rows decide among these
 FINALISTS = 2
-UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # attention reads their product, not them
+UNCLIPPED = anatomy.QUERIES_AND_KEYS
 CHUNK = 2**19  # weights rounded at a time on a CPU: what its caches hold
 
 
