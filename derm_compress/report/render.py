@@ -134,7 +134,7 @@ def record(made: Run) -> str:
 def contents(made: Run, facts: Facts, built: dict, drawn: dict, notebooks: list[str]) -> dict:
     """All that index.html and README.md say, as data."""
     parts = []
-    for part in PARTS:
+    for part in PARTS.values():
         if part.stem in built or part.stem in drawn:
             frame = tables.readable(built[part.stem]) if part.stem in built else None
             parts.append(

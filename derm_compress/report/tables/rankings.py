@@ -76,10 +76,10 @@ def calibration_curve(
             one, other = (of_item[:, part].mean(-1).T for part in parts)  # [draws, blocks]
             rho = (standardised(one) * standardised(other)).sum(1)
             overlap = (first(one, gone) & first(other, gone)).sum(1) / gone
-            row = {"ranking": name, "items": size, "chance": gone / len(of_item)}
+            row = {"ranking": name, "items": size}
             for measure, each in (("rho", rho), ("overlap", overlap)):
                 row |= joins.interval(measure, (each.mean(), *np.quantile(each, TAILS)))
-            rows.append(row)
+            rows.append(row | {"chance": gone / len(of_item)})
     return pd.DataFrame(rows)
 
 
