@@ -66,6 +66,22 @@ def run(
     raise typer.Exit(code)
 
 
+@app.command()
+def look(
+    data: Annotated[Path, typer.Argument(help="a folder or a zip archive of photographs")],
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="'KEY=VALUE …'", help="what is known: label_column=dx"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the run file; else params/NAME.yaml")] = None,
+) -> None:
+    """Say what a run would read of a folder of photographs, and write its run file."""
+    from derm_compress.study.look.propose import propose
+    from derm_compress.study.plan import project_root
+
+    print(propose(data, assignments(sets or []), out, project_root()))
+
+
 def assignments(texts: list[str]) -> dict[str, str]:
     """{"a": "1", "b": "two words"} from ["a=1 b=two words"]: values end before the next `name=`."""
     found = {}

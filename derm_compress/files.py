@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from filelock import FileLock, Timeout
@@ -285,17 +286,39 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """Digest of a folder's listing (names, sizes, times): a changed photograph is new input.
+def located(root: Path, value: str) -> Path:
+    """A path that a person wrote: below `root` unless it is absolute, ~ is their home."""
+    return root / Path(value).expanduser()
 
-    Of Kaggle's read-only inputs names and sizes alone: their times may differ in every session.
+
+def walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name below `folder`, path) of each file, through links too, but into no folder it is in."""
+    todo = [(folder, "", (os.path.realpath(folder),))]
+    while todo:
+        here, name, above = todo.pop()
+        try:
+            inside = sorted(os.listdir(here))
+        except OSError as error:
+            raise DermError(f"folder {shown(here)} cannot be read: {error.strerror}") from None
+        for path in (here / inner for inner in inside):
+            if path.is_file():
+                yield f"{name}{path.name}", path
+            elif path.is_dir() and (real := os.path.realpath(path)) not in above:
+                todo.append((path, f"{name}{path.name}/", (*above, real)))
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of a file, or of all files in a folder, by name, size and time: what changed is new.
+
+    Links are followed. Of Kaggle's read-only inputs names and sizes alone: their times may differ
+    in every session.
     """
     inputs = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"), "input").resolve()
-    mounted = folder.resolve().is_relative_to(inputs)
-    listing = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            stat = path.stat()
-            times = [] if mounted else [stat.st_mtime_ns]
-            listing[path.relative_to(folder).as_posix()] = [stat.st_size, *times]
+    on_kaggle, listing = inputs.is_dir(), {}
+    for name, file in walk(path) if path.is_dir() else [("", path)]:
+        stat = file.stat()
+        times = [stat.st_mtime_ns]
+        if on_kaggle and file.resolve().is_relative_to(inputs):
+            times = []
+        listing[name] = [stat.st_size, *times]
     return digest(listing)

@@ -3,8 +3,9 @@
 import numpy as np
 from PIL import Image
 
-from derm_compress.data.sources import dermnet
+from derm_compress.data.preset import read_preset
 
+RULES = read_preset("dermnet").names
 ACNE, ECZEMA, NAILS, PSORIASIS, TUMORS, CANCER, MOLES, IVY, ATOPIC, BULLOUS, VIRAL = (
     "Acne and Rosacea Photos",
     "Eczema Photos",
@@ -77,14 +78,17 @@ def draw(path, seed):
 
 def plant(root, each=6):
     """train/ and test/ with all of NAMES, and `each` more of every disease in both; how many."""
-    for folder in dermnet.rules()["folders"]:
-        for split in dermnet.SPLITS:
+    for folder in RULES.folders:
+        for split in ("train", "test"):
             (root / split / folder).mkdir(parents=True)
     names = [(("train", "test")[i % 2], folder, name) for i, (folder, name, _) in enumerate(NAMES)]
     where = {disease: folder for folder, _, disease in NAMES}
-    for split in dermnet.SPLITS:  # numbered alike in both: the same folder and name on both sides
-        for disease, rule in dermnet.rules()["diseases"].items():
-            prefix = rule["prefixes"][0]
+    for split in (
+        "train",
+        "test",
+    ):  # numbered alike in both: the same folder and name on both sides
+        for disease, rule in RULES.diseases.items():
+            prefix = rule.prefixes[0]
             names += [(split, where[disease], f"{prefix}-{100 + i}.jpg") for i in range(each)]
     for seed, (split, folder, name) in enumerate(names):
         draw(root / split / folder / name, seed)

@@ -6,6 +6,6 @@ FACE = {
     "items": ["Dataset", "Item", "load_dataset", "sample", "save_dataset"],
     "dialogue": ["QUESTIONS", "answers", "conversation", "diseases", "question", "reference"],
     "request": ["Request"],
-    "load": ["SOURCES", "load_source", "read_report", "write_source"],
+    "load": ["SOURCES", "load_source", "read_report", "survey", "write_source"],
 }
 __getattr__, __all__ = face(__name__, FACE)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,10 @@ SPLITS = ("train", "dev", "test", "heldout")
 
 @dataclass(frozen=True)
 class Item:
-    """One picture; `row` is its place in the images, `facts` what is known to be seen in it."""
+    """One picture; `row` is its place in the images, `facts` what is known to be seen in it.
+
+    subgroups: what a source says of the person or the place, {column: value} without unknown ones.
+    """
 
     id: str
     split: str
@@ -28,6 +31,7 @@ class Item:
     row: int
     facts: dict
     source: str
+    subgroups: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,8 @@ class Dataset:
         return found.resize((size, size), Image.Resampling.NEAREST)
 
     def frame(self) -> pd.DataFrame:
-        """One row per item; facts as JSON."""
-        rows = [
-            asdict(item) | {"facts": json.dumps(item.facts, sort_keys=True)} for item in self.items
-        ]
+        """One row per item; facts and subgroups as JSON."""
+        rows = [_with_dicts(asdict(item), _dumped) for item in self.items]
         return pd.DataFrame(rows, columns=[field.name for field in fields(Item)])
 
 
@@ -84,8 +86,16 @@ def load_dataset(folder: Path) -> Dataset:
         if not path.is_file():
             raise DermError(f"{path} is missing; run stage 01_data again")
     rows = pd.read_parquet(items).to_dict("records")
-    read = tuple(Item(**row | {"facts": json.loads(row["facts"])}) for row in rows)
+    read = tuple(Item(**_with_dicts(row, json.loads)) for row in rows)
     return Dataset(read, load_file(images)["images"])
+
+
+def _with_dicts(row: dict, change: Callable) -> dict:
+    return row | {name: change(row[name]) for name in ("facts", "subgroups")}
+
+
+def _dumped(value: dict[str, str]) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def sample(items: Sequence[Item], n: int, seed: int) -> list[Item]:

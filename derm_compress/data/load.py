@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from derm_compress.data.items import SPLITS, Dataset, save_dataset
+from derm_compress.data.preset import preset_names, read_preset
 from derm_compress.data.request import Request
-from derm_compress.data.sources import dermnet, drawn, folder
+from derm_compress.data.rows import Survey, dataset_of
+from derm_compress.data.sources import drawn, folder, names
 from derm_compress.errors import DermError
 from derm_compress.files import read_json, write_json
 
-SOURCES: dict[str, Callable[[Request], tuple[Dataset, dict]]] = {
-    "synthetic": drawn.read,
-    "dermnet": dermnet.read,
-    "pad-ufes-20": folder.preset("pad-ufes-20.yaml"),
-    "folder": folder.read,
-}
+DRAWN, FOLDER = "synthetic", "folder"
+SOURCES = (DRAWN, FOLDER, *preset_names())
+
+
+def survey(request: Request) -> Survey:
+    """What a source of photographs would read, before one is opened."""
+    if request.source == FOLDER:
+        return folder.survey(request)
+    if request.source not in SOURCES:
+        raise DermError(f"unknown source {request.source!r}; allowed: {', '.join(SOURCES)}")
+    preset = read_preset(request.source)
+    return names.survey(request, preset.names) if preset.names else folder.survey(request, preset)
 
 
 def load_source(request: Request) -> tuple[Dataset, dict]:
     """A data set and a JSON-able report; the same request and files give the same bytes."""
-    if request.source not in SOURCES:
-        raise DermError(f"unknown source {request.source!r}; allowed: {', '.join(SOURCES)}")
-    dataset, found = SOURCES[request.source](request)
-    return dataset, report(dataset, request.sizes) | found
+    if request.source == DRAWN:
+        dataset, found = drawn.read(request)
+    else:
+        dataset, found = dataset_of(survey(request), request)
+    return dataset, report(dataset, request.sizes, found)
 
 
 def write_source(path: Path, request: Request) -> None:
@@ -39,22 +48,25 @@ def read_report(path: Path) -> dict:
     return read_json(Path(path) / "report.json")
 
 
-def report(dataset: Dataset, sizes: Mapping[str, int]) -> dict:
+def report(dataset: Dataset, sizes: Mapping[str, int], found: Mapping) -> dict:
     """Counts by split and disease, groups, and notes on whatever is less than was asked for."""
     frame = dataset.frame()
     counts = {name: Counter(part.disease) for name, part in frame.groupby("split")}
     got = {name: counts.get(name, Counter()).total() for name in SPLITS}
     got["train"] += got["dev"]
+    untested = sorted({*frame.disease, *found.get("untested", ())} - {*counts.get("test", ())})
+    reasons = dict.fromkeys(untested, f"n_test is {sizes['test']}") | dict(
+        found.get("untested", {})
+    )
+    missing = [f"no test image of {disease}: {reasons[disease]}" for disease in untested]
     if sizes["test"] and not got["test"]:
-        why = "too few images, or all of a class in one group"
-        raise DermError(f"no image left for the test set: {why}; add images")
+        advice = "add images, or name a column that is no identity in subgroup_columns"
+        raise DermError(f"no image left for the test set: {'; '.join(missing)[:350]}; {advice}")
     notes = [
         f"asked for {n} {name} images, got {got[name]}"
         for name, n in sizes.items()
         if got[name] < n
     ]
-    untested = sorted(set(frame.disease) - set(counts.get("test", ())))
-    notes += [f"no test image of {disease}" for disease in untested]
     return {
         "source": frame.source[0],
         "size": dataset.images.shape[1],
@@ -62,5 +74,6 @@ def report(dataset: Dataset, sizes: Mapping[str, int]) -> dict:
         "counts": {name: dict(sorted(counts[name].items())) for name in SPLITS if name in counts},
         "groups": frame.group.nunique(),
         "largest_group": int(frame.group.value_counts().max()),
-        "notes": notes,
+        **{name: value for name, value in found.items() if name != "untested"},
+        "notes": [*notes, *missing, *found.get("notes", ())],
     }

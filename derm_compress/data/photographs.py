@@ -19,13 +19,14 @@ STRIP = 16  # longest edge over shortest; a longer strip would be resized to a h
 def read_rgb(path: Path, *, size: int) -> Image.Image:
     """Decode a file fully and upright, on white; large ones shrink, but not below 4 x size.
 
-    Raises whatever the decoder raises on damage, ValueError for a picture too small or too long.
+    path: a file, or one in a zip archive. Raises whatever the decoder raises on damage, ValueError
+    for a picture too small or too long.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             image.verify()
-        with Image.open(path, formats=FORMATS) as image:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             shape = "{} x {}".format(*image.size)
             if min(image.size) < MIN_SIDE:
                 raise ValueError(f"too small: {shape}, the shorter edge needs {MIN_SIDE}")

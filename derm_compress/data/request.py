@@ -7,14 +7,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from derm_compress.errors import DermError
+from derm_compress.files import located
 
 
 @dataclass(frozen=True)
 class Request:
     """Named as notebook 01's parameters; too few images give smaller sets."""
 
-    source: str
-    data_root: Path | None = None  # folder of the photographs
+    source: str = "synthetic"
+    data_root: Path | None = None  # folder or zip archive of the photographs
     seed: int = 0
     image_size: int = 72
     n_train: int = 1737  # 0: all that are left
@@ -22,24 +23,30 @@ class Request:
     n_test: int = 39
     n_heldout: int = 0
     # photographs
-    exclude_labels: Sequence[str] = ()
-    labels: Mapping[str, str] | None = None  # {spelling: disease}; None: those of diseases.yaml
+    label_map: Sequence[str] = ()  # "spelling = disease", over what is known
+    exclude_labels: Sequence[str] = ()  # "*": all that are unknown
+    group_columns: Sequence[str] = ()  # none: those whose name says so
+    subgroup_columns: Sequence[str] = ()
     max_unreadable: float = 0.05  # share at which the run stops
     phash_distance: int = 4  # bits by which duplicates may differ
     embedding_distance: float = 0.0  # cosine distance of their thumbnails; 0: not compared
-    # a folder with a csv
-    table: str = ""  # the folder's only one
+    table: str = ""  # empty: a preset's, or the folder's only csv
+    # source folder
     image_column: str = "image"
+    image_suffix: str = ""
     label_column: str = "label"
-    group_columns: Sequence[str] | None = None  # None: the usual ones that exist
+    onehot_columns: Sequence[str] = ()
     # DermNet
     dermatitis: str = "wide"  # narrow, or wide: with atopic dermatitis and eczema
 
     @classmethod
-    def of(cls, parameters: Mapping, **others) -> Request:
-        """Of a notebook's parameters those that a request has."""
+    def of(cls, parameters: Mapping, *, project: Path = Path(), **others) -> Request:
+        """Of a notebook's parameters those that a request has; data_root lies in `project`."""
         names = {field.name for field in fields(cls)} & set(parameters)
-        return cls(**{name: parameters[name] for name in names} | others)
+        asked = {name: parameters[name] for name in names} | others
+        if asked.get("data_root"):
+            asked["data_root"] = located(project, str(asked["data_root"]))
+        return cls(**asked)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -49,13 +56,13 @@ class Request:
 
     @property
     def root(self) -> Path:
-        """The folder of the photographs; DermError where there is none or nothing in it."""
+        """Where the photographs are; DermError where there is nothing."""
         if not self.data_root:
-            needed = "needs data_root, the folder that holds its images"
+            needed = "needs data_root, the folder or zip archive that holds its images"
             raise DermError(f"source {self.source!r} {needed}")
         root = Path(self.data_root)
-        if not root.is_dir() or not any(root.iterdir()):
-            state = "is empty" if root.is_dir() else "does not exist"
+        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+            state = "is empty" if root.exists() else "does not exist"
             advice = "put its images there, or correct data_root"
             raise DermError(f"data folder {root} {state}; {advice}")
         return root

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +19,30 @@ from derm_compress.progress import track
 
 @dataclass(frozen=True)
 class Row:
-    """A labelled photograph; path None: not in the folder. Rows that share a key stay together."""
+    """A labelled photograph; path None: not there, and why. Rows that share a key stay together."""
 
     id: str
     path: Path | None
     disease: str
     keys: tuple[str, ...] = ()
+    subgroups: dict[str, str] = field(default_factory=dict)
+    why: str = ""
 
 
-def dataset_of(rows: Sequence[Row], request: Request, told: dict) -> tuple[Dataset, dict]:
-    """The data set of these photographs, and `told` with what was found in reading them.
+@dataclass(frozen=True)
+class Survey:
+    """What a source would read, before a picture is opened."""
 
-    told: what a source says in the report, "excluded" (counts by reason) at least.
-    """
+    rows: tuple[Row, ...]
+    told: dict  # what the report adds: "excluded" (counts by reason) at least, "notes"
+    problems: tuple[str, ...] = ()  # each stops a run
+
+
+def dataset_of(survey: Survey, request: Request) -> tuple[Dataset, dict]:
+    """The data set of a source's photographs, and what was found in reading them."""
+    for problem in survey.problems:
+        raise DermError(problem)
+    rows, told = survey.rows, survey.told
     if not rows:
         none = f"no image left: {request.root} lists none with a wanted label"
         raise DermError(f"{none} ({sum(told['excluded'].values())} excluded)")
@@ -44,7 +55,7 @@ def dataset_of(rows: Sequence[Row], request: Request, told: dict) -> tuple[Datas
 def read(rows: Sequence[Row], request: Request) -> tuple[pd.DataFrame, np.ndarray, list[dict]]:
     """Read photographs in the order of their ids; DermError if too many fail, or all of a disease.
 
-    Returns a frame (id, disease, keys, pixels: sha256, perceptual: 64 bits), images
+    Returns a frame (id, disease, keys, subgroups, pixels: sha256, perceptual: 64 bits), images
     [n, size, size, 3] and the unreadable files with their reasons.
     """
     size = request.image_size
@@ -53,7 +64,7 @@ def read(rows: Sequence[Row], request: Request) -> tuple[pd.DataFrame, np.ndarra
     for row in track(sorted(rows, key=lambda row: row.id), "reading photographs", total=len(rows)):
         try:
             if row.path is None:
-                raise FileNotFoundError("not in the data folder")
+                raise FileNotFoundError(row.why)
             image = photographs.read_rgb(row.path, size=size)
         except Exception as error:  # decoders raise nearly anything on damaged files
             reason = photographs.reason(error, row.path or Path(row.id))
@@ -62,8 +73,9 @@ def read(rows: Sequence[Row], request: Request) -> tuple[pd.DataFrame, np.ndarra
         images[len(done)] = photographs.fit(image, size)
         pixels = photographs.pixel_hash(np.asarray(image))
         perceptual = photographs.perceptual_hash(image)
-        done.append((row.id, row.disease, row.keys, pixels, perceptual))
-    frame = pd.DataFrame(done, columns=["id", "disease", "keys", "pixels", "perceptual"])
+        done.append((row.id, row.disease, row.keys, row.subgroups, pixels, perceptual))
+    columns = ["id", "disease", "keys", "subgroups", "pixels", "perceptual"]
+    frame = pd.DataFrame(done, columns=columns)
     some = "; ".join(f"{bad['image'][:80]} ({bad['reason']})" for bad in unreadable[:3])
     if len(unreadable) > request.max_unreadable * len(rows):
         share = f"{len(unreadable)} of {len(rows)} images cannot be read"
@@ -93,18 +105,23 @@ def arrange(frame: pd.DataFrame, images: np.ndarray, request: Request) -> tuple[
     joined = splits.join([(f"twin={twin}", *keys) for twin, keys in pairs])
     frame["group"] = frame.groupby(joined)["id"].transform("min")
     contested = frame[frame.groupby("twin").disease.transform("nunique") > 1]
-    home = splits.split(
-        {group: Counter(diseases) for group, diseases in frame.groupby("group").disease},
-        sizes=request.sizes,
-        seed=request.seed,
-        train_only=set(contested.group),  # alike and labelled differently: no ground for a test
-    )
+    groups = {group: Counter(diseases) for group, diseases in frame.groupby("group").disease}
+    apart = set(contested.group)  # alike and labelled differently: no ground for a test
+    home = splits.split(groups, sizes=request.sizes, seed=request.seed, train_only=apart)
     kept = frame.assign(split=frame.group.map(home)).dropna(subset="split")
-    columns = zip(kept.id, kept.split, kept.disease, kept.group, strict=True)
-    items = [Item(*values, row, {}, request.source) for row, values in enumerate(columns)]
+    columns = zip(kept.id, kept.split, kept.disease, kept.group, kept.subgroups, strict=True)
+    items = [
+        Item(*values, row, {}, request.source, subgroups)
+        for row, (*values, subgroups) in enumerate(columns)
+    ]
     exact = repeats(frame, "pixels")
     tested = kept[kept.split == "test"].set_index("id")
+    untested = sorted({*frame.disease} - {*tested.disease})
     found = {
+        "untested": {
+            disease: splits.why_untested(disease, groups, request.n_test, apart)
+            for disease in untested
+        },
         "exact_duplicates": exact,
         "perceptual_duplicates": [ids for ids in repeats(frame, "twin") if ids not in exact],
         "label_conflicts": repeats(contested, "twin"),

@@ -75,6 +75,31 @@ def split(
     return home | dict.fromkeys(train, "train") | dict.fromkeys(dev, "dev")
 
 
+def why_untested(
+    disease: str, groups: Mapping[str, Counter], n_test: int, train_only: Collection[str]
+) -> str:
+    """Why no group of a disease was taken for the test set."""
+    sizes = {name: counts for name, counts in groups.items() if counts[disease]}
+    total = sum(counts[disease] for counts in sizes.values())
+    room = int(total * (1 - TRAIN_SHARE))
+    free = [counts for name, counts in sizes.items() if name not in train_only]
+    if not free:
+        return f"its {total} pictures are alike to pictures of another label, and stay in training"
+    if not room:
+        return "it has one picture, and half of each class stays in training"
+    if len(sizes) == 1:
+        return (
+            f"its {total} pictures are one group (patient, lesion or alike), and stay in training"
+        )
+    smallest = min(free, key=Counter.total)
+    if smallest[disease] > room:
+        of_all = f"{smallest[disease]} of its {total} pictures"
+        return f"its smallest group has {of_all}, and half of each class stays in training"
+    if smallest.total() > n_test:
+        return f"its smallest group has {smallest.total()} pictures, more than n_test = {n_test}"
+    return f"others took the places of n_test = {n_test}"
+
+
 def _share(groups: Mapping[str, Counter], share: float) -> Counter:
     """How many images of each class are `share` of all, rounded down."""
     total = sum(groups.values(), Counter())

@@ -36,9 +36,6 @@ UNKNOWN = (
 DATA = {  # by what stage 01 calls its source
     "synthetic": "Pictures drawn by derm_compress, no photographs; "
     "free like its code (Apache-2.0).",
-    "pad-ufes-20": "PAD-UFES-20 photographs (CC BY 4.0; Pacheco et al. 2020): name the source.",
-    "dermnet": "DermNet photographs: copyrighted, for non-commercial use, and no part of this "
-    "folder; their terms bind what is trained on them.",
     "folder": "A folder of the maker's own: the maker must know its licence.",
 }
 NO_DATA = "The export does not know the data: see the run's stage 01."
@@ -107,12 +104,20 @@ def model_card(
         floor=metrics.FLOOR,
         licence_tag=tag,
         licence=licence,
-        data=DATA.get(known.source, NO_DATA),
+        data=data_terms(known.source),
         question=dialogue.question("name"),
         not_plain=NOT_PLAIN,
         layout=_layout(recipe, packed),
         opens=_opens(recipe, packed),
     )  # fmt: skip
+
+
+def data_terms(source: str) -> str:
+    """Whose the pictures are and what they may be used for."""
+    if source not in preset_names():
+        return DATA.get(source, NO_DATA)
+    preset = read_preset(source)
+    return f"{preset.title} photographs ({preset.licence}). Name the source: {preset.citation}."
 
 
 def _layout(recipe: Recipe, packed: bool) -> str:

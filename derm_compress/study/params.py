@@ -272,6 +272,12 @@ def read_yaml(text: str):
     return yaml.safe_load(text)
 
 
+def check_texts(texts: dict[str, str], known: dict[str, Parameter], where: str) -> dict:
+    """Values from the command line in their declared types."""
+    read = {name: known[name].from_text(text) for name, text in texts.items() if name in known}
+    return check(texts | read, known, where)
+
+
 def read_params(path: Path, known: dict[str, Parameter]) -> dict:
     """A checked parameter file (YAML, flat)."""
     try:

@@ -30,7 +30,7 @@ ARITHMETIC = {  # what x86 CPUs of the last ten years share: wider vectors sum t
     "MKL_CBWR": "AVX2",
 }
 PLACES = ("run", "artifact_root", "processes", "judge_url", "judge_concurrency")  # not what is made
-FOLDERS = ("data_root", "model", "judge_model")  # a folder named here counts by its files
+FOLDERS = ("data_root", "model", "judge_model")  # a folder or file named here counts by content
 CUT = ["blocks_removed", "attentions_removed", "mlps_removed", "criterion"]  # how a model is pruned
 OPERATING = {  # what a stage does to the operating point; export takes it where no name is given
     "05_sft": {"healed": True},
@@ -86,7 +86,8 @@ class Plan:
         found = {}
         for stage, notebook in self.notebooks.items():
             values = self.counted(stage)
-            words = {value for value in values.values() if isinstance(value, str)}
+            named = {value for value in values.values() if isinstance(value, str)}
+            words = named.union(f"{value}.yaml" for value in named)
             parts = keys_.code_parts(notebook.code(), words=words, package=self.package)
             upstream = {earlier: found[earlier] for earlier in self.graph[stage]}
             values = {k: self._by_content(v) if k in FOLDERS else v for k, v in values.items()}
@@ -94,8 +95,8 @@ class Plan:
         return found
 
     def _by_content(self, value: str) -> str:
-        folder = self.root / value
-        return files.folder_fingerprint(folder) if value and folder.is_dir() else value
+        path = files.located(self.root, value)
+        return files.fingerprint(path) if value and path.exists() else value
 
     def parameters(self, stage: str) -> dict:
         """The values of the parameters that a stage's notebook declares."""

@@ -10,7 +10,13 @@ from derm_compress.errors import DermError
 from derm_compress.files import hold, public, read_note, release, shown, write_note
 from derm_compress.study import keys
 from derm_compress.study.execution import Execution
-from derm_compress.study.params import check, known_parameters, read_notebooks, read_params, select
+from derm_compress.study.params import (
+    check_texts,
+    known_parameters,
+    read_notebooks,
+    read_params,
+    select,
+)
 from derm_compress.study.plan import Plan, git_state, make_plan, project_root
 
 
@@ -68,8 +74,7 @@ def plan_run(path: Path, sets: dict[str, str], root: Path, notebooks) -> Plan:
     if values.get("run") != path.stem:
         advice = f"a file's run is its name, so write `run: {path.stem}`"
         raise DermError(f"{path}: run is {values.get('run')!r}; {advice}")
-    read = {name: known[name].from_text(text) for name, text in sets.items() if name in known}
-    return make_plan(root, notebooks, values | check(sets | read, known, "--set"))
+    return make_plan(root, notebooks, values | check_texts(sets, known, "--set"))
 
 
 def list_stages(plan: Plan, stages: list[str]) -> None:

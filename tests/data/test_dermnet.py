@@ -5,11 +5,12 @@ from collections import Counter
 
 import dermnet_tree
 import pytest
-from dermnet_tree import ACNE, ECZEMA, NAMES, PSORIASIS, draw
+from dermnet_tree import ACNE, ECZEMA, NAMES, PSORIASIS, RULES, draw
 
 from derm_compress.data import dialogue, load
+from derm_compress.data.pictures import Pictures
 from derm_compress.data.request import Request
-from derm_compress.data.sources import dermnet
+from derm_compress.data.sources import names
 from derm_compress.errors import DermError
 
 
@@ -32,31 +33,32 @@ def read(root, **asked):
 
 @pytest.mark.parametrize(("folder", "name", "disease"), NAMES)
 def test_real_names(folder, name, disease):
-    assert dermnet.label(name)[0] == disease
+    assert names.label(name, RULES)[0] == disease
     wide = disease == "dermatitis" and name.startswith(("05Atopic", "eczema"))
-    assert dermnet.label(name, "narrow")[0] == ("" if wide else disease)
+    assert names.label(name, RULES, "narrow")[0] == ("" if wide else disease)
 
 
 def test_the_rules_are_those_of_eight_diseases_and_never_two_at_once():
-    known = dermnet.rules()["diseases"]
-    assert set(known) == set(dialogue.diseases()) and len(dermnet.rules()["folders"]) == 23
+    known = RULES.diseases
+    assert set(known) == set(dialogue.diseases()) and len(RULES.folders) == 23
     owner = {}
     for disease, rule in known.items():
-        owner |= {
-            prefix.casefold(): disease for prefix in (*rule["prefixes"], *rule.get("wide", ()))
-        }
+        owner |= {prefix.casefold(): disease for prefix in (*rule.prefixes, *rule.wide)}
     for prefix, disease in owner.items():
         assert {d for other, d in owner.items() if other.startswith(prefix)} == {disease}
 
 
 def test_what_is_kept_and_why(tree):
     dataset, report = read(tree, n_test=20)
-    assert {rule["disease"] for rule in report["rules"]} == set(dialogue.diseases())
-    kept = sum(rule["pictures"] for rule in report["rules"])
+    assert set(report["labels"]) == set(dialogue.diseases())
+    kept = sum(sum(prefixes.values()) for prefixes in report["labels"].values())
     assert kept == len(dataset.items) + report["unused"]
     assert report["excluded"]["histology"] == 3 and report["excluded"]["no picture"] == 1
     assert report["examples"]["unknown folder"] == ["train/Unheard-of Disease/rosacea-1.jpg"]
-    assert report["examples"]["looks like melanoma"] and report["folders_missing"] == []
+    assert (
+        report["examples"]["looks like melanoma"]
+        and "Systemic Disease" in report["folders_missing"]
+    )
     words = ("Unheard-of", "histology", "Forest")
     assert not [item.id for item in dataset.items if any(word in item.id for word in words)]
     assert set(report["test_images"]) == {item.id for item in dataset.of("test")}
@@ -93,7 +95,7 @@ def test_classes_are_balanced_and_the_test_list_is_the_seeds(tree):
 
 
 def test_the_folder_is_found_below_the_mount_and_others_are_refused(tree, tmp_path):
-    assert dermnet.find_root(tree.parent) == tree
+    assert names.find_top(Pictures(tree.parent), RULES) == "dermnet/"
     (tmp_path / "train" / "cats").mkdir(parents=True)
     (tmp_path / "test").mkdir()
     with pytest.raises(DermError, match="23 folders"):

@@ -205,7 +205,7 @@ def test_a_mounted_folder_counts_without_its_times(tmp_path, monkeypatch):
         link.symlink_to(tmp_path / name)
         for when in (1, 2):
             os.utime(tmp_path / name / "a.jpg", (when, when))
-            found.append(files.folder_fingerprint(link))
+            found.append(files.fingerprint(link))
     assert found[0] == found[1] and found[2] != found[3] and found[0] != found[2]
 
 

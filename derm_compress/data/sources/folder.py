@@ -1,109 +1,110 @@
-"""A folder of photographs with a csv of their labels, or one of a published layout. No torch."""
+"""Photographs with a csv of their labels: as a run's parameters say, or a preset. No torch."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Sequence
 
-import pandas as pd
-import yaml
-
-from derm_compress.data import dialogue
-from derm_compress.data.items import Dataset
+from derm_compress.data import dialogue, identities
+from derm_compress.data.labels import Labels
+from derm_compress.data.listing import Listing
+from derm_compress.data.pictures import Pictures, is_picture
+from derm_compress.data.preset import Layout, Preset
 from derm_compress.data.request import Request
-from derm_compress.data.rows import Row, dataset_of
+from derm_compress.data.rows import Survey
+from derm_compress.data.tables import Table, join, read_table
 from derm_compress.errors import DermError
 
-USUAL_GROUPS = ("patient", "lesion", "group")
+TABLES = (".csv", ".tsv")
 
 
-def read(request: Request) -> tuple[Dataset, dict]:
-    """A csv's rows as a data set; excluded labels are counted, an unknown one is an error."""
-    rows, excluded = list_rows(request)
-    return dataset_of(rows, request, {"excluded": dict(sorted(excluded.items()))})
+def survey(request: Request, preset: Preset | None = None) -> Survey:
+    """What the csv lists: an unknown label, or an identity that is not used, is a problem."""
+    pictures = Pictures(request.root)
+    layout = layout_of(request) if preset is None else adapted(preset.table, request)
+    table = table_of(pictures, layout)
+    layout = settled(layout, table, request)
+    labels = Labels.of(layout.labels, request.label_map, layout.exclude_labels)
+    listing = Listing(pictures, table, layout, labels)
+    for number, row in zip(table.numbers, table.rows, strict=True):
+        listing.add(number, dict(zip(table.columns, row, strict=True)))
+    return listing.survey()
 
 
-def preset(name: str) -> Callable[[Request], tuple[Dataset, dict]]:
-    """The reader of a published layout: columns and labels of a yaml here, whatever is asked."""
-
-    def read_preset(request: Request) -> tuple[Dataset, dict]:
-        layout = yaml.safe_load((files("derm_compress.data.sources") / name).read_text("utf-8"))
-        layout["exclude_labels"] = [*request.exclude_labels, *layout["exclude_labels"]]
-        return read(replace(request, **layout))
-
-    return read_preset
-
-
-def list_rows(request: Request) -> tuple[list[Row], Counter[str]]:
-    """The csv's rows with a wanted label, and counts of the excluded labels."""
-    path, table, groups = read_table(request)
-    labels = dialogue.aliases() if request.labels is None else request.labels
-    known = {plain(spelling): disease for spelling, disease in labels.items()}
-    unwanted = {plain(label) for label in request.exclude_labels}
-    find = finder(request.root)
-    rows, seen, excluded = [], set(), Counter()
-    for number, record in enumerate(table.to_dict("records"), start=2):  # the header is row 1
-        name, label = record[request.image_column].strip(), record[request.label_column].strip()
-        if name in seen:
-            again = f"{path} row {number} repeats image {name[:80]!r}"
-            raise DermError(f"{again}; keep one row per image")
-        seen.add(name)
-        disease = known.get(plain(label))
-        if unwanted & {plain(label), disease}:
-            excluded[label] += 1
-        elif disease is None:
-            allowed = ", ".join(sorted(set(labels.values())))
-            unknown = f"{path} row {number}: unknown label {label[:60]!r}"
-            raise DermError(f"{unknown}; allowed: {allowed}; or name it in exclude_labels")
-        else:
-            values = {column: record[column].strip() for column in groups}
-            keys = tuple(f"{column}={value}" for column, value in values.items() if value)
-            rows.append(Row(name, find(name), disease, keys))
-    return rows, excluded
+def layout_of(request: Request) -> Layout:
+    """The layout that a run's parameters describe."""
+    return Layout(
+        tables=tuple(filter(None, [request.table])),
+        image_columns=(request.image_column,),
+        image_suffix=request.image_suffix,
+        label_column="" if request.onehot_columns else request.label_column,
+        onehot_columns=tuple(map(str, request.onehot_columns)),
+        labels=dialogue.aliases(),
+        exclude_labels=tuple(map(str, request.exclude_labels)),
+    )
 
 
-def plain(label: str) -> str:
-    """A spelling without case, hyphens and underscores."""
-    return " ".join(re.sub(r"[_-]", " ", label).casefold().split())
+def adapted(layout: Layout, request: Request) -> Layout:
+    """A preset's layout with what a run asks beside it."""
+    update = {"exclude_labels": (*layout.exclude_labels, *map(str, request.exclude_labels))}
+    if request.table:
+        update["tables"] = (request.table,)
+    return layout.model_copy(update=update)
 
 
-def read_table(request: Request) -> tuple[Path, pd.DataFrame, tuple[str, ...]]:
-    """The csv's path, its cells as text, and its columns that hold groups."""
-    there = sorted(path.name for path in request.root.glob("*.csv"))
-    name = request.table or (there[0] if len(there) == 1 else "")
-    path = request.root / name
-    if not path.is_file():
-        listed = f"csv there: {', '.join(there[:5]) or 'none'}"
-        wanted = name or "exactly one csv"
-        raise DermError(f"{request.root} needs {wanted} as the list of its images ({listed})")
-    how = {"dtype": str, "keep_default_na": False, "index_col": False}
-    try:
-        table = pd.read_csv(path, encoding="utf-8-sig", **how)
-    except ValueError as error:
-        why = " ".join(str(error).split())[:150]
-        raise DermError(f"{path} is no csv in UTF-8: {why}") from None
-    groups = request.group_columns
-    if groups is None:
-        groups = [column for column in USUAL_GROUPS if column in table]
-    for column in (request.image_column, request.label_column, *groups):
-        if column not in table:
-            columns = ", ".join(table.columns)[:200]
-            raise DermError(f"{path} has no column {column!r}; its columns: {columns}")
-    return path, table.fillna(""), tuple(groups)
+def table_of(pictures: Pictures, layout: Layout) -> Table:
+    """The list of pictures, with what is joined to it; without a csv, the folders' names."""
+    name = table_name(pictures, layout.tables)
+    if not name:
+        return folder_names(pictures)
+    table = read_table(pictures.files[name], name)
+    for other, column in layout.joins.items():
+        found = table_name(pictures, (other,))
+        table = join(table, read_table(pictures.files[found], found), column)
+    return table
 
 
-def finder(root: Path) -> Callable[[str], Path | None]:
-    """Finds files below `root` only: by path, in images/, or by a name that is there just once."""
-    inside = (path for path in sorted(root.rglob("*")) if path.is_file())
-    paths = {path.relative_to(root).as_posix(): path for path in inside}
-    times = Counter(path.name for path in paths.values())
-    single = {path.name: path for path in paths.values() if times[path.name] == 1}
+def table_name(pictures: Pictures, wanted: Sequence[str]) -> str:
+    """The first of some files that is there, or the only csv; "" where there is none at all."""
+    there = [name for name in pictures.files if name.casefold().endswith(TABLES)]
+    top = [name for name in there if "/" not in name] or there
+    found = [pictures.find(name) for name in wanted] or [top]
+    for names in found:
+        if len(names) == 1:
+            return names[0]
+    if not there and not wanted and any("/" in name for name in pictures.files):
+        return ""
+    listed = f"csv there: {', '.join(there[:5]) or 'none'}"
+    needs = " or ".join(wanted) or "exactly one csv"
+    raise DermError(f"{pictures.root} needs {needs} as the list of its images ({listed})")
 
-    def find(name: str) -> Path | None:
-        return paths.get(name) or paths.get(f"images/{name}") or single.get(name)
 
-    return find
+def folder_names(pictures: Pictures) -> Table:
+    """Every picture, labelled by the folder that it lies in."""
+    names = [name for name in pictures.files if is_picture(name) and "/" in name]
+    rows = tuple((name, name.split("/")[-2]) for name in names)
+    return Table("its folders", ("image", "label"), rows, tuple(range(1, len(rows) + 1)))
+
+
+def settled(layout: Layout, table: Table, request: Request) -> Layout:
+    """The layout with its columns as the table names them, and with the identities in use."""
+    kept = [column for column in layout.subgroup_columns if table.has(column)]
+    subgroups = tuple(map(str, [*kept, *request.subgroup_columns]))
+    groups = tuple(map(str, [*layout.group_columns, *request.group_columns]))
+    update = {
+        "image_columns": named(table, layout.image_columns),
+        "label_column": "".join(named(table, [layout.label_column])),
+        "onehot_columns": named(table, layout.onehot_columns),
+        "subgroup_columns": named(table, subgroups),
+        "without": {c: values for c, values in layout.without.items() if c in table.columns},
+    }
+    taken = {*update["image_columns"], *update["subgroup_columns"], update["label_column"]}
+    if not request.group_columns:
+        owners = filter(identities.names_owner, table.columns)
+        groups += tuple(column for column in owners if column not in taken)
+    return layout.model_copy(update=update | {"group_columns": named(table, groups)})
+
+
+def named(table: Table, columns: Sequence[str]) -> tuple[str, ...]:
+    """Columns as a table names them, each once; DermError for one that it lacks."""
+    found = [table.columns[table.place(column)] for column in columns if column]
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,183 @@
+"""The rows of a csv as pictures with labels and identities, or as what is left out. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from derm_compress.data import dialogue, identities, splits
+from derm_compress.data.labels import Labels, chosen, is_known, plain, weightiest
+from derm_compress.data.pictures import Pictures
+from derm_compress.data.preset import Layout
+from derm_compress.data.rows import Row, Survey
+from derm_compress.data.tables import Table
+from derm_compress.errors import DermError
+
+SHOWN = 8  # unknown labels that an error names
+
+
+@dataclass
+class Listing:
+    """A table's rows one by one: as pictures, or as what is left out and why."""
+
+    pictures: Pictures
+    table: Table
+    layout: Layout
+    labels: Labels
+    rows: dict[str, Row] = field(default_factory=dict)  # by the file, by the name where none is
+    cells: dict[str, Mapping[str, str]] = field(default_factory=dict)  # of these rows
+    spelled: dict[str, str] = field(default_factory=dict)  # their labels
+    numbers: dict[str, int] = field(default_factory=dict)  # of names and files, by their first row
+    excluded: Counter = field(default_factory=Counter)
+    unknown: Counter = field(default_factory=Counter)
+
+    def add(self, number: int, cells: Mapping[str, str]) -> None:
+        """All pictures of one row."""
+        names = [cells[column] for column in self.layout.image_columns if cells[column]]
+        if not names:
+            raise DermError(f"{self.table.name} row {number} names no image")
+        label = self.label(number, cells)
+        reason = self.unwanted(cells)
+        disease = self.labels.disease(label)
+        for name in names:
+            self.once(number, name)
+            if reason or disease == "":
+                self.excluded[reason or label] += 1
+            elif disease is None:
+                self.unknown[label] += 1
+            else:
+                self.spelled[self.keep(number, name, disease, cells)] = label
+
+    def label(self, number: int, cells: Mapping[str, str]) -> str:
+        columns = self.layout.onehot_columns
+        if not columns:
+            return weightiest(cells[self.layout.label_column])
+        try:
+            return chosen(columns, [cells[column] for column in columns])
+        except ValueError as error:
+            where = f"{self.table.name} row {number}"
+            raise DermError(f"{where}: the columns of labels hold 0 or 1, but {error}") from None
+
+    def unwanted(self, cells: Mapping[str, str]) -> str:
+        """Why a row is left out whatever its label, or ""."""
+        for column, values in self.layout.without.items():
+            if plain(cells[column]) in map(plain, values):
+                return f"{column}: {cells[column]}"
+        return ""
+
+    def once(self, number: int, key: str) -> None:
+        """DermError for a second row of an image, where each row has one."""
+        first = self.numbers.setdefault(key, number)
+        if first != number and len(self.layout.image_columns) == 1:
+            again = f"{self.table.name} row {number} repeats image {key[:80]!r} of row {first}"
+            raise DermError(f"{again}; keep one row per image")
+
+    def keep(self, number: int, name: str, disease: str, cells: Mapping[str, str]) -> str:
+        """A picture, or what else is said of one that is kept already; its key in `rows`."""
+        file, why = self.pictures.one(name + self.layout.image_suffix)
+        key = file or name
+        self.once(number, key)
+        groups = known(cells, self.layout.group_columns)
+        keys = tuple(f"{column}={value.casefold()}" for column, value in groups.items())
+        before = self.rows.get(key)
+        if before is None:
+            path = self.pictures.files.get(file)
+            subgroups = known(cells, self.layout.subgroup_columns)
+            self.rows[key] = Row(name, path, disease, keys, subgroups, why)
+            self.cells[key] = cells
+        elif before.disease == disease:
+            self.rows[key] = replace(before, keys=(*before.keys, *keys))
+        else:
+            self.rows[key] = replace(before, disease="")
+        return key
+
+    def survey(self) -> Survey:
+        torn = [key for key, row in self.rows.items() if not row.disease]
+        for key in torn:
+            del self.rows[key], self.cells[key]
+        excluded = self.excluded + Counter({"several labels": len(torn)})
+        looks, problems = self.overlooked()
+        if self.unknown:
+            problems.insert(0, self.not_understood())
+        told = {
+            "excluded": dict(sorted(excluded.items())),
+            "labels": self.by_disease(),
+            "read_as": self.read_as(),
+            "subgroups": {c: self.counts(c) for c in self.layout.subgroup_columns},
+            "notes": [*self.notes(), *looks],
+        }
+        return Survey(tuple(self.rows.values()), told, tuple(problems))
+
+    def not_understood(self) -> str:
+        """All unknown labels in one line."""
+        some = [f"{label[:40]!r} ({n})" for label, n in self.unknown.most_common(SHOWN)]
+        more = [f"{len(self.unknown) - SHOWN} more"] if len(self.unknown) > SHOWN else []
+        said = f"{self.table.name} has unknown labels: {', '.join(some + more)}"
+        names = ", ".join(dialogue.diseases())
+        return (
+            f"{said}; map them in label_map to {names}, or name them in exclude_labels (* is all)"
+        )
+
+    def overlooked(self) -> tuple[list[str], list[str]]:
+        """(notes, problems) of columns that look like identities and keep nothing together."""
+        groups = splits.join([row.keys for row in self.rows.values()])
+        notes, problems = [], []
+        for column in self.unused():
+            values = [cells[column] for cells in self.cells.values()]
+            shared = identities.crossing(values, groups)
+            told = f"column {column!r} looks like an identity of several pictures"
+            if shared and identities.names_owner(column):
+                told = (
+                    f"{self.table.name}: {told}, and {shared} of its values could lie in two splits"
+                )
+                advice = "name it in group_columns, or in subgroup_columns if it is none"
+                problems.append(f"{told}; {advice}")
+            elif shared and identities.looks_like_identity(column, values):
+                notes.append(f"{told} and is not used; group_columns would keep them together")
+        return notes, problems
+
+    def unused(self) -> list[str]:
+        layout = self.layout
+        used = {*layout.image_columns, layout.label_column, *layout.onehot_columns}
+        used |= {*layout.group_columns, *layout.subgroup_columns, *layout.without, ""}
+        return [column for column in self.table.columns if column not in used]
+
+    def notes(self) -> list[str]:
+        """What a reader should know of how the table was read."""
+        found = []
+        if "Windows" in self.table.form:
+            found.append(f"{self.table.name} is not in UTF-8 and was read as Windows-1252")
+        for column in self.layout.group_columns:
+            if unknown := len(self.rows) - sum(self.counts(column).values()):
+                found.append(f"{unknown} pictures have no known {column}")
+        return found
+
+    def by_disease(self) -> dict[str, dict[str, int]]:
+        """{disease: {label: pictures}}."""
+        found = defaultdict(Counter)
+        for key, row in self.rows.items():
+            found[row.disease][self.spelled[key]] += 1
+        return {disease: dict(sorted(counts.items())) for disease, counts in found.items()}
+
+    def counts(self, column: str) -> dict[str, int]:
+        """{value: pictures} without unknown values."""
+        values = (cells[column] for cells in self.cells.values())
+        return dict(sorted(Counter(value for value in values if is_known(value)).items()))
+
+    def read_as(self) -> dict:
+        layout = self.layout
+        return {
+            "table": self.table.name,
+            "form": self.table.form,
+            "rows": len(self.table.rows),
+            "image": list(layout.image_columns),
+            "label": [*filter(None, [layout.label_column]), *layout.onehot_columns],
+            "groups": list(layout.group_columns),
+            "not_used": self.unused(),
+        }
+
+
+def known(cells: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
+    """Some of a row's cells, without those that say nothing."""
+    return {column: cells[column] for column in columns if is_known(cells[column])}

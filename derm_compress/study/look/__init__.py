@@ -1,0 +1,1 @@
+"""`look`: what would be read of a folder of photographs, before anything runs. No torch."""
