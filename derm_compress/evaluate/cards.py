@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from derm_compress.data import dialogue
+from derm_compress.data.preset import preset_names, read_preset
 from derm_compress.evaluate import metrics
 from derm_compress.files import artifact, read_note
 from derm_compress.model.recipe import Recipe

@@ -53,7 +53,7 @@ def ham10000(root):
 
 def isic_2019(root):
     """One-hot truth in one csv, identities in another, some without a lesion; `_downsampled`."""
-    columns = "MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK".split(",")
+    columns = ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"]
     truth, about, names = [], [], []
     for i in range(36):
         name = f"ISIC_{i:07d}" + "_downsampled" * (i % 5 == 0)
