@@ -7,7 +7,7 @@ import torch
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
 from derm_compress.evaluate import latency, metrics, schema
-from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, architecture
+from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, plan_memory
 from derm_compress.files import Journal
 from derm_compress.method.activation_analysis import activation_statistics, activation_surface
 from derm_compress.method.assemble import materialize
@@ -22,7 +22,7 @@ from derm_compress.method.pruning.depths import choose_operating_point
 from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.method.quantization.per_variant import quantization_errors, search_scales
-from derm_compress.model import anatomy, loading, memory, removal, shapes
+from derm_compress.model import anatomy, loading, removal
 from derm_compress.model import variants as frames
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import pruned, to_heal
@@ -100,14 +100,7 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
         measure.importance_scores(measure.importance_values(measured), (0, 1, 31)),
         {"protected": (0, 1, 31), "most": 9},
     )
-    plans = pruning_plans(
-        ["published"],
-        measured,
-        calibration,
-        fingerprint=recipe.fingerprint,
-        journal=Journal(),
-        **told,
-    )
+    plans = pruning_plans(["published"], measured, calibration, journal=Journal(), **told)
     variants, jobs, sources, wanted, rounded = variants_of(recipe, store)
     ask = {
         "items": dataset.of("test"),
@@ -120,22 +113,19 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     assert answers.empty and controls.empty and {"variant", "score", "answer"} <= set(answers)
     choice = choose_operating_point(metrics.depth_scores(answers, variants), published_plan())
     assert (choice["operating"], choice["deeper"]) == (6, 9) and "no scores" in choice["why"]
-    how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": anatomy.META}
-    assert activation_statistics(sources, store, batch_size=1, **how).empty
-    assert activation_surface(sources, store, block=30, projection="q_proj", **how).empty
-    assert quantization_errors(rounded, store, batch_size=1, **how).empty
-    search_scales(tmp_path, wanted, sources, store, batch_size=1, **how)
+    how = ask | {"items": dataset.of("train")[:1]}
+    assert activation_statistics(sources, batch_size=1, **how).empty
+    assert activation_surface(sources, block=30, projection="q_proj", **how).empty
+    assert quantization_errors(rounded, batch_size=1, **how).empty
+    search_scales(tmp_path, wanted, sources, batch_size=1, **how)
     assert pd.read_parquet(tmp_path / "search.parquet").empty
-    timed = latency.time_variants(
-        variants, store, dataset.of("test"), dataset.images, device=anatomy.META
-    )
+    timed = latency.time_variants(variants, **ask)
     training = jobs_.training_costs(tmp_path / "scratch", [job.variant for job in jobs])
     assert training.seconds.isna().all() and (training.train_peak_gib > 4).all()
-    arch = shapes.Architecture(**architecture(variants))
     results = Results(
         scores=scores, plans=plans, choice=choice, variants=variants, answers=answers,
         evaluation=answers, training=training, latency=timed,
-        memory=memory.plan_variants(variants, arch, arch),
+        memory=plan_memory(variants),
     )  # fmt: skip
     check_tables(tables.build(results))
 

@@ -3,7 +3,7 @@
 from derm_compress.faces import face
 
 FACE = {
-    "items": ["Dataset", "Item", "load_dataset", "sample", "save_dataset"],
+    "items": ["SPLITS", "Dataset", "Item", "load_dataset", "sample", "save_dataset"],
     "dialogue": ["QUESTIONS", "answers", "conversation", "diseases", "question", "reference"],
     "request": ["Request"],
     "load": ["SOURCES", "load_source", "read_report", "survey", "write_source"],

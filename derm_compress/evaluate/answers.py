@@ -16,11 +16,10 @@ from derm_compress.evaluate import schema
 from derm_compress.evaluate.judges.rubric import score_by_rubric
 from derm_compress.files import Journal
 from derm_compress.method.iterate import each_model
-from derm_compress.model import anatomy, devices, loading, oom, shapes
+from derm_compress.model import anatomy, devices, loading, memory, oom, shapes
 from derm_compress.model import variants as variants_of
 from derm_compress.model.generation import generate
 from derm_compress.model.prompts import prepare, prompt
-from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import HEALED, ORIGINAL
 from derm_compress.progress import track
 
@@ -78,12 +77,18 @@ def _asked(item: Item, kind: str) -> dict:
 
 
 def answer_variants(
-    variants: pd.DataFrame, *, items: Sequence[Item], images: np.ndarray, store, device: str, **how
+    variants: pd.DataFrame,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    store,
+    device: str,
+    batch_size: int,
+    max_new_tokens: int,
+    journal: Journal | None = None,
 ) -> pd.DataFrame:
-    """Answers of every variant to all questions about the items, scored by the rubric.
-
-    how: as of `answer`.
-    """
+    """Answers of every variant to all questions about the items, scored by the rubric."""
+    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "journal": journal}
     frames = []
     for turn in each_model(variants, store, device, "variants answered", wide=True):
         asked = {"variant": turn.variant} | how
@@ -92,11 +97,20 @@ def answer_variants(
 
 
 def answer_controls(
-    variants: pd.DataFrame, *, items: Sequence[Item], images: np.ndarray, seed: int, **how
+    variants: pd.DataFrame,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    seed: int,
+    store,
+    device: str,
+    batch_size: int,
+    max_new_tokens: int,
+    journal: Journal | None = None,
 ) -> pd.DataFrame:
-    """The original model on blank pictures and on those of other diseases: the score without
-    seeing.
-    """
+    """The original on blank pictures and on those of other diseases: the score without seeing."""
+    how = {"store": store, "device": device, "batch_size": batch_size}
+    how |= {"max_new_tokens": max_new_tokens, "journal": journal}
     original = variants_of.named(variants, [ORIGINAL])
     blank = np.full_like(images[:1], int(images.mean()))
     unseen = {"blank": ([0] * len(items), blank), "shuffled": (shuffled_rows(items, seed), images)}
@@ -104,7 +118,7 @@ def answer_controls(
     for name, (rows, pictures) in unseen.items():
         moved = [dataclasses.replace(item, row=row) for item, row in zip(items, rows, strict=True)]
         control = original.assign(variant=name)
-        frames.append(answer_variants(control, items=moved, images=pictures, **how))
+        frames.append(answer_variants(control, moved, pictures, **how))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -130,8 +144,7 @@ def table_variants(variants: pd.DataFrame, choice: dict) -> pd.DataFrame:
     return variants_of.named(variants, [name for name in names if name in set(variants.variant)])
 
 
-def architecture(variants: pd.DataFrame) -> dict:
-    """Shapes of the original model, as memory.Architecture takes them."""
-    (recipe,) = variants_of.named(variants, [ORIGINAL]).recipe
-    config = loading.config_of(Recipe.from_json(recipe).base)
-    return dataclasses.asdict(shapes.architecture(config))
+def plan_memory(variants: pd.DataFrame) -> pd.DataFrame:
+    """memory.plan_variants of the original's own shapes, and of LLaVA's at 7B."""
+    config = loading.config_of(variants_of.recipe_of(variants, ORIGINAL).base)
+    return memory.plan_variants(variants, shapes.architecture(config), shapes.llava_7b())

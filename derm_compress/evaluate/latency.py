@@ -23,10 +23,10 @@ from derm_compress.progress import say, track
 
 def time_variants(
     variants: pd.DataFrame,
-    store,
     items: Sequence[Item],
     images: np.ndarray,
     *,
+    store,
     device: str,
     batches: Sequence[int] = (1,),
     journal: Journal | None = None,

@@ -1,5 +1,6 @@
 """Builds what goes to Kaggle: a data set with this package, a kernel a notebook and one for all."""
 
+import json
 import os
 import re
 import shutil
@@ -10,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from derm_compress.errors import DermError
-from derm_compress.files import atomic, remove, write_json
-from derm_compress.kaggle.setup import HOURS
+from derm_compress.files import atomic, file_digest, read_json, remove, write_json, write_text
+from derm_compress.kaggle.setup import HOURS, contents
 from derm_compress.study.params import read_notebooks
 from derm_compress.study.plan import find_plan, project_root
 
@@ -37,16 +38,10 @@ BROUGHT = (  # nbconvert's and openai's own, which the image lacks or has too ol
 )
 STUDY = '''"""The study, as far as {hours} hours go: attach this kernel's output, and it goes on."""
 
-import os
-import runpy
+{setup}
 import subprocess
 import sys
-from pathlib import Path
 
-inputs = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"), "input")
-scripts = [path for depth in ("*", "*/*/*") for path in inputs.glob(f"{{depth}}/kaggle_setup.py")]
-assert scripts, "attach the data set {name}"
-runpy.run_path(str(scripts[0]), run_name="__main__")
 words = ["run", os.environ["DERM_COMPRESS_PARAMS"], "--hours", "{hours}"]
 asked = [sys.executable, "-m", "derm_compress", *words]
 done = subprocess.run(asked, cwd=os.environ["DERM_COMPRESS_ROOT"]).returncode
@@ -65,11 +60,31 @@ def build(path: Path, *, owner: str = "", root: Path | None = None) -> Path:
     remove(path)
     with atomic(path) as part:
         write_dataset(part / "dataset", root, owner)
+        setup = file_digest(part / "dataset" / "kaggle_setup.py")
         for number, stage in enumerate(stages):
-            code = (root / "notebooks" / f"{stage}.ipynb").read_text("utf-8")
+            notebook = read_json(root / "notebooks" / f"{stage}.ipynb")
+            cell = setup_cell(notebook)
+            cell["source"] = signed("".join(cell["source"]), "SETUP", setup)
+            code = json.dumps(notebook, indent=1, ensure_ascii=False)
             write_kernel(part, owner, stage, "ipynb", code, stages[:number])
-        write_kernel(part, owner, "study", "py", STUDY.format(hours=HOURS, name=NAME), [])
+        study = STUDY.format(hours=HOURS, setup=cell["source"])
+        write_kernel(part, owner, "study", "py", study, [])
     return path
+
+
+def setup_cell(notebook: dict) -> dict:
+    """The cell that finds the data set and runs its script."""
+    tagged = [cell for cell in notebook["cells"] if "setup" in cell["metadata"].get("tags", ())]
+    (cell,) = tagged
+    return cell
+
+
+def signed(code: str, name: str, digest: str) -> str:
+    """Code whose line NAME = "" says a digest: whatever differs from what was built is refused."""
+    empty = f'{name} = ""'
+    if code.count(empty) != 1:
+        raise DermError(f"kaggle: one line `{empty}` is needed, {code.count(empty)} are there")
+    return code.replace(empty, f'{name} = "{digest}"')
 
 
 def filled(path: Path) -> bool:
@@ -106,13 +121,15 @@ def write_kernel(
 
 
 def write_dataset(folder: Path, root: Path, owner: str) -> None:
-    """The data set: a wheel of this package, pins, the setup script, notebooks and run files."""
+    """The data set: a wheel of this package, pins, notebooks, run files, and the script that knows
+    all these and sets them up."""
     for name in ("notebooks", "params"):
         unwanted = shutil.ignore_patterns(".*", "*checkpoints*")
         shutil.copytree(root / name, folder / name, ignore=unwanted)
     write_wheel(folder, root)
-    shutil.copyfile(Path(__file__).with_name("setup.py"), folder / "kaggle_setup.py")
     (folder / "requirements-kaggle.txt").write_text("\n".join(pins(root)) + "\n", encoding="utf-8")
+    script = Path(__file__).with_name("setup.py").read_text("utf-8")
+    write_text(folder / "kaggle_setup.py", signed(script, "CONTENTS", contents(folder)))
     write_metadata(folder, NAME, owner, "Apache 2.0")
 
 

@@ -5,6 +5,7 @@ of the image's own packages; lays a project out there; finds pictures, model and
 below the inputs, however they are mounted; leaves artifacts and reports where they are saved.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -22,10 +23,13 @@ DEEPEST = 7  # input/models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
 PICTURES = "Acne and Rosacea Photos"  # one of DermNet's folders
 PARAMS = "kaggle-t4"
 HOURS = 11.3  # of the 12 that Kaggle gives a session: the rest is for saving
+CONTENTS = ""  # digest of what lies beside this script; `make kaggle` fills it in
 BLOCKS = int(os.environ.get("DERM_COMPRESS_BLOCKS", 32))  # fewer are what pruning leaves
 
 
 def main() -> None:
+    if contents(HERE) != CONTENTS:
+        raise RuntimeError(f"{HERE} is not what `make kaggle` built: build and upload it again")
     root, site = SCRATCH / "derm_compress", SCRATCH / "site-packages"
     installed = install(site)
     found = lay_out(root)
@@ -38,6 +42,17 @@ def main() -> None:
     print("\n".join(f"{name:10}  {value}" for name, value in told.items()), flush=True)
     if "ipykernel" in sys.modules:  # a notebook; the study as a script has its own limit
         end_after(HOURS)
+
+
+def contents(folder: Path) -> str:
+    """Digest of all that a data set brings: what is installed, and what is laid out."""
+    patterns = ("*.whl", "requirements-kaggle.txt", "notebooks/*.ipynb", "params/*.yaml")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    digest = hashlib.sha256()
+    for path in files:
+        held = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {held}\n".encode())
+    return digest.hexdigest()
 
 
 def install(site: Path) -> list[str]:

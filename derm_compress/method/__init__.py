@@ -4,7 +4,13 @@ from derm_compress.faces import face
 
 FACE = {
     "activation_analysis": ["activation_statistics", "activation_surface"],
-    "activations": ["block_errors", "projection_output", "projection_statistics", "tap"],
+    "activations": [
+        "block_errors",
+        "projection_output",
+        "projection_statistics",
+        "projections",
+        "tap",
+    ],
     "assemble": ["materialize"],
     "finetune.jobs": ["Job", "fine_tune_all", "fine_tune_jobs", "loss_curves", "training_costs"],
     "finetune.train": ["TARGETS", "Training", "attach", "training_batch"],
@@ -30,7 +36,7 @@ FACE = {
     "quantization.grids": ["IntegerGrid", "NF4Grid"],
     "quantization.inputs": ["InputStatistics", "input_statistics"],
     "quantization.methods": ["METHODS", "quantizers"],
-    "quantization.per_variant": ["quantization_errors", "scaled_channels", "search_scales"],
+    "quantization.per_variant": ["quantization_errors", "search_scales"],
     "quantization.quantize": ["quantize"],
     "quantization.scaling": ["ALPHAS", "activation_scale", "search_scale"],
     "quantization.search": ["search_one"],

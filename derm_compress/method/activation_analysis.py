@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
 
+from derm_compress.data.items import Item
 from derm_compress.method import activations
 from derm_compress.method.iterate import each_model, joined
 from derm_compress.model.variants import paper_depth
@@ -14,11 +16,17 @@ from derm_compress.model.variants import paper_depth
 SURFACE = ["variant", "block", "projection", "token", "channel", "value"]
 
 
-def activation_statistics(variants: pd.DataFrame, store, *, device: str, **read) -> pd.DataFrame:
-    """activations.projection_statistics of every variant; `block` is the index before pruning.
-
-    read: items, images, batch_size.
-    """
+def activation_statistics(
+    variants: pd.DataFrame,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    store,
+    device: str,
+    batch_size: int,
+) -> pd.DataFrame:
+    """activations.projection_statistics of every variant; `block` is the index before pruning."""
+    read = {"items": items, "images": images, "batch_size": batch_size}
     frames = []
     for turn in each_model(variants, store, device, "activations"):
         work = partial(activations.projection_statistics, turn.model)
@@ -27,9 +35,16 @@ def activation_statistics(variants: pd.DataFrame, store, *, device: str, **read)
 
 
 def activation_surface(
-    variants: pd.DataFrame, store, *, block: int, projection: str, items, images, device: str
+    variants: pd.DataFrame,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    block: int,
+    projection: str,
+    store,
+    device: str,
 ) -> pd.DataFrame:
-    """Figure 4's data: |x| of one prompt at a projection's output in a block.
+    """Figure 4's data: |x| of the first item's first prompt at a projection's output in a block.
 
     block: of 32, counted from 1 as the paper does. Columns: SURFACE, with the block's index before
     pruning. A variant without it is left out.

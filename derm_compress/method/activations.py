@@ -112,18 +112,6 @@ def projection_statistics(model, batches) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def input_peaks(model, batches, modules):
-    """{key: largest |x| of each input channel [in]} of {key: module}, over all real tokens."""
-    peaks = {}
-
-    def see(key, x):
-        peak = x.abs().amax(0).cpu()
-        peaks[key] = torch.maximum(peaks[key], peak) if key in peaks else peak
-
-    tap(model, batches, modules, see, inputs=True)
-    return peaks
-
-
 def projection_output(model, batch, block, projection):
     """Outputs of one projection, float32 [real tokens, channels] (Figure 4: block 30, q_proj)."""
     watched, seen = projections(model), []

@@ -5,14 +5,12 @@ from derm_compress.faces import face
 FACE = {
     "anatomy": ["blocks", "decoder", "fingerprint", "has_values", "linears"],
     "devices": ["let_go"],
-    "generation": ["generate"],
+    "generation": ["generate", "say"],
     "loading": ["check_model", "load_base", "with_values"],
-    "memory": ["plan_variants"],
     "processors": ["check_picture_size"],
     "prompts": ["calibration_batches", "encode", "prepare", "prompt"],
     "recipe": ["Recipe", "read_recipe"],
     "removal": ["without"],
-    "shapes": ["Architecture", "architecture", "llava_7b"],
     "units": ["Unit"],
     "variants": [
         "HEALED",
@@ -23,8 +21,10 @@ FACE = {
         "pruned",
         "read_choice",
         "read_variants",
+        "recipe_of",
         "roles",
         "to_heal",
+        "to_quantize",
     ],
 }
 __getattr__, __all__ = face(__name__, FACE)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from derm_compress.model.prompts import ends
+from derm_compress.model.prompts import ends, prepare, prompt
+
+
+def say(model, processor, picture: np.ndarray, kind: str, *, max_new_tokens: int = 56) -> str:
+    """The answer to one of the study's questions about one picture [S, S, 3]."""
+    inputs = prepare(processor, [prompt(processor, kind)], picture[None], model.device)
+    (text,), _, _ = generate(model, processor, inputs, max_new_tokens=max_new_tokens)
+    return text
 
 
 @torch.inference_mode()

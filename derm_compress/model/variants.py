@@ -89,7 +89,7 @@ def to_heal(
     `sft_seed` (0 for the first) and `adapter`, the name of the folder to train into. DermError
     where stage 04 has no model of a depth.
     """
-    role, blocks = roles(choice), Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
+    role, blocks = roles(choice), recipe_of(known, ORIGINAL).blocks
     names = [name for name in role.values() if name in set(known.variant)]
     names += [f"pruned-{paper_depth(n, blocks)}" for n in depths]
     first = named(known, names).assign(sft_seed=0)
@@ -98,6 +98,18 @@ def to_heal(
     frame = pd.concat([first, *again], ignore_index=True)
     marks = [f"~{seed}" if seed else "" for seed in frame.sft_seed]
     return frame.assign(adapter=frame.variant + marks)
+
+
+def to_quantize(known: pd.DataFrame, choice: dict) -> tuple[list[str], list[str]]:
+    """Names of the models that every method is tried on, and of those that only the paper's are.
+
+    The first: the original, the operating point, and that one healed. The others, as far as there
+    are such: the deeper model and the rival, healed.
+    """
+    role = roles(choice)
+    main = [ORIGINAL, role["operating"], role["operating"] + HEALED]
+    further = [role["deeper"] + HEALED, role["rival"] + HEALED]
+    return main, [name for name in further if name in set(known.variant)]
 
 
 def healed_name(adapter: str) -> str:
@@ -124,6 +136,11 @@ def named(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
         raise DermError(f"variants {sorted(unknown)} are not among {sorted(frame.variant)}")
     rows = frame.drop_duplicates("variant").set_index("variant", drop=False)
     return rows.loc[names].reset_index(drop=True)
+
+
+def recipe_of(frame: pd.DataFrame, name: str) -> Recipe:
+    """The recipe of one variant; DermError where it is unknown."""
+    return Recipe.from_json(named(frame, [name]).recipe[0])
 
 
 def read_variants(*folders: Path) -> pd.DataFrame:

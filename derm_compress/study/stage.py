@@ -1,8 +1,10 @@
 """A stage as its notebook sees it: parameters, inputs, results kept as they are made (no torch)."""
 
 import ast
+import inspect
 import os
 import time
+import warnings
 from collections import namedtuple
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +33,11 @@ from derm_compress.study.plan import Plan, environment, git_state, make_plan, pr
 
 
 class Stage:
-    """A stage under way: what it makes is kept at once, and read instead where it is there."""
+    """A stage under way: what it makes is kept at once, and read instead where it is there.
+
+    What a step takes by keyword and a call leaves out, the stage gives: its parameter of that
+    name, its `store`, a `journal` or `scratch` folder of the result's name to go on from.
+    """
 
     def __init__(self, name: str, plan: Plan, history: list):
         self.name, self.key = name, plan.keys[name]
@@ -56,6 +62,11 @@ class Stage:
         """The folders of all earlier stages, by stage."""
         return {stage: self.input(stage) for stage in self._plan.graph[self.name]}
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folders of the stages that it reads, and its own, by stage: what a report reads."""
+        return self.inputs() | {self.name: self._folder}
+
     def ref(self, name: str) -> str:
         """How a recipe refers to a file or folder of this stage: stage/key/name."""
         return f"{self.name}/{self.key}/{name}"
@@ -64,7 +75,7 @@ class Stage:
         """make(*args, **kwargs) -> DataFrame, kept as <name>.parquet without index, read back."""
 
         def write(path):
-            write_frame(path, make(*args, **kwargs))
+            write_frame(path, make(*args, **self._given(name, make, kwargs)))
 
         return read_frame(self._keep(f"{name}.parquet", write))
 
@@ -72,7 +83,7 @@ class Stage:
         """The same for JSON values, kept as <name>.json."""
 
         def write(path):
-            write_json(path, make(*args, **kwargs))
+            write_json(path, make(*args, **self._given(name, make, kwargs)))
 
         return read_json(self._keep(f"{name}.json", write))
 
@@ -82,9 +93,21 @@ class Stage:
         def fill(path):
             with atomic(path) as part:
                 part.mkdir()
-                make(part, *args, **kwargs)
+                make(part, *args, **self._given(name, make, kwargs))
 
         return self._keep(name, fill)
+
+    def _given(self, name: str, make, kwargs: dict) -> dict:
+        """A step's keywords: those of the call, and what the stage has of the others."""
+        known = self.p._asdict() | {"store": self.store}
+        made = {"journal": self.journal, "scratch": self.scratch}
+        found = {}
+        for key in set(_keywords(make)) - set(kwargs):
+            if key in made:
+                found[key] = made[key](name)
+            elif key in known:
+                found[key] = known[key]
+        return found | kwargs
 
     def _keep(self, file: str, make) -> Path:
         path = self._folder / file
@@ -120,7 +143,8 @@ class Stage:
         before = _measured(self._folder, name)
         if self.finished or (callable(value) and before is not None):
             return before
-        value = value(*args, **kwargs) if callable(value) else value
+        if callable(value):
+            value = value(*args, **self._given(name, value, kwargs))
         if isinstance(value, dict):
             path = self._folder / "measured.json"
             kept = read_json(path) if path.exists() else {}
@@ -199,6 +223,15 @@ def _measured(folder: Path, name: str):
     return read_json(notes).get(name) if notes.exists() else None
 
 
+def _keywords(make) -> list[str]:
+    """What a function takes by keyword alone; nothing is known of some built-in ones."""
+    try:
+        parameters = inspect.signature(make).parameters.values()
+    except ValueError:
+        return []
+    return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
 def _syntax(text: str) -> str:
     try:
         return ast.dump(ast.parse(text))
@@ -238,6 +271,7 @@ def resolve(name: str, namespace: dict, notebooks: dict[str, Notebook]) -> dict:
 def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stage:
     """Begins a stage after its parameters cell, and says so; `namespace`: its globals()."""
     settle()
+    warnings.filterwarnings("ignore", "IProgress not found")  # tqdm would have a widget
     root = project_root(root)
     notebooks = read_notebooks(root)
     if name not in notebooks:

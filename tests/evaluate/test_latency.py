@@ -111,8 +111,8 @@ def frame(recipe):
 
 
 def test_each_variant_is_measured_at_batch_1_first(frame, store, dataset):
-    where = store, dataset.of("test")[:2], dataset.images
-    told = latency.time_variants(frame[:2], *where, batches=[3], **QUICK)
+    where = {"items": dataset.of("test")[:2], "images": dataset.images, "store": store}
+    told = latency.time_variants(frame[:2], **where, batches=[3], **QUICK)
     assert told.variant.tolist() == ["original"] * 2 + ["pruned-3"] * 2
     assert told.batch.tolist() == [1, 3] * 2 and (told.prefill_ms > 0).all()
     assert told.weights_gib[0] == told.weights_gib[1] > told.weights_gib[2]
@@ -133,12 +133,12 @@ def test_what_was_measured_is_not_measured_again(frame, store, dataset, tmp_path
         return real(*words, **how)
 
     monkeypatch.setattr(latency, "measure_latency", killed)
-    where = store, dataset.of("test"), dataset.images
+    where = {"items": dataset.of("test"), "images": dataset.images, "store": store}
     with pytest.raises(KeyboardInterrupt):
-        latency.time_variants(frame, *where, journal=files.Journal(path), **QUICK)
-    told = latency.time_variants(frame, *where, journal=files.Journal(path), **QUICK)
+        latency.time_variants(frame, **where, journal=files.Journal(path), **QUICK)
+    told = latency.time_variants(frame, **where, journal=files.Journal(path), **QUICK)
     assert len(asked) == 4 and told.variant.tolist() == frame.variant.tolist()
-    again = latency.time_variants(frame, *where, journal=files.Journal(path), **QUICK)
+    again = latency.time_variants(frame, **where, journal=files.Journal(path), **QUICK)
     assert len(asked) == 4 and again.equals(told) and told.bandwidth_gb_s.nunique() == 1
 
 
@@ -153,20 +153,20 @@ def test_a_batch_that_exceeds_memory_has_no_row(frame, store, dataset, monkeypat
         return real(model, inputs, **how)
 
     monkeypatch.setattr(latency, "measure_latency", full)
-    where = store, dataset.of("test"), dataset.images
-    told = latency.time_variants(frame, *where, batches=[1, 4], **QUICK)
+    where = {"items": dataset.of("test"), "images": dataset.images, "store": store}
+    told = latency.time_variants(frame, **where, batches=[1, 4], **QUICK)
     assert told.batch.tolist() == [1, 1, 1]
     said = "latency of original: out of GPU memory with 4 at once; not measured"
     assert said in capsys.readouterr().out
     most = 0
-    assert latency.time_variants(frame, *where, **QUICK).empty
+    assert latency.time_variants(frame, **where, **QUICK).empty
 
 
 def test_packed_weights_without_a_kernel_are_told(frame, store, dataset):
-    where = store, dataset.of("test"), dataset.images
-    told = latency.time_variants(frame, *where, **QUICK)
+    where = {"items": dataset.of("test"), "images": dataset.images, "store": store}
+    told = latency.time_variants(frame, **where, **QUICK)
     assert told.kernel_share.fillna(-1).tolist() == [-1, -1, 0]  # groups of 16
     grouped = frame.assign(recipe=frame.recipe.str.replace('"group_size": 16', '"group_size": 32'))
     if packed.cpu_block():
-        told = latency.time_variants(grouped, *where, **QUICK)
+        told = latency.time_variants(grouped, **where, **QUICK)
         assert (told.kernel_share.dropna() == 1).all()

@@ -4,9 +4,11 @@ import ast
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -152,6 +154,57 @@ def test_setup_cells_are_alike_do_nothing_elsewhere_and_are_no_part_of_keys():
     assert lost.returncode and "attach the data set" in lost.stderr
 
 
+def first_cells(built):
+    """What each kernel runs first, by the kernel's name."""
+    cells = {
+        "study": (built / "kernels/study/study.py").read_text("utf-8").split("\nimport subp")[0]
+    }
+    for path in built.glob("kernels/*/*.ipynb"):
+        cells[path.stem] = "".join(build.setup_cell(files.read_json(path))["source"])
+    assert len(cells) == 9
+    return cells
+
+
+def test_a_kernel_runs_the_script_that_it_was_built_with_and_no_other(built, tmp_path):
+    genuine = (built / "dataset" / "kaggle_setup.py").read_bytes()
+    env = {"PATH": os.environ["PATH"], "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    refused = "RuntimeError: attach the data set built with this notebook, alone; found "
+    for name, cell in first_cells(built).items():
+        assert files.file_digest(built / "dataset/kaggle_setup.py") in cell, name
+
+    def ran(**scripts):
+        root = Path(tempfile.mkdtemp(dir=tmp_path))
+        for folder, code in scripts.items():
+            path = root / "input" / folder / "kaggle_setup.py"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(code)
+        words = [sys.executable, "-c", cell]
+        done = subprocess.run(
+            words, env=env | {"KAGGLE_ROOT": str(root)}, capture_output=True, text=True
+        )
+        return done.stdout, done.stderr.splitlines()[-1]
+
+    evil = b"print('run')"
+    for scripts in ({}, {"a": evil}, {"a": genuine, "b": evil}, {"a": genuine, "b": genuine}):
+        said, error = ran(**scripts)
+        assert not said and error.startswith(refused)
+    said, error = ran(a=genuine)  # which then misses what it was built with
+    assert not said and error.endswith("is not what `make kaggle` built: build and upload it again")
+
+
+def test_a_data_set_that_differs_from_its_build_in_any_file_is_refused(built, tmp_path):
+    shutil.copytree(built / "dataset", tmp_path / "there")
+    known = setup.contents(built / "dataset")
+    assert f'CONTENTS = "{known}"' in (built / "dataset/kaggle_setup.py").read_text("utf-8")
+    assert setup.contents(tmp_path / "there") == known
+    for pattern in ("*.whl", "requirements*", "notebooks/03*", "params/tiny.yaml"):
+        (path,) = (tmp_path / "there").glob(pattern)
+        path.write_bytes(path.read_bytes() + b" ")
+        other = setup.contents(tmp_path / "there")
+        assert other != known
+        known = other
+
+
 MOUNTED = [
     ("dermnet", "llava/transformers/1.5-7b-hf/1", "derm-compress-run/artifacts"),
     (
@@ -263,8 +316,6 @@ def test_out_of_hours_a_run_stops_as_if_interrupted(tmp_path):
 
 def test_the_study_out_of_hours_is_no_failure_and_says_so(built, tmp_path):
     script = (built / "kernels" / "study" / "study.py").read_text()
-    (tmp_path / "input" / "data").mkdir(parents=True)
-    (tmp_path / "input" / "data" / "kaggle_setup.py").touch()
     (tmp_path / "derm_compress.py").write_text("import os, sys; sys.exit(int(os.environ['CODE']))")
     for code, ends in ((130, 0), (1, 1), (0, 0)):
         env = toy.environment(tmp_path) | {"KAGGLE_ROOT": str(tmp_path), "CODE": str(code)}

@@ -12,7 +12,6 @@ from derm_compress.method.activations import (
     STATISTICS,
     Summary,
     block_errors,
-    input_peaks,
     projection_output,
     projection_statistics,
     projections,
@@ -153,11 +152,3 @@ def test_block_errors_are_relative_norms(model):
     assert second["relative_error"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(DermError, match="1 and 2 blocks"):
         block_errors(small_llava(1), model, [feed])
-
-
-def test_input_peaks_are_the_largest_of_all_batches(model):
-    linear = anatomy.blocks(model)[1].mlp.down_proj
-    feeds, seen = [batch(2, seed=seed, padding=3) for seed in (1, 2)], []
-    tap(model, feeds, {"": linear}, lambda _, x: seen.append(x), inputs=True)
-    peaks = input_peaks(model, feeds, {"down": linear})["down"]
-    assert torch.equal(peaks, torch.cat(seen).abs().amax(0))

@@ -116,7 +116,7 @@ def test_calibrations_are_what_needs_a_search_by_what_it_reads():
 
 
 def test_main_models_get_all_that_is_asked_and_further_ones_the_papers_methods():
-    shared = budgets.equal_bytes(known(), ORDER, [8], [3], 64)
+    shared = budgets.equal_bytes(known(), ORDER, [8], [3], group_size=64)
     frame = wanted.wanted_forms(["original"], ["pruned-8"], ["awq", "hqq"], [4, 3], 64, shared)
     asked = frame.groupby("source").form.agg(list)
     assert asked["original"] == ["awq4", "awq3", "hqq4", "hqq3", "awq2-mixed"]
@@ -136,7 +136,7 @@ def test_variants_know_their_source_and_where_their_scales_are():
 
 
 def test_equal_bytes_are_equal_to_two_percent():
-    asked = budgets.equal_bytes(known(), ORDER, [15, 7, 8], [3, 2], 64)
+    asked = budgets.equal_bytes(known(), ORDER, [15, 7, 8], [3, 2], group_size=64)
     made = wanted.quantized_variants(known(), asked, SCALES).assign(budget=asked.budget)
     shapes = llava_7b()
     made["gib"] = memory.plan_variants(made, shapes, shapes).vram_gib_7b
@@ -160,7 +160,9 @@ def test_equal_bytes_are_equal_to_two_percent():
 
 def test_what_the_plan_removes_last_gets_the_wider_codes():
     order = [Unit.of(block) for block in ORDER]  # as plans have it
-    asked = budgets.equal_bytes(known(), order, [8], [3], 64).set_index(["source", "form"])
+    asked = budgets.equal_bytes(known(), order, [8], [3], group_size=64).set_index(
+        ["source", "form"]
+    )
     step = json.loads(asked.step["original", "awq2-mixed"])
     assert step["bits"] == 2 and set(step["block_bits"].values()) == {4}
     assert {int(block) for block in step["block_bits"]} == {0, 1, 31, *ORDER[-13:]}
@@ -180,12 +182,12 @@ def test_what_the_plan_removes_last_gets_the_wider_codes():
 def test_equal_bytes_that_would_lack_models_name_the_parameter(depths, widths, gone, said):
     there = known()
     with pytest.raises(DermError, match=said):
-        budgets.equal_bytes(there[~there.variant.isin(gone)], ORDER, depths, widths, 64)
+        budgets.equal_bytes(there[~there.variant.isin(gone)], ORDER, depths, widths, group_size=64)
 
 
 def test_equal_bytes_of_what_there_is():
-    assert budgets.equal_bytes(known(), ORDER, [], [3, 2], 64).empty
+    assert budgets.equal_bytes(known(), ORDER, [], [3, 2], group_size=64).empty
     unhealed = known().query("not healed")
-    found = budgets.equal_bytes(unhealed, ORDER, [8], [3], 64)
+    found = budgets.equal_bytes(unhealed, ORDER, [8], [3], group_size=64)
     assert set(found.source) == {"original", "pruned-8"}
     assert budgets.widths(3, 32, 17, 64) == []  # 4 bits leave bytes over

@@ -60,7 +60,7 @@ def ranked(names, c, *, protected=PROTECTED, most=5, journal=None):
     """(plans by name, measured rows)."""
     journal = journal or Journal()
     measured = measure.measure_importance(names, c, journal)
-    how = {"protected": protected, "most": most, "fingerprint": "f", "journal": journal}
+    how = {"protected": protected, "most": most, "journal": journal}
     told = pruning_plans(names, measured, c, **how)
     return {name: Plan.from_dict(plan) for name, plan in told.items()}, measured
 
@@ -229,7 +229,7 @@ def test_plans_say_how_they_were_made_and_survive_json(calibration):
     plans, _ = ranked(names, calibration)
     for plan in plans.values():
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-        plan.check(blocks=8, fingerprint="f")
+        plan.check(blocks=8, fingerprint=plan.fingerprint)
     settings = plans["block_influence-text"].settings
     assert settings["items"] == ["train-00000", "train-00001"] and settings["text_only"]
     assert settings["options"] == ["text"] and "Men et al." in settings["source"]

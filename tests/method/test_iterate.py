@@ -11,11 +11,7 @@ from derm_compress.method.assemble import materialize
 from derm_compress.method.iterate import each_model
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization import search
-from derm_compress.method.quantization.per_variant import (
-    quantization_errors,
-    scaled_channels,
-    search_scales,
-)
+from derm_compress.method.quantization.per_variant import quantization_errors, search_scales
 from derm_compress.method.quantization.wanted import asked, quantized_variants
 from derm_compress.model import anatomy
 from derm_compress.model import variants as variants_of
@@ -74,17 +70,13 @@ def test_quantized_variants_run_from_search_to_errors(variants, store, how, tmp_
     folder = tmp_path / REF
     folder.mkdir(parents=True)
     wanted = asked(sources.variant, ["awq", "rtn", "awq-text"], [3], 64)
-    search_scales(folder, wanted, sources, store, **how)
+    search_scales(folder, wanted, sources, store=store, **how)
     found = pd.read_parquet(folder / "search.parquet")
     both = found.pivot(index=["variant", "block", "group"], columns="form", values="loss")
     assert set(found[found.variant == "pruned-1"].block) == {0, 1, 2, 4, 5, 6, 7}  # as before it
     assert len(both) == 60 and (both["awq3"] != both["awq3-text"]).all()
-    channels = scaled_channels(folder, "awq3", sources, store, **how)
-    assert channels.groupby("variant").block.nunique().tolist() == [8, 7]
-    assert (channels.scale > 0).all()
-    assert scaled_channels(folder, "awq9", sources, store, **how).empty
     quantized = quantized_variants(sources, wanted[wanted.form != "awq3-text"], REF)
-    errors = quantization_errors(quantized, store, **how)
+    errors = quantization_errors(quantized, store=store, **how)
     assert errors.groupby("variant").size().tolist() == [8, 8, 7, 7]
     assert (errors.relative_error > 0).all()
     recipe = Recipe.from_json(quantized.set_index("variant").recipe["original|awq3"])
@@ -99,13 +91,14 @@ def test_group_sizes_are_refused_before_a_search(
     monkeypatch.setattr(search, "search_forms", lambda *_, **__: pytest.fail("a search"))
     with pytest.raises(DermError, match="group_size: "):
         wanted = asked(["original"], names, [4], size)
-        search_scales(tmp_path, wanted, variants, store, **how)
+        search_scales(tmp_path, wanted, variants, store=store, **how)
 
 
 def test_activations_carry_the_blocks_before_pruning(variants, store, how):
-    told = activation_statistics(variants[:3], store, **how)
+    told = activation_statistics(variants[:3], store=store, **how)
     assert set(told[told.variant == "pruned-3"].block) == {0, 1, 4, 6, 7}
     del how["batch_size"]
-    surface = activation_surface(variants[:3], store, block=16, projection="q_proj", **how)
+    where = {"block": 16, "projection": "q_proj", "store": store}
+    surface = activation_surface(variants[:3], **where, **how)
     assert set(surface.block) == {3} and set(surface.variant) == {"original"}  # others lack it
     assert surface.channel.max() == 63 and (surface.value >= 0).all()

@@ -84,11 +84,12 @@ def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(
 ):
     known, real, sizes = variants_of.pruned(recipe, [], []), search.search_forms, []
     how = {"items": dataset.of("train")[:2], "images": dataset.images, "device": "cpu"}
+    how["store"] = store
 
     def searched(folder, size):
         folder.mkdir()
         wanted = wanted_frames.asked(["original"], ["awq"], [4], 64)
-        per_variant.search_scales(folder, wanted, known, store, batch_size=size, **how)
+        per_variant.search_scales(folder, wanted, known, batch_size=size, **how)
         return load_file(folder / "awq4" / "original.safetensors")
 
     def small(model, batches, *others, **more):
@@ -124,9 +125,10 @@ def test_rankings_go_on_with_smaller_batches(pico, dataset, monkeypatch):
 def test_figure_4_out_of_memory_is_one_clear_line(recipe, store, dataset, monkeypatch):
     monkeypatch.setattr(activations, "projection_output", full)
     how = {"items": dataset.of("train")[:1], "images": dataset.images, "device": "cpu"}
+    how["store"] = store
     known = variants_of.pruned(recipe, [], [])
     with pytest.raises(DermError, match="Figure 4 of original: out of GPU memory"):
-        activation_analysis.activation_surface(known, store, block=30, projection="q_proj", **how)
+        activation_analysis.activation_surface(known, block=30, projection="q_proj", **how)
 
 
 def test_training_says_what_to_set(pico, dataset, tmp_path, monkeypatch):

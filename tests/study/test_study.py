@@ -90,6 +90,34 @@ def test_results_are_made_once_and_read_afterwards(root, capsys):
         stage.p.count = 4
 
 
+def test_a_step_is_given_what_it_asks_for_by_keyword(root):
+    asked = {}
+
+    def make(value, *, seed, count=1, other="its own", journal=None, store):
+        journal.add("a", value)
+        asked.update(seed=seed, count=count, other=other, store=store)
+        return {}
+
+    def fill(path, *, scratch):
+        asked["scratch"] = scratch
+
+    stage = begin(root, "01_data", seed=4)
+    stage.json("j", make, 1, count=7)
+    assert asked == {"seed": 4, "count": 7, "other": "its own", "store": stage.store}
+    assert stage.journal("j").done == {"a": 1}
+    stage.folder("d", fill)
+    assert asked["scratch"] == stage.scratch("d")
+
+
+def test_a_report_reads_what_a_stage_reads_and_its_own(root):
+    data = begin(root, "01_data")
+    assert data.folders == {"01_data": data.store.work("01_data", data.key)}
+    data.frame("numbers", pd.DataFrame)
+    data.finish()
+    own = begin(root, "02_left").folders
+    assert list(own) == ["01_data", "02_left"] and own["01_data"] == data.folders["01_data"]
+
+
 def test_an_input_is_found_or_named(root):
     with pytest.raises(
         DermError,

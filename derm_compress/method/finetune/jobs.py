@@ -42,7 +42,7 @@ def fine_tune_jobs(sources: pd.DataFrame, training: Training, device: str) -> li
 
 
 def fine_tune_all(
-    folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Path, processes: int
+    folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Path, processes: int = 1
 ) -> None:
     """Runs jobs into folder/<variant>, one thread each; finished ones wait in `scratch`."""
     if jobs[0].device == anatomy.META:

@@ -44,6 +44,13 @@ class Training:
     seed: int
     checkpoint_every: int = 50
 
+    @classmethod
+    def of(cls, parameters, prefix: str, *, seed: int) -> Training:
+        """Of parameters named sft_rank, sft_steps and so on, where `prefix` is sft."""
+        names = ("rank", "alpha", "learning_rate", "steps")
+        known = {name: getattr(parameters, f"{prefix}_{name}") for name in names}
+        return cls(**known, batch_size=getattr(parameters, f"{prefix}_batch"), seed=seed)
+
 
 def training_batch(
     model, processor, items: Sequence[Item], images: np.ndarray, rng: np.random.Generator

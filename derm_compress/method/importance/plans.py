@@ -25,11 +25,11 @@ def pruning_plans(
     *,
     protected: Sequence[int],
     most: int,
-    fingerprint: str,
     journal,
 ) -> dict[str, dict]:
     """Every ranking's pruning plan as JSON-able data; iterative ones go as far as `most` units."""
-    blocks, made = len(anatomy.blocks(c.model)), {}
+    blocks, fingerprint = len(anatomy.blocks(c.model)), anatomy.fingerprint(c.model)
+    made = {}
     for name in dict.fromkeys(names):
         if name == PUBLISHED.name:
             plan = published_plan()

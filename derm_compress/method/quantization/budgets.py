@@ -16,7 +16,7 @@ from derm_compress.method.quantization.forms import Form
 from derm_compress.method.quantization.methods import METHODS
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.units import Unit
-from derm_compress.model.variants import HEALED, ORIGINAL, named, paper_depth
+from derm_compress.model.variants import HEALED, ORIGINAL, named, paper_depth, recipe_of
 
 METHOD, WIDEST, NARROWEST = "awq", 4, 2
 NEAR = 0.15  # of a bit: a mean so near to the widest width counts as that width
@@ -85,6 +85,7 @@ def equal_bytes(
     order: Sequence[Unit | int],
     depths: Sequence[int],
     budgets: Sequence[int],
+    *,
     group_size: int,
 ) -> pd.DataFrame:
     """What the table of equal bytes quantizes: wanted_forms() rows with their `budget`.
@@ -92,7 +93,7 @@ def equal_bytes(
     depths: blocks removed, of 32, by the study's own plan, whose `order` says what matters least.
     """
     check(depths, budgets)
-    blocks = Recipe.from_json(named(known, [ORIGINAL]).recipe[0]).blocks
+    blocks = recipe_of(known, ORIGINAL).blocks
     removed = sorted({paper_depth(n, blocks) for n in depths})
     order = [Unit.of(unit).plain for unit in order]  # blocks by their number
     frames = [pd.DataFrame(columns=COLUMNS)]

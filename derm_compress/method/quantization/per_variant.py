@@ -1,4 +1,4 @@
-"""Stage 07, variant by variant: scales searched, the channels behind them, errors by block."""
+"""Stage 07, variant by variant: scales searched, errors by block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
@@ -18,7 +18,7 @@ from derm_compress.files import Journal, digest
 from derm_compress.method import activations
 from derm_compress.method.assemble import materialize
 from derm_compress.method.iterate import Source, Turn, each_model, joined, without_last
-from derm_compress.method.quantization import folding, search
+from derm_compress.method.quantization import search
 from derm_compress.method.quantization.forms import Form, check_groups
 from derm_compress.method.quantization.wanted import calibrations
 from derm_compress.model import anatomy, devices, oom, prompts
@@ -33,10 +33,10 @@ def search_scales(
     folder: Path,
     wanted: pd.DataFrame,
     sources: pd.DataFrame,
-    store,
-    *,
     items: Sequence[Item],
     images: np.ndarray,
+    *,
+    store,
     batch_size: int,
     device: str,
     answer_weight: float = 1.0,
@@ -102,36 +102,21 @@ def _rows(told: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(told, columns=search.ROWS).astype(dict.fromkeys(search.ROWS[2:], float))
 
 
-def scaled_channels(
-    scales: Path, form: str, sources: pd.DataFrame, store, *, device: str, **read
-) -> pd.DataFrame:
-    """Every input channel of each group of linears: its peak |x|, and the scale of a form's search.
-
-    Columns: variant, block (index before pruning), group, channel, peak, scale. What has no scale
-    is left out. read: items, images, batch_size.
-    """
-    files = {name: Path(scales) / form / f"{name}.safetensors" for name in sources.variant}
-    scaled = sources[[files[name].exists() for name in sources.variant]]
-    frames = []
-    for turn in each_model(scaled, store, device, "channels"):
-        found, groups = load_file(files[turn.variant]), folding.scale_groups(turn.model)
-        first = {key: linears[0] for key, (_, linears) in groups.items() if key in found}
-        work = partial(activations.input_peaks, turn.model, modules=first)
-        for key, peak in turn.calibrated(work, "channels", **read).items():
-            block, group = key.split(".")
-            told = {"block": int(block), "group": group, "peak": peak.numpy()}
-            told |= {"scale": found[key].numpy(), "channel": np.arange(len(peak))}
-            frames.append(turn.original_blocks(pd.DataFrame(told)))
-    return joined(frames, ["block", "group", "peak", "scale", "channel", "variant"])
-
-
 def quantization_errors(
-    variants: pd.DataFrame, store, *, device: str, journal: Journal | None = None, **read
+    variants: pd.DataFrame,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    store,
+    device: str,
+    batch_size: int,
+    journal: Journal | None = None,
 ) -> pd.DataFrame:
     """Relative error of each block's output against the model before it was quantized.
 
-    Columns: block (index before pruning), relative_error, variant. read: items, images, batch_size.
+    Columns: block (index before pruning), relative_error, variant.
     """
+    read = {"items": items, "images": images, "batch_size": batch_size}
     journal = journal or Journal()
     todo = variants[~variants.variant.isin(journal.done)]
     whole = Source(store, devices.beside(device))
