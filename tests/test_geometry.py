@@ -22,7 +22,7 @@ from derm_compress.method.pruning.depths import choose_operating_point
 from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.method.quantization.per_variant import quantization_errors, search_scales
-from derm_compress.model import anatomy, loading, removal
+from derm_compress.model import anatomy, loading, processors, removal
 from derm_compress.model import variants as frames
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import pruned, to_heal
@@ -47,7 +47,7 @@ def test_the_7b_shapes_have_the_published_counts_and_no_values(seven_b):
     model, processor, _ = seven_b
     assert sum(p.numel() for p in model.parameters()) == UNPRUNED and not anatomy.has_values(model)
     assert processor is None and {p.dtype for p in model.parameters()} == {torch.float16}
-    loading.check_picture_size(processor, torch.zeros(1, 16, 16, 3).numpy())
+    processors.check_picture_size(processor, torch.zeros(1, 16, 16, 3).numpy())
 
 
 def test_the_hub_ids_shapes_need_no_download():
