@@ -7,7 +7,7 @@ FACE = {
     "judges.rubric": ["rate", "score_by_rubric", "stated"],
     "judges.judge": ["choose_judge", "judge_all"],
     "judges.prompts": ["judge_prompt"],
-    "judges.controls": ["judge_controls", "controls_table", "judge_quality", "judge_findings"],
+    "judges.controls": ["judge_controls", "controls_table", "judge_quality"],
     "secondary": ["predictions"],
     "latency": ["time_variants", "measure_latency"],
     "export": ["export_model"],

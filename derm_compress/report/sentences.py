@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.exceptions import TemplateNotFound
 
 from derm_compress.evaluate import metrics
-from derm_compress.evaluate.judges.controls import judge_findings
+from derm_compress.evaluate.judges import controls
 from derm_compress.report import tables, wording
 from derm_compress.report.page import inert
 from derm_compress.report.paper import numbers as paper
@@ -270,7 +270,7 @@ def environment() -> Environment:
         "verdict": wording.verdict,
         "isnan": pd.isna,
         "rank_correlation": rank_correlation,
-        "judge_findings": judge_findings,
+        "controls": controls,
         "verdicts": verdicts,
         "paper": paper,
         "SURE": SURE,

@@ -1,4 +1,4 @@
-"""One interface for judges (the rubric, a model behind a server), and their registry. No torch.
+"""One interface for judges: the rubric, or a model behind a server. No torch.
 
 Every judge has a `name` and `judged(answers)`, which adds schema.SCORE and, of a model,
 schema.REPLY. What a model judged is kept by content, for all runs.
@@ -7,21 +7,38 @@ schema.REPLY. What a model judged is kept by content, for all runs.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from derm_compress.errors import DermError
 from derm_compress.evaluate import schema
-from derm_compress.evaluate.judges.prompts import JudgePrompt, Reply, Verdict, judge_prompt
+from derm_compress.evaluate.judges.prompts import JudgePrompt, judge_prompt
+from derm_compress.evaluate.judges.replies import Reply, Verdict, quoted
 from derm_compress.evaluate.judges.rubric import score_by_rubric
+from derm_compress.evaluate.judges.server import ChatServer
 from derm_compress.files import Journal, digest, hold, public, release
 from derm_compress.progress import track
 
+PATIENCE = 5  # replies in a row without a score: then something is wrong, and the run says so
+UNREAD = " unread"  # behind a key: a reply that gave no score, kept apart from any that does
 _WRITING = threading.Lock()
+
+
+class Task(NamedTuple):
+    """What is asked about one answer."""
+
+    answer: str
+    messages: list[dict[str, str]]
+
+
+def scored(verdict: Verdict | None) -> bool:
+    return verdict is not None and verdict.score is not None
 
 
 class RubricJudge:
@@ -32,11 +49,11 @@ class RubricJudge:
 
 
 class ModelJudge:
-    """A judging model with its prompt; replies are kept in `folder`, and never asked for again.
+    """A judging model with its prompt; replies are kept in `folder`, readable ones for good.
 
     server: as server.ChatServer. The key of a reply is the model's identity, the messages (prompt,
-    question, reference, answer) and the frame's column `round`, if it has one. A task without a
-    reply (a server that gave up) is not kept: a later run asks again.
+    question, reference, answer) and the frame's column `round`, if it has one. What had no reply,
+    or none that could be read, a later run asks again.
     """
 
     def __init__(self, server, prompt: JudgePrompt, folder: Path | None = None):
@@ -45,34 +62,58 @@ class ModelJudge:
 
     def judged(self, answers: pd.DataFrame) -> pd.DataFrame:
         """The answers with verdicts beside them; DermError where the model cannot be asked."""
-        who = self.server.identity() | {"max_tokens": self.prompt.max_tokens}
+        who = self.server.identity()
         tasks, keys = {}, []
         for row in answers.itertuples():
-            task = self.prompt.messages(row.prompt, row.reference, row.answer)
-            keys.append(digest([who, task, getattr(row, "round", 0)]))
+            task = Task(row.answer, self.prompt.messages(row.prompt, row.reference, row.answer))
+            keys.append(digest([who, task.messages, getattr(row, "round", 0)]))
             tasks[keys[-1]] = task
-        known = self._replies(tasks, digest(who)[:8])
-        replies = [known[key] for key in keys]
-        verdicts = [self.prompt.read(reply) for reply in replies]
+        with self._journal(digest(who)[:8]) as journal:
+            known = self._verdicts(tasks, journal)
+        verdicts = [known[key] for key in keys]
         told = pd.DataFrame(verdicts, columns=Verdict._fields, index=answers.index)
-        told = told.assign(
-            judge=self.name,
-            reply=[reply.text for reply in replies],
-            served=[reply.served for reply in replies],
-        )
         columns = schema.SCORE | schema.REPLY
+        told = told.assign(judge=self.name)
         return answers.assign(**told[list(columns)].astype(columns))
 
-    def _replies(self, tasks: dict[str, list], who: str) -> dict[str, Reply]:
-        with self._journal(who) as journal:
-            known = {key: Reply(*journal.done[key]) for key in tasks if key in journal.done}
-            todo = {key: task for key, task in tasks.items() if key not in known}
-            asking = self.server.replies(todo, self.prompt) if todo else ()
+    def _verdicts(self, tasks: dict[str, Task], journal: Journal) -> dict[str, Verdict]:
+        """{key: verdict} of every task; DermError after PATIENCE in a row without a score.
+
+        A reply that could not be read before says little where others of this judge can be.
+        """
+        known = {key: self._kept(key, task, journal) for key, task in tasks.items()}
+        todo = {key: tasks[key].messages for key, told in known.items() if not scored(told)}
+        if not todo:
+            return known
+        from derm_compress.evaluate.judges.client import replies
+
+        again = {key for key in todo if known[key]}
+        works, row = len(todo) < len(tasks), 0
+        with contextlib.closing(replies(self.server, todo, self.prompt)) as asking:
             for key, reply in track(asking, f"judged by {self.name}", total=len(todo)):
-                known[key] = reply
+                known[key] = self.prompt.read(reply, tasks[key].answer)
                 if not reply.error:
-                    journal.add(key, list(reply))
+                    journal.add(key if scored(known[key]) else key + UNREAD, list(reply))
+                if scored(known[key]):
+                    works, row = True, 0
+                elif reply.error or key not in again or not works:
+                    row += 1
+                if row == PATIENCE:
+                    raise DermError(self._unreadable(known[key]))
         return known
+
+    def _kept(self, key: str, task: Task, journal: Journal) -> Verdict | None:
+        """What a journal has on a task: a reply with a score if there is one, or any."""
+        rows = [journal.done[name] for name in (key, key + UNREAD) if name in journal.done]
+        found = [self.prompt.read(reply, task.answer) for reply in map(Reply.kept, rows) if reply]
+        return next(filter(scored, found), found[-1] if found else None)
+
+    def _unreadable(self, last: Verdict) -> str:
+        return (
+            f"judge {self.name} at {self.server.url}: {PATIENCE} replies in a row give no score "
+            f"({last.error}), the last is {quoted(last.reply)}; "
+            "what was judged is kept: see to the server and run again"
+        )
 
     @contextlib.contextmanager
     def _journal(self, who: str) -> Iterator[Journal]:
@@ -94,34 +135,30 @@ class ModelJudge:
 Judge = RubricJudge | ModelJudge
 
 
-def rubric_judge(**_) -> RubricJudge:
-    return RubricJudge()
-
-
-def served_judge(
-    *, model: str = "", url: str = "", prompt: str = "paper", concurrency: int = 4, folder=None
-) -> ModelJudge:
-    """A model behind a server; folder: where its replies are kept."""
-    if not model:
-        raise DermError("judge: openai needs judge_model, the name that the server knows it by")
-    try:
-        from derm_compress.evaluate.judges.server import ChatServer
-    except ImportError as error:
-        raise DermError(f"judge: openai needs {error.name}: pip install openai==3.57.0") from error
-    return ModelJudge(ChatServer(model, url, concurrency), judge_prompt(prompt), folder)
-
-
-JUDGES = {"rubric": rubric_judge, "openai": served_judge}
-
-
-def choose_judge(kind: str, **asked) -> Judge:
+def choose_judge(
+    kind: str,
+    *,
+    model: str = "",
+    url: str = "",
+    prompt: str = "paper",
+    concurrency: int = 4,
+    max_tokens: int = 400,
+    folder: Path | None = None,
+) -> Judge:
     """The judge of a run's parameters, which asks nothing yet; DermError for what cannot work.
 
-    asked: as of served_judge, which the rubric has no use for.
+    folder: where a model's replies are kept; the rubric has a use for its kind alone.
     """
-    if kind not in JUDGES:
-        raise DermError(f"judge is {kind!r}; allowed: {', '.join(JUDGES)}")
-    return JUDGES[kind](**asked)
+    if kind == "rubric":
+        return RubricJudge()
+    if kind != "openai":
+        raise DermError(f"judge is {kind!r}; allowed: rubric, openai")
+    if not model.strip():
+        raise DermError("judge: openai needs judge_model, the name that the server knows it by")
+    if not importlib.util.find_spec("openai"):
+        raise DermError("judge: openai needs its client: pip install openai==3.57.0")
+    server = ChatServer(model, url, concurrency, max_tokens)
+    return ModelJudge(server, judge_prompt(prompt), folder)
 
 
 def judge_all(answers: pd.DataFrame, folders: dict[str, Path], chosen: Judge) -> pd.DataFrame:

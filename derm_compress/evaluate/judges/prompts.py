@@ -1,7 +1,7 @@
 """Judge prompts as data: what a model is asked, and how its reply becomes a score. No torch.
 
 Both answers and replies are untrusted: an answer stands in the prompt as a JSON string that it
-cannot leave, and a reply counts only if the whole of it is the JSON object that was asked for.
+cannot leave, and how a reply is read stands in replies.py.
 """
 
 from __future__ import annotations
@@ -10,11 +10,17 @@ import json
 import re
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import NamedTuple
 
 import yaml
 
 from derm_compress.errors import DermError
+from derm_compress.evaluate.judges.replies import (
+    Reply,
+    Verdict,
+    object_with,
+    storable,
+    whole_number,
+)
 from derm_compress.evaluate.judges.rubric import LIMIT
 from derm_compress.evaluate.metrics import SCALE
 
@@ -22,32 +28,6 @@ FOLDER = files("derm_compress.evaluate.judges") / "judge_prompts"  # a file a pr
 PROMPTS = ("paper", "aspects", "ten")
 UNSAFE = frozenset('"\\<>[]{}|`')  # may end a string, open a chat marker or pose as a reply
 BLANK = re.compile(r"\{(question|reference|answer)\}")
-THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
-FENCE = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)
-
-
-class Reply(NamedTuple):
-    """What a judge answered, as it came (untrusted); `error` says why it is no whole answer."""
-
-    text: str
-    error: str = ""
-    served: str = ""  # the model's name by its server
-
-
-class Verdict(NamedTuple):
-    """A reply read: score of 1 to 4, value on the prompt's own scale, reason; or nulls and the
-    error.
-    """
-
-    score: float | None
-    value: float | None
-    why: str
-    error: str = ""
-
-
-def storable(text: str) -> str:
-    """The text without halves of characters, which JSON can name and no file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def fenced(text: str) -> str:
@@ -71,7 +51,6 @@ class JudgePrompt:
     user: str
     marks: tuple[str, ...]
     scale: tuple[int, int]
-    max_tokens: int
 
     def messages(self, question: str, reference: str, answer: str) -> list[dict[str, str]]:
         """The two chat messages of one task; the three texts are fenced."""
@@ -97,27 +76,29 @@ class JudgePrompt:
         (low, high), (bottom, top) = self.scale, SCALE
         return bottom + (value - low) * (top - bottom) / (high - low)
 
-    def read(self, reply: Reply) -> Verdict:
-        """The verdict in a reply: the whole of it has to be the JSON object that was asked for."""
-        if reply.error:
-            return Verdict(None, None, "", reply.error)
+    def read(self, reply: Reply, answer: str = "") -> Verdict:
+        """The verdict in a reply about an answer, whose own words in it are none."""
         try:
-            told = _object(reply.text)
+            if reply.error:
+                raise ValueError(reply.error)
+            if reply.finish == "length":
+                raise ValueError("cut off by its length: raise judge_max_tokens")
+            told = object_with(self.marks, reply.text, (self.user, answer[:LIMIT]))
             marks = [self._mark(told, name) for name in self.marks]
-        except (ValueError, RecursionError) as error:
-            return Verdict(None, None, "", str(error))
+        except ValueError as error:
+            return Verdict(None, None, "", storable(str(error)), reply.text, reply.served)
         value = sum(marks) / len(marks)
         why = storable(str(told.get("reason", "")))[:LIMIT]
-        return Verdict(self.score(value), value, why)
+        return Verdict(self.score(value), value, why, "", reply.text, reply.served)
 
     def _mark(self, told: dict, name: str) -> int:
         """A mark out of a reply's object; ValueError for any that was not asked for."""
         low, high = self.scale
-        mark = told.get(name)
-        if type(mark) is int and low <= mark <= high:
-            return mark
-        found = repr(mark)[:40] if name in told else "missing"
-        raise ValueError(f"{name} is {found}; allowed: whole numbers from {low} to {high}")
+        mark = whole_number(told.get(name), low, high)
+        if mark is None:
+            found = repr(told[name])[:40] if name in told else "missing"
+            raise ValueError(f"{name} is {found}; allowed: whole numbers from {low} to {high}")
+        return mark
 
     def explanation(self) -> str:
         """The prompt as people read it: what Figure 6 shows where a model judges."""
@@ -140,22 +121,3 @@ def judge_prompt(name: str) -> JudgePrompt:
 def attacks() -> dict[str, str]:
     """The injection attempts by name."""
     return yaml.safe_load((FOLDER / "attacks.yaml").read_text("utf-8"))
-
-
-def _object(text: str) -> dict:
-    """The JSON object that a reply is, thoughts and a code fence aside; ValueError otherwise."""
-    text = THOUGHT.sub("", text, count=1).strip() if THOUGHT.match(text) else text.strip()
-    inside = FENCE.fullmatch(text)
-    try:
-        told = json.loads(inside[1] if inside else text, object_pairs_hook=_once)
-    except (ValueError, RecursionError):
-        raise ValueError("the reply is not the one JSON object that was asked for") from None
-    if not isinstance(told, dict):
-        raise ValueError("the reply is JSON, but no object")
-    return told
-
-
-def _once(pairs: list) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a field stands twice")
-    return dict(pairs)

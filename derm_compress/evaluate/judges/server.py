@@ -1,169 +1,102 @@
 """A model behind an OpenAI-compatible server: vLLM, `transformers serve`, a hosted one. No torch.
 
-The client library tries again after a fault and waits as the server asks; what is ours guards the
-key and bounds what a server may send. Imported only where such a judge is used.
+The key comes from the environment alone, DERM_COMPRESS_JUDGE_KEY before OPENAI_API_KEY, and goes
+nowhere but into the requests' header: not over plain http to another machine, not after a redirect,
+not into a file, a line or an error. Nothing here asks anything: client.py does.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-
-import httpx2  # what the client library speaks through
-import openai
+import contextlib
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from derm_compress.errors import DermError
-from derm_compress.evaluate.judges.access import KEYS, address, here, key_for
-from derm_compress.evaluate.judges.prompts import JudgePrompt, Reply, storable
+from derm_compress.evaluate.judges.prompts import JudgePrompt
 
-PATIENCE = 5  # answers in a row without a reply: then the server is down, and the run says so
-SIZE = 2**20  # bytes of a response that are read
-KEPT = 2000  # characters of a faulty response that are kept
-HEADERS = {"host", "accept", "connection", "content-type", "content-length"}  # beside the key
-HEADERS |= {"x-stainless-raw-response"}  # which the client looks for in what it has sent
-REFUSALS = {
-    openai.AuthenticationError: "wrong or missing key",
-    openai.PermissionDeniedError: "no access",
-    openai.NotFoundError: "no such address or model",
-}
+KEYS = ("DERM_COMPRESS_JUDGE_KEY", "OPENAI_API_KEY")  # where a server's key is looked for
+ALLOWED = "allowed: http(s)://host[:port]/path, mostly ending in /v1"
+KEYED = {"temperature": 0, "max_tokens": 400}  # of every reply kept; a whole one has no other limit
 
 
-class Bounded(httpx2.SyncByteStream):
-    """The bytes of a response, at most SIZE of them, first to last within `seconds`."""
+def address(url: str) -> None:
+    """DermError for a judge_url that is no http address, or holds more: it is shown, no key is."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a half IPv6 address, a port that is no number
+        raise DermError(f"judge_url is no address; {ALLOWED}") from None
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise DermError(
+            "judge_url holds more than an address: no user, key or query there; "
+            f"a key goes into {KEYS[0]}"
+        )
+    if not whole or not (url.isascii() and url.isprintable()):
+        raise DermError(f"judge_url is {url!r}; {ALLOWED}")
 
-    def __init__(self, stream, seconds: float):
-        self.stream, self.end = stream, time.monotonic() + seconds
 
-    def __iter__(self) -> Iterator[bytes]:
-        size = 0
-        for part in self.stream:
-            size += len(part)
-            if size > SIZE:
-                raise httpx2.ReadError(f"the response is longer than {SIZE} bytes")
-            if time.monotonic() > self.end:
-                raise httpx2.ReadTimeout("the response took too long")
-            yield part
+def key_for(url: str) -> str:
+    """The key for this address out of the environment, or ""; DermError where it must not go."""
+    keys = {name: os.environ.get(name, "").strip() for name in KEYS}
+    name = next((name for name, key in keys.items() if key), None)
+    if not name:
+        return ""
+    if not all("!" <= char <= "~" for char in keys[name]):
+        raise DermError(f"{name} holds characters that no key has; set it again")
+    if urlsplit(url).scheme == "http" and not here(url):
+        raise DermError(
+            f"{name} would go over plain http to another machine: "
+            "use https, or unset it for this server"
+        )
+    return keys[name]
 
-    def close(self) -> None:
-        self.stream.close()
+
+def here(url: str) -> bool:
+    """Whether the address is this machine's own."""
+    host = urlsplit(url).hostname
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 @dataclass(frozen=True)
 class ChatServer:
     """A model by its server's base URL (ending in /v1, mostly) and its name there.
 
-    timeout: seconds for one try.
+    timeout: seconds for one try; refused: fields of a request that the server does not take, as
+    they are found. DermError for an address or a key that cannot be used.
     """
 
     model: str
     url: str
     concurrency: int = 4
+    max_tokens: int = KEYED["max_tokens"]
     timeout: float = 120.0
     retries: int = 4
     seed: int = 0
+    refused: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self):
         address(self.url)
+        key_for(self.url)
 
     def identity(self) -> dict:
-        """What a reply depends on beside its messages; the address is no part of it."""
-        return {"kind": "openai", "model": self.model, "temperature": 0, "seed": self.seed}
+        """What a reply is kept by beside its messages; neither address nor limits are part of it.
 
-    def replies(self, todo: dict[str, list], prompt: JudgePrompt) -> Iterator[tuple[str, Reply]]:
-        """(key, Reply) of each {key: messages} as it comes, an error where no try brought one.
-
-        Raises DermError where the server refuses the key or the model, or fails PATIENCE tasks in a
-        row.
+        Replies of every version are found by it.
         """
-        secret, lost = key_for(self.url), 0
-        with self._client(secret) as client, ThreadPoolExecutor(self.concurrency) as pool:
-            asked = {pool.submit(self._ask, client, todo[key], prompt): key for key in todo}
-            try:
-                for future in as_completed(asked):
-                    reply = _kept(future.result(), secret)
-                    lost = lost + 1 if reply.error else 0
-                    if lost == PATIENCE:  # one bad task is a row without a score
-                        raise DermError(self._down(reply))
-                    yield asked[future], reply
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return {"kind": "openai", "model": self.model, "seed": self.seed} | KEYED
 
-    def _client(self, secret: str) -> openai.OpenAI:
-        def sending(request):
-            """Whatever else the environment has for OpenAI stays here."""
-            for name in set(request.headers) - HEADERS:
-                del request.headers[name]
-            request.headers["Accept-Encoding"] = "identity"
-            if secret:
-                request.headers["Authorization"] = f"Bearer {secret}"
-
-        def receiving(response):
-            if "content-encoding" in response.headers:
-                raise httpx2.DecodingError("a compressed response, which was not asked for")
-            response.stream = Bounded(response.stream, self.timeout)
-
-        speaking = openai.DefaultHttpxClient(
-            follow_redirects=False,
-            trust_env=not here(self.url),  # no proxy between here and here
-            event_hooks={"request": [sending], "response": [receiving]},
-        )
-        return openai.OpenAI(
-            api_key=secret or "none",
-            base_url=self.url,
-            timeout=self.timeout,
-            max_retries=self.retries,
-            http_client=speaking,
-        )
-
-    def _ask(self, client: openai.OpenAI, messages: list[dict], prompt: JudgePrompt) -> Reply:
+    def fields(self, prompt: JudgePrompt) -> dict:
+        """The fields of a request that a server may refuse, but for those that it has refused."""
         verdict = {"name": "verdict", "strict": True, "schema": prompt.schema()}
-        try:
-            told = client.chat.completions.with_raw_response.create(
-                model=self.model,
-                messages=messages,
-                temperature=0,
-                seed=self.seed,
-                max_tokens=prompt.max_tokens,
-                response_format={"type": "json_schema", "json_schema": verdict},
-            )
-            return _content(told.content)
-        except tuple(REFUSALS) as error:
-            raise DermError(
-                f"judge at {self.url} answered {error.status_code} ({REFUSALS[type(error)]}): "
-                f"check judge_url, judge_model and the key in {' or '.join(KEYS)}"
-            ) from None
-        except openai.APIStatusError as error:
-            text = error.response.content.decode("utf-8", "replace")
-            return Reply(text, f"status {error.status_code}")
-        except openai.APIConnectionError as error:
-            return Reply("", type(error).__name__)
-
-    def _down(self, reply: Reply) -> str:
-        last = f"{reply.error}; {reply.text[:200]!r}" if reply.text else reply.error
-        return (
-            f"judge at {self.url}: {PATIENCE} answers in a row failed ({last}); "
-            "what was judged is kept: see to the server and run again"
-        )
-
-
-def _content(body: bytes) -> Reply:
-    """The reply in a response's body, or the body itself and an error."""
-    text = body.decode("utf-8", "replace")
-    try:
-        told = json.loads(text)
-        content = told["choices"][0]["message"]["content"]
-    except (ValueError, RecursionError, KeyError, IndexError, TypeError):
-        return Reply(text, "a response that is no chat completion")
-    if not isinstance(content, str):
-        return Reply(text, "a completion without text")
-    return Reply(storable(content), served=storable(str(told.get("model", "")))[:200])
-
-
-def _kept(reply: Reply, secret: str) -> Reply:
-    """A reply as it may be kept: without the key, should it have come back, and cut if faulty."""
-    if secret:
-        reply = Reply(*(part.replace(secret, "[key]") for part in reply))
-    return reply._replace(text=reply.text[:KEPT]) if reply.error else reply
+        limit = "max_completion_tokens" if "max_tokens" in self.refused else "max_tokens"
+        told = {
+            "temperature": 0,
+            "seed": self.seed,
+            "response_format": {"type": "json_schema", "json_schema": verdict},
+            limit: self.max_tokens,
+        }
+        return {name: value for name, value in told.items() if name not in self.refused}
