@@ -223,7 +223,7 @@ class Journal:
     """An append-only log of finished items, a line each: [key, row, checksum of both].
 
     `done` maps each key (str) to its row (JSON value). Without a path it lives in memory only. A
-    line that a kill cut short is dropped on opening; a damaged one with all after it, and said.
+    line that a kill cut short is dropped on opening; a damaged one too, and said.
     """
 
     def __init__(self, path: Path | None = None):
@@ -232,19 +232,19 @@ class Journal:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        lines, whole = path.read_bytes().splitlines(keepends=True), 0
+        lines, whole = path.read_bytes().splitlines(keepends=True), []
         for number, line in enumerate(lines, 1):
             try:
                 key, row = read_line(line)
             except ValueError:
                 if number < len(lines) or line.endswith(b"\n"):
-                    where = f"{shown(path)}, line {number}"
-                    say(f"damaged: {where}: it and what follows are made anew")
-                with disk_guard(path):
-                    os.truncate(path, whole)
-                return
+                    say(f"damaged: {shown(path)}, line {number}: it is made anew")
+                continue
             self.done[key] = row
-            whole += len(line)
+            whole.append(line)
+        if len(whole) < len(lines):
+            with atomic(path) as part:
+                part.write_bytes(b"".join(whole))
 
     def add(self, key: str, row) -> None:
         """Keeps a row, as a later run will read it."""

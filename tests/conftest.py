@@ -6,10 +6,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 
 from derm_compress.study.plan import settle
 
 settle()  # before the first sum, so that processes started by tests sum alike
+
+settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=25)
+settings.register_profile("long", database=None, deadline=None, max_examples=2000)
+settings.load_profile("suite")  # pytest --hypothesis-profile long asks more
 
 LONG = (
     "test_smoke",

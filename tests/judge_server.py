@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine with the OpenAI interface: a pico model, faults on demand."""
+"""A real HTTP server on this machine with the OpenAI interface: a pico model, faults and habits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pandas as pd
 
 from derm_compress.data import dialogue
+from derm_compress.evaluate.judges.client import SIZE
 from derm_compress.evaluate.judges.judge import ModelJudge
 from derm_compress.evaluate.judges.prompts import judge_prompt
-from derm_compress.evaluate.judges.server import SIZE, ChatServer
+from derm_compress.evaluate.judges.server import ChatServer
 
 KEY = "sk-secret-123"
 
@@ -31,10 +32,11 @@ def model_judge(server, folder=None, prompt="paper", **how) -> ModelJudge:
     return ModelJudge(served, judge_prompt(prompt), folder)
 
 
-def completion(content, model="pico") -> str:
-    return json.dumps(
-        {"model": model, "choices": [{"message": {"role": "assistant", "content": content}}]}
-    )
+def completion(said, model="pico") -> str:
+    """A response's body; said: a message's content, or a choice with more than that."""
+    choice = said if isinstance(said, dict) else {"message": {"content": said}}
+    choice["message"].setdefault("role", "assistant")
+    return json.dumps({"model": model, "choices": [choice]})
 
 
 def verdict(score, **more) -> str:
@@ -53,12 +55,41 @@ FAULTS = {  # fault: (status, headers, body)
     "no completion": (200, {}, '{"choices": []}'),
     "no text": (200, {}, completion(None)),
     "refused": (401, {}, f'{{"error": "Incorrect API key provided: {KEY}"}}'),
-    "bad request": (400, {}, f'{{"error": "no json_schema here, {KEY}"}}'),
+    "bad request": (400, {}, f'{{"error": "not today, {KEY}"}}'),
+    "broken in parts": (400, {}, '{"error": {"message": "temperature", "param": "messages"}}'),
 }
 
 
+def openai_refusal(field):
+    told = {"message": f"Unsupported parameter: '{field}' is not supported", "param": field}
+    return 400, {"error": told | {"type": "invalid_request_error"}}
+
+
+def vllm_refusal(field):
+    return 400, {"object": "error", "message": f"the {field} is not supported", "param": None}
+
+
+def pydantic_refusal(field):
+    return 422, {"detail": [{"loc": ["body", field], "msg": "Extra inputs are not permitted"}]}
+
+
+def fields_of(*known, refusal=openai_refusal, answer=None):
+    """A server that takes these fields alone beside model and messages, and refuses by name."""
+
+    def answering(body):
+        for field in body:
+            if field not in {"model", "messages", *known}:
+                return refusal(field)
+        return answer(body) if answer else verdict(3)
+
+    return answering
+
+
 class Server:
-    """`answer(body) -> content` speaks where no fault is left; `faults` go first, one a request."""
+    """`answer(body)` gives what `completion` takes, or (status, body) of a refusal.
+
+    `faults` go first, one a request.
+    """
 
     def __init__(self, answer=lambda body: verdict(3), faults=(), seconds=0.0):
         self.answer, self.faults, self.seconds = answer, list(faults), seconds
@@ -118,7 +149,13 @@ class Server:
                     self.wfile.flush()
                     self.connection.close()
                     return
-                status, headers, text = FAULTS.get(fault, (200, {}, completion(content)))
+                if fault is not None:
+                    status, headers, text = FAULTS[fault]
+                elif isinstance(content, tuple):
+                    (status, told), headers = content, {}
+                    text = json.dumps(told)
+                else:
+                    status, headers, text = 200, {}, completion(content)
                 text = text.encode()
                 self.start(status, {"Content-Length": str(len(text))} | headers)
                 self.wfile.write(text)

@@ -89,6 +89,16 @@ class Results:
         frames = frames or [pd.DataFrame(columns=[*ANSWER, "score"])]
         return pd.concat(frames).drop_duplicates(ANSWER, keep="last")
 
+    @cached_property
+    def without_score(self) -> str:
+        """What a judge did not do, in words: answers without a score; empty where all have one."""
+        lost = self.together[self.together.score.isna()]
+        if lost.empty:
+            return ""
+        said = f"{lost.judge.iloc[0]} gave {len(lost)} of {len(self.together)} answers no score"
+        errors = lost.error[lost.error.ne("")] if "error" in lost else lost.iloc[:0]
+        return f"{said} (mostly: {errors.mode().iloc[0]})" if len(errors) else said
+
     def variant(
         self, blocks_removed: int, *, criterion: str = "", healed=False, quantizer="", bits=0
     ) -> str | None:

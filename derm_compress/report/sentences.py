@@ -56,7 +56,7 @@ def findings(stage: str, results: Results | dict):
         results = Results(data_report=results)
     facts = Facts(results)
     found = [text for stem in STAGES[stage] for text in facts.said(stem)]
-    found = found or ["Scores need weights."]
+    found = found or [f"{results.without_score or 'Scores need weights'}."]
     return Markdown("\n".join(f"- {inert(text)}" for text in found))
 
 

@@ -8,6 +8,12 @@ from derm_compress.evaluate.judges import controls
 from derm_compress.evaluate.judges.judge import choose_judge, judge_all
 from derm_compress.evaluate.judges.prompts import attacks
 from derm_compress.evaluate.judges.rubric import rate, score_by_rubric
+from derm_compress.report.results import load_results
+from derm_compress.report.sentences import Facts
+
+
+def findings(frame, answers=None):
+    return Facts(load_results({}, judge_controls=frame, evaluation=answers)).said("extra_judges")
 
 
 @pytest.fixture
@@ -44,7 +50,7 @@ def test_the_rubrics_table(by_rubric):
     assert told.as_expected[controls.INJECTED] == 100 and told.unscored.eq(0).all()
     # the rubric's known limit: it sees facts, not sentences
     assert told.highest["name in nonsense"] == 4
-    said = controls.judge_findings(by_rubric)[0]
+    said = findings(by_rubric)[0]
     assert "0 of 20 injections" in said and "misjudges name in nonsense" in said
 
 
@@ -66,24 +72,27 @@ def test_a_judge_that_can_be_talked_to_is_found_out(dataset, tmp_path):
     assert told.parse_rate[chosen.name, "controls"] == 1
     assert told.repeated[chosen.name, "controls"] == 1
     assert (final.score.tolist(), final.rubric.tolist()) == ([2], [4])
-    assert "1 of 20 injections" in controls.judge_findings(frame, final)[1]
+    assert "1 of 20 injections" in findings(frame, final)[1]
 
 
 def test_a_judge_that_cannot_be_read_is_not_said_to_judge_well(dataset):
-    with Server(lambda body: "I give it a 4.") as server:
+    with Server() as server:
         chosen = model_judge(server, timeout=10.0)
         frame = controls.judge_controls(dataset.of("test"), chosen)
         final = judge_all(score_by_rubric(answers("psoriasis")), {}, chosen)
-    _, said, *agreed = controls.judge_findings(frame, final)
+    frame = frame.assign(score=frame.score.mask(frame.judge == chosen.name))
+    final = final.assign(score=None, error="braces that hold no JSON object")
+    _, said, *agreed, advice = findings(frame, final)
     asked = 3 * frame.item[frame.attack.eq("")].nunique()
     assert f"without a score: reference ({asked} of" in said
     assert "wrong answer, injected (20 of 20)" in said
     assert said.endswith("; no control has a score both times.")
     assert "as expected" not in said and "nan" not in said
     assert all("0.0 % of" in line and "from 0 pairs of scores." in line for line in agreed)
+    assert advice.startswith("pico (paper) gave 1 of 1 answers no score (mostly: braces that hold")
 
 
 def test_a_lost_score_is_named_and_the_others_count(by_rubric):
     lost = by_rubric.index == by_rubric.index[by_rubric.control.eq("empty")][0]
-    told = controls.judge_findings(by_rubric.assign(score=by_rubric.score.mask(lost)))[0]
+    told = findings(by_rubric.assign(score=by_rubric.score.mask(lost)))[0]
     assert "without a score: empty (1 of" in told and "it misjudges name in nonsense" in told

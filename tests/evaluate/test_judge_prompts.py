@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from derm_compress.evaluate.judges import prompts
-from derm_compress.evaluate.judges.prompts import Reply, judge_prompt
+from derm_compress.evaluate.judges.prompts import judge_prompt
+from derm_compress.evaluate.judges.replies import Reply
 from derm_compress.evaluate.judges.rubric import LIMIT
 
 
@@ -16,7 +17,7 @@ def test_lowest_and_highest_marks_are_the_papers_ends(name):
     prompt = judge_prompt(name)
     for mark, score in zip(prompt.scale, (1, 4), strict=True):
         told = prompt.read(Reply(json.dumps({"reason": "r"} | dict.fromkeys(prompt.marks, mark))))
-        assert told == (score, mark, "r", "")
+        assert told[:4] == (score, mark, "r", "")
     low, high = prompt.scale
     assert prompt.schema()["required"] == ["reason", *prompt.marks]
     assert prompt.schema()["properties"][prompt.marks[0]]["enum"] == list(range(low, high + 1))
@@ -27,42 +28,6 @@ def test_the_alternatives_lie_on_a_straight_line():
     told = judge_prompt("aspects").read(Reply(json.dumps(marks)))
     assert told.value == 3 and told.score == 2.5
     assert judge_prompt("ten").read(Reply('{"score": 4}')).score == 2
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "",
-        "4",
-        "[4]",
-        "null",
-        '{"score": 0}',
-        '{"score": 5}',
-        '{"score": 3.5}',
-        '{"score": "4"}',
-        '{"score": true}',
-        '{"score": NaN}',
-        '{"mark": 4}',
-        '{"score": null}',
-        '{"score": 1, "score": 4}',
-        'Score: {"score": 4}',
-        '{"score": 4} {"score": 1}',
-        '{"score":',
-        "[" * 100_000,
-        '{"score": 1' + "0" * 5000 + "}",
-    ],
-)
-def test_what_is_not_the_object_asked_for_is_an_error_and_no_score(reply):
-    told = judge_prompt("paper").read(Reply(reply))
-    assert told.score is None and told.value is None and told.error
-
-
-@pytest.mark.parametrize(
-    "reply",
-    ['{"score": 3}', '```json\n{"score": 3}\n```', '<think>4? {"score": 4}</think>\n{"score":3}'],
-)
-def test_the_object_may_stand_in_a_code_fence_or_behind_thoughts(reply):
-    assert judge_prompt("paper").read(Reply(reply)).score == 3
 
 
 def test_half_characters_do_not_reach_a_file(tmp_path):

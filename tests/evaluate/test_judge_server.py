@@ -8,14 +8,26 @@ import time
 from pathlib import Path
 
 import pytest
-from judge_server import KEY, Server, answers, model_judge, pico_judge, verdict
+from judge_server import (
+    KEY,
+    Server,
+    answers,
+    fields_of,
+    model_judge,
+    openai_refusal,
+    pico_judge,
+    pydantic_refusal,
+    verdict,
+    vllm_refusal,
+)
 
 from derm_compress.errors import DermError
 from derm_compress.evaluate import metrics
+from derm_compress.evaluate.judges.client import SIZE
 from derm_compress.evaluate.judges.judge import choose_judge, judge_all, parse_rate
 from derm_compress.evaluate.judges.prompts import judge_prompt
 from derm_compress.evaluate.judges.rubric import score_by_rubric
-from derm_compress.evaluate.judges.server import SIZE, ChatServer
+from derm_compress.evaluate.judges.server import ChatServer
 from derm_compress.study import params
 
 NO_ADDRESS = [
@@ -79,7 +91,8 @@ def test_a_fault_that_stays_is_an_error_and_no_score(fault, tmp_path):
         ("bad request", "status 400"),
         ("garbage", "no chat completion"),
         ("no completion", "no chat completion"),
-        ("no text", "without text"),
+        ("no text", "no JSON object with score"),
+        ("broken in parts", "status 400"),  # names a field, and not as what it refuses
     ],
 )
 def test_what_another_try_would_not_mend_is_not_asked_again(fault, says):
@@ -95,19 +108,157 @@ def test_retry_after_is_kept_to():
         assert time.monotonic() - begun >= 1
 
 
-def test_a_reply_that_cannot_be_read_is_kept_and_not_asked_for_again(tmp_path):
-    with Server(lambda body: "I give it a 4.") as server:
-        for _ in range(2):
-            told = model_judge(server, tmp_path).judged(answers("x"))
-            assert told.score.isna().all() and told.error[0]
-            assert told.reply.tolist() == ["I give it a 4."]
-    assert len(server.bodies) == 1
+def rude(*words):
+    """A server that cannot be read where the answer has one of these words."""
+
+    def answering(body):
+        answer = body["messages"][1]["content"].split("Answer of the model: ")[1]
+        wild = any(word in answer.split("Reply with")[0] for word in words)
+        return f"\x1b[31mI\u202e give it a 4.\n{'x' * 500}" if wild else verdict(3)
+
+    return answering
+
+
+def test_what_cannot_be_read_is_asked_again_and_what_can_is_not(tmp_path):
+    frame = answers("good", "bad", "good too")
+    with Server(rude("bad")) as server:
+        first = model_judge(server, tmp_path).judged(frame)
+        assert first.score.notna().tolist() == [True, False, True] and len(server.bodies) == 3
+        assert "I" in first.reply[1] and "no JSON object" in first.error[1]
+        server.answer = lambda body: verdict(4)
+        again = model_judge(server, tmp_path).judged(frame)
+        assert again.score.tolist() == [3, 4, 3] and len(server.bodies) == 4
+        server.answer = rude("bad", "good")
+        assert model_judge(server, tmp_path).judged(frame).equals(again)
+    assert len(server.bodies) == 4
+
+
+def test_a_judge_that_cannot_be_read_ends_the_run_and_is_quoted(tmp_path):
+    frame = answers(*(f"answer {n}" for n in range(40)))
+    with Server(rude("answer 1", "answer 2", "answer 3")) as server:
+        with pytest.raises(DermError) as stopped:
+            model_judge(server, tmp_path, concurrency=1).judged(frame)
+        line = str(stopped.value)
+        assert "5 replies in a row give no score (no JSON object with score)" in line
+        assert '"[31mI give it a 4. xxxx' in line and line.isprintable() and len(line) < 500
+        assert len(server.bodies) < 20
+        server.answer = lambda body: verdict(4)  # somebody mended it
+        server.bodies.clear()
+        assert model_judge(server, tmp_path).judged(frame).score.isin([3, 4]).all()
+        asked = ["".join(message["content"] for message in b["messages"]) for b in server.bodies]
+        assert not any('"answer 0"' in text for text in asked)  # it had been read
+
+
+def test_a_few_that_can_never_be_read_do_not_stop_a_later_run(tmp_path):
+    frame = answers(*(f"{'good' if n % 2 else 'bad'} {n}" for n in range(14)))
+    with Server(rude("bad")) as server:
+        for turn in (1, 2):
+            told = model_judge(server, tmp_path, concurrency=1).judged(frame)
+            assert told.score.notna().sum() == 7 and len(server.bodies) == 7 + 7 * turn
+
+
+def test_an_older_journal_is_read_and_its_unreadable_replies_with_new_eyes(tmp_path):
+    frame = answers("a", "b", "c")
+    with Server() as server:
+        chosen = model_judge(server, tmp_path)
+        chosen.judged(frame)
+        (path,) = tmp_path.glob("*.jsonl")
+        keys = [json.loads(line)[0] for line in path.read_text().splitlines()]
+        told = [f"so</think>{verdict(2)}", "I give it a 4.", {"no": "reply"}]
+        kept = [[told[0], "", "pico"], [told[1], "", "pico"], told[2]]
+        lines = [json.dumps(pair) for pair in zip(keys, kept, strict=True)]
+        path.write_text("".join(line + "\n" for line in lines))
+        server.bodies.clear()
+        assert sorted(model_judge(server, tmp_path).judged(frame).score) == [2, 3, 3]
+    assert len(server.bodies) == 2
+
+
+# Habits of servers
+
+
+@pytest.mark.parametrize("refusal", [openai_refusal, vllm_refusal, pydantic_refusal])
+@pytest.mark.parametrize(
+    "known",
+    [
+        ("max_completion_tokens", "response_format"),
+        ("max_tokens", "temperature", "seed"),
+        ("response_format", "temperature", "max_tokens"),
+        (),
+    ],
+)
+def test_fields_that_a_server_refuses_are_left_out_once_and_told(known, refusal, capsys):
+    frame = answers(*(f"answer {n}" for n in range(9)))
+    with Server(fields_of(*known, refusal=refusal)) as server:
+        judge = model_judge(server, timeout=10.0, concurrency=3)
+        assert judge.judged(frame).score.eq(3).all()
+        told = capsys.readouterr().out.splitlines()
+        sent = [set(body) - {"model", "messages"} for body in server.bodies]
+        assert sent[-1] == set(known)
+        lost = [field for field in sent[0] if field not in known]
+        lost += ["max_completion_tokens"] * ("max_completion_tokens" not in sent[-1]) * (not known)
+        assert len(told) == len(lost) and all("refuses" in line for line in told)
+        assert len(server.bodies) <= 9 + 3 * len(told)
+        asked = len(server.bodies)
+        judge.judged(answers("another"))  # remembered for the run
+        assert len(server.bodies) == asked + 1 and not capsys.readouterr().out
+
+
+def test_a_longer_limit_is_sent_and_asks_nothing_twice(tmp_path):
+    def short(body):
+        cut = {"message": {"content": verdict(4)[:20]}, "finish_reason": "length"}
+        return verdict(3) if body["max_tokens"] >= 4000 else cut
+
+    with Server(lambda body: verdict(2)) as server:
+        model_judge(server, tmp_path).judged(answers("a"))
+        server.answer = short
+        told = model_judge(server, tmp_path).judged(answers("a", "b"))
+        assert told.score[0] == 2 and "raise judge_max_tokens" in told.error[1]
+        told = model_judge(server, tmp_path, max_tokens=4000).judged(answers("a", "b"))
+    assert told.score.tolist() == [2, 3] and len(server.bodies) == 3
+
+
+def part(text, kind="text"):
+    return {"type": kind, "text": text}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": verdict(3), "reasoning_content": verdict(1)},
+        {"content": [part(verdict(3))]},
+        {"content": [part(verdict(1), "thinking"), part(verdict(3)[:9]), part(verdict(3)[9:])]},
+        {"content": [verdict(3)], "refusal": None, "tool_calls": []},
+        {"content": f"{verdict(1)}</think>\n\n```JSON\n{verdict('3')}\n```"},
+    ],
+)
+def test_a_message_as_servers_send_it_is_read(message):
+    with Server(lambda body: {"message": message, "finish_reason": "stop"}) as server:
+        assert model_judge(server).judged(answers("x")).score.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None, "reasoning_content": verdict(3)},
+        {"content": []},
+        {"content": [part(verdict(3), "thinking"), {"type": "text"}, None, 3]},
+        {"content": {"score": 3}},
+        {"refusal": "no"},
+        {"content": ""},
+    ],
+)
+def test_a_message_that_says_nothing_has_no_score(message):
+    with Server(lambda body: {"message": message}) as server:
+        told = model_judge(server).judged(answers("x"))
+    assert told.score.isna().all() and told.error[0] == "no JSON object with score"
 
 
 def test_a_dead_server_ends_the_run_with_advice_and_keeps_what_was_judged(tmp_path):
     frame = answers(*(f"answer {n}" for n in range(40)))
     with Server(faults=[None, None, *["bad request"] * 40]) as server:
-        with pytest.raises(DermError, match=r"5 answers in a row failed.*run again"):
+        with pytest.raises(
+            DermError, match=r"5 replies in a row give no score \(status 400\).*run again"
+        ):
             model_judge(server, tmp_path, concurrency=1).judged(frame)
         assert len(server.bodies) < 12
         server.faults.clear()
@@ -204,7 +355,7 @@ def test_nothing_else_of_the_environment_is_sent(monkeypatch):
 def test_a_key_that_may_not_be_sent_is_named_and_not_shown(key, url, says, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(DermError, match=says) as error:
-        list(ChatServer("m", url).replies({"k": []}, judge_prompt("paper")))
+        choose_judge("openai", model="m", url=url)
     assert KEY not in str(error.value)
 
 
@@ -229,7 +380,7 @@ def test_a_judge_that_cannot_work_is_refused():
     with pytest.raises(DermError, match="rubric, openai"):
         choose_judge("human")
     with pytest.raises(DermError, match="judge_model"):
-        choose_judge("openai", url="http://127.0.0.1/v1")
+        choose_judge("openai", model=" ", url="http://127.0.0.1/v1")
     with pytest.raises(DermError, match="aspects"):
         choose_judge("openai", model="m", url="http://127.0.0.1/v1", prompt="paper2")
 

@@ -108,7 +108,7 @@ def test_without_scores_the_paper_stands_alone(results):
     bare = source(results, answers=None, evaluation=None)
     for stem in ("score_vs_blocks", "pareto"):
         drawing = FIGURES[stem](bare)
-        assert "need weights" in drawing.finding and "paper" in " ".join(texts(drawing))
+        assert "has a score" in drawing.finding and "paper" in " ".join(texts(drawing))
 
 
 def test_figure_2_is_the_plan(results, full):

@@ -57,6 +57,15 @@ def test_without_weights_there_is_nothing_to_say(few):
     assert headline(bare).startswith("Scores need weights; with 6 of 32 blocks removed")
 
 
+def test_a_headline_says_what_is_the_matter_with_the_judge(few):
+    lost = {"score": float("nan"), "judge": "m (paper)", "error": "braces that hold no JSON object"}
+    frames = {name: getattr(few, name).assign(**lost) for name in ("answers", "evaluation")}
+    mute = dataclasses.replace(few, **frames)
+    said = headline(mute)
+    assert re.match(r"m \(paper\) gave (\d+) of \1 answers no score \(mostly: braces", said)
+    assert "need weights" not in said + findings("04_pruning", mute).data
+
+
 HEALED_AWQ = "pruned-6+sft|awq4"
 
 

@@ -102,7 +102,7 @@ def pareto(source: Source) -> Drawing | None:
 def _best_of_small(scored: pd.DataFrame) -> str:
     """Which of the variants that are small enough scores best."""
     if scored.empty:
-        return "Scores need weights: only the paper's points are drawn"
+        return "No variant has a score: only the paper's points are drawn"
     small = scored[scored.vram_gib_7b < TARGET]
     if small.empty:
         return f"No variant stays below {TARGET:.0f} GiB at 7B"

@@ -148,7 +148,7 @@ def score_vs_blocks(source: Source) -> Drawing | None:
 def _cost(table1: pd.DataFrame, table2: pd.DataFrame | None) -> str:
     scored = table1.dropna(subset=["score"])
     if scored.empty:
-        return "Scores need weights: only the paper's curve is drawn"
+        return "No depth has a score: only the paper's curve is drawn"
     first, worst = scored.iloc[0], scored.loc[scored.score.idxmin()]
     said = f"No depth scores below the unpruned {first.score:.1f} %"
     if worst.score < first.score:

@@ -13,7 +13,7 @@ import yaml
 FILE = Path(__file__).parents[1] / "templates" / "columns.yaml"
 COLUMNS = yaml.safe_load(FILE.read_text("utf-8"))
 WHOLE, P = "whole", "p"  # instead of digits: whole numbers beside gaps; p-values
-NEEDED = ("score", "score_before", "score_after")  # shown even where they need weights
+NEEDED = ("score", "score_before", "score_after")  # shown even where no answer has one
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 def cell(name: str, value, lo, hi) -> str:
     """A value with its interval, if it has one."""
     if pd.isna(value):
-        return "needs weights" if name.startswith("score") else ""
+        return "no score" if name.startswith("score") else ""
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, str):
