@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     except DermError as error:
         print(error, file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(error, file=sys.stderr)
+        return 2
     except SystemExit as done:
         return done.code or 0
     return 0
@@ -144,11 +147,11 @@ def tell_written(model: str, path: Path) -> None:
 def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...")]) -> None:
     """Render reports/RUN again from what is stored."""
     from derm_compress.report.render import render, render_index
-    from derm_compress.study.params import run_name
-    from derm_compress.study.plan import project_root
+    from derm_compress.study.plan import find_plan, project_root
 
     for name in runs:
-        print(render(run_name(name, "report"), root=project_root()))
+        plan = find_plan(name)
+        print(render(plan.run, root=plan.root, artifacts=plan.artifacts))
     render_index(project_root())
 
 

@@ -75,15 +75,12 @@ def disk_guard(path: Path):
         if number in FULL or "No space left" in str(error):
             advice = "free some space and run again, what was finished is kept"
             raise DermError(f"the disk is full while writing {shown(path)}: {advice}") from error
-        if number in CLOSED and beside(Path(error.filename or path), path):
-            why = f"{error.strerror.lower()} ({shown(Path(error.filename or path))})"
+        named = Path(getattr(error, "filename", None) or path)
+        above, beside = named in path.parents, path.parent in named.parents
+        if number in CLOSED and (above or beside) or number == errno.ENOENT and above:
+            why = f"{error.strerror.lower()} ({shown(named)})"
             raise DermError(f"cannot write {shown(path)}: {why}") from error
         raise
-
-
-def beside(other: Path, path: Path) -> bool:
-    """Whether another path is one that writing `path` touches: above it, or in its folder."""
-    return other in path.parents or path.parent in other.parents
 
 
 @contextlib.contextmanager
@@ -104,14 +101,22 @@ def atomic(path: Path):
 def copy(folder: Path, path: Path) -> None:
     """The folder as `path`: whole or not at all, writable, and without links to anywhere."""
     with atomic(path) as part:
-        shutil.copytree(folder, part, copy_function=shutil.copyfile, ignore=links)
+        shutil.copytree(folder, part, copy_function=shutil.copyfile, ignore=passing)
         for inner in [part, *part.rglob("*")]:
             inner.chmod(0o755 if inner.is_dir() else 0o644)
 
 
-def links(folder: str, names: list[str]) -> list[str]:
-    """Which names in a folder are links: what shutil.copytree shall ignore."""
-    return [name for name in names if Path(folder, name).is_symlink()]
+def check_new(path: Path, what: str) -> None:
+    """DermError for a path that is a file, or a folder that holds something."""
+    if path.is_dir() and any(path.iterdir()):
+        raise DermError(f"{what}: {path} exists and is not empty; name a new folder")
+    if os.path.lexists(path) and not path.is_dir():
+        raise DermError(f"{what}: {path} is a file; name a new folder")
+
+
+def passing(folder: str, names: list[str]) -> list[str]:
+    """What copytree shall leave out: links to anywhere, and what a kill left half written."""
+    return [n for n in names if n.startswith(".part-") or Path(folder, n).is_symlink()]
 
 
 def write_json(path: Path, value) -> None:
@@ -150,10 +155,15 @@ def read_note(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
-        if path not in _NAMED:
-            say(f"damaged: {shown(path)}: it is not used, and made anew")
-            _NAMED.add(path)
+        name_damaged(path)
         return {}
+
+
+def name_damaged(path: Path) -> None:
+    """Says, once, that a file cannot be used."""
+    if path not in _NAMED:
+        say(f"damaged: {shown(path)}: it is not used, and made anew")
+        _NAMED.add(path)
 
 
 def checked(note: dict) -> dict:

@@ -155,3 +155,10 @@ def test_the_readmes_headline_is_the_reports():
     report = (ROOT / "reports/tiny/README.md").read_text("utf-8")
     (headline,) = re.findall(r"^\*\*(.+)\*\*$", report, re.M)[:1]
     assert headline in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_python_without_docstrings_has_the_same_keys():
+    code = "from derm_compress.study.plan import find_plan; print(find_plan('tiny').keys)"
+    asked = [[sys.executable, *flag, "-c", code] for flag in ([], ["-OO"])]
+    plain, bare = (subprocess.check_output(words, cwd=ROOT, text=True) for words in asked)
+    assert plain == bare

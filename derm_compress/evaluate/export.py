@@ -9,7 +9,7 @@ from safetensors.torch import save_model
 
 from derm_compress.errors import DermError
 from derm_compress.evaluate import cards
-from derm_compress.files import atomic
+from derm_compress.files import atomic, check_new
 from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import checkpoint
 from derm_compress.model import removal
@@ -36,7 +36,7 @@ def export_model(
     instead. half: what is not quantized in fp16, as readers of AWQ expect it; by default it stays
     as it was computed with.
     """
-    check_new(path)
+    check_new(path, "export")
     recipe = Recipe.from_json(recipe_json)
     packed = packed and any(step["step"] == "quantize" for step in recipe.steps)
     model, processor = materialize(recipe, store, device, packed=packed)
@@ -47,7 +47,7 @@ def export_model(
 
 def prune_folder(name: str, plan, count: int, path: Path) -> Path:
     """Write a model without the first `count` units of a plan, in the format it is stored in."""
-    check_new(path)
+    check_new(path, "prune")
     config = config_of(name)
     if getattr(config, "quantization_config", None):
         raise DermError(
@@ -69,12 +69,6 @@ def to_half(model) -> None:
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise DermError(f"export: {name} overflows torch.float16; export without --half")
-
-
-def check_new(path: Path) -> None:
-    """DermError for a folder that holds something."""
-    if Path(path).exists() and any(Path(path).iterdir()):
-        raise DermError(f"export: {path} exists and is not empty; name a new folder")
 
 
 def write_folder(

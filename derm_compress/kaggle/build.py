@@ -11,7 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from derm_compress.errors import DermError
-from derm_compress.files import atomic, file_digest, read_json, remove, write_json, write_text
+from derm_compress.files import (
+    atomic,
+    check_new,
+    file_digest,
+    passing,
+    read_json,
+    remove,
+    write_json,
+    write_text,
+)
 from derm_compress.kaggle.setup import HOURS, contents
 from derm_compress.study.params import read_notebooks
 from derm_compress.study.plan import find_plan, project_root
@@ -54,8 +63,8 @@ sys.exit(0 if done == 130 else done)
 def build(path: Path, *, owner: str = "", root: Path | None = None) -> Path:
     """Writes path/dataset and path/kernels/<name>, anew; DermError if something else lies there."""
     root, owner = project_root(root), owner or NOBODY
-    if filled(path) and not (path / "dataset" / "kaggle_setup.py").exists():
-        raise DermError(f"{path} exists and is no earlier build: name another folder")
+    if not (path / "dataset" / "kaggle_setup.py").is_file():  # of an earlier build
+        check_new(path, "kaggle")
     stages = list(read_notebooks(root))
     remove(path)
     with atomic(path) as part:
@@ -85,10 +94,6 @@ def signed(code: str, name: str, digest: str) -> str:
     if code.count(empty) != 1:
         raise DermError(f"kaggle: one line `{empty}` is needed, {code.count(empty)} are there")
     return code.replace(empty, f'{name} = "{digest}"')
-
-
-def filled(path: Path) -> bool:
-    return path.exists() and any(path.iterdir())
 
 
 def slug(name: str) -> str:
@@ -177,17 +182,15 @@ def describe(path: Path, owner: str) -> str:
 def pack(run: str, path: Path, *, owner: str = "", root: Path | None = None) -> list[str]:
     """Copies what a run has finished and begun into a data set to mount; returns what it took."""
     plan = find_plan(run, root)
-    if filled(path):
-        raise DermError(f"{path} exists and is not empty: name a new folder")
+    check_new(path, "pack")
     taken = []
     with atomic(path) as part:
         for stage, key in plan.keys.items():
             finished = plan.store.complete(stage, key)
             folder = (plan.store.entry if finished else plan.store.work)(stage, key)
             if folder.is_dir():
-                unfinished = shutil.ignore_patterns(".part-*")
                 where = part / "artifacts" / "store" / stage / folder.name
-                shutil.copytree(folder, where, ignore=unfinished)
+                shutil.copytree(folder, where, ignore=passing)
                 taken.append(f"{stage} {'finished' if finished else 'begun'}")
         if not taken:
             why = "no stage has begun with its parameters"

@@ -20,6 +20,17 @@ def hidden(*names: str):
             sys.modules.pop(name, None)
 
 
+def undocumented(made=None, **_):
+    """What stands for auto_docstring under `python -OO`, where no docstring is left to complete."""
+    return undocumented if made is None else made
+
+
+if sys.flags.optimize > 1:
+    with hidden(*UNUSED):
+        from transformers import utils
+
+    utils.auto_docstring = undocumented
+
 with hidden(*UNUSED):
     from transformers import (
         AutoConfig,

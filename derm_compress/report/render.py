@@ -212,7 +212,8 @@ def same_column(ours: pd.Series, theirs: pd.Series) -> bool:
 
 def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, Drawing]) -> None:
     """Fill a folder beside the target and swap them: a report is whole or the one before."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with disk_guard(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     beside = {"prefix": f".{target.name}-", "dir": target.parent}
     with disk_guard(target), tempfile.TemporaryDirectory(**beside) as temporary:
         new = Path(temporary, "new")

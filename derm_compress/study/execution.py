@@ -13,7 +13,7 @@ from typing import TextIO
 
 import yaml
 
-from derm_compress.files import read_json, read_note, shown, write_text
+from derm_compress.files import name_damaged, read_json, shown, write_text
 from derm_compress.progress import LOG, clock
 from derm_compress.study import keys
 from derm_compress.study.plan import ARITHMETIC, Plan
@@ -52,11 +52,7 @@ class Execution:
         self.begun = time.monotonic()
         cpu = plan.values.get("device") != "cuda"
         self.width = 2 if cpu and (os.cpu_count() or 1) > 1 else 1
-        reported = read_note(plan.root / "reports" / plan.run / "run.json").get("stages", {})
-        self.expected = {}  # seconds that each stage took before, 0 where unknown
-        for stage in plan.notebooks:
-            before = plan.pointer(stage) or reported.get(stage, {})
-            self.expected[stage] = before.get("seconds") or 0
+        self.expected = {stage: seconds_before(plan, stage) for stage in todo}
 
     def go(self) -> bool:
         """Runs all; at the first failure the others are stopped and what they finished is kept."""
@@ -86,7 +82,7 @@ class Execution:
         for stage in ready[: self.width - len(self.jobs)]:
             self.todo.remove(stage)
             expected = self.expected[stage]
-            about = f", about {clock(expected)} as in the last report" if expected else ""
+            about = f", {clock(expected)} the last time" if expected else ""
             self.say(stage, f"starts{about}")
             now = time.monotonic()
             process = launch(self.plan, stage)
@@ -143,11 +139,35 @@ def launch(plan: Plan, stage: str) -> subprocess.Popen:
             [sys.executable, "-m", "derm_compress.study.worker", json.dumps(request)],
             cwd=plan.root,
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # ends when this process does, however it does
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def seconds_before(plan: Plan, stage: str) -> float:
+    """What a stage to compute took with these parameters when it last was; 0 where unknown."""
+    note = plan.pointer(stage)
+    same = note.get("parameters") == plan.told(stage)
+    return seconds_in(note) if same and not plan.store.ready(stage, plan.keys[stage]) else 0
+
+
+def seconds_in(note: dict) -> float:
+    """What a note says of its seconds, 0 where that is nothing."""
+    seconds = note.get("seconds")
+    return seconds if isinstance(seconds, int | float) else 0
+
+
+def whole(notebook: Path) -> bool:
+    """Whether an executed notebook is there and can be read."""
+    try:
+        return isinstance(read_json(notebook)["cells"], list)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        name_damaged(notebook)
+        return False
 
 
 def log_of(plan: Plan, stage: str) -> Path:

@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def artifacts(self) -> Path:
-        return self.root / self.values.get("artifact_root", "artifacts")
+        return files.located(self.root, self.values.get("artifact_root", "artifacts"))
 
     @property
     def folder(self) -> Path:
@@ -70,7 +70,7 @@ class Plan:
     def store(self) -> Store:
         """The run's store over those, read-only, that DERM_COMPRESS_STORES names as PATH does."""
         mounted = filter(None, os.environ.get("DERM_COMPRESS_STORES", "").split(os.pathsep))
-        return Store(self.artifacts / "store", [Path(root) for root in mounted])
+        return Store(self.artifacts / "store", self.notebooks, map(Path, mounted))
 
     def adopt(self) -> None:
         """Copies what mounted stores have of this run, which then needs its own store alone."""
@@ -107,6 +107,10 @@ class Plan:
         """Those of its parameters that say what is made, not where or how."""
         return {k: v for k, v in self.parameters(stage).items() if k not in PLACES}
 
+    def told(self, stage: str) -> dict:
+        """The same as notes and reports may show it."""
+        return {name: public(value) for name, value in self.counted(stage).items()}
+
     def view(self, stage: str) -> str:
         """Digest of how a notebook shows results: its text, figure cells, the modules that draw."""
         notebook = self.notebooks[stage]
@@ -129,7 +133,7 @@ class Plan:
             "stage": stage,
             "key": self.keys[stage],
             "cached": cached,
-            "parameters": {name: public(value) for name, value in self.counted(stage).items()},
+            "parameters": self.told(stage),
             "upstream": {earlier: self.keys[earlier] for earlier in self.graph[stage]},
             "view": self.view(stage),
         }
@@ -153,7 +157,20 @@ def make_plan(root: Path, notebooks: dict[str, Notebook], values: dict) -> Plan:
     """A run of the given values over the notebooks' defaults."""
     known = known_parameters(notebooks)
     defaults = {name: parameter.default for name, parameter in known.items()}
-    return Plan(root, notebooks, defaults | values)
+    plan = Plan(root, notebooks, defaults | values)
+    check_places(plan)
+    return plan
+
+
+def check_places(plan: Plan) -> None:
+    """DermError for an artifact_root that is empty or lies in a folder whose files are inputs."""
+    if not plan.values.get("artifact_root", "artifacts").strip():
+        raise DermError("artifact_root is empty: name a folder, such as artifacts")
+    for name in FOLDERS:
+        value = plan.values.get(name, "")
+        folder = files.located(plan.root, value).resolve()
+        if value and plan.artifacts.resolve().is_relative_to(folder):
+            raise DermError(f"artifact_root lies in {name}, where nothing may change: move it out")
 
 
 def git_state(root: Path) -> dict:

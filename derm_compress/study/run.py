@@ -1,5 +1,6 @@
 """Runs parameter files: all is checked first, what is missing is computed, progress is shown."""
 
+import contextlib
 import shutil
 import time
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from derm_compress import files
 from derm_compress.errors import DermError
 from derm_compress.files import hold, public, read_note, release, shown, write_note
 from derm_compress.study import keys
-from derm_compress.study.execution import Execution
+from derm_compress.study.execution import Execution, seconds_in, whole
 from derm_compress.study.params import (
     check_texts,
     known_parameters,
@@ -35,9 +36,8 @@ def run(
     if len({plan.folder for plan in plans}) < len(plans):
         names = ", ".join(plan.run for plan in plans)
         raise DermError(f"two parameter files make one run: {names}")
-    for plan in plans:
-        if "device" in plan.values:
-            foresee(plan, refuse=not list_)
+    for plan in plans if "device" in known_parameters(notebooks) else ():
+        foresee(plan, refuse=not list_)
     if list_:
         for plan in plans:
             list_stages(plan, stages)
@@ -56,15 +56,13 @@ def run(
 
 def foresee(plan: Plan, *, refuse: bool) -> None:
     """Says what a run needs of a GPU; DermError, if asked to refuse, for what cannot work."""
-    device = plan.values["device"]
-    tell = device == "cuda" or (device == "meta" and not refuse)
-    if tell or refuse:
-        from derm_compress.study import preflight
+    from derm_compress.study import preflight
 
-        if tell:
-            print(preflight.says(plan), flush=True)
-        if refuse:
-            preflight.check(plan)
+    device = plan.values["device"]
+    if refuse:
+        preflight.check(plan)
+    if device == "cuda" or (device == "meta" and not refuse):
+        print(preflight.says(plan), flush=True)
 
 
 def plan_run(path: Path, sets: dict[str, str], root: Path, notebooks) -> Plan:
@@ -86,27 +84,44 @@ def list_stages(plan: Plan, stages: list[str]) -> None:
 
 
 def run_one(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
-    """One run under its lock: its stages, its notes, its report."""
-    lock, begun = plan.folder / ".lock", time.monotonic()
+    """One run: its stages and notes under its lock, its report; of a finished one nothing else."""
+    plan.adopt()
+    stale = force or outdated(plan, stages)
+    if stale:
+        with alone(plan):
+            if not compute(plan, stages, force, note):
+                return False
+    render_report(plan, changed=bool(stale))
+    return True
+
+
+@contextlib.contextmanager
+def alone(plan: Plan):
+    """Holds the run's lock; DermError where another process has it."""
+    lock = plan.folder / ".lock"
     if not hold(lock):
         advice = "wait for it, or give this one another name"
         raise DermError(f"run {plan.run} is going on in another process: {advice}")
     try:
-        note |= {"run": plan.run, "started": datetime.now(UTC).isoformat(timespec="seconds")}
-        plan.adopt()
-        stale = outdated(plan, stages, force)
-        todo = [stage for stage in stale if not borrow(plan, stage)]
-        if not Execution(plan, todo).go():
-            return False
-        if stale:
-            for stage in set(stages) - set(todo):
-                plan.point(stage, cached=True)
-            note |= study_seconds(plan, todo, time.monotonic() - begun)
-            write_note(plan.folder / "run_info.json", note | {"git": git_state(plan.root)})
-        render_report(plan, changed=bool(stale))
-        return True
+        yield
     finally:
         release(lock)
+
+
+def compute(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
+    """Runs what is outdated and notes it; False where a stage failed."""
+    begun = time.monotonic()
+    note |= {"run": plan.run, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    for stage in stages if force else ():
+        plan.store.discard(stage, plan.keys[stage])
+    todo = [stage for stage in outdated(plan, stages) if not borrow(plan, stage)]
+    if not Execution(plan, todo).go():
+        return False
+    for stage in set(stages) - set(todo):
+        plan.point(stage, cached=True)
+    note |= study_seconds(plan, todo, time.monotonic() - begun)
+    write_note(plan.folder / "run_info.json", note | {"git": git_state(plan.root)})
+    return True
 
 
 def study_seconds(plan: Plan, executed: list[str], wall: float) -> dict:
@@ -116,23 +131,20 @@ def study_seconds(plan: Plan, executed: list[str], wall: float) -> dict:
     computed = {stage for stage in executed if not pointers[stage].get("cached")}
     if computed == set(pointers):
         seconds, are = wall, "wall time, no stage cached"
-    elif before.get("keys") == keys_:
-        seconds, are = before["seconds"], before["seconds_are"]
+    elif before.get("keys") == keys_ and "seconds_are" in before:
+        seconds, are = seconds_in(before), before["seconds_are"]
     else:
-        seconds = sum(pointer.get("seconds") or 0 for pointer in pointers.values())
+        seconds = sum(map(seconds_in, pointers.values()))
         are = "sum of the stages' own, some computed before"
     return {"keys": keys_, "seconds": round(seconds, 1), "seconds_are": are}
 
 
-def outdated(plan: Plan, stages: list[str], force: bool) -> list[str]:
+def outdated(plan: Plan, stages: list[str]) -> list[str]:
     """The stages of which this run lacks the result, or the notebook as it would look today."""
-    if force:
-        for stage in stages:
-            plan.store.discard(stage, plan.keys[stage])
     needed = {earlier for stage in stages for earlier in plan.graph[stage]}
     stale = []
     for stage in plan.notebooks:
-        complete = stage in needed.union(stages) and plan.store.complete(stage, plan.keys[stage])
+        complete = stage in needed.union(stages) and plan.store.ready(stage, plan.keys[stage])
         if stage in stages:
             if not (complete and shows(plan.pointer(stage), plan, stage, plan.folder)):
                 stale.append(stage)
@@ -145,12 +157,12 @@ def outdated(plan: Plan, stages: list[str], force: bool) -> list[str]:
 def shows(pointer: dict, plan: Plan, stage: str, folder: Path) -> bool:
     """Whether a run's folder has the notebook of this result, with today's text and figures."""
     same = pointer.get("key") == plan.keys[stage] and pointer.get("view") == plan.view(stage)
-    return same and (folder / "notebooks" / f"{stage}.ipynb").exists()
+    return same and whole(folder / "notebooks" / f"{stage}.ipynb")
 
 
 def borrow(plan: Plan, stage: str) -> bool:
     """Takes a finished stage's executed notebook from another run that shares it; no kernel."""
-    if not plan.store.complete(stage, plan.keys[stage]):
+    if not plan.store.ready(stage, plan.keys[stage]):
         return False
     for path in sorted((plan.artifacts / "runs").glob(f"*/{stage}.json")):
         if shows(read_note(path), plan, stage, path.parent):
@@ -176,7 +188,8 @@ def render_report(plan: Plan, *, changed: bool) -> None:
 
     index = render(plan.run, root=plan.root, artifacts=plan.artifacts, keep=True)
     render_index(plan.root)
-    write_note(rendered, mark)
+    with contextlib.suppress(DermError):  # of a store that is read-only
+        write_note(rendered, mark)
     print(f"report: {shown(index)}", flush=True)
 
 

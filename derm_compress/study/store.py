@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from derm_compress.errors import DermError
@@ -35,12 +35,15 @@ class Store:
     begun is gone on with. Every stage and key is checked first: no other place is ever touched.
     """
 
-    def __init__(self, root: Path, mounted: Sequence[Path] = ()):
-        self.root, self.mounted = Path(root), tuple(mounted)
+    def __init__(self, root: Path, stages: Collection[str], mounted: Sequence[Path] = ()):
+        self.root, self.stages, self.mounted = Path(root), tuple(stages), tuple(mounted)
         self._verified: set[tuple[str, str]] = set()
         self._refused: set[Path] = set()
 
     def own(self, stage: str, key: str) -> Path:
+        if stage not in self.stages:
+            known = ", ".join(self.stages)
+            raise DermError(f"{stage}/{key} names no artifact: the stages are {known}")
         return artifact(self.root, stage, key)
 
     def work(self, stage: str, key: str) -> Path:

@@ -1,8 +1,10 @@
 """One notebook in a process of its own: papermill executes it."""
 
+import contextlib
 import json
 import os
 import sys
+import threading
 
 QUIET = "rfc3987_syntax"  # jsonschema compiles this grammar for two seconds; no notebook needs it
 
@@ -36,5 +38,17 @@ def main(request: dict) -> int:
     return 0
 
 
+def end_with_runner() -> None:
+    """Ends the kernel, all that it has started and this process once the runner is no more."""
+    import psutil
+
+    os.read(0, 1)  # nothing comes but the end; sys.stdin would be locked at exit
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=end_with_runner, daemon=True).start()
     sys.exit(main(json.loads(sys.argv[1])))

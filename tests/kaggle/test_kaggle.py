@@ -132,7 +132,7 @@ def test_kernels_say_machine_internet_and_inputs(built):
 
 def test_a_build_overwrites_no_other_folder(tmp_path):
     (tmp_path / "mine").touch()
-    with pytest.raises(DermError, match="no earlier build"):
+    with pytest.raises(DermError, match="kaggle: .* is not empty"):
         build.build(tmp_path, root=ROOT)
     assert (tmp_path / "mine").exists()
 

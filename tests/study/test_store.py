@@ -17,12 +17,13 @@ from derm_compress.model.recipe import Recipe
 from derm_compress.study.store import Store
 
 STAGE, KEY, ONE, TWO = "01_s", "5a" * 32, "1" * 64, "2" * 64
+STAGES = ("01_a", "02_b", "03_c")
 WORKER = f"""
 import sys, time
 from pathlib import Path
 from derm_compress.files import Journal, write_json
 from derm_compress.study.store import Store
-store = Store(Path(sys.argv[1]))
+store = Store(Path(sys.argv[1]), ["{STAGE}"])
 pause = float(sys.argv[2])
 print("up", flush=True)
 folder, finished = store.begin("{STAGE}", "{KEY}")
@@ -47,7 +48,7 @@ def worker(root, pause):
 
 
 def finished_store(root) -> Store:
-    store = Store(root)
+    store = Store(root, [STAGE])
     folder, _ = store.begin(STAGE, KEY)
     write_json(folder / "a.json", {"x": 1})
     write_frame(folder / "deep" / "b.parquet", pd.DataFrame({"y": [1, 2]}))
@@ -117,12 +118,12 @@ def test_an_artifact_from_before_manifests_had_a_checksum_is_read(tmp_path):
 
 
 def test_a_recipe_finds_finished_files_and_this_process_own(tmp_path):
-    store, ref = Store(tmp_path), f"{STAGE}/{KEY}/a.json"
+    store, ref = Store(tmp_path, [STAGE]), f"{STAGE}/{KEY}/a.json"
     folder, _ = store.begin(STAGE, KEY)
     write_json(folder / "a.json", 1)
     assert store.resolve(ref) == folder / "a.json"
     code = "import sys; from derm_compress.study.store import Store"
-    code += "; Store(sys.argv[1]).resolve(sys.argv[2])"
+    code += f"; Store(sys.argv[1], ['{STAGE}']).resolve(sys.argv[2])"
     asked = [sys.executable, "-c", code, str(tmp_path), ref]
     assert "DermError" in subprocess.run(asked, capture_output=True, text=True).stderr
     store.commit(STAGE, KEY, {})
@@ -131,7 +132,7 @@ def test_a_recipe_finds_finished_files_and_this_process_own(tmp_path):
 
 NOWHERE = ["../runs/x", f"../runs/{KEY}/x", f"{STAGE}/../../runs/x", f"{STAGE}/{KEY}.work/a.json"]
 NOWHERE += [f"{STAGE}/{KEY}/../{KEY}/a.json", f"/{STAGE}/{KEY}/a.json", f"01_S/{KEY}/a.json"]
-NOWHERE += [f"{STAGE}/{KEY[:-1]}/a.json", STAGE, ""]
+NOWHERE += [f"{STAGE}/{KEY[:-1]}/a.json", f"99_made_up/{KEY}/a.json", STAGE, ""]
 
 
 @pytest.mark.parametrize("ref", NOWHERE)
@@ -139,6 +140,7 @@ def test_a_reference_that_names_no_artifact_is_refused_before_any_file_is_touche
     store = finished_store(tmp_path / "store")
     (tmp_path / "runs" / "x.old").mkdir(parents=True)
     (tmp_path / "runs" / "x").mkdir()
+    (tmp_path / "store" / "99_made_up" / KEY).mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DermError, match="names no artifact|leads out of its artifact"):
         store.resolve(ref)
@@ -153,9 +155,9 @@ def test_a_recipe_that_leads_out_of_the_store_is_refused_where_it_is_read():
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path):
     assert "done" in worker(tmp_path / "calm", 0).communicate()[0]
-    expected = Store(tmp_path / "calm").manifest(STAGE, KEY)["results"]
+    expected = Store(tmp_path / "calm", [STAGE]).manifest(STAGE, KEY)["results"]
     chance, kills = random.Random(0), 0
-    store = Store(tmp_path / "wild")
+    store = Store(tmp_path / "wild", [STAGE])
     for _ in range(60):
         process = worker(store.root, 0.002)
         assert process.stdout.readline() == "up\n"
@@ -183,14 +185,14 @@ class TestMounted:
 
     @pytest.fixture
     def stores(self, tmp_path):
-        below = Store(tmp_path / "mounted")
+        below = Store(tmp_path / "mounted", STAGES)
         work, _ = below.begin("01_a", ONE)
         (work / "x.json").write_text("1")
         below.commit("01_a", ONE, {})
         work, _ = below.begin("02_b", TWO)
         Journal(work / "journal" / "j.jsonl").add("one", 1)
         files.release(below.lock("02_b", TWO))
-        return Store(tmp_path / "own", [tmp_path / "mounted"]), below
+        return Store(tmp_path / "own", STAGES, [tmp_path / "mounted"]), below
 
     def test_what_is_finished_is_used_where_it_is(self, stores):
         store, below = stores
@@ -225,17 +227,18 @@ class TestMounted:
         store, below = stores
         for stage, key in (("01_a", ONE), ("02_b", TWO), ("03_c", "0" * 64)):
             store.adopt(stage, key)
-        alone = Store(store.root)
+        alone = Store(store.root, STAGES)
         assert alone.complete("01_a", ONE) and not alone.own("03_c", "0" * 64).exists()
         folder, _ = alone.begin("02_b", TWO)
         assert Journal(folder / "journal" / "j.jsonl").done == {"one": 1}
 
     def test_of_several_the_furthest_is_gone_on_with(self, stores, tmp_path):
-        further = Store(tmp_path / "further", [tmp_path / "mounted"])
+        further = Store(tmp_path / "further", STAGES, [tmp_path / "mounted"])
         work, _ = further.begin("02_b", TWO)
         Journal(work / "journal" / "j.jsonl").add("two", 2)
         for roots in (["mounted", "further"], ["further", "mounted"]):
-            store = Store(tmp_path / f"own-{roots[0]}", [tmp_path / root for root in roots])
+            below = [tmp_path / root for root in roots]
+            store = Store(tmp_path / f"own-{roots[0]}", STAGES, below)
             folder, _ = store.begin("02_b", TWO)
             assert Journal(folder / "journal" / "j.jsonl").done == {"one": 1, "two": 2}
 

@@ -308,6 +308,12 @@ def test_a_wrong_request_is_one_line_before_any_kernel(root, words, message):
     assert message in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_an_output_path_that_is_a_file_is_one_line(root):
+    result = toy.call(root, "pack", "tiny", "params/tiny.yaml")
+    said = "pack: params/tiny.yaml is a file; name a new folder\n"
+    assert (result.returncode, result.stderr) == (2, said)
+
+
 def test_set_takes_several_and_values_with_spaces():
     words = ["a=1 b=two words c=[1, 2]", "d=x=y"]
     assert main.assignments(words) == {"a": "1", "b": "two words", "c": "[1, 2]", "d": "x=y"}
@@ -483,7 +489,7 @@ def test_a_damaged_artifact_is_named_and_computed_again(copy):
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
-        ("crash", ["in [6] ValueError: the toy crashed", "shapes.py:26, in misbehave"]),
+        ("crash", ["in [6] ValueError: the toy crashed", "shapes.py:27, in misbehave"]),
         ("exit", ["failed: in [6] SystemExit: 0"]),
         ("die", ["failed: its kernel died in cell 7"]),
     ],
@@ -498,28 +504,37 @@ def test_a_notebook_that_fails_is_noticed_and_kept(copy, mode, words):
     assert not (copy / "artifacts" / "runs" / "tiny" / "02_left.json").exists()
 
 
-def test_ctrl_c_ends_the_kernel_and_the_same_command_goes_on(copy):
+KINDS = ("study.worker", "ipykernel_launcher", "sleep")  # the last is a kernel's own process
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_however_a_run_ends_its_kernels_end_and_the_same_command_goes_on(copy, sent):
     words = ["run", "params/tiny.yaml", "--only", "02", "--set", "mode=slow"]
     options = {"cwd": copy, "env": toy.environment(copy), "stdout": subprocess.PIPE, "text": True}
-    options["preexec_fn"] = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a job in the background ignores it
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # as at a prompt
     process = subprocess.Popen(toy.command(copy, *words), **options)
     while "item 3" not in process.stdout.readline():
         assert process.poll() is None
     family = psutil.Process(process.pid).children(recursive=True)
-    second = toy.call(copy, *words)
-    assert second.returncode == 2 and second.stderr.startswith(
-        "run tiny is going on in another process: wait for it"
-    )
-    process.send_signal(signal.SIGINT)
+    assert set(KINDS) <= {name_of(one) for one in family}
+    if sent == signal.SIGINT:
+        second = toy.call(copy, *words)
+        assert second.returncode == 2
+        assert second.stderr.startswith("run tiny is going on in another process: wait for it")
+    process.send_signal(sent)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and said.splitlines()[-1].startswith(
-        "stopped; what was finished is kept"
-    )
-    assert len(family) >= 2 and not psutil.wait_procs(family, timeout=20)[1]
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert said.splitlines()[-1].startswith("stopped; what was finished is kept")
     result = toy.call(copy, *words)
-    assert result.returncode == 0 and "item 3\n" not in result.stdout and "item 11" in result.stdout
+    assert result.returncode == 0, result.stdout
+    assert "item 3\n" not in result.stdout and "item 11" in result.stdout
+
+
+def name_of(process: psutil.Process) -> str:
+    words = " ".join(process.cmdline())
+    return next((n for n in KINDS if n in words), words)
 
 
 def test_plain_papermill_finds_what_the_runner_made(copy):
@@ -552,3 +567,82 @@ def test_a_runs_seconds_are_those_of_the_whole_study(tmp_path):
     assert run.study_seconds(plan, ["a", "b"], 20) == whole
     plan.keys["b"] = "3"
     assert "sum" in run.study_seconds(plan, ["b"], 20)["seconds_are"]
+
+
+# Places and damage
+
+
+def read_only(*folders):
+    """Nobody may write in these folders."""
+    for folder in folders:
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def test_a_finished_store_that_is_read_only_serves(copy):
+    read_only(copy / "artifacts")
+    again = toy.call(copy, "run", "params/tiny.yaml")
+    assert (again.returncode, again.stderr) == (0, "") and "nothing has changed" in again.stdout
+    shutil.rmtree(copy / "reports")
+    assert toy.call(copy, "run", "params/tiny.yaml").returncode == 0
+    assert (copy / "reports" / "tiny" / "index.html").exists()
+    more = toy.call(copy, "run", "params/tiny.yaml", "--set", "seed=1")
+    assert more.returncode == 2 and more.stderr.count("\n") == 1
+    assert "cannot write artifacts/runs/tiny/.lock: permission denied" in more.stderr
+
+
+def test_a_project_that_is_read_only_is_one_line(root):
+    read_only(root)
+    result = toy.call(root, "run", "params/tiny.yaml")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "cannot write artifacts/runs/tiny/.lock: permission denied" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("''", "artifact_root is empty"),
+        ("params/tiny.yaml", "cannot write params/tiny.yaml/runs/tiny/.lock: "),
+        ("inputs/results", "artifact_root lies in data_root"),
+        ("/proc/no", "/proc/no"),
+    ],
+)
+def test_a_place_that_cannot_take_artifacts_is_one_line(root, place, words):
+    (root / "inputs").mkdir()
+    (root / "params" / "tiny.yaml").write_text(
+        f"run: tiny\nartifact_root: {place}\ndata_root: inputs\n"
+    )
+    result = toy.call(root, "run", "params/tiny.yaml", "--only", "01")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert words in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", [".", "../elsewhere"])
+def test_artifacts_may_lie_anywhere_and_reports_look_there(copy, place):
+    shutil.copytree(copy / "artifacts", copy / place, dirs_exist_ok=True)
+    shutil.rmtree(copy / "artifacts")
+    (copy / "params" / "tiny.yaml").write_text(f"run: tiny\ncount: 4\nartifact_root: {place}\n")
+    assert toy.call(copy, "run", "params/tiny.yaml").stdout.startswith("nothing has changed")
+    told = toy.call(copy, "report", "tiny")
+    assert told.returncode == 0, told.stderr
+    page = (copy / "reports" / "tiny" / "index.html").read_text()
+    assert page == f"report of {copy / place}"
+
+
+def test_damaged_notes_of_a_run_are_named_and_made_anew_and_stop_no_other(copy):
+    shutil.copytree(copy / "artifacts" / "runs" / "tiny", copy / "artifacts" / "runs" / "other")
+    for other in (copy / "artifacts" / "runs" / "other").rglob("*.json"):
+        other.write_text("[]")
+    home = copy / "artifacts" / "runs" / "tiny"
+    note = home / "02_left.json"
+    note.write_text(note.read_text().replace('"seconds": ', '"seconds": 1'))
+    (home / "run_info.json").write_text('{"seconds": null')
+    (home / "rendered.json").write_bytes(b"\xff")
+    (home / "notebooks" / "03_right.ipynb").write_text("{}")
+    result = toy.call(copy, "run", "params/tiny.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("02_left.json", "run_info.json", "03_right.ipynb"):
+        assert result.stdout.count(f"tiny/{name}: ") + result.stdout.count(f"books/{name}: ") == 1
+    assert result.stdout.count(" starts") == 2 and result.stdout.count("from the store") == 2
+    again = toy.call(copy, "run", "params/tiny.yaml").stdout
+    assert again == "nothing has changed: reports/tiny/index.html\n"

@@ -25,6 +25,8 @@ class Embedder:
     def model(self):
         from sentence_transformers import SentenceTransformer
 
+        from derm_compress.model import hf  # noqa: F401  first: it settles how transformers loads
+
         name = str(packaged()) if self.name == "packaged" else self.name
         try:
             return SentenceTransformer(name, device=self.device, trust_remote_code=False)
