@@ -135,3 +135,28 @@ def test_a_data_folder_counts_by_its_files_not_by_its_place(tmp_path):
     assert planned(root, "tiny", data_root="moved there").keys == first
     (photos / "a.jpg").write_text("another")
     assert planned(root, "tiny", data_root="photos").keys["01_data"] != first["01_data"]
+
+
+def test_of_the_published_data_sets_that_of_the_source_counts():
+    stored = read_notebooks(ROOT)
+    counted = {}
+    for source in ("synthetic", "scin"):
+        values = make_plan(ROOT, stored, {"source": source}).counted("01_data").values()
+        words = {f"{value}.yaml" for value in values if isinstance(value, str)}
+        data = keys.code_parts(stored["01_data"].code(), words=words)["data"]
+        counted[source] = {name for name in data if name.startswith("data/presets")}
+    assert counted == {"synthetic": set(), "scin": {"data/presets/scin.yaml"}}
+
+
+def test_a_link_or_an_archive_of_pictures_counts_by_what_it_holds(tmp_path):
+    root = toy.project(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.jpg").write_text("a")
+    (root / "photos").mkdir()
+    (root / "photos" / "train").symlink_to(tmp_path / "real", target_is_directory=True)
+    (root / "photos.zip").write_bytes(b"one")
+    before = [planned(root, "tiny", data_root=name).keys for name in ("photos", "photos.zip")]
+    (tmp_path / "real" / "a.jpg").unlink()
+    (root / "photos.zip").write_bytes(b"another")
+    after = [planned(root, "tiny", data_root=name).keys for name in ("photos", "photos.zip")]
+    assert all(one["01_data"] != other["01_data"] for one, other in zip(before, after, strict=True))

@@ -85,7 +85,8 @@ def label_columns(table: Table) -> dict[str, object]:
     binary = [c for c in table.columns if {*table.values(c)} <= {"0", "1", "0.0", "1.0"}]
     hot = [column for column in binary if plain(column) in known]
     if len(hot) > 1:
-        return {"onehot_columns": binary}
+        ones = [sum(map(float, row)) for row in zip(*map(table.values, binary), strict=True)]
+        return {"onehot_columns": binary if {*ones} == {1.0} else hot}
     cells = {column: map(weightiest, table.values(column)) for column in table.columns}
     share = {column: sum(plain(c) in known for c in values) for column, values in cells.items()}
     best = max(share, key=share.__getitem__)
