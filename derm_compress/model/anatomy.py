@@ -14,6 +14,7 @@ from derm_compress.errors import DermError
 if TYPE_CHECKING:
     from derm_compress.model.hf import LlavaForConditionalGeneration
 
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 META = "meta"  # the device of a model without values, of which only the shapes are known
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # tokens before the patches
 TEXT = 1024  # tokens that a conversation may take beside its picture's
@@ -120,21 +121,17 @@ def check(name: str, config) -> None:
             raise DermError(
                 f"model {name}: its {part} is {inner.model_type}; known: {', '.join(known)}"
             )
-    window, needed = getattr(text, "sliding_window", None), image_tokens(config) + TEXT
+    try:
+        needed = image_tokens(config) + TEXT
+    except (ArithmeticError, TypeError) as error:
+        sizes = f"{vision.image_size} px in patches of {vision.patch_size}"
+        raise DermError(f"model {name}: its tower reads no pictures of {sizes}") from error
+    window = getattr(text, "sliding_window", None)
     if window and window < needed:
         raise DermError(
             f"model {name}: its blocks see {window} tokens back; a picture and what is said of it "
             f"may take {needed}"
         )
-
-
-def check_blocks(name: str, model: LlavaForConditionalGeneration) -> None:
-    """DermError for a block with weights that would be left out of what is done to its linears."""
-    for block in blocks(model):
-        known = {f"{linear}.weight" for linear in linears(block)}
-        matrices = [key for key, weight in block.named_parameters() if weight.ndim > 1]
-        if unknown := sorted(set(matrices) - known):
-            raise DermError(f"model {name}: nobody knows its blocks' {', '.join(unknown)}")
 
 
 def fingerprint(model: LlavaForConditionalGeneration) -> str:

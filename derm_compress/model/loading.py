@@ -8,10 +8,9 @@ import re
 from pathlib import Path, PurePath
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from derm_compress.errors import DermError
+from derm_compress.errors import DermError, first_line
 from derm_compress.model import anatomy, prompts, removal, shapes
 from derm_compress.model.anatomy import META, blocks, has_values
 from derm_compress.model.devices import half
@@ -50,8 +49,8 @@ def load_base(
     if device == "cpu":
         # threads of a shared machine wait for each other; one also gives the same bytes
         torch.set_num_threads(1)
-    processor = check_model(name)
-    model = _pico() if name == "pico" else _stored(name, dtype or half(device))
+    config, processor = check_model(name)
+    model = _pico(config) if name == "pico" else _stored(name, config, dtype or half(device))
     # a folder's own may hold what is not greedy, such as a penalty on repetition
     model.generation_config = GenerationConfig(
         bos_token_id=processor.tokenizer.bos_token_id,
@@ -66,15 +65,14 @@ def is_here(name: str) -> bool:
     return Path(_source(name)).is_dir() or not HUB_ID.fullmatch(name)
 
 
-def check_model(name: str) -> LlavaProcessor:
-    """The processor of a model that load_base can load; DermError where it cannot."""
+def check_model(name: str) -> tuple:
+    """(config, processor) of a model that load_base can load; DermError where it cannot."""
     if name == SEVEN_B:
         raise DermError(
             f"model {name}: shapes without weights; set device: meta, or model: llava-hf/{name}-hf"
         )
     config = _read_config(name)
-    anatomy.check_blocks(name, _of_shapes(name))
-    return read_processor(name, _source(name), config)
+    return config, read_processor(name, _source(name), config)
 
 
 def with_values(model, processor) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -87,10 +85,7 @@ def config_of(name: str):
     published = PurePath(name).name in (SEVEN_B, f"{SEVEN_B}-hf")
     if published and not Path(_source(name)).is_dir():
         return shapes.llava_7b_config()
-    config = _read_config(name)
-    if name == "pico":
-        config.text_config.num_hidden_layers = PICO_BLOCKS
-    return config
+    return _read_config(name)
 
 
 def _source(name: str) -> str:
@@ -106,11 +101,11 @@ def _read_config(name: str):
     source = _source(name)
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # other people's files hold anything
         if Path(source).is_dir():
-            said = f"no readable config.json there ({_first(error)})"
+            said = f"no readable config.json there ({first_line(error)})"
         elif HUB_ID.fullmatch(name):
-            said = f"no folder has this name, and the hub's model cannot be read ({_first(error)})"
+            said = f"no folder has this name, nor a model that the hub gives ({first_line(error)})"
         else:
             said = "there is no such folder; a model is tiny, pico, a folder or a hub's OWNER/NAME"
         raise DermError(f"model {name}: {said}") from error
@@ -120,6 +115,8 @@ def _read_config(name: str):
             "this study needs a LLaVA model (model_type llava)"
         )
     anatomy.check(name, config)
+    if name == "pico":
+        config.text_config.num_hidden_layers = PICO_BLOCKS
     return config
 
 
@@ -133,17 +130,16 @@ def _of_shapes(name: str) -> LlavaForConditionalGeneration:
     return model
 
 
-def _pico() -> LlavaForConditionalGeneration:
+def _pico(config) -> LlavaForConditionalGeneration:
     """Random blocks, the same every time."""
-    config = config_of("pico")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlavaForConditionalGeneration(config).float()
 
 
-def _stored(name: str, dtype) -> LlavaForConditionalGeneration:
+def _stored(name: str, config, dtype) -> LlavaForConditionalGeneration:
     """A checkpoint; DermError where a weight would be left random or unused."""
-    source, config = _source(name), _read_config(name)
+    source = _source(name)
     absent = getattr(config, "absent_sublayers", ())
     try:
         partial = load_file(Path(source) / PARTIAL) if absent else None
@@ -156,8 +152,8 @@ def _stored(name: str, dtype) -> LlavaForConditionalGeneration:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DermError(f"model {name}: cannot be loaded: {_first(error)}") from error
+    except Exception as error:  # other people's files hold anything
+        raise DermError(f"model {name}: cannot be loaded: {first_line(error)}") from error
     missing = sorted(told["missing_keys"]) + [str(key) for key in told["mismatched_keys"]]
     unused = sorted(key for key in told["unexpected_keys"] if not key.endswith(DERIVED))
     if absent:
@@ -176,7 +172,3 @@ def _stored(name: str, dtype) -> LlavaForConditionalGeneration:
             f"first {unused[0]}; mend the config"
         )
     return model
-
-
-def _first(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from derm_compress.data import dialogue
-from derm_compress.errors import DermError
+from derm_compress.errors import DermError, first_line
 from derm_compress.model import anatomy, prompts
 from derm_compress.model.hf import AutoProcessor, LlavaProcessor
 
@@ -28,9 +28,9 @@ def read_processor(name: str, source: str, config) -> LlavaProcessor:
     """The processor of a model folder or hub id, whole; DermError for one that does not fit."""
     try:
         processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise DermError(f"model {name}: its processor cannot be loaded: {first}") from error
+    except Exception as error:  # other people's files hold anything
+        said = f"its processor cannot be loaded: {first_line(error)}"
+        raise DermError(f"model {name}: {said}") from error
     if not isinstance(processor, LlavaProcessor):
         raise DermError(f"model {name}: it has a {type(processor).__name__}, not a LlavaProcessor")
     try:
@@ -117,9 +117,9 @@ def _check_pictures(processor: LlavaProcessor, config) -> None:
     blank = np.zeros((1, side, side, 3), np.uint8)
     try:
         inputs = prompts.prepare(processor, [prompts.ask(processor, turns[0][0])], blank, "cpu")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise DermError(f"its processor reads no picture of {side} px: {first}") from error
+    except Exception as error:  # a processor of somebody else's settings
+        said = f"its processor reads no picture of {side} px: {first_line(error)}"
+        raise DermError(said) from error
     found = tuple(inputs["pixel_values"].shape[-2:])
     if found != (side, side):
         raise DermError(

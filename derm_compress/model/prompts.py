@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
-from derm_compress.errors import DermError
+from derm_compress.errors import DermError, first_line
 
 IGNORED = -100  # the label that the loss leaves out
 TODAY = datetime(2024, 7, 26)  # for templates that tell the date: a prompt is the same every day
@@ -72,7 +72,7 @@ def _by_template(processor, told: list[dict], **how) -> str:
     try:
         return processor.apply_chat_template(told, **how)
     except Exception as error:  # a template is somebody else's program
-        raise DermError(f"chat template: {str(error).partition(chr(10))[0]}") from error
+        raise DermError(f"chat template: {first_line(error)}") from error
 
 
 def _around(answer: str, asked: str, told: str) -> tuple[str, str]:

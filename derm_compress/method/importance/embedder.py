@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from derm_compress.errors import DermError
+from derm_compress.errors import DermError, first_line
 from derm_compress.files import public
 
 
@@ -31,7 +31,7 @@ class Embedder:
         try:
             return SentenceTransformer(name, device=self.device, trust_remote_code=False)
         except Exception as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            line = first_line(error)
             raise DermError(
                 f"sentence transformer {public(self.name)} cannot be loaded ({line}); set embedder"
             ) from error

@@ -61,6 +61,8 @@ def save(model, folder):
         )
         raise DermError(f"export: {said}")
     state = model.state_dict()
+    if anatomy.tied(model):
+        del state[anatomy.HEAD]  # readers make it of the embedding
     if all(isinstance(grid, NF4Grid) for grid in grids):
         config = _bitsandbytes_config(model, next(iter(grids)))
     elif len(grids) == 1 and _fits_gemm(packed):
@@ -202,6 +204,8 @@ def _load_packed(path, device, modules_of):
             module.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
         model.set_submodule(name, module)
     rest = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if config.tie_word_embeddings and anatomy.EMBEDDING in rest:
+        rest[anatomy.HEAD] = rest[anatomy.EMBEDDING]
     missing, unexpected = model.load_state_dict(rest, strict=False, assign=True)
     inside = {f"{name}.{own}" for name in made for own in ("codes", "scales", "zeros", "bias")}
     if gone := sorted(set(missing) - inside):
@@ -209,6 +213,7 @@ def _load_packed(path, device, modules_of):
     if unexpected:
         said = f"{len(unexpected)} weights have no place in its config, first {unexpected[0]}"
         raise DermError(f"model {path}: {said}")
+    model.tie_weights()
     return model.to(device)
 
 
