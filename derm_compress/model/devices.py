@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from derm_compress.model.anatomy import blocks
+from derm_compress.model.anatomy import blocks, tied
 
 
 def half(device: str) -> torch.dtype:
@@ -42,8 +42,9 @@ def spread(model, over: int | None = None, **how) -> None:
 
 
 def placement(model, over: int) -> dict[str, int]:
-    """{module: GPU}: as many blocks on each, the rest where the first or the last block is."""
+    """{module: GPU}: blocks evenly, the rest by the first or the last, a tied head by the first."""
     inner, count = "model.language_model", len(blocks(model))
+    head = 0 if tied(model) else over - 1
     places = {
         "model.vision_tower": 0,
         "model.multi_modal_projector": 0,
@@ -52,4 +53,4 @@ def placement(model, over: int) -> dict[str, int]:
     }
     for i in range(count):
         places[f"{inner}.layers.{i}"] = i * over // count
-    return places | {f"{inner}.norm": over - 1, "lm_head": over - 1}
+    return places | {f"{inner}.norm": over - 1, "lm_head": head}

@@ -23,7 +23,7 @@ from derm_compress.method.quantization import checkpoint, folding, search
 from derm_compress.method.quantization.forms import Form
 from derm_compress.method.quantization.packed import use_kernels
 from derm_compress.method.quantization.quantize import quantized_linears
-from derm_compress.model import anatomy, loading, prompts, removal, shapes
+from derm_compress.model import anatomy, devices, loading, prompts, removal, shapes
 from derm_compress.model.generation import generate
 from derm_compress.model.reading import Prompts
 from derm_compress.model.recipe import Recipe
@@ -301,3 +301,24 @@ def test_every_weight_of_a_known_decoders_block_is_in_a_linear_that_is_known(fol
 
 def test_the_readme_says_what_was_tried():
     assert families.table() in (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+
+
+def test_a_tied_head_stays_with_its_embedding(folders, tmp_path):
+    """Over two GPUs, and in a folder of a model that lacks a sublayer."""
+    (family,) = (family for family in FAMILIES if "tied" in family.notes)
+    model, processor = loading.load_base(str(folders[family.name]))
+    places = devices.placement(model, 2)
+    assert places["lm_head"] == places["model.language_model.embed_tokens"] == 0
+    recipe = Recipe(str(folders[family.name]), anatomy.fingerprint(model), BLOCKS)
+    recipe = recipe.pruned(range(BLOCKS), ["1.mlp"])
+    removal.apply(model, range(BLOCKS), ["1.mlp"])
+    write_folder(tmp_path / "partial", model, processor, recipe)
+    again, _ = loading.load_base(str(tmp_path / "partial"))
+    assert anatomy.tied(again) and anatomy.fingerprint(again) == anatomy.fingerprint(model)
+
+
+def test_autoawq_is_told_that_it_does_not_know_fused_projections(folders):
+    (family,) = (family for family in FAMILIES if family.model_type == "phi3")
+    model, _ = loading.load_base(str(folders[family.name]))
+    with pytest.raises(DermError, match="autoawq knows separate projections alone"):
+        search.search_forms(model, [], {"autoawq4": Form("autoawq", 4)})
