@@ -106,10 +106,17 @@ class Study:
         for stage in self.stages:
             with contextlib.suppress(FileNotFoundError):  # it may just have been committed
                 for path in finished(self.work(stage)):
-                    link = self.seen / stage / path.relative_to(self.work(stage))
-                    link.parent.mkdir(parents=True, exist_ok=True)
-                    with contextlib.suppress(FileExistsError):
-                        os.link(path, link)
+                    self.keep(path, self.seen / stage / path.relative_to(self.work(stage)))
+
+    def keep(self, path: Path, link: Path) -> None:
+        """A link to a finished file; a journal's may move on to one without a line cut short."""
+        journal = path.suffix == ".jsonl" and link.exists() and not link.samefile(path)
+        if journal:
+            ensure(whole_lines(path)[: len(whole_lines(link))] == whole_lines(link), f"{path} lost")
+            link.unlink()
+        if not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, link)
 
     def journals(self, stage: str) -> dict[str, list[bytes]]:
         """The whole lines of each journal so far."""
@@ -253,12 +260,14 @@ def ensure_kept(study: Study, calm: Study, stage: str, earlier: tuple) -> None:
     made = {name for name in calm.files(stage) if not name.startswith("journal/")}
     committed = made <= study.files(stage)  # journals go with the commit
     places = [study.work(stage), study.entry(stage)]
-    for name in [*files, *(f"journal/{name}.jsonl" for name in journals)]:
+    for name in files:
         if committed and name.startswith("journal/"):
             continue
         there = [place / name for place in places if (place / name).exists()]
         ensure(bool(there), f"{stage}: {name} was finished and is gone")
         ensure(there[0].samefile(study.seen / stage / name), f"{stage}: {name} was made twice")
+    for name in () if committed else journals:
+        ensure((places[0] / "journal" / f"{name}.jsonl").exists(), f"{stage}: {name} is gone")
 
 
 def compare(study: Study, calm: Study) -> None:

@@ -38,7 +38,7 @@ def answer(
 ) -> pd.DataFrame:
     """One row per item and question (schema.ANSWER).
 
-    What is in the journal already is not generated again.
+    A batch whose answers are all in the journal is not generated again.
 
     A model without values says nothing: no row.
     """
@@ -49,8 +49,10 @@ def answer(
     keys = {(item.id, kind): f"{variant} {item.id} {kind}" for kind in questions for item in items}
     batches = []  # of one kind of question each: a batch goes on until its longest answer ends
     for kind in questions:
-        todo = [(item, kind) for item in items if keys[item.id, kind] not in journal.done]
-        batches += [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+        for start in range(0, len(items), batch_size):
+            batch = [(item, kind) for item in items[start : start + batch_size]]
+            if not journal.done.keys() >= {keys[item.id, kind] for item, kind in batch}:
+                batches.append(batch)  # whole: a neighbour may move a last digit
 
     def replies(part):
         texts = [prompt(processor, kind) for _, kind in part]
@@ -61,7 +63,8 @@ def answer(
     for part, told in oom.in_parts(replies, track(batches, what), what):
         for (item, kind), (text, tokens, stopped) in zip(part, told, strict=True):
             said = {"variant": variant, "answer": text, "tokens": tokens, "stopped": stopped}
-            journal.add(keys[item.id, kind], _asked(item, kind) | said)
+            if keys[item.id, kind] not in journal.done:
+                journal.add(keys[item.id, kind], _asked(item, kind) | said)
     return schema.frame([journal.done[key] for key in keys.values()], schema.ANSWER)
 
 

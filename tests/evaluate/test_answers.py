@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from derm_compress.evaluate import metrics, schema
+from derm_compress.evaluate import answers, metrics, schema
 from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, shuffled_rows
 from derm_compress.files import Journal
 from derm_compress.method.pruning.plan import Plan
@@ -34,6 +34,24 @@ def test_what_was_answered_is_not_asked_again(pico, dataset, tmp_path):
     changed.done[key] |= {"answer": "kept"}
     again = answer(*pico, *asked, journal=changed, **how)
     assert again.answer[0] == "kept" and again[1:].equals(first[1:])
+
+
+def test_a_batch_that_was_cut_off_is_asked_again_as_it_was(pico, dataset, tmp_path, monkeypatch):
+    path, sizes, generate = tmp_path / "j", [], answers.generate
+
+    def counted(model, processor, inputs, **how):
+        sizes.append(len(inputs["input_ids"]))
+        return generate(model, processor, inputs, **how)
+
+    monkeypatch.setattr(answers, "generate", counted)
+    asked = dataset.of("test")[:4], dataset.images
+    how = {"variant": "v", "batch_size": 2, "max_new_tokens": 3}
+    first = answer(*pico, *asked, journal=Journal(path), **how)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]))
+    again = answer(*pico, *asked, journal=Journal(path), **how)
+    assert sizes == [2] * (6 + 5) and again.equals(first)
+    assert path.read_bytes() == b"".join(lines)
 
 
 def test_controls_show_other_pictures_and_keep_the_reference(variants, store, dataset):
