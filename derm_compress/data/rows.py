@@ -38,14 +38,19 @@ class Survey:
     problems: tuple[str, ...] = ()  # each stops a run
 
 
-def dataset_of(survey: Survey, request: Request) -> tuple[Dataset, dict]:
-    """The data set of a source's photographs, and what was found in reading them."""
+def check_survey(survey: Survey, request: Request) -> None:
+    """DermError where nothing can be read, or not as it was meant."""
     for problem in survey.problems:
         raise DermError(problem)
-    rows, told = survey.rows, survey.told
-    if not rows:
+    if not survey.rows:
         none = f"no image left: {request.root} lists none with a wanted label"
-        raise DermError(f"{none} ({sum(told['excluded'].values())} excluded)")
+        raise DermError(f"{none} ({sum(survey.told['excluded'].values())} excluded)")
+
+
+def dataset_of(survey: Survey, request: Request) -> tuple[Dataset, dict]:
+    """The data set of a source's photographs, and what was found in reading them."""
+    check_survey(survey, request)
+    rows, told = survey.rows, survey.told
     frame, images, unreadable = read(rows, request)
     frame["twin"] = twins(frame, images, request.phash_distance, request.embedding_distance)
     dataset, found = arrange(frame, images, request)

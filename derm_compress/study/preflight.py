@@ -1,20 +1,15 @@
-"""Does a run fit its machine? What cannot work is refused before any weight is loaded."""
+"""Does a run fit its machine? GPU memory and disk, planned from shapes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from derm_compress.errors import DermError
-from derm_compress.method.importance.rankings import rankings
-from derm_compress.method.quantization import budgets, forms
 from derm_compress.model import shapes
 from derm_compress.model.memory import GIB, plan_weights
 from derm_compress.model.shapes import Architecture
 from derm_compress.study.needs import Needs
 
 CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: of the 14.74 that a T4 reports 14.2 are left
-IMPORTANCE, QUANTIZATION = "03_layer_importance", "07_quantization"
-EVALUATION = "08_evaluation"
 
 
 @dataclass(frozen=True)
@@ -28,33 +23,6 @@ class Machine:
 
 
 KAGGLE = Machine("Kaggle, two T4", gpus=2, gib=14.2)
-
-
-def check(plan) -> None:
-    """DermError where a run (plan.Plan) cannot work: quantizers, embedder, judge, GPU, disk."""
-    values = plan.values
-    check_forms(values)
-    if missing(plan, "02_finetune"):
-        check_base(values)
-    if missing(plan, IMPORTANCE):
-        check_embedder(plan)
-    if values["judge"] != "rubric" and missing(plan, EVALUATION):
-        check_judge(values)
-    if values["device"] == "cpu" and not missing(plan, QUANTIZATION):
-        return
-    arch = architecture(values)
-    check_forms(values, arch)
-    if values["device"] == "cuda":
-        machine = here()
-        if machine is None:
-            raise DermError("device is cuda, and no GPU is there; allowed: cpu, or meta for sizes")
-        if said := faults(values, arch, machine):
-            raise DermError(f"this run does not fit {machine.name}: " + "; ".join(said))
-
-
-def missing(plan, stage: str) -> bool:
-    """Whether a stage has yet to be computed."""
-    return stage in plan.keys and bool(plan.store.fault(stage, plan.keys[stage]))
 
 
 def architecture(values: dict) -> Architecture:
@@ -91,12 +59,7 @@ def here() -> Machine | None:
 
 def faults(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> list[str]:
     """What cannot fit, one line each with the parameter to change."""
-    blocks = arch.blocks
-    wrong = [block for block in p["protected"] if not -blocks <= block < blocks]
     said = []
-    if wrong:
-        known = f"blocks are 0 to {blocks - 1}, or -1 to -{blocks} from the end"
-        said.append(f"protected {wrong}: {known}")
     steps = Needs(p, arch, machine.gpus).steps()
     for step in steps:
         if (gib := step.gib(step.batch)) > machine.gib:
@@ -121,43 +84,3 @@ def advice(step, p: dict, machine: Machine) -> str:
     if step.parameter == "importance_batch":
         return "leave it out of rankings, or take a smaller model or a larger GPU"
     return "take a smaller model or a larger GPU"
-
-
-def check_base(values: dict) -> None:
-    """DermError for a model folder that stage 02 would refuse; a hub's model is asked there."""
-    from derm_compress.model import loading
-
-    if values["device"] != "meta" and loading.is_here(values["model"]):
-        loading.check_model(values["model"])
-
-
-def check_embedder(plan) -> None:
-    """DermError for a sentence transformer that is not found; the packaged one is there."""
-    name, device = plan.values["embedder"], plan.values["device"]
-    ranked = rankings(plan.values["rankings"])
-    asked = any(ranking.criterion.name == "output_similarity" for ranking in ranked)
-    if asked and name != "packaged" and device != "meta":
-        from derm_compress.method.importance.embedder import Embedder
-
-        folder = plan.root / name  # stages run in the project's root
-        Embedder(str(folder) if folder.is_dir() else name)("any text")
-
-
-def check_judge(values: dict) -> None:
-    """DermError for a judge that stage 08 would refuse; nothing is asked yet."""
-    from derm_compress.evaluate.judges.judge import choose_judge
-
-    names = ("model", "url", "prompt", "concurrency")
-    choose_judge(values["judge"], **{name: values[f"judge_{name}"] for name in names})
-
-
-def check_forms(p: dict, arch: Architecture | None = None) -> None:
-    """DermError for quantizers that stage 07 would refuse, on an architecture or on any."""
-    if not p["methods"]:
-        raise DermError("methods: name at least one, such as awq")
-    inputs = {name: into for name, (_, into) in arch.linears.items()} if arch else {}
-    asked = forms.forms(p["methods"], p["bits"], p["group_size"])
-    if p["equal_bytes"]:
-        asked.append(forms.Form(budgets.METHOD, group_size=p["group_size"]))
-    forms.check_groups(asked, inputs)
-    budgets.check(p["equal_bytes"], p["bits"][1:])

@@ -56,11 +56,11 @@ def run(
 
 def foresee(plan: Plan, *, refuse: bool) -> None:
     """Says what a run needs of a GPU; DermError, if asked to refuse, for what cannot work."""
-    from derm_compress.study import preflight
+    from derm_compress.study import checks, preflight
 
     device = plan.values["device"]
     if refuse:
-        preflight.check(plan)
+        checks.check(plan)
     if device == "cuda" or (device == "meta" and not refuse):
         print(preflight.says(plan), flush=True)
 

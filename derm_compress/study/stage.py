@@ -281,7 +281,7 @@ def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stag
     stage = Stage(name, plan, namespace.get("In", []))
     print(stage.provenance(), flush=True)
     if plan.values.get("device") == "cuda" and not stage.finished:
-        from derm_compress.study import preflight  # only here: it asks the GPU
+        from derm_compress.study import checks  # only here: it asks the GPU
 
-        preflight.check(plan)
+        checks.check(plan)
     return stage

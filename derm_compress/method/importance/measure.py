@@ -13,7 +13,7 @@ from derm_compress.data.items import Item
 from derm_compress.errors import DermError
 from derm_compress.method.importance import scoring
 from derm_compress.method.importance.calibration import Calibration
-from derm_compress.method.importance.rankings import Ranking, rankings
+from derm_compress.method.importance.rankings import Ranking, check_weights, rankings
 from derm_compress.model import anatomy, oom
 from derm_compress.model.units import Unit
 from derm_compress.progress import track
@@ -32,12 +32,8 @@ def protected_blocks(model, names: Sequence[int]) -> tuple[int, ...]:
 def measure_importance(names: Iterable[str], c: Calibration, journal) -> pd.DataFrame:
     """Rows of all rankings: ranking, unit, block, part and the criterion's columns."""
     found, blocks = rankings(names), len(anatomy.blocks(c.model))
-    weigh = [ranking.name for ranking in found if ranking.criterion.weighs]
-    if weigh and not anatomy.has_values(c.model):
-        raise DermError(
-            f"rankings {weigh} need weights, and device meta has none: "
-            "take published, last or random-0"
-        )
+    if not anatomy.has_values(c.model):
+        check_weights(found)
     frames = []
     for ranking in {ranking.base: ranking for ranking in found}.values():
         frames.append(unit_rows(ranking, c, ranking.units(blocks), journal=journal))

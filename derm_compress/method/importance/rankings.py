@@ -123,6 +123,15 @@ def rankings(names: Iterable[str]) -> list[Ranking]:
     return found
 
 
+def check_weights(found: Iterable[Ranking]) -> None:
+    """DermError for rankings that no model without values has."""
+    if weigh := [ranking.name for ranking in found if ranking.criterion.weighs]:
+        raise DermError(
+            f"rankings {weigh} need weights, and device meta has none: "
+            "take published, last or random-0"
+        )
+
+
 def criteria_used(names: Iterable[str]) -> pd.DataFrame:
     """Source, reads and cost of the criteria in these rankings, by name."""
     import pandas as pd

@@ -1,0 +1,196 @@
+"""What a stage would refuse after hours is refused before the first: one line, what to set."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from importlib.util import find_spec
+
+from derm_compress.data import load
+from derm_compress.data.request import Request
+from derm_compress.data.rows import check_survey
+from derm_compress.errors import DermError
+from derm_compress.method.importance.criteria import PUBLISHED
+from derm_compress.method.importance.rankings import Ranking, check_weights, rankings
+from derm_compress.method.pruning.depths import choose_operating_point, plan_depths
+from derm_compress.method.pruning.plan import Plan, published_plan
+from derm_compress.method.quantization import budgets, forms
+from derm_compress.model import shapes
+from derm_compress.model.shapes import Architecture
+from derm_compress.model.units import Unit
+from derm_compress.model.variants import paper_depth
+
+
+def check(plan) -> None:
+    """DermError for parameters (of a plan.Plan) with which a stage yet to be computed must fail."""
+    p, todo = plan.values, {s[:2] for s, key in plan.keys.items() if not plan.store.ready(s, key)}
+    if not todo:
+        return
+    check_device(p)
+    if "01" in todo:
+        check_source(p, plan.root)
+    if "08" in todo:
+        check_judge(p)
+    if todo > {"01"}:
+        from derm_compress.model import loading
+
+        config = loading.config_of(p["model"])
+        arch = shapes.architecture(config)
+        if "02" in todo:
+            check_base(p, config)
+        if "03" in todo:
+            check_rankings(p, arch.blocks)
+            check_embedder(plan)
+        if todo & {"04", "05", "07"}:
+            check_depths(p, arch.blocks)
+        if "07" in todo:
+            check_forms(p, arch)
+        if p["device"] == "cuda":
+            check_memory(p, arch)
+
+
+def check_device(p: dict) -> None:
+    if p["device"] == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise DermError("device is cuda, and no GPU is there; allowed: cpu, or meta for sizes")
+
+
+def check_source(p: dict, root) -> None:
+    """The folder of photographs, its table and labels; no picture is opened."""
+    request = Request.of(p, project=root)
+    if request.source != load.DRAWN:
+        check_survey(load.survey(request), request)
+    elif request.n_train < 2:
+        raise DermError("n_train: drawn pictures need a number, 2 at least")
+    elif request.image_size % 4:
+        raise DermError(f"image_size: drawn pictures have a multiple of 4, not {p['image_size']}")
+
+
+def check_base(p: dict, config) -> None:
+    """The model as far as it can be known without a weight, and pictures of the size it reads."""
+    from derm_compress.model import loading
+
+    if p["device"] == "meta":
+        return
+    if loading.is_here(p["model"]) or p["model"] == loading.SEVEN_B:  # a hub's: once it is there
+        loading.check_model(p["model"])
+    size, wanted = p["image_size"], config.vision_config.image_size
+    if size != wanted:
+        raise DermError(
+            f"image_size is {size}, but {p['model']} reads {wanted} px: set image_size: {wanted}"
+        )
+
+
+def check_rankings(p: dict, blocks: int) -> None:
+    wrong = [block for block in p["protected"] if not -blocks <= block < blocks]
+    if wrong:
+        known = f"blocks are 0 to {blocks - 1}, or -1 to -{blocks} from the end"
+        raise DermError(f"protected {wrong}: {known}")
+    if p["device"] == "meta":
+        check_weights(rankings(p["rankings"]))
+    if PUBLISHED.name in p["rankings"] and blocks != published_plan().blocks:
+        said = f"published is an order of {published_plan().blocks} blocks"
+        raise DermError(f"rankings: {said}, and {p['model']} has {blocks}; leave it out")
+
+
+def check_embedder(plan) -> None:
+    """The sentence transformer, which some rankings ask; the packaged one is there."""
+    p, name = plan.values, plan.values["embedder"]
+    ranked = rankings(p["rankings"])
+    asked = any(ranking.criterion.name == "output_similarity" for ranking in ranked)
+    if asked and name != "packaged" and p["device"] != "meta":
+        from derm_compress.method.importance.embedder import Embedder
+
+        folder = plan.root / name  # stages run in the project's root
+        Embedder(str(folder) if folder.is_dir() else name)("any text")
+
+
+def check_depths(p: dict, blocks: int) -> None:
+    """Depths that the study's own plan reaches, and those of later stages among them."""
+    plan = own_plan(p, blocks)
+    with contextlib.redirect_stdout(io.StringIO()):  # what it leaves out is said by stage 04
+        depths = set(plan_depths(p["depths"], plan))
+        plan_depths(p["rival_depths"], plan)
+    chosen = set()
+    if p["operating_blocks"]:
+        told = choose_operating_point(None, plan, p["operating_blocks"])
+        chosen = {told["operating"], told["deeper"]}
+    named = {"sft_depths": depths | chosen, "equal_bytes": depths | chosen}
+    for name, known in named.items():
+        if missing := [n for n in p[name] if paper_depth(n, blocks) not in known]:
+            raise DermError(f"{name}: {missing} of 32 are not among depths; add them there, too")
+    healed = {paper_depth(n, blocks) for n in p["sft_depths"]} | chosen
+    if missing := [n for n in p["equal_bytes"] if paper_depth(n, blocks) not in healed]:
+        raise DermError(f"equal_bytes: {missing} of 32 are not healed; add them to sft_depths, too")
+    if p["equal_bytes"] and plan.starts:
+        said = "the first ranking takes runs of blocks and orders none; name another first"
+        raise DermError(f"equal_bytes: {said}")
+
+
+def own_plan(p: dict, blocks: int) -> Plan:
+    """What is known of the study's own plan before it is measured: how far it goes."""
+    name = p["rankings"][0]
+    if name == PUBLISHED.name:
+        return published_plan()
+    ranking = Ranking.of(name)
+    spared = {block % blocks for block in p["protected"]}
+    if "unprotected" in ranking.options:
+        spared = set()
+    free = [block for block in range(blocks) if block not in spared]
+    if not free:
+        raise DermError(f"protected: {p['protected']} are all {blocks} blocks; none is left to go")
+    told = {"criterion": name, "protected": tuple(spared), "blocks": blocks}
+    if "contiguous" in ranking.options:
+        starts = (next(iter(run)) for run in longest_runs(free))
+        return Plan(order=(), starts=tuple(starts), **told)
+    most = p["iterative_blocks"] if "iterative" in ranking.options else blocks
+    return Plan(order=tuple(map(Unit, free[:most])), **told)
+
+
+def longest_runs(free: list[int]) -> list[range]:
+    """A run of 1, 2, ... neighbours among the free blocks, as long as there is one."""
+    runs = []
+    for length in range(1, len(free) + 1):
+        every = (range(start, start + length) for start in free)
+        found = [run for run in every if set(run) <= set(free)]
+        runs += found[:1]
+    return runs
+
+
+def check_forms(p: dict, arch: Architecture) -> None:
+    """Quantizers, their widths, groups and budgets."""
+    for name, example in (("methods", "awq"), ("bits", "4")):
+        if not p[name]:
+            raise DermError(f"{name}: name at least one, such as {example}")
+    inputs = {name: into for name, (_, into) in arch.linears.items()}
+    asked = forms.forms(p["methods"], p["bits"], p["group_size"])
+    if p["equal_bytes"]:
+        asked.append(forms.Form(budgets.METHOD, group_size=p["group_size"]))
+    forms.check_groups(asked, inputs)
+    budgets.check(p["equal_bytes"], p["bits"][1:])
+    if p["device"] != "meta" and any(form.kind.scaling == "autoawq" for form in asked):
+        if find_spec("awq") is None:
+            raise DermError("methods: autoawq is not installed, it is for Linux; leave it out")
+        if p["answer_weight"] != 1:
+            raise DermError("answer_weight: autoawq weighs all tokens alike; set it to 1")
+
+
+def check_judge(p: dict) -> None:
+    """The judge, its address and key; nothing is asked yet."""
+    from derm_compress.evaluate.judges import server
+    from derm_compress.evaluate.judges.judge import choose_judge
+
+    names = ("model", "url", "prompt", "concurrency")
+    choose_judge(p["judge"], **{name: p[f"judge_{name}"] for name in names})
+    if p["judge"] != "rubric":
+        server.key_for(p["judge_url"])
+
+
+def check_memory(p: dict, arch: Architecture) -> None:
+    from derm_compress.study import preflight
+
+    machine = preflight.here()
+    if said := preflight.faults(p, arch, machine):
+        raise DermError(f"this run does not fit {machine.name}: " + "; ".join(said))
