@@ -49,6 +49,7 @@ def exporter():
     from nbconvert import HTMLExporter
 
     made = HTMLExporter(template_name="basic", sanitize_html=True, exclude_anchor_links=True)
+    made.register_preprocessor("nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True)
     made.register_filter("clean_html", clean_html)  # its own would show <p> and <h1> as text
     return made
 

@@ -60,6 +60,7 @@ def foresee(plan: Plan, *, refuse: bool) -> None:
 
     device = plan.values["device"]
     if refuse:
+        print(f"{plan.run}: checking what it needs", flush=True)
         checks.check(plan)
     if device == "cuda" or (device == "meta" and not refuse):
         print(preflight.says(plan), flush=True)

@@ -103,6 +103,7 @@ def test_the_runner_says_what_is_needed_and_refuses_what_does_not_fit(two_t4, ca
     run.foresee(planned(), refuse=True)
     said = capsys.readouterr().out
     assert "x, planned for 2 x Tesla T4:" in said and said.count("GiB") == 8
+    assert said.startswith("x: checking what it needs")  # before torch is there
     run.foresee(planned(device="meta", batch_size=640), refuse=False)
     assert "set batch_size: " in capsys.readouterr().out
     with pytest.raises(DermError, match="does not fit 2 x Tesla T4: .*set batch_size"):
@@ -110,10 +111,11 @@ def test_the_runner_says_what_is_needed_and_refuses_what_does_not_fit(two_t4, ca
     run.foresee(planned(device="cpu", batch_size=640), refuse=True)
 
 
-def test_a_notebook_run_alone_refuses_too(two_t4, tmp_path):
+def test_a_notebook_run_alone_refuses_too_and_prints_no_plan(two_t4, tmp_path, capsys):
     schema = params.read_notebooks(ROOT)["02_finetune"].schema
     cell = {name: known.default for name, known in schema.items()} | values()
     cell |= {"artifact_root": str(tmp_path), "batch_size": 640}
     cell["In"] = ["# Parameters\nimage_size = 336\n"]
     with pytest.raises(DermError, match="does not fit 2 x Tesla T4: .*set batch_size"):
         start_stage("02_finetune", cell, root=ROOT)
+    assert "planned for" not in capsys.readouterr().out

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pandas as pd
@@ -107,6 +108,15 @@ def test_a_step_is_given_what_it_asks_for_by_keyword(root):
     assert stage.journal("j").done == {"a": 1}
     stage.folder("d", fill)
     assert asked["scratch"] == stage.scratch("d")
+
+
+def test_no_progress_bar_asks_for_widgets(root):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        begin(root, "01_data")
+        warnings.warn("IProgress not found. Please update jupyter and ipywidgets", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert [str(one.message) for one in said] == ["another"]
 
 
 def test_a_report_reads_what_a_stage_reads_and_its_own(root):
