@@ -1,6 +1,7 @@
 """The project's own files: formatting, pins, imports, what may not be committed."""
 
 import ast
+import json
 import re
 import socket
 import subprocess
@@ -162,3 +163,29 @@ def test_python_without_docstrings_has_the_same_keys():
     asked = [[sys.executable, *flag, "-c", code] for flag in ([], ["-OO"])]
     plain, bare = (subprocess.check_output(words, cwd=ROOT, text=True) for words in asked)
     assert plain == bare
+
+
+def dense(tree: ast.AST) -> list[str]:
+    """What hides several thoughts in one expression, by its line."""
+    found = []
+    for node in ast.walk(tree):
+        inner = [*ast.walk(node)][1:]
+        if isinstance(node, ast.IfExp) and any(isinstance(one, ast.IfExp) for one in inner):
+            found.append(f"line {node.lineno}: a ternary in a ternary")
+        if isinstance(node, ast.Lambda) and (node.args.defaults or node.args.kw_defaults):
+            found.append(f"line {node.lineno}: a lambda with captured defaults")
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            if any(isinstance(side, ast.Compare | ast.BoolOp) for side in (node.left, node.right)):
+                found.append(f"line {node.lineno}: something times a bool")
+    return found
+
+
+def test_code_is_not_dense():
+    for text in ("a if b else c if d else e", "lambda x=y: x", "'s' * (n > 1)"):
+        assert len(dense(ast.parse(text))) == 1, text
+    for path in PACKAGE.rglob("*.py"):
+        assert not dense(ast.parse(path.read_text("utf-8"))), path
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        assert not dense(ast.parse("\n".join(code))), path

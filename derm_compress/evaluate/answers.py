@@ -33,7 +33,6 @@ def answer(
     variant: str,
     batch_size: int,
     max_new_tokens: int,
-    questions: Sequence[str] = dialogue.QUESTIONS,
     journal: Journal | None = None,
 ) -> pd.DataFrame:
     """One row per item and question (schema.ANSWER).
@@ -46,9 +45,13 @@ def answer(
         return schema.frame([], schema.ANSWER)
     devices.spread(model)
     journal = journal or Journal()
-    keys = {(item.id, kind): f"{variant} {item.id} {kind}" for kind in questions for item in items}
+    keys = {
+        (item.id, kind): f"{variant} {item.id} {kind}"
+        for kind in dialogue.QUESTIONS
+        for item in items
+    }
     batches = []  # of one kind of question each: a batch goes on until its longest answer ends
-    for kind in questions:
+    for kind in dialogue.QUESTIONS:
         for start in range(0, len(items), batch_size):
             batch = [(item, kind) for item in items[start : start + batch_size]]
             if not journal.done.keys() >= {keys[item.id, kind] for item, kind in batch}:
@@ -139,12 +142,14 @@ def shuffled_rows(items: Sequence[Item], seed: int) -> list[int]:
 def table_variants(variants: pd.DataFrame, choice: dict) -> pd.DataFrame:
     """The variants of Tables 4 and 5, and the healed control beside them."""
     role = variants_of.roles(choice)
-    pruned, full = role["operating"], role["operating"] + HEALED
-    names = [ORIGINAL, pruned, full, ORIGINAL + HEALED]
-    names += [f"{source}|awq4" for source in (ORIGINAL, pruned, full)]
-    names += [f"{full}|{method}4" for method in ("bitsandbytes", "rtn", "rtn_symmetric")]
-    names += [f"{role['rival']}{HEALED}|awq4"]
-    return variants_of.named(variants, [name for name in names if name in set(variants.variant)])
+    pruned, full, rival = role["operating"], role["operating"] + HEALED, role["rival"] + HEALED
+    wanted = [(source, "") for source in (ORIGINAL, pruned, full, ORIGINAL + HEALED)]
+    wanted += [(source, "awq") for source in (ORIGINAL, pruned, full)]
+    wanted += [(full, quantizer) for quantizer in ("bitsandbytes", "rtn", "rtn_symmetric")]
+    wanted += [(rival, "awq")]
+    four = variants[variants.bits.eq(4) | variants.quantizer.eq("")]
+    frames = [four[four.source.eq(source) & four.quantizer.eq(name)] for source, name in wanted]
+    return pd.concat(frames, ignore_index=True)
 
 
 def plan_memory(variants: pd.DataFrame) -> pd.DataFrame:

@@ -24,7 +24,6 @@ def export_model(
     path: Path,
     *,
     packed: bool = True,
-    device: str = "cpu",
     known: cards.Facts = cards.NOTHING,
     half: bool = False,
 ) -> Path:
@@ -39,7 +38,7 @@ def export_model(
     check_new(path, "export")
     recipe = Recipe.from_json(recipe_json)
     packed = packed and any(step["step"] == "quantize" for step in recipe.steps)
-    model, processor = materialize(recipe, store, device, packed=packed)
+    model, processor = materialize(recipe, store, "cpu", packed=packed)
     if half:
         to_half(model)
     return write_folder(path, model, processor, recipe, packed=packed, known=known, half=half)
@@ -100,7 +99,7 @@ def _save(model, draft: Path, packed: bool) -> None:
     if packed:
         raise DermError(
             "export: a quantized model without some sublayers has no packed layout; "
-            "export it unpacked"
+            "export the model that it was made of"
         )
     model.config.absent_sublayers = [str(unit) for unit in absent]
     model.config.save_pretrained(draft)

@@ -155,7 +155,8 @@ def measure_latency(
 
 def greedy_tokens(model, inputs, *, new_tokens: int):
     """(tokens [B, new_tokens], prefill seconds, decode seconds): greedy, deaf to end tokens."""
-    step, mask, tokens, clock = inputs, inputs["attention_mask"], [], [_clock(model.device)]
+    step, mask = inputs, inputs["attention_mask"]
+    tokens, clock = [], [_clock(model.device)]
     with torch.inference_mode():
         while len(tokens) < new_tokens:
             out = model(**step, use_cache=True, logits_to_keep=1)

@@ -97,7 +97,9 @@ class Needs:
             self.arch, batch=batch, prompt_tokens=PROMPT, new_tokens=self.p["max_new_tokens"]
         )
         shared = sum(plan[part] for part in ("decoder_linears", "block_norms", "kv_cache"))
-        elsewhere = shared * (1 - 1 / self.gpus) + plan["head"] * (self.gpus > 1)
+        elsewhere = shared * (1 - 1 / self.gpus)
+        if self.gpus > 1:
+            elsewhere += plan["head"]
         return sum(plan.values()) - elsewhere
 
     def timing(self, batch: int) -> float:

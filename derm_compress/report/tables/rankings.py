@@ -135,4 +135,4 @@ def disjoint(items: int, size: int, *, draws: int, seed: int) -> tuple[np.ndarra
 def sizes(most: int) -> list[int]:
     """1, 2, 5, 10, … below `most`, and `most` itself."""
     steps = [step * 10**power for power in range(len(str(most))) for step in SIZES]
-    return [step for step in steps if step < most] + [most] * (most > 0)
+    return [*(step for step in steps if step < most), most] if most else []
