@@ -30,7 +30,7 @@ from derm_compress.data import synthetic
 from derm_compress.method import activations
 from derm_compress.method.quantization import calibration
 from derm_compress.method.quantization.autoawq import equal_rows, quantizer
-from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.method.quantization.search import search_one
 from derm_compress.model import anatomy, loading, prompts
@@ -43,8 +43,8 @@ LIMITS = {"tiny": 15, "block_7b": 3}  # least ratios
 
 def autoawq(model, tokens, *, clip):
     """Quantize a model in place by AutoAWQ, rounding fp16 weights as its pack() does."""
-    hidden, arguments = calibration.enter(model, tokens)
-    made = quantizer(model, hidden, arguments, bits=BITS, group_size=GROUP, clip=clip)
+    hidden = calibration.enter(model, tokens)
+    made = quantizer(model, hidden, bits=BITS, group_size=GROUP, clip=clip)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         made.quantize()
     with torch.no_grad():

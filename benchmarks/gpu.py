@@ -31,7 +31,7 @@ from derm_compress.evaluate import latency
 from derm_compress.files import atomic, write_json
 from derm_compress.method.finetune import train
 from derm_compress.method.quantization import calibration, grids, scaling
-from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, loading, memory, removal, usage
 from derm_compress.model.shapes import Architecture, architecture, llava_7b_config

@@ -3,7 +3,7 @@
 from derm_compress.faces import face
 
 FACE = {
-    "activation_analysis": ["activation_statistics", "activation_surface"],
+    "activation_analysis": ["activation_statistics", "activation_surface", "quantization_errors"],
     "activations": [
         "block_errors",
         "projection_output",
@@ -31,15 +31,17 @@ FACE = {
     "iterate": ["each_model"],
     "pruning.depths": ["PAPER_DEPTHS", "choose_operating_point", "plan_depths"],
     "pruning.plan": ["Plan", "published_plan", "read_plan", "read_plans"],
-    "quantization.budgets": ["equal_bytes"],
-    "quantization.forms": ["Form"],
     "quantization.grids": ["IntegerGrid", "NF4Grid"],
-    "quantization.inputs": ["InputStatistics", "input_statistics"],
-    "quantization.methods": ["METHODS", "quantizers"],
-    "quantization.per_variant": ["quantization_errors", "search_scales"],
+    "quantization.methods": ["METHODS", "Form", "quantizers"],
     "quantization.quantize": ["quantize"],
-    "quantization.scaling": ["ALPHAS", "activation_scale", "search_scale"],
-    "quantization.search": ["search_one"],
-    "quantization.wanted": ["quantized_variants", "wanted_forms"],
+    "quantization.scaling": [
+        "ALPHAS",
+        "InputStatistics",
+        "activation_scale",
+        "input_statistics",
+        "search_scale",
+    ],
+    "quantization.search": ["search_one", "search_scales"],
+    "quantization.wanted": ["equal_bytes", "quantized_variants", "wanted_forms"],
 }
 __getattr__, __all__ = face(__name__, FACE)

@@ -1,4 +1,7 @@
-"""What flows through every variant: its projections' statistics, and one's output (Figure 4)."""
+"""What is measured on every variant: its projections' outputs, and errors of quantizing.
+
+`block` in every frame is the index before pruning.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.data.items import Item
+from derm_compress.files import Journal
 from derm_compress.method import activations
-from derm_compress.method.iterate import each_model, joined
+from derm_compress.method.iterate import Source, each_model, joined, without_last
+from derm_compress.model import devices
 from derm_compress.model.variants import paper_depth
 
 SURFACE = ["variant", "block", "projection", "token", "channel", "value"]
@@ -25,7 +30,7 @@ def activation_statistics(
     device: str,
     batch_size: int,
 ) -> pd.DataFrame:
-    """activations.projection_statistics of every variant; `block` is the index before pruning."""
+    """activations.projection_statistics of every variant."""
     read = {"items": items, "images": images, "batch_size": batch_size}
     frames = []
     for turn in each_model(variants, store, device, "activations"):
@@ -46,8 +51,8 @@ def activation_surface(
 ) -> pd.DataFrame:
     """Figure 4's data: |x| of the first item's first prompt at a projection's output in a block.
 
-    block: of 32, counted from 1 as the paper does. Columns: SURFACE, with the block's index before
-    pruning. A variant without it is left out.
+    Columns: SURFACE. block: of 32, counted from 1 as the paper does; a variant without it is left
+    out.
     """
     frames = []
     read = {"items": items[:1], "images": images, "batch_size": 1}
@@ -55,9 +60,11 @@ def activation_surface(
         kept, index = turn.recipe.kept(), paper_depth(block, turn.recipe.blocks) - 1
         if index in kept:
             work = partial(_first_output, turn.model, kept.index(index), projection)
-            found = _surface(np.abs(turn.calibrated(work, "Figure 4", **read)))
+            values = np.abs(turn.calibrated(work, "Figure 4", **read))
+            token, channel = np.indices(values.shape)
             told = {"variant": turn.variant, "block": index, "projection": projection}
-            frames.append(found.assign(**told)[SURFACE])
+            told |= {"token": token.ravel(), "channel": channel.ravel()}
+            frames.append(pd.DataFrame(told | {"value": values.astype(np.float32).ravel()}))
     return joined(frames, SURFACE)
 
 
@@ -65,8 +72,29 @@ def _first_output(model, position: int, projection: str, batches) -> np.ndarray:
     return activations.projection_output(model, next(iter(batches)), position, projection)
 
 
-def _surface(values: np.ndarray) -> pd.DataFrame:
-    """One row a value of [tokens, channels]."""
-    token, channel = np.indices(values.shape)
-    columns = {"token": token, "channel": channel, "value": values.astype(np.float32)}
-    return pd.DataFrame({name: column.ravel() for name, column in columns.items()})
+def quantization_errors(
+    variants: pd.DataFrame,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    store,
+    device: str,
+    batch_size: int,
+    journal: Journal | None = None,
+) -> pd.DataFrame:
+    """Relative error of each block's output against the model before it was quantized.
+
+    Columns: block, relative_error, variant.
+    """
+    read = {"items": items, "images": images, "batch_size": batch_size}
+    journal = journal or Journal()
+    todo = variants[~variants.variant.isin(journal.done)]
+    whole = Source(store, devices.beside(device))
+    for turn in each_model(todo, store, device, "errors by block"):
+        source, _ = whole.take(without_last(turn.recipe))
+        work = partial(activations.block_errors, source, turn.model)
+        found = turn.original_blocks(pd.DataFrame(turn.calibrated(work, "errors", **read)))
+        journal.add(turn.variant, found.to_dict("records"))
+    whole.let_go()
+    frames = [pd.DataFrame(journal.done.get(name, [])) for name in variants.variant]
+    return joined(frames, ["block", "relative_error", "variant"])

@@ -52,6 +52,16 @@ def logits(model, x) -> torch.Tensor:
     return model.lm_head(anatomy.decoder(model).norm(x))
 
 
+def picture_features(model, pixels) -> torch.Tensor:
+    """What the decoder reads of pictures: [pictures, image tokens, width]."""
+    found = model.model.get_image_features(
+        pixel_values=pixels,
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+    )
+    return torch.stack(list(found.pooler_output))
+
+
 @contextmanager
 def looking(model) -> Iterator[None]:
     """Vision tower and projector beside the decoder; afterwards a GPU's wait on the CPU."""
@@ -109,12 +119,8 @@ class Prompts:
             return x
         pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
         with looking(model):
-            features = model.model.get_image_features(
-                pixel_values=pixels.to(self.device, model.dtype),
-                vision_feature_layer=model.config.vision_feature_layer,
-                vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-            )
-        x[:, spots] = torch.stack(list(features.pooler_output)).to(x.dtype)
+            features = picture_features(model, pixels.to(self.device, model.dtype))
+        x[:, spots] = features.to(x.dtype)
         return x
 
 

@@ -14,7 +14,7 @@ from derm_compress.method.importance.criteria import PUBLISHED
 from derm_compress.method.importance.rankings import Ranking, check_weights, rankings
 from derm_compress.method.pruning.depths import choose_operating_point, plan_depths
 from derm_compress.method.pruning.plan import Plan, published_plan
-from derm_compress.method.quantization import budgets, forms
+from derm_compress.method.quantization import methods, wanted
 from derm_compress.model import shapes
 from derm_compress.model.shapes import Architecture
 from derm_compress.model.units import Unit
@@ -165,11 +165,11 @@ def check_forms(p: dict, arch: Architecture) -> None:
         if not p[name]:
             raise DermError(f"{name}: name at least one, such as {example}")
     inputs = {name: into for name, (_, into) in arch.linears.items()}
-    asked = forms.forms(p["methods"], p["bits"], p["group_size"])
+    asked = methods.forms(p["methods"], p["bits"], p["group_size"])
     if p["equal_bytes"]:
-        asked.append(forms.Form(budgets.METHOD, group_size=p["group_size"]))
-    forms.check_groups(asked, inputs)
-    budgets.check(p["equal_bytes"], p["bits"][1:])
+        asked.append(methods.Form(wanted.METHOD, group_size=p["group_size"]))
+    methods.check_groups(asked, inputs)
+    wanted.check_budgets(p["equal_bytes"], p["bits"][1:])
     if p["device"] != "meta" and any(form.kind.scaling == "autoawq" for form in asked):
         if find_spec("awq") is None:
             raise DermError("methods: autoawq is not installed, it is for Linux; leave it out")

@@ -55,7 +55,7 @@ class Needs:
         tune, heal = self.training(p["finetune_rank"]), self.training(p["sft_rank"])
         adapters = self.adapter(p["finetune_rank"]), tuned * self.adapter(p["sft_rank"])
         statistics = 10 * 3 * self.tokens(1) * arch.hidden
-        scales = (4 + self.rival) * FP32 * arch.blocks * 5 * arch.hidden + self.waiting()
+        scales = (4 + self.rival) * FP32 * arch.blocks * 5 * arch.hidden
 
         def step(stage, what, gib, parameter="", *, disk=0.0, gpus=1):
             batch = p[parameter] if parameter else 1
@@ -160,7 +160,7 @@ class Needs:
         return once, self.kinds * pictures * (PROMPT / 2 + ANSWER)
 
     def waiting(self) -> float:
-        """Bytes of a model's hidden states between two blocks: memory or, with scratch, disk."""
+        """Bytes of a model's hidden states between two blocks."""
         return FP16 * sum(self.calibration(self.p["quantization_items"])) * self.arch.hidden
 
     def held(self, ranking: Ranking, read: float, told: float) -> float:

@@ -12,9 +12,9 @@ from transformers import LlavaForConditionalGeneration
 from derm_compress.errors import DermError
 from derm_compress.evaluate.export import export_model, prune_folder, to_half
 from derm_compress.method.pruning.plan import published_plan
-from derm_compress.method.quantization import checkpoint, gemm, packed
-from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization import checkpoint, codes, packed
 from derm_compress.method.quantization.grids import IntegerGrid
+from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.packed import PackedLinear
 from derm_compress.method.quantization.quantize import quantize, quantized_linears
 from derm_compress.method.quantization.search import search_one
@@ -120,9 +120,9 @@ def test_stored_bytes_are_the_planned_ones(pico, tmp_path):
 
 
 def test_gemm_layout_is_exact_for_all_codes():
-    codes = torch.arange(16, dtype=torch.uint8).repeat(8).view(16, 8).roll(3, 1)
-    assert torch.equal(gemm.unpack_eight(gemm.pack_eight(codes)), codes)
-    assert gemm.pack_eight(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 15]])).item() == 0xF5316420 - 2**32
+    every = torch.arange(16, dtype=torch.uint8).repeat(8).view(16, 8).roll(3, 1)
+    assert torch.equal(codes.unpack_eight(codes.pack_eight(every)), every)
+    assert codes.pack_eight(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 15]])).item() == 0xF5316420 - 2**32
 
 
 @pytest.fixture
@@ -149,12 +149,12 @@ def test_autoawq_reads_what_is_written_here(reference, pico, tmp_path):
 def test_what_autoawq_packs_is_read_here(reference):
     kind, dequantize = reference
     linear, grid = torch.nn.Linear(128, 64, bias=False).half(), IntegerGrid(4, 64)
-    codes, scales, zeros = grid.encode(linear.weight.data)
-    linear.weight.data = grid.decode(codes, scales, zeros).half()
+    encoded = _, scales, zeros = grid.encode(linear.weight.data)
+    linear.weight.data = grid.decode(*encoded).half()
     how = {"scales": scales.T.contiguous(), "zeros": zeros.T.contiguous()}
     theirs = kind.from_linear(linear, 4, 64, **how)
-    found = gemm.from_gemm(theirs.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(found, (codes, scales, zeros), strict=True))
+    found = codes.from_gemm(theirs.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(found, encoded, strict=True))
     expected = dequantize(theirs.qweight, theirs.qzeros, theirs.scales, 4, 64).T
     assert torch.equal(grid.decode(*found).half(), expected)
 

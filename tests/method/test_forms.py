@@ -6,10 +6,9 @@ import pandas as pd
 import pytest
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import budgets, forms, wanted
-from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization import methods, wanted
 from derm_compress.method.quantization.grids import grid_of
-from derm_compress.method.quantization.methods import METHODS, quantizers
+from derm_compress.method.quantization.methods import METHODS, Form, quantizers
 from derm_compress.model import memory
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
@@ -33,7 +32,7 @@ def known():
 
 def test_names_say_method_width_and_options():
     names = ["awq-clip", "awq_nf4-double", "llm_int8", "awq-text"]
-    found = {form.name: form for form in forms.forms(names, [4, 3], 64)}
+    found = {form.name: form for form in methods.forms(names, [4, 3], 64)}
     expected = ["awq4-clip", "awq3-clip", "awq_nf4-double", "llm_int8", "awq4-text", "awq3-text"]
     assert list(found) == expected
     assert found["awq3-text"] == Form("awq", 3, 64, text=True)
@@ -81,15 +80,12 @@ def test_unknown_quantizers_are_refused(name, said):
 @pytest.mark.parametrize(
     ("form", "said"),
     [
-        ({"method": "gptq"}, "unknown method 'gptq'"),
+        ({"method": "gptq"}, "'gptq': methods are awq"),
         ({"method": "rtn", "bits": 5}, "bits: rtn has 2, 3, 4, 8, not 5"),
         ({"method": "rtn", "block_bits": {0: 5}}, "rtn has 2, 3, 4, 8, not 5"),
         ({"method": "bitsandbytes", "bits": 3}, "bitsandbytes has 4, not 3"),
-        ({"method": "bitsandbytes", "group_size": 16}, "blocks of 32, 64, 128, 256, not of 16"),
-        (
-            {"method": "awq_nf4", "group_size": 512},
-            "group_size: awq_nf4 has blocks of .* not of 512",
-        ),
+        ({"method": "bitsandbytes", "group_size": 16}, "bitsandbytes has 32, 64, 128, 256, not 16"),
+        ({"method": "awq_nf4", "group_size": 512}, "group_size: awq_nf4 has .* not 512"),
         ({"method": "llm_int8", "bits": 8, "clip": True}, "llm_int8 has no clip"),
     ],
 )
@@ -102,9 +98,9 @@ def test_group_sizes_are_checked_without_a_model():
     with pytest.raises(
         DermError, match="48 does not divide the 64 inputs of q_proj; .* such as 64"
     ):
-        forms.check_groups(forms.forms(["awq"], [4], 48), {"q_proj": 64})
-    forms.check_groups(forms.forms(["llm_int8"], [4], 48), {"q_proj": 64})  # whole rows
-    forms.check_groups(forms.forms(["rtn"], [4], 32), {"q_proj": 64})
+        methods.check_groups(methods.forms(["awq"], [4], 48), {"q_proj": 64})
+    methods.check_groups(methods.forms(["llm_int8"], [4], 48), {"q_proj": 64})  # whole rows
+    methods.check_groups(methods.forms(["rtn"], [4], 32), {"q_proj": 64})
 
 
 def test_calibrations_are_what_needs_a_search_by_what_it_reads():
@@ -116,7 +112,7 @@ def test_calibrations_are_what_needs_a_search_by_what_it_reads():
 
 
 def test_main_models_get_all_that_is_asked_and_further_ones_the_papers_methods():
-    shared = budgets.equal_bytes(known(), ORDER, [8], [3], group_size=64)
+    shared = wanted.equal_bytes(known(), ORDER, [8], [3], group_size=64)
     frame = wanted.wanted_forms(["original"], ["pruned-8"], ["awq", "hqq"], [4, 3], 64, shared)
     asked = frame.groupby("source").form.agg(list)
     assert asked["original"] == ["awq4", "awq3", "hqq4", "hqq3", "awq2-mixed"]
@@ -136,7 +132,7 @@ def test_variants_know_their_source_and_where_their_scales_are():
 
 
 def test_equal_bytes_are_equal_to_two_percent():
-    asked = budgets.equal_bytes(known(), ORDER, [15, 7, 8], [3, 2], group_size=64)
+    asked = wanted.equal_bytes(known(), ORDER, [15, 7, 8], [3, 2], group_size=64)
     made = wanted.quantized_variants(known(), asked, SCALES).assign(budget=asked.budget)
     shapes = llava_7b()
     made["gib"] = memory.plan_variants(made, shapes, shapes).vram_gib_7b
@@ -160,13 +156,13 @@ def test_equal_bytes_are_equal_to_two_percent():
 
 def test_what_the_plan_removes_last_gets_the_wider_codes():
     order = [Unit.of(block) for block in ORDER]  # as plans have it
-    asked = budgets.equal_bytes(known(), order, [8], [3], group_size=64).set_index(
+    asked = wanted.equal_bytes(known(), order, [8], [3], group_size=64).set_index(
         ["source", "form"]
     )
     step = json.loads(asked.step["original", "awq2-mixed"])
     assert step["bits"] == 2 and set(step["block_bits"].values()) == {4}
     assert {int(block) for block in step["block_bits"]} == {0, 1, 31, *ORDER[-13:]}
-    positions = budgets.important([0, 5, 9, 31], [9, 0, 5], 2)
+    positions = wanted.important([0, 5, 9, 31], [9, 0, 5], 2)
     assert positions == [1, 3]  # among the kept blocks
 
 
@@ -182,12 +178,12 @@ def test_what_the_plan_removes_last_gets_the_wider_codes():
 def test_equal_bytes_that_would_lack_models_name_the_parameter(depths, widths, gone, said):
     there = known()
     with pytest.raises(DermError, match=said):
-        budgets.equal_bytes(there[~there.variant.isin(gone)], ORDER, depths, widths, group_size=64)
+        wanted.equal_bytes(there[~there.variant.isin(gone)], ORDER, depths, widths, group_size=64)
 
 
 def test_equal_bytes_of_what_there_is():
-    assert budgets.equal_bytes(known(), ORDER, [], [3, 2], group_size=64).empty
+    assert wanted.equal_bytes(known(), ORDER, [], [3, 2], group_size=64).empty
     unhealed = known().query("not healed")
-    found = budgets.equal_bytes(unhealed, ORDER, [8], [3], group_size=64)
+    found = wanted.equal_bytes(unhealed, ORDER, [8], [3], group_size=64)
     assert set(found.source) == {"original", "pruned-8"}
-    assert budgets.widths(3, 32, 17, 64) == []  # 4 bits leave bytes over
+    assert wanted.widths(3, 32, 17, 64) == []  # 4 bits leave bytes over

@@ -6,12 +6,16 @@ import torch
 
 from derm_compress.errors import DermError
 from derm_compress.method import iterate
-from derm_compress.method.activation_analysis import activation_statistics, activation_surface
+from derm_compress.method.activation_analysis import (
+    activation_statistics,
+    activation_surface,
+    quantization_errors,
+)
 from derm_compress.method.assemble import materialize
 from derm_compress.method.iterate import each_model
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization import search
-from derm_compress.method.quantization.per_variant import quantization_errors, search_scales
+from derm_compress.method.quantization.search import search_scales
 from derm_compress.method.quantization.wanted import asked, quantized_variants
 from derm_compress.model import anatomy
 from derm_compress.model import variants as variants_of

@@ -10,7 +10,7 @@ import pytest
 
 from derm_compress.data.items import Dataset, sample, save_dataset
 from derm_compress.method.finetune import jobs, train
-from derm_compress.method.quantization import per_variant
+from derm_compress.method.quantization import search
 from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import variants as variants_of
 
@@ -89,6 +89,6 @@ def test_the_scale_search_reads_its_items_alone(dataset, recipe, store, tmp_path
             "batch_size": 6,
         }
         wanted = wanted_frames.asked(source.variant, ["awq"], [4], 64)
-        per_variant.search_scales(tmp_path / name, wanted, source, store=store, device="cpu", **how)
+        search.search_scales(tmp_path / name, wanted, source, store=store, device="cpu", **how)
         made.append((tmp_path / name / "awq4/original.safetensors").read_bytes())
     assert made[0] == made[1]

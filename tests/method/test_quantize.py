@@ -15,14 +15,15 @@ from small_llava import batch, loud_llava, small_llava
 from derm_compress.errors import DermError
 from derm_compress.method.activations import block_errors
 from derm_compress.method.assemble import materialize
-from derm_compress.method.quantization import folding, scaling
-from derm_compress.method.quantization.forms import Form
-from derm_compress.method.quantization.methods import METHODS
+from derm_compress.method.quantization import scaling
+from derm_compress.method.quantization.methods import METHODS, Form
 from derm_compress.method.quantization.packed import PackedLinear, use_kernels
 from derm_compress.method.quantization.quantize import (
     apply_step,
+    fold_scales,
     quantize,
     quantized_linears,
+    scale_groups,
     targets,
 )
 from derm_compress.method.quantization.search import search_one
@@ -117,7 +118,7 @@ def test_alpha_0_is_asymmetric_rounding_bit_for_bit(model, scales):
 def test_folding_changes_no_answer(model, scales):
     folded, feed = copy.deepcopy(model), batch(2, seed=7)
     before = logits(model, feed)
-    folding.fold_scales(folded, scales["awq4"])
+    fold_scales(folded, scales["awq4"])
     q, old = (anatomy.blocks(one)[0].self_attn.q_proj.weight for one in (folded, model))
     assert (q - old).abs().max() > 1e-2
     near = 1e-4 * before.abs().max().item()
@@ -169,11 +170,11 @@ def test_weights_that_are_no_numbers_are_refused_by_every_method_and_by_name(met
 
 def test_what_overflows_half_precision_is_refused():
     model = small_llava(1).half()
-    groups = folding.scale_groups(model)
+    groups = scale_groups(model)
     scales = {key: torch.ones(linears[0].in_features) for key, (_, linears) in groups.items()}
     scales["0.qkv"][3] = 1e7
     with pytest.raises(DermError, match="scales of 0.qkv overflow torch.float16"):
-        folding.fold_scales(model, scales)
+        fold_scales(model, scales)
     model = small_llava(1).half()
     weight = anatomy.blocks(model)[0].mlp.up_proj.weight.data
     weight[0, :2] = torch.tensor([-65504.0, 500.0])  # 15 steps of 4400, which fp16 does not hold

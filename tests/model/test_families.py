@@ -19,8 +19,8 @@ from derm_compress.evaluate.export import write_folder
 from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import train
 from derm_compress.method.importance.calibration import Calibration
-from derm_compress.method.quantization import checkpoint, folding, search
-from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization import checkpoint, quantize, search
+from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.packed import use_kernels
 from derm_compress.method.quantization.quantize import quantized_linears
 from derm_compress.model import anatomy, devices, loading, prompts, removal, shapes
@@ -150,11 +150,11 @@ def test_folded_scales_change_no_output(loaded, pictures):
     texts = [prompts.prompt(processor, "name")]
     inputs = prompts.prepare(processor, texts, pictures.images[:1], "cpu")
     scales, rng = {}, torch.Generator().manual_seed(0)
-    for key, (_, linears) in folding.scale_groups(model).items():
+    for key, (_, linears) in quantize.scale_groups(model).items():
         scales[key] = 0.5 + torch.rand(linears[0].in_features, generator=rng)
     with torch.inference_mode():
         before = model(**inputs).logits
-        folding.fold_scales(model, scales)
+        quantize.fold_scales(model, scales)
         assert torch.allclose(model(**inputs).logits, before, atol=1e-4)
     grouped = model.config.text_config.num_key_value_heads < 4
     assert len(scales) == BLOCKS * (3 if grouped else 4)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlavaForConditionalGeneration
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, memory, shapes, usage
 

@@ -11,7 +11,7 @@ from derm_compress.method import activation_analysis, activations
 from derm_compress.method.finetune import train
 from derm_compress.method.importance import measure
 from derm_compress.method.importance.calibration import Calibration
-from derm_compress.method.quantization import per_variant, search
+from derm_compress.method.quantization import search
 from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import oom
 from derm_compress.model import variants as variants_of
@@ -89,7 +89,7 @@ def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(
     def searched(folder, size):
         folder.mkdir()
         wanted = wanted_frames.asked(["original"], ["awq"], [4], 64)
-        per_variant.search_scales(folder, wanted, known, batch_size=size, **how)
+        search.search_scales(folder, wanted, known, batch_size=size, **how)
         return load_file(folder / "awq4" / "original.safetensors")
 
     def small(model, batches, *others, **more):

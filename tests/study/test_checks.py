@@ -69,7 +69,7 @@ WRONG = {
     "equal_bytes: no narrower width": {"bits": [4]},
     "methods: name at least one, such as awq": {"methods": []},
     "bits: name at least one, such as 4": {"bits": []},
-    "bitsandbytes has blocks of 32": {"group_size": 16},
+    "bitsandbytes has 32, 64": {"group_size": 16},
     "48 does not divide the 64 .*64": {"group_size": 48, "methods": ["llm_int8"]},
     "answer_weight: autoawq weighs": {"methods": ["autoawq"], "answer_weight": 2.0},
 }

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
-from derm_compress.method.quantization.forms import Form
+from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, memory, oom, shapes
 from derm_compress.model.prompts import collate, encode

@@ -1,8 +1,7 @@
 """AutoAWQ 0.2.9's own quantizer on a LLaVA decoder: the reference to measure against (Linux).
 
 Its calibration (texts from a hub) is replaced by the hidden states that multimodal prompts have
-before the first block; its choices are kept as this package's scales and clipping, which any recipe
-can apply.
+before the first block; its choices are kept as this package's scales and clipping.
 """
 
 import contextlib
@@ -34,8 +33,8 @@ class Layers:
         return LlamaAWQForCausalLM.get_layers_for_scaling(block, inputs, kwargs)
 
 
-def quantizer(model, hidden, arguments, *, bits=4, group_size=64, duo=False, clip=True):
-    """AutoAWQ's quantizer for what enter() gives: hidden states and the blocks' arguments.
+def quantizer(model, hidden, *, bits=4, group_size=64, duo=False, clip=True):
+    """AutoAWQ's quantizer for hidden states [rows, tokens, width] before the first block.
 
     Its quantize() scales and clips the blocks' weights in place and leaves the rounding to
     pseudo_quantize_tensor; found_scales [(before, names, s)] and found_clips [{name: shares}] keep
@@ -45,7 +44,9 @@ def quantizer(model, hidden, arguments, *, bits=4, group_size=64, duo=False, cli
     class Quantizer(_imported()):
         def init_quant(self, n_samples, max_seq_len):
             self.found_scales, self.found_clips = [], []
-            return anatomy.blocks(self.model), dict(arguments), hidden
+            places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            rope = anatomy.decoder(self.model).rotary_emb(hidden, position_ids=places)
+            return anatomy.blocks(self.model), {"position_embeddings": rope}, hidden
 
         def _search_best_scale(self, *args, **kwargs):
             self.found_scales.append(super()._search_best_scale(*args, **kwargs))
@@ -99,19 +100,15 @@ def search(model, batches, form):
     It knows no padding: every prompt is cut to the shortest one's length.
     """
     model = copy.deepcopy(model)
-    hidden, arguments = calibration.enter(model, equal_rows(batches))
+    hidden = calibration.enter(model, equal_rows(batches))
     how = {"bits": form.bits, "group_size": form.group_size, "duo": form.duo, "clip": form.clip}
-    reference = quantizer(model, hidden, arguments, **how)
+    reference = quantizer(model, hidden, **how)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         reference.quantize()
-    return _kept(reference, len(anatomy.blocks(model)))
-
-
-def _kept(reference, blocks):
     group_of = {told.linears[0]: group for group, told in anatomy.SEPARATE.items()}
     found, tensors, rows = reference.found_scales, {}, []
     for i, (_, names, s) in enumerate(found):
-        block, group = i * blocks // len(found), group_of[names[0]]
+        block, group = i * len(anatomy.blocks(model)) // len(found), group_of[names[0]]
         tensors[f"{block}.{group}"] = s.float().clone()
         rows.append({"block": block, "group": group, "alpha": None, "loss": None, "loss_rtn": None})
     for block, clips in enumerate(reference.found_clips):
@@ -121,11 +118,10 @@ def _kept(reference, blocks):
 
 def equal_rows(batches):
     """All batches as one without padding: of each row as many tokens as the shortest has."""
-    rows, pictures = [], []
+    rows, pixels = [], []
     for batch in batches:
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         rows += [ids[real] for ids, real in zip(batch["input_ids"], mask, strict=True)]
-        pictures.append(batch.get("pixel_values"))
-    ids = torch.stack([row[: min(map(len, rows))] for row in rows])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return batch if pictures[0] is None else batch | {"pixel_values": torch.cat(pictures)}
+        pixels += [batch["pixel_values"]] if "pixel_values" in batch else []
+    batch = {"input_ids": torch.stack([row[: min(map(len, rows))] for row in rows])}
+    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})

@@ -1,142 +1,86 @@
 """The calibration pass: every linear's input statistics, block after block.
 
 What prompts about one picture share, the picture above all, is computed once and counts as often as
-it is read. A model too large for the GPU stays on the CPU, with the block at hand on the GPU;
-hidden states between blocks wait in a folder where one is given, so that memory does not grow with
-the number of tokens.
+it is read. A model too large for the GPU stays on the CPU, with the block at hand on the GPU.
 """
 
 import contextlib
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import folding
-from derm_compress.method.quantization.inputs import InputSums
+from derm_compress.method.quantization.quantize import group_linears
+from derm_compress.method.quantization.scaling import InputSums
 from derm_compress.model import anatomy
 from derm_compress.model.cache import PrefixCache, visible
+from derm_compress.model.reading import picture_features
 
 
-def collect(model, batches, *, device=None, folder=None, skip=()):
+def collect(model, batches, *, device=None, skip=()):
     """Yield (block index, {group: InputStatistics}) for each block of the decoder in turn.
 
     Batches are the processor's output; positions outside the attention mask do not count, and
     token_weights, if a batch has them, weigh the others. device: where blocks run, one at a time,
-    if it is not the model's. folder: where hidden states wait until the end. skip: blocks that run
-    but yield {} (their results are kept from before).
+    if it is not the model's. skip: blocks that run but yield {} (their results are kept from
+    before).
     """
     training, home = model.training, model.device
     device = torch.device(device or home)
-    waiting = Waiting(folder)
+    parts, decoder = anatomy.parts(model), anatomy.decoder(model)
+    before = parts["vision_tower"], parts["projector"], decoder.embed_tokens, decoder.rotary_emb
     model.eval()
     try:
-        with _on(device, home, _around(model)):
-            passes = [
-                [waiting.put((i, k), part) for k, part in enumerate(parts_of(model, batch))]
-                for i, batch in enumerate(batches)
-            ]
+        with _on(device, home, before):
+            passes = [split(model, batch) for batch in batches]
         if not passes:
             said = "no batch was given; pass at least one batch of the processor's output"
             raise DermError(f"quantize: {said}")
         for index, block in enumerate(anatomy.blocks(model)):
             with _on(device, home, [block]):
-                sums = _through(block, passes, waiting, watch=index not in skip)
+                watched = () if index in skip else anatomy.groups(block)
+                sums = _through(block, passes, watched)
                 yield index, _statistics(index, sums)
     finally:
         model.train(training)
-        waiting.clear()
-
-
-def _around(model):
-    """What runs before the blocks."""
-    parts, decoder = anatomy.parts(model), anatomy.decoder(model)
-    return [parts["vision_tower"], parts["projector"], decoder.embed_tokens, decoder.rotary_emb]
 
 
 @contextlib.contextmanager
 def _on(device, home, modules):
     """Some modules of a model on another device for a while."""
-    if device != home:
-        for module in modules:
-            module.to(device)
+    for module in modules if device != home else ():
+        module.to(device)
     try:
         yield
     finally:
-        if device != home:
-            for module in modules:
-                module.to(home)
+        for module in modules if device != home else ():
+            module.to(home)
 
 
-class Waiting:
-    """Tensors by name that wait between two blocks, in memory or in files of a folder."""
+@dataclass(frozen=True)
+class Part:
+    """Tokens of a batch on their way through the blocks.
 
-    def __init__(self, folder):
-        self.folder, self.held = folder, {}
+    cos, sin: of their places. mask: None is causal. weight of the tokens: None is 1 each. row:
+    which row of the part before each follows, if any does.
+    """
 
-    def put(self, key, tensors):
-        """Keep a dict of tensors, or what is None among them, under a key, which is given back."""
-        if self.folder:
-            there = {k: t.cpu().contiguous() for k, t in tensors.items() if t is not None}
-            draft = self.folder / "batch-draft"  # tensors may still be read from the file before
-            save_file(there, draft)
-            draft.replace(self._file(key))
-        else:
-            self.held[key] = tensors
-        return key
-
-    def take(self, key, device):
-        found = load_file(self._file(key)) if self.folder else self.held[key]
-        return {k: t if t is None else t.to(device) for k, t in found.items()}
-
-    def _file(self, key):
-        return self.folder / "-".join(["batch", *map(str, key)])
-
-    def clear(self):
-        for file in self.folder.glob("batch-*") if self.folder else ():
-            file.unlink()
-
-
-class _Reached(Exception):
-    """The decoder's first block was reached: what comes after it runs block by block."""
-
-
-@torch.inference_mode()
-def enter(model, batch):
-    """Hidden states [rows, tokens, width] before the first block, and its other arguments."""
-    caught, picture = [], pictures(batch)
-
-    def stop(_, args, kwargs):
-        caught.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
-        raise _Reached
-
-    handles = [anatomy.blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)]
-    where = anatomy.decoder(model).embed_tokens.weight.device
-    feed = {k: v.to(where) for k, v in batch.items() if k not in ("labels", "token_weights")}
-    if "pixel_values" in feed and len(set(picture)) < len(picture):
-        feed["pixel_values"] = feed["pixel_values"][_first(picture)]
-        projector = anatomy.parts(model)["projector"]
-        handles.append(projector.register_forward_hook(lambda _, args, out: out[picture]))
-    try:
-        model(**feed, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return caught[0]
+    hidden: torch.Tensor  # [rows, tokens, width]
+    cos: torch.Tensor
+    sin: torch.Tensor
+    weight: torch.Tensor | None
+    mask: torch.Tensor | None = None
+    row: torch.Tensor | None = None
 
 
 def pictures(batch):
-    """The picture of each row by number: one for all without pixels, its own for several a row."""
-    pixels, rows = batch.get("pixel_values"), len(batch["input_ids"])
-    if pixels is None:
-        return [0] * rows
-    if len(pixels) != rows:
-        return list(range(rows))
-    numbers = {}
-    return [numbers.setdefault(row.cpu().float().numpy().tobytes(), len(numbers)) for row in pixels]
+    """The picture of each row by number; one for all rows without any."""
+    if "pixel_values" not in batch:
+        return [0] * len(batch["input_ids"])
+    rows, numbers = batch["pixel_values"].cpu().float().numpy(), {}
+    return [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
 
 
 def _first(picture):
@@ -145,15 +89,26 @@ def _first(picture):
 
 
 @torch.inference_mode()
-def parts_of(model, batch):
+def enter(model, batch):
+    """Hidden states [rows, tokens, width] before the first block; a picture is looked at once."""
+    embed = model.get_input_embeddings()
+    ids = batch["input_ids"].to(embed.weight.device)
+    hidden = embed(ids)
+    if "pixel_values" in batch:
+        picture = pictures(batch)
+        features = picture_features(model, batch["pixel_values"][_first(picture)].to(ids.device))
+        hidden[ids == model.config.image_token_id] = features[picture].flatten(0, 1)
+    return hidden
+
+
+@torch.inference_mode()
+def split(model, batch):
     """A batch before the first block: what rows about one picture share, if anything, and the rest.
 
-    Either is a dict: hidden [rows, tokens, width], cos and sin of the tokens' places, mask (None:
-    causal), weight of the tokens (None: all 1), row: which of the rows shared each follows (None:
-    nothing is shared).
+    A list of Parts.
     """
-    hidden, _ = enter(model, batch)
-    device, picture = hidden.device, pictures(batch)
+    hidden, picture = enter(model, batch), pictures(batch)
+    device = hidden.device
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(device)
     weight = batch.get("token_weights", torch.ones(real.shape)).to(device, torch.float32)
     ids = _unpadded(batch["input_ids"].to(device), real)
@@ -164,8 +119,8 @@ def parts_of(model, batch):
     places = torch.arange(count + rest.shape[1], device=device)
     if not count:  # what stands behind a row, padding, is unseen by causal attention
         return [_part(model, rest, own, places)]
+    begins = torch.stack([rows[row][:count] for row in _first(picture)])
     picture = torch.tensor(picture, device=device)
-    begins = torch.stack([rows[row][:count] for row in _first(picture.tolist())])
     shared = torch.zeros(begins.shape[:2], device=device)
     shared.index_add_(0, picture, torch.stack([row[:count] for row in weights]))
     mask = visible((places <= places[count:, None])[None, None], hidden.dtype)
@@ -186,46 +141,39 @@ def _alike(rows):
     return int((begins == begins[0]).all(0).cumprod(0).sum())
 
 
-def _part(model, hidden, weight, places, mask=None, row=None):
+def _part(model, hidden, weight, places, **more):
     cos, sin = anatomy.decoder(model).rotary_emb(hidden, position_ids=places[None])
-    weight = None if (weight == 1).all() else weight
-    return {"hidden": hidden, "cos": cos, "sin": sin, "mask": mask, "weight": weight, "row": row}
+    return Part(hidden, cos, sin, None if (weight == 1).all() else weight, **more)
 
 
 @torch.inference_mode()
-def _through(block, passes, waiting, *, watch):
-    """Send every batch through a block; {group: InputSums} of what its linears read."""
+def _through(block, passes, watched):
+    """Send every batch through a block; {group: InputSums} of what the watched linears read."""
     sums, weight, handles = {}, None, []
 
-    def hook(group):
-        def see(_, args):
-            x = args[0]
-            if weight is None:
-                sums[group].add(x.flatten(0, 1).float())
-            else:
-                real = weight > 0
-                sums[group].add(x[real].float(), weight[real])
+    def see(group, _, args):
+        if weight is None:
+            sums[group].add(args[0].flatten(0, 1).float())
+        else:
+            real = weight > 0
+            sums[group].add(args[0][real].float(), weight[real])
 
-        return see
-
-    for group in anatomy.groups(block) if watch else ():
-        first, *_ = folding.group_linears(block, group).values()
+    for group in watched:
+        first, *_ = group_linears(block, group).values()
         sums[group] = InputSums()
-        handles.append(first.register_forward_pre_hook(hook(group)))
-    device = next(block.parameters()).device
+        handles.append(first.register_forward_pre_hook(partial(see, group)))
     try:
         for batch in passes:
             memory = None
-            for key in batch:
-                part = waiting.take(key, device)
-                weight, memory = part.get("weight"), PrefixCache(memory, part.get("row"))
+            for i, part in enumerate(batch):
+                weight, memory = part.weight, PrefixCache(memory, part.row)
                 out = block(
-                    part["hidden"],
-                    position_embeddings=(part["cos"], part["sin"]),
-                    attention_mask=part.get("mask"),
+                    part.hidden,
+                    position_embeddings=(part.cos, part.sin),
+                    attention_mask=part.mask,
                     past_key_values=memory,
                 )
-                waiting.put(key, part | {"hidden": out[0] if isinstance(out, tuple) else out})
+                batch[i] = replace(part, hidden=out[0] if isinstance(out, tuple) else out)
     finally:
         for handle in handles:
             handle.remove()

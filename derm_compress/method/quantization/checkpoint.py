@@ -1,23 +1,22 @@
 """Quantized models as folders: written from packed modules, read back by one call on CPU and GPU.
 
-4-bit integers of one group size go to AutoAWQ's GEMM layout (gemm.py), NF4 to an ordinary
+4-bit integers of one group size go to AutoAWQ's GEMM layout (codes.py), NF4 to an ordinary
 bitsandbytes checkpoint that plain from_pretrained opens. Everything else (other widths, mixed ones,
-hqq) has a layout of its own: beside each linear's name `codes` (uint8, codes.pack), `scales` (fp16
-[out, in / g]) and, unless symmetric, `zeros` (packed like the codes; fp16 for hqq), with every
-linear's grid under quantization_config.modules in config.json. Tensors are named as on the hub
-(llava-hf/llava-1.5-7b-hf), which all versions of Transformers and vLLM know.
+hqq) has a layout of its own: beside each linear's name what PackedLinear holds, `codes`, `scales`
+and `zeros`, with every linear's grid under quantization_config.modules in config.json. Tensors are
+named as on the hub (llava-hf/llava-1.5-7b-hf), which all versions of Transformers and vLLM know.
 """
 
 import json
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import gemm
-from derm_compress.method.quantization.codes import unpack
+from derm_compress.method.quantization.codes import from_gemm, to_gemm
 from derm_compress.method.quantization.grids import HQQGrid, IntegerGrid, NF4Grid
 from derm_compress.method.quantization.packed import PackedLinear
 from derm_compress.method.quantization.quantize import quantized_linears
@@ -71,7 +70,7 @@ def save(model, folder):
         for name, module in packed.items():
             for own in ("codes", "scales", "zeros"):
                 state.pop(f"{name}.{own}", None)
-            made = gemm.to_gemm(*module.encoded())
+            made = to_gemm(*module.encoded())
             state |= {f"{name}.{key}": tensor for key, tensor in made.items()}
     else:
         modules = {_hub_name(name): _described(module) for name, module in packed.items()}
@@ -125,14 +124,8 @@ def _fits_gemm(packed):
 
 
 def _described(module):
-    grid = module.grid
-    return {
-        "kind": "hqq" if isinstance(grid, HQQGrid) else "integer",
-        "bits": grid.bits,
-        "group_size": grid.group_size,
-        "symmetric": grid.symmetric,
-        "shape": list(module.shape),
-    }
+    kind = "hqq" if isinstance(module.grid, HQQGrid) else "integer"
+    return {"kind": kind} | asdict(module.grid) | {"shape": list(module.shape)}
 
 
 def load(path, device="cpu"):
@@ -151,9 +144,9 @@ def load(path, device="cpu"):
             model = _load_bitsandbytes(path, device)
         case "awq":
             _check_gemm(path, told)
-            model = _load_packed(path, device, lambda tensors: _gemm_modules(tensors, told))
+            model = _load_packed(path, device, partial(_gemm_modules, told))
         case "derm_compress":
-            model = _load_packed(path, device, lambda tensors: _own_modules(tensors, told))
+            model = _load_packed(path, device, partial(_own_modules, told))
         case other:
             known = f"this package reads awq, bitsandbytes and {OWN}"
             raise DermError(f"model {path}: quantized by {other!r}; {known}")
@@ -198,16 +191,15 @@ def _load_packed(path, device, modules_of):
         config = AutoConfig.from_pretrained(path)
         config._attn_implementation = "sdpa"
         model = LlavaForConditionalGeneration(config)
+    inside = set()
     for name, module in made.items():
-        bias = tensors.pop(f"{name}.bias", None)
-        if bias is not None:
-            module.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
+        module.bias = model.get_submodule(name).bias
+        inside |= {f"{name}.{own}" for own in module.state_dict()} - {f"{name}.bias"}
         model.set_submodule(name, module)
     rest = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     if config.tie_word_embeddings and anatomy.EMBEDDING in rest:
         rest[anatomy.HEAD] = rest[anatomy.EMBEDDING]
     missing, unexpected = model.load_state_dict(rest, strict=False, assign=True)
-    inside = {f"{name}.{own}" for name in made for own in ("codes", "scales", "zeros", "bias")}
     if gone := sorted(set(missing) - inside):
         raise DermError(f"model {path}: {len(gone)} weights are missing, first {gone[0]}")
     if unexpected:
@@ -226,24 +218,22 @@ def _check_gemm(path, told):
         raise DermError(f"model {path}: AWQ files of {found}; this package reads {asked}")
 
 
-def _gemm_modules(tensors, told):
+def _gemm_modules(told, tensors):
     grid, made = IntegerGrid(4, told["group_size"]), {}
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
         parts = {key: tensors.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales")}
-        made[name] = PackedLinear(grid, *gemm.from_gemm(parts))
+        made[name] = PackedLinear.of(grid, *from_gemm(parts))
     return made
 
 
-def _own_modules(tensors, told):
+def _own_modules(told, tensors):
     made = {}
     for hub, form in told["modules"].items():
         name = _memory_name(hub)
         grid = KINDS[form["kind"]](form["bits"], form["group_size"], form["symmetric"])
-        scales, zeros = tensors.pop(f"{name}.scales"), tensors.pop(f"{name}.zeros", None)
-        if zeros is not None and not zeros.is_floating_point():
-            zeros = unpack(zeros, grid.bits, scales.shape)
-        codes = unpack(tensors.pop(f"{name}.codes"), grid.bits, torch.Size(form["shape"]))
-        made[name] = PackedLinear(grid, codes, scales, zeros)
+        held = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales")
+        zeros = tensors.pop(f"{name}.zeros", None)
+        made[name] = PackedLinear(grid, form["shape"], *held, zeros)
     return made
 
 

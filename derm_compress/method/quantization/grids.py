@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,7 @@ class IntegerGrid:
     bits: int
     group_size: int
     symmetric: bool = False
+    zeros: ClassVar = torch.uint8  # as they are held
 
     def levels(self, weight, ends=None):
         """Weight [..., in] -> codes [..., in / g, g], scales, zeros [..., in / g, 1], float32."""
@@ -44,9 +46,9 @@ class IntegerGrid:
         return (groups / scales).round_().add_(zeros).clamp_(0, top), scales, zeros
 
     def encode(self, weight, ends=None):
-        """Weight [out, in] -> uint8 codes, fp16 scales, zeros (symmetric: None) [out, in / g]."""
+        """Weight [out, in] -> uint8 codes, fp16 scales, zeros [out, in / g] (symmetric: None)."""
         codes, scales, zeros = self.levels(weight, ends)
-        zeros = None if self.symmetric else zeros.squeeze(-1).to(torch.uint8)
+        zeros = None if self.symmetric else zeros.squeeze(-1).to(self.zeros)
         return codes.flatten(-2).to(torch.uint8), scales.squeeze(-1).half(), zeros
 
     def decode(self, codes, scales, zeros):
@@ -64,12 +66,14 @@ class IntegerGrid:
         """The linear as a module that holds only codes."""
         from derm_compress.method.quantization.packed import PackedLinear
 
-        return PackedLinear(self, *self.encode(linear.weight.data, ends), bias=linear.bias)
+        return PackedLinear.of(self, *self.encode(linear.weight.data, ends), bias=linear.bias)
 
 
 @dataclass(frozen=True)
 class HQQGrid(IntegerGrid):
     """Integers with a fractional zero: hqq fits it and the scale to the weights alone."""
+
+    zeros: ClassVar = torch.float16
 
     def levels(self, weight, ends=None):
         """As IntegerGrid's; the zero [..., in / g, 1] that hqq finds is no whole number."""
@@ -85,12 +89,6 @@ class HQQGrid(IntegerGrid):
         # the codes anew, as scale and zero are now fp16
         groups = weight.unflatten(-1, (-1, self.group_size))
         return (groups / scales).add_(zeros).round_().clamp_(0, 2**self.bits - 1), scales, zeros
-
-    def encode(self, weight, ends=None):
-        """Weight [out, in] -> unsigned codes [out, in], fp16 scales and zeros [out, in / g]."""
-        codes, scales, zeros = self.levels(weight, ends)
-        codes = codes.flatten(-2).to(torch.uint8)
-        return codes, scales.squeeze(-1).half(), zeros.squeeze(-1).half()
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ class Int8Grid:
 
 
 def grid_of(form, block=None):
-    """The grid of a block's linears in a form (forms.Form)."""
+    """The grid of a block's linears in a form (methods.Form)."""
     bits = form.block_bits.get(block, form.bits)
     match form.kind.grid:
         case "integer":

@@ -1,17 +1,20 @@
-"""The quantization methods: one entry a method, and a grid in grids.py where none fits. No torch.
+"""Quantization methods, and the forms that they give weights. No torch.
 
 A quantizer is a grid times a scaling (times clipping). Its name is the method's and the options
-that differ, joined by dashes: awq, awq-duo-clip, bitsandbytes-double, awq-text (calibrated without
-pictures).
+that differ, joined by dashes: awq, awq-duo-clip, bitsandbytes-double, awq-text. A form is a
+quantizer at a width: awq4-clip. To add a method: an entry in METHODS, and a grid in grids.py where
+none fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 from derm_compress.errors import DermError
 from derm_compress.model.memory import FP16, FP32, Format
+
+MIXED = "mixed"  # how names end where blocks have several widths
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,7 @@ class Method:
     """A quantization method, and what may be asked of it.
 
     grid: a kind that grids.grid_of knows. scaling: who chooses the scales: "search" (Eqs. 6-8),
-    "autoawq", or nobody. group_sizes: empty for any. options: what a name may say beside the
-    method. in_paper: of the paper's Tables 3 and 5.
+    "autoawq", or nobody. group_sizes: empty for any. in_paper: of the paper's Tables 3 and 5.
     """
 
     name: str
@@ -32,10 +34,6 @@ class Method:
     options: tuple[str, ...] = ()
     in_paper: bool = False
     citation: str = ""
-
-    def searched(self, options: Iterable[str] = ()) -> bool:
-        """Whether calibration inputs choose its scales or its clipping."""
-        return bool(self.scaling) or "clip" in options
 
     def format(self, bits: float, group_size: int, *, double: bool = False) -> Format:
         """How its weights are stored; the scales and zero points that a group shares, in bytes."""
@@ -60,68 +58,118 @@ class Method:
 
     def check_size(self, bits: int, group_size: int) -> None:
         """DermError for a width or a group size that it has not."""
-        if bits not in self.widths:
-            raise DermError(f"bits: {self.name} has {_listed(self.widths)}, not {bits}")
-        if self.group_sizes and group_size not in self.group_sizes:
-            sizes = _listed(self.group_sizes)
-            raise DermError(f"group_size: {self.name} has blocks of {sizes}, not of {group_size}")
+        for what, asked, has in (
+            ("bits", bits, self.widths),
+            ("group_size", group_size, self.group_sizes),
+        ):
+            if has and asked not in has:
+                known = ", ".join(map(str, has))
+                raise DermError(f"{what}: {self.name} has {known}, not {asked}")
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-SEARCHED = ("duo", "clip", "text")
+CLIP, SEARCHED = ("clip",), ("duo", "clip", "text")
 BLOCKS = (32, 64, 128, 256)
-METHODS = {
-    method.name: method
-    for method in (
-        Method(
-            "awq",
-            "AWQ",
-            "integer",
-            "search",
-            options=SEARCHED,
-            in_paper=True,
-            citation="arXiv:2306.00978",
-        ),
-        Method(
-            "autoawq",
-            "AutoAWQ",
-            "integer",
-            "autoawq",
-            (4,),
-            options=SEARCHED,
-            citation="arXiv:2306.00978",
-        ),
-        Method("rtn", "round-to-nearest", "integer", options=("clip",), in_paper=True),
-        Method(
-            "rtn_symmetric",
-            "symmetric round-to-nearest",
-            "symmetric",
-            options=("clip",),
-            in_paper=True,
-        ),
-        Method(
-            "bitsandbytes",
-            "bitsandbytes",
-            "nf4",
-            widths=(4,),
-            group_sizes=BLOCKS,
-            options=("double",),
-            in_paper=True,
-            citation="arXiv:2305.14314",
-        ),
-        Method("awq_nf4", "AWQ-NF4", "nf4", "search", (4,), BLOCKS, (*SEARCHED, "double")),
-        Method("hqq", "HQQ", "hqq", citation="https://mobiusml.github.io/hqq_blog"),
-        Method("llm_int8", "LLM.int8", "int8", widths=(8,), citation="arXiv:2208.07339"),
-    )
-}
+AWQ, QLORA = "arXiv:2306.00978", "arXiv:2305.14314"
+_ALL = (
+    Method("awq", "AWQ", "integer", "search", options=SEARCHED, in_paper=True, citation=AWQ),
+    Method("autoawq", "AutoAWQ", "integer", "autoawq", (4,), options=SEARCHED, citation=AWQ),
+    Method("rtn", "round-to-nearest", "integer", options=CLIP, in_paper=True),
+    Method("rtn_symmetric", "symmetric round-to-nearest", "symmetric", options=CLIP, in_paper=True),
+    Method("bitsandbytes", "bitsandbytes", "nf4", "", (4,), BLOCKS, ("double",), True, QLORA),
+    Method("awq_nf4", "AWQ-NF4", "nf4", "search", (4,), BLOCKS, (*SEARCHED, "double")),
+    Method("hqq", "HQQ", "hqq", citation="https://mobiusml.github.io/hqq_blog"),
+    Method("llm_int8", "LLM.int8", "int8", widths=(8,), citation="arXiv:2208.07339"),
+)
+METHODS = {method.name: method for method in _ALL}
 IN_PAPER = tuple(name for name, method in METHODS.items() if method.in_paper)
 
 
-def quantizers(names: Iterable[str]) -> list[tuple[Method, tuple[str, ...]]]:
-    """(method, options) of quantizers' names; DermError says what is known."""
+@dataclass(frozen=True)
+class Form:
+    """A method at a width: awq4, awq3-duo-clip, awq4-text, awq2-mixed.
+
+    duo: scales also know the weights' magnitudes. clip: groups may be clipped. double: NF4's absmax
+    in 8 bits. text: calibrated without pictures. block_bits: {block of the model at hand: bits}
+    where they differ from `bits`.
+    """
+
+    method: str
+    bits: int = 4
+    group_size: int = 64
+    duo: bool = False
+    clip: bool = False
+    double: bool = False
+    text: bool = False
+    block_bits: Mapping[int, int] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise DermError(f"quantizer {self.method!r}: methods are {', '.join(METHODS)}")
+        widths = {int(block): bits for block, bits in self.block_bits.items()}  # JSON's keys: texts
+        object.__setattr__(self, "block_bits", widths)
+        self.kind.check_options(self.options)
+        for bits in {self.bits, *widths.values()}:
+            self.kind.check_size(bits, self.group_size)
+
+    @staticmethod
+    def of(step: Mapping) -> Form:
+        """The form of a recipe's step."""
+        told = {key: value for key, value in step.items() if key not in ("step", "ref")}
+        known = [f.name for f in fields(Form)]
+        if unknown := sorted(set(told) - set(known)):
+            said = f"a recipe's step has unknown fields {unknown}; known: {known}"
+            raise DermError(f"quantize: {said}")
+        return Form(**told)
+
+    @property
+    def step(self) -> dict:
+        """What a recipe's step says of it, as JSON holds it: nothing of its calibration."""
+        step = {"method": self.method, "bits": self.bits, "group_size": self.group_size}
+        step |= {option: True for option in self.options if option != "text"}
+        if self.block_bits:
+            step["block_bits"] = {str(block): bits for block, bits in self.block_bits.items()}
+        return step
+
+    @property
+    def kind(self) -> Method:
+        return METHODS[self.method]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(name for name in ("duo", "clip", "double", "text") if getattr(self, name))
+
+    @property
+    def scaled(self) -> bool:
+        return bool(self.kind.scaling)
+
+    @property
+    def searched(self) -> bool:
+        """Whether calibration inputs choose its scales or its clipping."""
+        return self.scaled or self.clip
+
+    @property
+    def quantizer(self) -> str:
+        """Its name without the width: awq-clip."""
+        return self._named(self.method)
+
+    @property
+    def name(self) -> str:
+        """awq4-clip; the width once, where the method's name ends with it."""
+        bits = str(self.bits)
+        return self._named(self.method if self.method.endswith(bits) else self.method + bits)
+
+    def _named(self, method: str) -> str:
+        return "-".join([method, *self.options, *([MIXED] if self.block_bits else [])])
+
+    def format(self, blocks: int = 1) -> Format:
+        """How the linears of so many blocks are stored; `bits` are the blocks' mean."""
+        bits = sum(self.block_bits.get(block, self.bits) for block in range(blocks)) / blocks
+        bits = int(bits) if bits == int(bits) else bits
+        return self.kind.format(bits, self.group_size, double=self.double)
+
+
+def quantizers(names: Iterable[str]) -> list[Form]:
+    """Quantizers by their names, each at its first width; DermError says what is known."""
     found = []
     for name in names:
         head, *options = name.split("-")
@@ -130,5 +178,27 @@ def quantizers(names: Iterable[str]) -> list[tuple[Method, tuple[str, ...]]]:
         METHODS[head].check_options(options)
         if len(set(options)) < len(options):
             raise DermError(f"quantizer {name!r}: an option is named once")
-        found.append((METHODS[head], tuple(options)))
+        found.append(Form(head, METHODS[head].widths[0], **dict.fromkeys(options, True)))
     return found
+
+
+def forms(names: Iterable[str], bits: Sequence[int], group_size: int) -> list[Form]:
+    """Every quantizer at every width; a method of one width has that one, whatever is asked."""
+    found = []
+    for form in quantizers(names):
+        widths = form.kind.widths if len(form.kind.widths) == 1 else bits
+        found += [replace(form, bits=width, group_size=group_size) for width in widths]
+    return found
+
+
+def check_groups(asked: Iterable[Form], inputs: Mapping[str, int]) -> None:
+    """DermError for a group size that does not divide the linears' inputs, by name."""
+    for form in asked:
+        size = form.group_size
+        odd = [name for name, into in inputs.items() if into % size]
+        if odd and form.kind.grid != "int8":  # which takes whole rows
+            every = inputs.values()
+            sizes = (256, 128, 64, 32, 16, 8, 1)
+            fit = next(n for n in sizes if not any(into % n for into in every))
+            told = f"{size} does not divide the {inputs[odd[0]]} inputs of {odd[0]}"
+            raise DermError(f"group_size: {told}; use a divisor, such as {fit}")

@@ -20,38 +20,37 @@ TILE = (8, 16 * INNER_TILES)  # outputs and inputs of its tiles
 
 
 class PackedLinear(nn.Module):
-    """A linear holding packed codes, fp16 scales and, if asymmetric, zeros.
+    """A linear holding packed codes, fp16 scales [out, in / g] and, if asymmetric, zeros.
 
-    bits / 8 + 2 / g bytes a weight, and bits / 8 / g (hqq: 2 / g) for zeros; 4 / g more once
-    torch's int4 kernel was used. Without it (other widths, long inputs, older GPUs, `kernels` off)
-    the forward decodes the whole weight: the same numbers as an unpacked model, on any device, and
-    no faster. The kernel computes in bfloat16.
+    Without torch's int4 kernel (other widths, long inputs, older GPUs, `kernels` off) the forward
+    decodes the whole weight: the same numbers as an unpacked model, on any device, and no faster.
+    The kernel computes in bfloat16, and keeps 4 / g bytes a weight more.
     """
 
     kernels = True
 
-    def __init__(self, grid, codes, scales, zeros=None, *, bias=None):
-        """codes [out, in], scales and zeros [out, in / g] as grid.encode gives them."""
+    def __init__(self, grid, shape, codes, scales, zeros=None, *, bias=None):
+        """codes, zeros: as codes.pack() gives them."""
         super().__init__()
-        self.grid, self.shape, self.bias = grid, codes.shape, bias
-        self.out_features, self.in_features = codes.shape
-        if zeros is not None and not zeros.is_floating_point():
-            zeros = pack(zeros, grid.bits)
-        self.register_buffer("codes", pack(codes, grid.bits))
+        self.grid, self.shape, self.bias = grid, torch.Size(shape), bias
+        self.out_features, self.in_features = shape
+        self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
         self.register_buffer("steps", None, persistent=False)  # the kernel's scales and offsets
 
+    @classmethod
+    def of(cls, grid, codes, scales, zeros=None, *, bias=None):
+        """Of codes [out, in], scales and zeros [out, in / g] as grid.encode gives them."""
+        held = pack(codes, grid.bits), scales, pack(zeros, grid.bits)
+        return cls(grid, codes.shape, *held, bias=bias)
+
     def encoded(self):
         """(codes [out, in], scales, zeros [out, in / g]) as grid.encode gave them."""
-        zeros = self.zeros
-        if zeros is not None and not zeros.is_floating_point():
-            zeros = unpack(zeros, self.grid.bits, self.scales.shape)
+        zeros = unpack(self.zeros, self.grid.bits, self.scales.shape)
         if self.steps is None:
-            codes = unpack(self.codes, self.grid.bits, self.shape)
-        else:
-            codes = kernel_codes(self.codes, self.shape)
-        return codes, self.scales, zeros
+            return unpack(self.codes, self.grid.bits, self.shape), self.scales, zeros
+        return kernel_codes(self.codes, self.shape), self.scales, zeros
 
     def dequantized(self, dtype=torch.float32):
         """Weight [out, in], some rows at a time so that no second copy in float32 is needed."""

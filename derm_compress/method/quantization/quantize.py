@@ -1,48 +1,25 @@
-"""Quantization of a model in place: the decoder's linears onto a form's grid."""
-
-from dataclasses import dataclass
+"""Quantization of a model in place: scales folded in (Eq. 6), the decoder's linears onto a grid."""
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import folding
-from derm_compress.method.quantization.forms import Form
 from derm_compress.method.quantization.grids import Int8Grid, clip_ends, grid_of
+from derm_compress.method.quantization.methods import Form
 from derm_compress.model import anatomy
 
 
-@dataclass(frozen=True)
-class Target:
-    """A linear to quantize: its block, its name there, its grid."""
-
-    index: int
-    block: nn.Module
-    name: str
-    grid: object
-
-    @property
-    def key(self):
-        return f"{self.index}.{self.name}"
-
-    @property
-    def linear(self):
-        return self.block.get_submodule(self.name)
-
-
 def targets(model, form):
-    """The linears that a form quantizes; DermError where it fits another model."""
-    blocks = anatomy.blocks(model)
+    """{"block.name": (block, name, grid)} of what a form quantizes; DermError if it cannot."""
+    blocks, found = anatomy.blocks(model), {}
     if beyond := [block for block in form.block_bits if not 0 <= block < len(blocks)]:
         said = f"bits are given for blocks {beyond}; the model has {len(blocks)}"
         raise DermError(f"quantize: {said}")
-    found = []
     for index, block in enumerate(blocks):
         grid = grid_of(form, index)
         for name, linear in anatomy.linears(block).items():
-            found.append(Target(index, block, name, grid))
             _check(linear, f"block {index} {name}", getattr(grid, "group_size", 1))
+            found[f"{index}.{name}"] = block, name, grid
     return found
 
 
@@ -67,27 +44,31 @@ def quantize(model, form, *, scales=None, packed=False):
         has = "needs the scales of a search" if form.searched else "takes no scales"
         raise DermError(f"quantize: {form.name} {has}")
     scales = scales or {}
-    clips = {target.key: scales[target.key] for target in found if target.key in scales}
-    folded = {key: s for key, s in scales.items() if key not in clips}
+    folded = {key: s for key, s in scales.items() if key not in found}
     if form.scaled or folded:
-        folding.fold_scales(model, folded)
-    for target in found:
-        _replace(target, clips.get(target.key), packed)
+        fold_scales(model, folded)
+    for key, (block, name, grid) in found.items():
+        linear = block.get_submodule(name)
+        ends = clip_ends(scales[key], grid.bits, linear.weight.device) if key in scales else None
+        if packed or isinstance(grid, Int8Grid):
+            linear = grid.packed(linear, ends)
+            block.set_submodule(name, linear)
+        else:
+            _set(
+                linear.weight,
+                grid.rounded(linear.weight, ends),
+                f"rounded weights of {key}",
+                "quantize in fp32",
+            )
+        linear.grid = grid
     return model
 
 
-def _replace(target, clip, packed):
-    linear, grid = target.linear, target.grid
-    ends = None if clip is None else clip_ends(clip, grid.bits, linear.weight.device)
-    if packed or isinstance(grid, Int8Grid):
-        target.block.set_submodule(target.name, grid.packed(linear, ends))
-    else:
-        rounded = grid.rounded(linear.weight, ends).to(linear.weight.dtype)
-        if rounded.dtype != torch.float32 and not anatomy.finite(rounded):
-            told = f"rounded weights of {target.key} overflow {rounded.dtype}; quantize in fp32"
-            raise DermError(f"quantize: {told}")
-        linear.weight.copy_(rounded)
-    target.linear.grid = grid
+def _set(parameter, value, what, advice):
+    value = value.to(parameter.dtype)
+    if not anatomy.finite(value):
+        raise DermError(f"quantize: {what} overflow {parameter.dtype}; {advice}")
+    parameter.copy_(value)
 
 
 def quantized_linears(model):
@@ -100,3 +81,46 @@ def apply_step(model, step, store, *, packed=False):
     """Apply a recipe's step: a form's fields and, where it was searched, `ref` to its scales."""
     scales = load_file(store.resolve(step["ref"])) if step.get("ref") else None
     return quantize(model, Form.of(step), scales=scales, packed=packed)
+
+
+def group_linears(block, group):
+    """{name: linear} of a group of anatomy.groups()."""
+    return {name: block.get_submodule(name) for name in anatomy.groups(block)[group].linears}
+
+
+def absorber(block, group):
+    """The module before a group's linears, where s [in] fits the last of its parts, else None.
+
+    Under grouped-query attention the values are narrower than what o_proj reads, which then stays
+    unscaled.
+    """
+    told = anatomy.groups(block)[group]
+    before, wide = block.get_submodule(told.before), block.get_submodule(told.linears[0])
+    return before if len(before.weight) == told.parts * wide.in_features else None
+
+
+def scale_groups(model):
+    """{"block.group": (module before, linears)} of the decoder, where s [in] can be folded."""
+    return {
+        f"{index}.{group}": (before, list(group_linears(block, group).values()))
+        for index, block in enumerate(anatomy.blocks(model))
+        for group in anatomy.groups(block)
+        if (before := absorber(block, group)) is not None
+    }
+
+
+@torch.no_grad()
+def fold_scales(model, scales):
+    """Multiply each group's input columns by s and divide the module before by it, in place."""
+    groups = scale_groups(model)
+    widths = {key: linears[0].in_features for key, (_, linears) in groups.items()}
+    if widths != {key: len(s) for key, s in scales.items()}:
+        raise DermError("quantize: the scales belong to another model; run the search on this one")
+    for key, (before, linears) in groups.items():
+        s, told = scales[key].to(before.weight.device, torch.float32), f"scales of {key}"
+        for parameter in before.parameters():
+            rows = s.view(-1, *[1] * (parameter.ndim - 1))
+            last = parameter[-len(s) :]
+            _set(last, last.float() / rows, told, "calibrate anew")
+        for linear in linears:
+            _set(linear.weight, linear.weight.float() * s, told, "calibrate anew")

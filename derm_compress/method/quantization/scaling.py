@@ -1,14 +1,18 @@
 """Activation-aware scaling and clipping (Eqs. 6-8): which scales, and where to clip, on any grid.
 
-Eq. 8 is activation_scale(), Eq. 6's error Q(W s) / s - W, Eq. 7's square inputs.row_errors() of it
-(inputs.py), and search_scale() their minimum.
+Eq. 8 is activation_scale(), Eq. 6's error D = Q(W s) / s - W [out, in]. What inputs X say of it,
+the square of Eq. 7, is tr(D H D^T) with H = X^T X: tokens are read once, whatever is tried on the
+weights. search_scale() takes its minimum.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-from derm_compress.method.quantization import folding
+from derm_compress.errors import DermError
+from derm_compress.method.activations import tap
+from derm_compress.method.quantization import quantize
 from derm_compress.method.quantization.grids import clip_shares, grid_of
 from derm_compress.model import anatomy
 
@@ -18,6 +22,85 @@ SAMPLE = 128  # rows that choose FINALISTS of larger weights; all rows decide am
 FINALISTS = 2
 UNCLIPPED = anatomy.QUERIES_AND_KEYS
 CHUNK = 2**19  # weights rounded at a time on a CPU: what its caches hold
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Mean |x| [in] of inputs X [tokens, in], and the cheaper factor of Eq. 7: X, or H [in, in].
+
+    Where tokens weigh differently X is what gives the weighted H.
+    """
+
+    mean_abs: torch.Tensor
+    tokens: int
+    inputs: torch.Tensor | None = None
+    gram: torch.Tensor | None = None
+
+    @staticmethod
+    def of(x, weight=None):
+        """The statistics of inputs x [tokens, in], all at once."""
+        sums = InputSums()
+        sums.add(x, weight)
+        return sums.statistics()
+
+    def matrix(self):
+        """H [in, in]."""
+        return self.inputs.T @ self.inputs if self.gram is None else self.gram
+
+    def row_errors(self, delta):
+        """Square of Eq. 7 by output for weight errors delta [..., out, in]: [..., out]."""
+        if self.inputs is not None:
+            return (delta @ self.inputs.T).square_().sum(-1)
+        return (delta @ self.gram).mul_(delta).sum(-1)
+
+    def diagonal_blocks(self, size):
+        """H's blocks [in / size, size, size] on its diagonal."""
+        if self.inputs is None:
+            places = [slice(i, i + size) for i in range(0, len(self.gram), size)]
+            return torch.stack([self.gram[place, place] for place in places])
+        groups = self.inputs.unflatten(1, (-1, size)).transpose(0, 1)
+        return groups.transpose(1, 2) @ groups
+
+    def finite(self):
+        held = (self.mean_abs, self.inputs, self.gram)
+        return all(anatomy.finite(tensor) for tensor in held if tensor is not None)
+
+
+class InputSums:
+    """Streaming sums of inputs: X itself until it is as large as H, from then on H."""
+
+    def __init__(self):
+        self.tokens, self.mass, self.total = 0, 0.0, 0.0
+        self.held, self.gram = [], None
+
+    def add(self, x, weight=None):
+        """Take in x [tokens, in], float32, each token weighing weight [tokens] or 1."""
+        self.tokens += len(x)
+        self.mass = self.mass + (len(x) if weight is None else weight.sum())
+        size = x.abs()
+        self.total = self.total + (size.sum(0) if weight is None else weight @ size)
+        if weight is not None:
+            x = x * weight.sqrt()[:, None]
+        if self.gram is None and self.tokens < x.shape[1]:
+            self.held.append(x.clone())
+            return
+        for part in (*self.held, x):
+            self.gram = part.T @ part if self.gram is None else self.gram.addmm_(part.T, part)
+        self.held = []
+
+    def statistics(self):
+        inputs = torch.cat(self.held) if self.held else None
+        return InputStatistics(self.total / self.mass, self.tokens, inputs, self.gram)
+
+
+def input_statistics(model, batches, block, name):
+    """The statistics of what one linear of a block reads, such as mlp.down_proj."""
+    linears = anatomy.linears(anatomy.blocks(model)[block])
+    if name not in linears:
+        raise DermError(f"quantize: no linear {name!r} in block {block}; {', '.join(linears)}")
+    sums = InputSums()
+    tap(model, batches, {name: linears[name]}, lambda _, x: sums.add(x), inputs=True)
+    return sums.statistics()
 
 
 def activation_scale(mean_abs, alpha, magnitude=None):
@@ -115,21 +198,18 @@ def search_block(model, index, statistics, form):
     """
     block, grid = anatomy.blocks(model)[index], grid_of(form, index)
     tensors, rows = {}, []
-    for group in statistics:
-        linears = folding.group_linears(block, group)
-        inputs = statistics[group]
+    for group, inputs in statistics.items():
+        linears = quantize.group_linears(block, group)
         s = torch.ones_like(inputs.mean_abs)
-        if form.scaled and folding.absorbs(block, group):
+        if form.scaled and quantize.absorber(block, group) is not None:
             weight = torch.cat([linear.weight for linear in linears.values()]).float()
             s, alpha, loss, plain = search_scale(weight, inputs, grid, duo=form.duo)
             tensors[f"{index}.{group}"] = s
             told = {"alpha": alpha, "loss": loss, "loss_rtn": plain}
             rows.append({"block": index, "group": group, **told})
-        clipped = {name: one for name, one in linears.items() if name not in UNCLIPPED}
+        clipped = {name: one.weight for name, one in linears.items() if name not in UNCLIPPED}
         if form.clip and clipped:
-            weights = [linear.weight.float() for linear in clipped.values()]
-            found = search_clip(torch.cat(weights), s, inputs, grid)
-            parts = found.split([len(weight) for weight in weights])
-            named = zip(clipped, parts, strict=True)
-            tensors |= {f"{index}.{name}": part for name, part in named}
+            found = search_clip(torch.cat(list(clipped.values())).float(), s, inputs, grid)
+            parts = found.split([len(weight) for weight in clipped.values()])
+            tensors |= {f"{index}.{name}": part for name, part in zip(clipped, parts, strict=True)}
     return tensors, rows

@@ -1,38 +1,68 @@
-"""Searches over a whole decoder: one calibration pass serves every form asked for.
+"""Searches of scales and clipping: one calibration pass serves every form asked for.
 
 The result of a form is a dict of tensors ("block.group": s [in]; "block.name": clip indices [out,
 in / g]) and rows (block, group, alpha, loss, loss_rtn). With a scratch folder a killed search goes
 on at its block.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from derm_compress.files import atomic
+from derm_compress.data import dialogue
+from derm_compress.data.items import Item
+from derm_compress.files import atomic, digest
+from derm_compress.method.assemble import materialize
+from derm_compress.method.iterate import Turn, joined
 from derm_compress.method.quantization import autoawq, calibration, scaling
+from derm_compress.method.quantization.methods import Form, check_groups
 from derm_compress.method.quantization.quantize import targets
+from derm_compress.method.quantization.wanted import calibrations
+from derm_compress.model import anatomy, devices, oom, prompts
+from derm_compress.model import variants as variants_of
+from derm_compress.model.recipe import Recipe
+from derm_compress.progress import track
 
-ROWS = ["block", "group", "alpha", "loss", "loss_rtn"]
+ROWS = {"block": int, "group": object, "alpha": float, "loss": float, "loss_rtn": float}
+KINDS = len(dialogue.QUESTIONS)  # prompts about one picture, which share most of their tokens
 
 
 def search_forms(model, batches, forms, *, device=None, scratch=None):
     """{name: (tensors, rows)} of forms {name: Form}; the model is left as it was.
 
     device: where blocks run, one at a time, if not where the model is. scratch: a folder for
-    finished blocks and for hidden states, which then take no memory. Forms of method `autoawq` are
-    searched by AutoAWQ's own quantizer.
+    finished blocks. Forms of method `autoawq` are searched by AutoAWQ's own quantizer.
     """
     theirs = {name: form for name, form in forms.items() if form.kind.scaling == "autoawq"}
-    ours = {name: form for name, form in forms.items() if name not in theirs}
+    found = {name: ({}, []) for name in forms if name not in theirs}
     batches = list(batches) if theirs else batches  # read again for each of them
     for form in forms.values():  # refuses before anything is computed
         targets(model, form)
     for form in theirs.values():
         autoawq.check(model, batches, form)
-    found = _search(model, batches, ours, device, scratch) if ours else {}
+    done = {int(file.stem): file for file in Path(scratch).glob("*.safetensors")} if scratch else {}
+    passes = calibration.collect(model, batches, device=device, skip=done) if found else ()
+    for block, statistics in passes:
+        if block not in done:
+            made = {
+                name: scaling.search_block(model, block, statistics, forms[name]) for name in found
+            }
+            if scratch:
+                _write(Path(scratch) / f"{block}.safetensors", made)
+        else:
+            made = _read(done[block])
+        for name, (tensors, rows) in made.items():
+            found[name][0].update({key: t.cpu().contiguous() for key, t in tensors.items()})
+            found[name][1].extend(rows)
     return found | {name: autoawq.search(model, batches, form) for name, form in theirs.items()}
 
 
@@ -41,51 +71,87 @@ def search_one(model, batches, form, **how):
     return search_forms(model, batches, {form.name: form}, **how)[form.name]
 
 
-def _search(model, batches, forms, device, scratch):
-    done = {}
-    if scratch:
-        scratch = Path(scratch)
-        scratch.mkdir(parents=True, exist_ok=True)
-        done = {
-            int(file.stem.partition("-")[2]): file for file in scratch.glob("block-*.safetensors")
-        }
-    found = {name: ({}, []) for name in forms}
-    passes = calibration.collect(model, batches, device=device, folder=scratch, skip=done)
-    for block, statistics in passes:
-        if block in done:
-            made = _read(done[block])
-        else:
-            made = _search_block(model, block, statistics, forms)
-            if scratch:
-                _write(scratch / f"block-{block}.safetensors", made)
-        for name, (tensors, rows) in made.items():
-            found[name][0].update(tensors)
-            found[name][1].extend(rows)
-    return found
-
-
-def _search_block(model, block, statistics, forms):
-    made = {}
-    for name, form in forms.items():
-        tensors, rows = scaling.search_block(model, block, statistics, form)
-        made[name] = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, rows
-    return made
-
-
 def _write(path, made):
-    rows = json.dumps({name: rows for name, (_, rows) in made.items()}).encode()
-    held = {"rows": torch.frombuffer(bytearray(rows), dtype=torch.uint8)}
-    for name, (tensors, _) in made.items():
-        held |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
+    rows = json.dumps({name: rows for name, (_, rows) in made.items()})
+    held = {
+        f"{name}/{key}": tensor.contiguous()
+        for name, (tensors, _) in made.items()
+        for key, tensor in tensors.items()
+    }
     with atomic(path) as part:
-        save_file(held, part)
+        save_file(held, part, metadata={"rows": rows})
 
 
 def _read(path):
-    held = load_file(path)
-    rows = json.loads(bytes(held.pop("rows").tolist()))
-    made = {name: ({}, found) for name, found in rows.items()}
-    for key, tensor in held.items():
+    with safe_open(path, "pt") as file:
+        made = {name: ({}, rows) for name, rows in json.loads(file.metadata()["rows"]).items()}
+    for key, tensor in load_file(path).items():
         name, _, inner = key.partition("/")
         made[name][0][inner] = tensor
     return made
+
+
+def search_scales(
+    folder: Path,
+    wanted: pd.DataFrame,
+    sources: pd.DataFrame,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    store,
+    batch_size: int,
+    device: str,
+    answer_weight: float = 1.0,
+    scratch: Path | None = None,
+    offload: bool | None = None,
+) -> None:
+    """The scales of wanted_forms(): <form>/<source>.safetensors, and all rows as search.parquet.
+
+    A calibration pass of a source serves all forms, and another one those without pictures;
+    answer_weight weighs the answers' tokens. scratch: a folder in which a killed search goes on at
+    its block. offload (None: on a GPU): fp16 models stay on the CPU, one block at a time goes to
+    `device`. All questions about a picture are read together.
+    """
+    offload = device != "cpu" if offload is None else offload
+    home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
+    every = [Form.of(json.loads(step)) for step in wanted.step]
+    needed = {}
+    for name in wanted.source.unique() if device != anatomy.META else ():
+        if asked := calibrations(wanted, name):
+            needed[name] = asked
+    frames = []
+    for row in track([*variants_of.named(sources, needed).itertuples()], "scales searched"):
+        recipe = Recipe.from_json(row.recipe)
+        turn = Turn(row.variant, recipe, *materialize(recipe, store, **home))
+        check_groups(every, anatomy.inputs(turn.model))
+        for text_only, forms in needed[row.variant].items():
+            how = {"text_only": text_only, "answer_weight": answer_weight}
+            steps = {name: form.step for name, form in forms.items()}
+            key = [row.recipe, steps, how, batch_size, [item.id for item in items]]
+            found = _searched(
+                turn,
+                partial(prompts.calibration_batches, turn.processor, items, images, **how),
+                forms,
+                batch_size=batch_size,
+                device=device if offload else None,
+                scratch=Path(scratch) / digest(key)[:16] if scratch else None,
+            )
+            for name, (tensors, rows) in found.items():
+                (folder / name).mkdir(exist_ok=True)
+                save_file(tensors, folder / name / f"{turn.variant}.safetensors")
+                told = pd.DataFrame(rows, columns=ROWS).astype(ROWS)
+                frames.append(turn.original_blocks(told).assign(form=name))
+        devices.let_go(turn.model)
+    columns = [*ROWS, "variant", "form"]
+    joined(frames, columns).to_parquet(folder / "search.parquet", index=False)
+
+
+def _searched(turn: Turn, batches, forms: dict[str, Form], *, batch_size: int, **where) -> dict:
+    """search_forms() with fewer pictures at once where memory is exceeded."""
+
+    def by_picture(pictures: int):
+        read = batches(batch_size=KINDS * pictures, device=turn.model.device)
+        return search_forms(turn.model, read, forms, **where)
+
+    pictures = max(1, batch_size // KINDS)
+    return oom.halved(by_picture, pictures, f"scales of {turn.variant}, by picture")

@@ -2,7 +2,7 @@
 
 import re
 
-from derm_compress.method.quantization.forms import forms
+from derm_compress.method.quantization.methods import forms
 from derm_compress.model import memory, shapes
 
 _ATTENTION = {f"self_attn.{name}_proj": [4096, 4096] for name in "qkvo"}

@@ -21,7 +21,7 @@ UNHEALED, FULL_4 = "Prune + Quant", "Prune + SFT + Quant"
 FULL, NF4 = "Full pipeline (ours)", "Bitsandbytes quantization"
 MAGNITUDE, ROUNDED = "Pruning Based on Magnitude Baseline", "Round to neighbour Quantization"
 DEPTH = model.blocks_gone(numbers.table(4).paper_params_b.iloc[-1])  # of the paper's pipeline
-FREE = [name for name, m in METHODS.items() if not m.searched() and 4 in m.widths]  # see no data
+FREE = [name for name, m in METHODS.items() if not m.scaling and 4 in m.widths]  # see no data
 
 
 class Claim(NamedTuple):

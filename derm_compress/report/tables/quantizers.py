@@ -5,8 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from derm_compress.evaluate import metrics
-from derm_compress.method.quantization.forms import MIXED
-from derm_compress.method.quantization.methods import quantizers
+from derm_compress.method.quantization.methods import MIXED, quantizers
 from derm_compress.report.results import ANSWER, Results
 from derm_compress.report.tables import joins
 
@@ -28,8 +27,8 @@ def quantized(results: Results) -> pd.DataFrame:
 
 def calibrated(quantizer: str) -> bool:
     """Whether a quantizer looks at what flows through the model."""
-    ((method, options),) = quantizers([quantizer])
-    return method.searched(options)
+    (form,) = quantizers([quantizer])
+    return form.searched
 
 
 def changes(
