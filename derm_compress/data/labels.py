@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,14 @@ UNKNOWN = {"", "-", "--", "-1", "?", "missing", "n/a", "na", "nan", "none", "non
 UNKNOWN |= {"none selected", "not available", "null", "unk", "unknown", "unspecified"}
 
 
+def folded(text: str) -> str:
+    """A text whose case, and how its characters are composed, do not count."""
+    return unicodedata.normalize("NFC", text).casefold()
+
+
 def plain(text: str) -> str:
     """A spelling without case, hyphens and underscores."""
-    return " ".join(re.sub(r"[_-]", " ", text).casefold().split())
+    return " ".join(re.sub(r"[_-]", " ", folded(text)).split())
 
 
 def is_known(text: str) -> bool:

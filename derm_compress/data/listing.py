@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from derm_compress.data import dialogue, identities, splits
-from derm_compress.data.labels import Labels, chosen, is_known, plain, weightiest
+from derm_compress.data.labels import Labels, chosen, folded, is_known, plain, weightiest
 from derm_compress.data.pictures import Pictures
 from derm_compress.data.preset import Layout
 from derm_compress.data.rows import Row, Survey
@@ -79,7 +79,7 @@ class Listing:
         key = file or name
         self.once(number, key)
         groups = known(cells, self.layout.group_columns)
-        keys = tuple(f"{column}={value.casefold()}" for column, value in groups.items())
+        keys = tuple(f"{column}={folded(value)}" for column, value in groups.items())
         before = self.rows.get(key)
         if before is None:
             path = self.pictures.files.get(file)

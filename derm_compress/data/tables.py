@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from derm_compress.data.labels import folded
 from derm_compress.errors import DermError
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
@@ -39,7 +40,7 @@ class Table:
 
         DermError where there is none, or more than one.
         """
-        for same in (str.casefold, bare):
+        for same in (folded, bare):
             found = [i for i, name in enumerate(self.columns) if same(name) == same(column.strip())]
             if len(found) > 1:
                 names = ", ".join(repr(self.columns[i]) for i in found)
@@ -60,7 +61,7 @@ class Table:
 
 def bare(column: str) -> str:
     """A column's name without case, signs, and `id` at its end: `Lesion ID` is `lesion`."""
-    name = re.sub(r"[\W_]+", "", column.casefold())
+    name = re.sub(r"[\W_]+", "", folded(column))
     return name.removesuffix("id") or name
 
 
@@ -82,7 +83,8 @@ def read_table(file: Path, name: str) -> Table:
         raise DermError(f"{name} breaks at line {reader.line_num}: {error}") from None
     if not rows:
         raise DermError(f"{name} is empty; it needs a row of column names and a row per image")
-    columns, width = rows[0], len(rows[0])
+    columns = tuple(" ".join(name.split()) for name in rows[0])  # Excel's may be of two lines
+    width = len(columns)
     for number, row in zip(numbers, rows, strict=True):
         if any(row[width:]):
             told = f"{name} row {number} has {len(row)} cells, the first row {width}"
