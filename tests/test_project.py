@@ -174,9 +174,10 @@ def dense(tree: ast.AST) -> list[str]:
             found.append(f"line {node.lineno}: a ternary in a ternary")
         if isinstance(node, ast.Lambda) and (node.args.defaults or node.args.kw_defaults):
             found.append(f"line {node.lineno}: a lambda with captured defaults")
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            if any(isinstance(side, ast.Compare | ast.BoolOp) for side in (node.left, node.right)):
-                found.append(f"line {node.lineno}: something times a bool")
+        product = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)
+        sides = (node.left, node.right) if product else ()
+        if any(isinstance(side, ast.Compare) for side in sides):
+            found.append(f"line {node.lineno}: something times a bool")
     return found
 
 
