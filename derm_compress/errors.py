@@ -10,5 +10,6 @@ class DermError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says in one line; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says first, cut to a line; its kind where it says nothing."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:200]} …"

@@ -28,18 +28,17 @@ def read_processor(name: str, source: str, config) -> LlavaProcessor:
     """The processor of a model folder or hub id, whole; DermError for one that does not fit."""
     try:
         processor = AutoProcessor.from_pretrained(source)
-    except Exception as error:  # other people's files hold anything
-        said = f"its processor cannot be loaded: {first_line(error)}"
-        raise DermError(f"model {name}: {said}") from error
-    if not isinstance(processor, LlavaProcessor):
-        raise DermError(f"model {name}: it has a {type(processor).__name__}, not a LlavaProcessor")
-    try:
+        if not isinstance(processor, LlavaProcessor):
+            raise DermError(f"it has a {type(processor).__name__}, not a LlavaProcessor")
         _complete(processor, config)
         _check_tokens(processor, config)
         _check_template(processor, config)
         _check_pictures(processor, config)
     except DermError as error:
         raise DermError(f"model {name}: {error}") from error
+    except Exception as error:  # other people's files hold anything
+        said = f"its processor cannot be used: {first_line(error)}"
+        raise DermError(f"model {name}: {said}") from error
     return processor
 
 
@@ -115,11 +114,7 @@ def _check_pictures(processor: LlavaProcessor, config) -> None:
     side, given = config.vision_config.image_size, anatomy.image_tokens(config)
     turns = [_turn("name"), _turn("treatment")]
     blank = np.zeros((1, side, side, 3), np.uint8)
-    try:
-        inputs = prompts.prepare(processor, [prompts.ask(processor, turns[0][0])], blank, "cpu")
-    except Exception as error:  # a processor of somebody else's settings
-        said = f"its processor reads no picture of {side} px: {first_line(error)}"
-        raise DermError(said) from error
+    inputs = prompts.prepare(processor, [prompts.ask(processor, turns[0][0])], blank, "cpu")
     found = tuple(inputs["pixel_values"].shape[-2:])
     if found != (side, side):
         raise DermError(

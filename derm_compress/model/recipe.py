@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from derm_compress.errors import DermError
+from derm_compress.errors import DermError, first_line
+from derm_compress.files import KEY, STAGE
 from derm_compress.model.units import Unit
 
-REF = re.compile(r"\d\d_[a-z_]+/[0-9a-f]{64}(/[^/\\\0]+)*")
+REF = re.compile(rf"{STAGE.pattern}/{KEY.pattern}(/[^/\\\0]+)*")
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,25 @@ class Recipe:
 
     @staticmethod
     def from_json(text: str) -> Recipe:
-        value = json.loads(text)
-        for step in value["steps"]:
-            if "ref" in step:
-                check_ref(str(step["ref"]))
-        return Recipe(**value | {"steps": tuple(value["steps"])})
+        """DermError for a text that is no recipe, or whose steps name what cannot be."""
+        try:
+            value = json.loads(text)
+            recipe = Recipe(**value | {"steps": tuple(value["steps"])})
+            for step in recipe.steps:
+                _check_step(step, range(recipe.blocks))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DermError(f"recipe: it cannot be read ({first_line(error)})") from error
+        return recipe
+
+
+def _check_step(step: dict, blocks: range) -> None:
+    """References, blocks and units of a step as it was read; ValueError for what is none."""
+    if "ref" in step:
+        check_ref(str(step["ref"]))
+    units = [Unit.of(unit) for unit in step.get("absent", ())]
+    named = [*step.get("kept", ()), *(unit.block for unit in units)]
+    if beyond := [block for block in named if type(block) is not int or block not in blocks]:
+        raise ValueError(f"{step['step']} names block {beyond[0]} of {len(blocks)}")
 
 
 def _absent(units: Iterable[Unit | str]) -> dict[str, list[str]]:

@@ -249,8 +249,14 @@ def inner(part, **told):
         (no_picture, "its chat template .* leaves out what is asked"),
         (split_the_end, r"ends an answer with '\[stop\]</s>', which its tokenizer splits"),
         (join_the_answer, "a token joins a prompt's end with the answer"),
-        (lambda folder: (folder / "processor_config.json").unlink(), "its processor cannot be"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "its processor cannot be"),
+        (
+            lambda folder: (folder / "processor_config.json").unlink(),
+            "its processor cannot be used",
+        ),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{}"),
+            "its processor cannot be used",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_before_a_weight_is_read(tmp_path, spoil, words):
