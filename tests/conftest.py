@@ -6,14 +6,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, settings
 
 from derm_compress.study.plan import settle
 
 settle()  # before the first sum, so that processes started by tests sum alike
 
-settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=25)
-settings.register_profile("long", database=None, deadline=None, max_examples=2000)
+how = {"database": None, "deadline": None, "phases": [Phase.explicit, Phase.generate, Phase.shrink]}
+settings.register_profile("suite", derandomize=True, max_examples=25, **how)
+settings.register_profile("long", max_examples=2000, suppress_health_check=list(HealthCheck), **how)
 settings.load_profile("suite")  # pytest --hypothesis-profile long asks more
 
 LONG = (

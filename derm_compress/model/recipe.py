@@ -15,6 +15,10 @@ from derm_compress.model.units import Unit
 
 REF = re.compile(rf"{STAGE.pattern}/{KEY.pattern}(/[^/\\\0]+)*")
 
+FIELDS = {"base": str, "fingerprint": str, "blocks": int, "steps": list}
+NEEDED = {"adapter": ("ref", "sha256", "kept"), "prune": ("kept",), "quantize": ("method",)}
+MOST = 10_000  # blocks that any model has
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -63,22 +67,31 @@ class Recipe:
         """DermError for a text that is no recipe, or whose steps name what cannot be."""
         try:
             value = json.loads(text)
+            for name, kind in FIELDS.items():
+                if type(value[name]) is not kind:
+                    raise ValueError(f"{name} is {value[name]!r}")
+            if not 0 < value["blocks"] <= MOST:
+                raise ValueError(f"{value['blocks']} blocks")
             recipe = Recipe(**value | {"steps": tuple(value["steps"])})
             for step in recipe.steps:
                 _check_step(step, range(recipe.blocks))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DermError(f"recipe: it cannot be read ({first_line(error)})") from error
         return recipe
 
 
 def _check_step(step: dict, blocks: range) -> None:
     """References, blocks and units of a step as it was read; ValueError for what is none."""
+    if missing := [name for name in NEEDED.get(step["step"], ()) if name not in step]:
+        raise ValueError(f"{step['step']} has no {missing[0]}")
     if "ref" in step:
         check_ref(str(step["ref"]))
-    units = [Unit.of(unit) for unit in step.get("absent", ())]
-    named = [*step.get("kept", ()), *(unit.block for unit in units)]
+    kept, units = step.get("kept", [0]), [Unit.of(unit) for unit in step.get("absent", ())]
+    named = [*kept, *(unit.block for unit in units)]
     if beyond := [block for block in named if type(block) is not int or block not in blocks]:
         raise ValueError(f"{step['step']} names block {beyond[0]} of {len(blocks)}")
+    if not kept or kept != sorted(set(kept)):
+        raise ValueError(f"{step['step']} keeps {kept}, which are no blocks in order")
 
 
 def _absent(units: Iterable[Unit | str]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from derm_compress.errors import DermError
+from derm_compress.errors import DermError, first_line
 from derm_compress.model.memory import FP16, FP32, Format
 
 MIXED = "mixed"  # how names end where blocks have several widths
@@ -119,7 +119,12 @@ class Form:
         if unknown := sorted(set(told) - set(known)):
             said = f"a recipe's step has unknown fields {unknown}; known: {known}"
             raise DermError(f"quantize: {said}")
-        return Form(**told)
+        try:
+            return Form(**told)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DermError(
+                f"quantize: a recipe's step is no form ({first_line(error)})"
+            ) from error
 
     @property
     def step(self) -> dict:
