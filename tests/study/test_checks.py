@@ -90,7 +90,7 @@ def test_the_same_on_the_command_line_starts_no_kernel(tmp_path):
     env = toy.environment(ROOT) | {"DERM_COMPRESS_ROOT": str(tmp_path)}
     asked = toy.command(ROOT, "run", "params/smoke.yaml", "--set", "n_train=0")
     done = toy.subprocess.run(asked, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2 and " starts" not in done.stdout
     assert done.stderr == "n_train: drawn pictures need a number, 2 at least\n"
     assert not (tmp_path / "artifacts").exists()
 
