@@ -1,6 +1,5 @@
 """Compute and report the runs of the study, export its models, carry it to Kaggle."""
 
-import re
 import signal
 import sys
 from pathlib import Path
@@ -60,6 +59,7 @@ def run(
     hours: Annotated[float, typer.Option(help="stop then; the same command goes on later")] = 0,
 ) -> None:
     """Compute what is missing of the runs of parameter files, and report."""
+    from derm_compress.study.params import assignments
     from derm_compress.study.run import run as compute
 
     if hours and not list_:
@@ -80,22 +80,10 @@ def look(
 ) -> None:
     """Say what a run would read of a folder of photographs, and write its run file."""
     from derm_compress.study.look.propose import propose
+    from derm_compress.study.params import assignments
     from derm_compress.study.plan import project_root
 
     print(propose(data, assignments(sets or []), out, project_root()))
-
-
-def assignments(texts: list[str]) -> dict[str, str]:
-    """{"a": "1", "b": "two words"} from ["a=1 b=two words"]: values end before the next `name=`."""
-    found = {}
-    for text in filter(None, re.split(r"\s+(?=\w+=)", " ".join(texts).strip())):
-        name, sign, value = text.partition("=")
-        if not sign or not name.isidentifier():
-            raise DermError(f"--set {text}: write name=value")
-        if name in found:
-            raise DermError(f"--set: {name} is given twice")
-        found[name] = value
-    return found
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 
+import published_llava
 import torch
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import (
@@ -73,9 +74,17 @@ class Family:
         return self.decoder["model_type"]
 
 
+PLAIN = Family("LLaVA", {"model_type": "llama"}, CLIP, "default", VICUNA)
+PUBLISHED = Family(
+    "LLaVA-1.5",
+    {"model_type": "llama"},
+    CLIP,
+    "default",
+    published_llava.TEMPLATE,
+    notes="the published layout: old names, pieces of words with blanks, no end in the template",
+)
 FAMILIES = [
-    Family("LLaVA-1.5", {"model_type": "llama"}, CLIP, "default", VICUNA,
-           notes="no end in the template"),
+    PUBLISHED,
     Family("LLaVA with Llama 3", {"model_type": "llama", "num_key_value_heads": 2}, CLIP, "full",
            LLAMA_3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), pad=None,
            notes="grouped heads, no pad token, a template for texts alone"),
@@ -119,8 +128,11 @@ def processor(family):
     )
 
 
-def write(family, folder, *, dtype=torch.float32):
+def write(family, folder):
     """The family's model folder; its weights are the same every time."""
+    if family is PUBLISHED:
+        published_llava.write(folder)
+        return folder
     made = processor(family)
     made.save_pretrained(folder)
     rows = len(made.tokenizer) + 5
@@ -136,7 +148,7 @@ def write(family, folder, *, dtype=torch.float32):
         vision_feature_select_strategy=family.strategy,
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).to(dtype)
+    model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("proj.bias"):  # else all 0

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from derm_compress.__main__ import assignments
 from derm_compress.data.load import SOURCES, load_source
 from derm_compress.data.request import Request
 from derm_compress.errors import LONGEST, DermError
@@ -183,7 +182,7 @@ def test_a_run_file_is_a_plan_or_one_line(asked, data, folder):
 
 @given(st.lists(st.sampled_from([*KNOWN, *WORDS, "=", " ", ",", "[", "{", "1", ": "])).map("".join))
 def test_what_is_set_on_the_command_line_is_a_value_or_one_line(text):
-    answered(lambda: params.check_texts(assignments([text]), KNOWN, "--set"))
+    answered(lambda: params.check_texts(params.assignments([text]), KNOWN, "--set"))
 
 
 # Plans and recipes

@@ -18,6 +18,7 @@ from derm_compress.errors import DermError
 SCALE = (1, 4)  # the judge's lowest and highest mark; percent is mean / 4 * 100, so the floor is 25
 LEVEL = 0.95
 TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+DRAWS, PERMUTATIONS, SEED = 2000, 10_000, 0  # of a bootstrap, of a sign-flip test, of both
 
 
 class Score(NamedTuple):
@@ -80,7 +81,7 @@ def depth_scores(answers: pd.DataFrame, variants: pd.DataFrame) -> pd.DataFrame:
     return variants[["variant", "blocks_removed"]].assign(score=variants.variant.map(means))
 
 
-def score_interval(answers: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> Score:
+def score_interval(answers: pd.DataFrame, *, n_boot: int = DRAWS) -> Score:
     """Mean score in percent with a 95 % percentile bootstrap over images.
 
     A drawn image brings all its answers, so that questions about one picture count as the dependent
@@ -90,28 +91,21 @@ def score_interval(answers: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) 
     if scored.empty:
         return Score(np.nan, np.nan, np.nan, 0)
     sums, counts = _by_image(scored["item"], scored["score"])
-    lo, hi = _bootstrap(sums, counts, n_boot=n_boot, seed=seed)
+    lo, hi = _bootstrap(sums, counts, n_boot=n_boot)
     return Score(percent(sums.sum() / counts.sum()), percent(lo), percent(hi), len(scored))
 
 
-def score_table(
-    answers: pd.DataFrame, by: list[str], *, n_boot: int = 2000, seed: int = 0
-) -> pd.DataFrame:
+def score_table(answers: pd.DataFrame, by: list[str], *, n_boot: int = DRAWS) -> pd.DataFrame:
     """One row per group of `by`, in order of appearance: score, score_lo, score_hi, n, unscored."""
     rows = []
     for key, group in answers.groupby(by, sort=False, dropna=False):
-        estimate = score_interval(group, n_boot=n_boot, seed=seed)
+        estimate = score_interval(group, n_boot=n_boot)
         rows.append((*key, *estimate, unscored(group)))
     return pd.DataFrame(rows, columns=[*by, "score", "score_lo", "score_hi", "n", "unscored"])
 
 
 def paired_difference(
-    a: pd.DataFrame,
-    b: pd.DataFrame,
-    *,
-    n_boot: int = 2000,
-    n_permutations: int = 10_000,
-    seed: int = 0,
+    a: pd.DataFrame, b: pd.DataFrame, *, n_permutations: int = PERMUTATIONS
 ) -> Difference:
     """Score of a minus that of b where both answered, with interval and sign-flip p-value.
 
@@ -128,8 +122,8 @@ def paired_difference(
     if pairs.empty:
         return Difference(np.nan, np.nan, np.nan, np.nan, 0, 0)
     sums, counts = _by_image(pairs["item"], pairs["score_a"] - pairs["score_b"])
-    lo, hi = _bootstrap(sums, counts, n_boot=n_boot, seed=seed)
-    p = sign_flip_p(sums, n_permutations=n_permutations, seed=seed)
+    lo, hi = _bootstrap(sums, counts)
+    p = sign_flip_p(sums, n_permutations=n_permutations)
     difference = sums.sum() / counts.sum()
     return Difference(percent(difference), percent(lo), percent(hi), p, len(pairs), len(sums))
 
@@ -142,19 +136,17 @@ def by_image_difference(a: pd.DataFrame, b: pd.DataFrame) -> pd.Series:
     )
 
 
-def share_interval(
-    items: pd.Series, values: pd.Series, *, n_boot: int = 2000, seed: int = 0
-) -> Score:
+def share_interval(items: pd.Series, values: pd.Series) -> Score:
     """Mean of values (0 to 1, null left out) in percent, 95 % bootstrap over images, and number."""
     known = values.notna()
     if not known.any():
         return Score(np.nan, np.nan, np.nan, 0)
     sums, counts = _by_image(items[known], values[known].astype(float))
-    lo, hi = _bootstrap(sums, counts, n_boot=n_boot, seed=seed)
+    lo, hi = _bootstrap(sums, counts)
     return Score(100 * sums.sum() / counts.sum(), 100 * lo, 100 * hi, int(known.sum()))
 
 
-def recovery(original, pruned, healed, control, *, n_boot: int = 2000, seed: int = 0) -> Recovery:
+def recovery(original, pruned, healed, control, *, n_boot: int = DRAWS) -> Recovery:
     """((healed - pruned) - (control - original)) / (original - pruned), drawn together by image.
 
     Each argument: one variant's answers; only questions scored in all four count. Without a loss
@@ -171,7 +163,7 @@ def recovery(original, pruned, healed, control, *, n_boot: int = 2000, seed: int
     whole, cut, back, extra = shared.to_numpy().T
     net, counts = _by_image(items, pd.Series(back - cut - extra + whole))
     loss, _ = _by_image(items, pd.Series(whole - cut))
-    drawn = _draws(len(net), n_boot=n_boot, seed=seed)
+    drawn = _draws(len(net), n_boot=n_boot)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = 100 * np.where(drawn @ loss > 0, drawn @ net / (drawn @ loss), np.nan)
     share = 100 * net.sum() / loss.sum() if loss.sum() > 0 else np.nan
@@ -179,9 +171,7 @@ def recovery(original, pruned, healed, control, *, n_boot: int = 2000, seed: int
     return Recovery(*points, share, *_known_tails(share, ratios), len(items))
 
 
-def weighted_kappa(
-    pairs: pd.DataFrame, one: str, other: str, *, n_boot: int = 2000, seed: int = 0
-) -> Kappa:
+def weighted_kappa(pairs: pd.DataFrame, one: str, other: str) -> Kappa:
     """Agreement of two judges on the same answers: quadratic weighted kappa, bootstrap by `item`.
 
     1 - mean((a - b)^2) / mean((a_i - b_j)^2 over all i, j), which is Cohen's kappa with quadratic
@@ -195,7 +185,7 @@ def weighted_kappa(
     a, b = kept[one].astype(float), kept[other].astype(float)
     sums = [_by_image(kept["item"], values) for values in (a, b, a**2, b**2, (a - b) ** 2)]
     table = np.stack([sums[0][1], *(total for total, _ in sums)])  # [count and five sums, images]
-    drawn = _kappa(table @ _draws(table.shape[1], n_boot=n_boot, seed=seed).T)
+    drawn = _kappa(table @ _draws(table.shape[1]).T)
     kappa = float(_kappa(table.sum(1)))
     return Kappa(kappa, *_known_tails(kappa, drawn), len(kept), table.shape[1])
 
@@ -207,7 +197,7 @@ def _kappa(table: np.ndarray) -> np.ndarray:
         return np.where(chance > 1e-12, 1 - apart / count / chance, np.nan)
 
 
-def sign_flip_p(sums: np.ndarray, *, n_permutations: int = 10_000, seed: int = 0) -> float:
+def sign_flip_p(sums: np.ndarray, *, n_permutations: int = PERMUTATIONS) -> float:
     """Two-sided p of "a and b are exchangeable within each image".
 
     sums: [images] summed differences. Exact over all 2^images sign patterns where these are no more
@@ -219,7 +209,7 @@ def sign_flip_p(sums: np.ndarray, *, n_permutations: int = 10_000, seed: int = 0
     if exact:
         bits = np.arange(2**images)[:, None] >> np.arange(images) & 1
     else:
-        bits = np.random.default_rng(seed).integers(0, 2, (n_permutations, images), dtype=np.int8)
+        bits = np.random.default_rng(SEED).integers(0, 2, (n_permutations, images), dtype=np.int8)
     flipped = np.abs((1 - 2 * bits) @ sums)
     extreme = int((flipped >= abs(sums.sum()) - 1e-9).sum())
     return extreme / len(bits) if exact else (extreme + 1) / (len(bits) + 1)
@@ -234,7 +224,7 @@ def holm(p) -> np.ndarray:
     return corrected
 
 
-def mean_intervals(marks: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
+def mean_intervals(marks: pd.DataFrame) -> pd.DataFrame:
     """Percent with a 95 % bootstrap over images for each column, the same images drawn for all.
 
     marks: [answers, columns], marks or their differences, indexed by item (the image) and question;
@@ -242,7 +232,7 @@ def mean_intervals(marks: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) ->
     """
     by_image = marks.groupby(level=0, sort=True)
     sums, counts = by_image.sum().to_numpy(float), by_image.count().to_numpy()
-    drawn = _draws(len(sums), n_boot=n_boot, seed=seed)
+    drawn = _draws(len(sums))
     with np.errstate(invalid="ignore"):
         means = percent(sums.sum(0) / counts.sum(0))
         lo, hi = percent(np.nanquantile((drawn @ sums) / (drawn @ counts), TAILS, axis=0))
@@ -266,18 +256,16 @@ def _by_image(items: pd.Series, values: pd.Series) -> tuple[np.ndarray, np.ndarr
     return grouped.sum().to_numpy(float), grouped.size().to_numpy()
 
 
-def _bootstrap(
-    sums: np.ndarray, counts: np.ndarray, *, n_boot: int, seed: int
-) -> tuple[float, float]:
+def _bootstrap(sums: np.ndarray, counts: np.ndarray, *, n_boot: int = DRAWS) -> tuple[float, float]:
     """Percentile interval of total sum / total count when images are drawn with replacement."""
-    drawn = _draws(len(sums), n_boot=n_boot, seed=seed)
+    drawn = _draws(len(sums), n_boot=n_boot)
     return _tails((drawn @ sums) / (drawn @ counts))
 
 
 @functools.lru_cache(maxsize=4)
-def _draws(images: int, *, n_boot: int, seed: int) -> np.ndarray:
+def _draws(images: int, *, n_boot: int = DRAWS) -> np.ndarray:
     """How often each image is drawn, [n_boot, images], read-only."""
-    drawn = np.random.default_rng(seed).multinomial(
+    drawn = np.random.default_rng(SEED).multinomial(
         images, np.full(images, 1 / images), size=n_boot
     )
     drawn.flags.writeable = False

@@ -262,6 +262,19 @@ def check(values: dict, known: dict[str, Parameter], where: str) -> dict:
     return checked
 
 
+def assignments(texts: list[str]) -> dict[str, str]:
+    """{"a": "1", "b": "two words"} from ["a=1 b=two words"]: values end before the next `name=`."""
+    found = {}
+    for text in filter(None, re.split(r"\s+(?=\w+=)", " ".join(texts).strip())):
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise DermError(f"--set {text}: write name=value")
+        if name in found:
+            raise DermError(f"--set: {name} is given twice")
+        found[name] = value
+    return found
+
+
 def read_yaml(text: str):
     """YAML in which no name is given twice: of two values the last would win without a word."""
     node = yaml.compose(text, yaml.SafeLoader)

@@ -8,7 +8,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from families import BLOCKS, FAMILIES, SIZE, change
+from families import BLOCKS, FAMILIES, PLAIN, SIZE, change
 from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
@@ -48,7 +48,9 @@ def pictures():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    return {family.name: families.write(family, root / family.name) for family in FAMILIES}
+    return {
+        family.name: families.write(family, root / family.name) for family in [PLAIN, *FAMILIES]
+    }
 
 
 @pytest.fixture
@@ -101,7 +103,8 @@ def test_later_turns_go_on_as_a_conversation_does(loaded):
 @every
 def test_answers_are_those_of_plain_transformers(loaded, folders, family, pictures):
     model, processor = loaded
-    plain = LlavaForConditionalGeneration.from_pretrained(folders[family.name]).eval()
+    plain = LlavaForConditionalGeneration.from_pretrained(folders[family.name], dtype=torch.float32)
+    plain.eval()
     texts = [prompts.prompt(processor, kind) for kind in QUESTIONS]
     inputs = prompts.prepare(processor, texts, pictures.images[:3], "cpu")
     how = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
@@ -260,7 +263,7 @@ def inner(part, **told):
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_before_a_weight_is_read(tmp_path, spoil, words):
-    folder = families.write(FAMILIES[0], tmp_path / "odd")
+    folder = families.write(PLAIN, tmp_path / "odd")
     (folder / "model.safetensors").write_bytes(b"not read")
     loading.check_model(str(folder))
     spoil(folder)
@@ -275,22 +278,20 @@ def test_a_mistyped_path_is_no_hub_id(name):
 
 
 def test_a_folder_of_the_home_directory_is_found(monkeypatch, folders):
-    folder = folders[FAMILIES[0].name]
+    folder = folders[PLAIN.name]
     monkeypatch.setenv("HOME", str(folder.parent))
     assert loading.load_base(f"~/{folder.name}")
 
 
 def test_a_penalty_of_the_folders_own_does_not_reach_greedy_answers(folders, pictures, tmp_path):
-    folder = shutil.copytree(folders[FAMILIES[0].name], tmp_path / "penal")
+    folder = shutil.copytree(folders[PLAIN.name], tmp_path / "penal")
     change(folder, "generation_config.json", repetition_penalty=9.0, top_p=0.1)
     model, processor = loading.load_base(str(folder))
     inputs = prompts.prepare(
         processor, [prompts.prompt(processor, "name")], pictures.images[:1], "cpu"
     )
     told = generate(model, processor, inputs, max_new_tokens=8)
-    assert told == generate(
-        *loading.load_base(str(folders[FAMILIES[0].name])), inputs, max_new_tokens=8
-    )
+    assert told == generate(*loading.load_base(str(folders[PLAIN.name])), inputs, max_new_tokens=8)
     model.save_pretrained(tmp_path / "again")  # Transformers refuses settings that go unused
 
 

@@ -8,15 +8,12 @@ import torch
 from published_llava import BLOCKS, PATCH, SIZE, write, write_processor
 from transformers import AutoProcessor
 
-from derm_compress.data import dialogue, synthetic
+from derm_compress.data import synthetic
 from derm_compress.errors import DermError
 from derm_compress.evaluate.answers import answer
-from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import train
 from derm_compress.method.quantization import quantize
 from derm_compress.model import anatomy, devices, loading, prompts, removal
-from derm_compress.model.reading import Prompts
-from derm_compress.model.recipe import Recipe
 
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 TRAINING = train.Training(rank=4, alpha=8, learning_rate=1e-2, steps=2, batch_size=3, seed=0)
@@ -106,37 +103,6 @@ def test_the_prompt_is_the_published_one_and_ends_nothing(published):
     assert processor.tokenizer.pad_token_id != processor.tokenizer.eos_token_id
 
 
-def test_labels_are_answers_and_their_ends(published):
-    tokenizer = published[1].tokenizer
-    turns = [
-        (dialogue.question("name"), "This is rosacea."),
-        (dialogue.question("treatment"), "Sun protection."),
-    ]
-    ids, labels = prompts.encode(published[1], turns, image_tokens=IMAGE_TOKENS)
-    kept = labels != prompts.IGNORED
-    assert ids[0] == tokenizer.bos_token_id
-    assert (ids == tokenizer.convert_tokens_to_ids("<image>")).sum() == IMAGE_TOKENS
-    said = tokenizer.decode(ids[kept]).replace(" ", "")
-    assert said == "Thisisrosacea.</s>Sunprotection.</s>"
-    assert torch.equal(labels[kept], ids[kept]) and kept[-1]
-
-
-def test_training_criteria_and_the_test_read_the_same_ids(published, small):
-    """Though one road is the template and the processor, the others this package's."""
-    model, processor = published
-    questions = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
-    read = Prompts.of(processor, small.images[0], questions, "cpu")
-    for kind, question in questions.items():
-        turns = [(question, "Sun protection.")]
-        ids, labels = prompts.encode(processor, turns, image_tokens=IMAGE_TOKENS)
-        told = read.told(kind, "Sun protection.")
-        assert [*read.prefix.tolist(), *read.rest[kind], *told] == ids.tolist()
-        assert told == ids[labels != prompts.IGNORED].tolist()
-        text = prompts.prompt(processor, kind)
-        asked = prompts.prepare(processor, [text], small.images[:1], "cpu")["input_ids"]
-        assert asked[0].tolist() == ids[: -len(told)].tolist()
-
-
 def test_padding_is_on_the_right_in_training_and_on_the_left_in_generation(published, small):
     batch = training_batch(published, small, 4)
     mask, pad = batch["attention_mask"], published[1].tokenizer.pad_token_id
@@ -155,20 +121,6 @@ def test_adapters_and_4_bits_are_in_the_decoder_alone(published):
     assert all(".language_model.layers." in name for name in learned)
     counts = quantize.quantized_linears(tuned.get_base_model())
     assert counts == {"vision_tower": 0, "projector": 0, "decoder": BLOCKS * 7, "head": 0}
-
-
-def test_the_whole_road_a_recipe_takes(folder, published, small, store):
-    """Base, adapter, pruning, rounding: what stages 02 to 07 do with the published model."""
-    recipe = Recipe(str(folder), anatomy.fingerprint(published[0]), BLOCKS)
-    where = {"checkpoint": store.root / "c", "what": "a"}
-    tuned, *_ = train.train(*published, small.of("train"), small.images, TRAINING, **where)
-    tuned.save_pretrained(store.root / "a")
-    made = recipe.with_adapter("a", store.root / "a").pruned([0, 2])
-    made = made.then("quantize", method="rtn", bits=4, group_size=64)
-    model, processor = materialize(made, store)
-    how = {"variant": "v", "batch_size": 4, "max_new_tokens": 3}
-    told = answer(model, processor, small.of("test"), small.images, **how)
-    assert len(told) == 3 * len(small.of("test")) and len(anatomy.blocks(model)) == 2
 
 
 def test_gradient_checkpointing_changes_no_gradient(published, small):

@@ -16,7 +16,6 @@ import psutil
 import pytest
 import toy
 
-from derm_compress import __main__ as main
 from derm_compress import progress
 from derm_compress.errors import DermError
 from derm_compress.model.recipe import Recipe
@@ -326,8 +325,8 @@ def test_an_output_path_that_is_a_file_is_one_line(root):
 
 def test_set_takes_several_and_values_with_spaces():
     words = ["a=1 b=two words c=[1, 2]", "d=x=y"]
-    assert main.assignments(words) == {"a": "1", "b": "two words", "c": "[1, 2]", "d": "x=y"}
-    assert main.assignments([]) == main.assignments([""]) == {}
+    assert params.assignments(words) == {"a": "1", "b": "two words", "c": "[1, 2]", "d": "x=y"}
+    assert params.assignments([]) == params.assignments([""]) == {}
 
 
 def test_every_process_of_a_run_has_the_same_arithmetic(root, monkeypatch, capsys):
