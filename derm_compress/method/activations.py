@@ -10,18 +10,15 @@ from derm_compress.model import anatomy
 
 STATISTICS = ["mean_abs", "p99", "max", "kurtosis", "outlier_channels"]
 OUTLIER_FACTOR = 6.0  # an outlier channel's max |x| exceeds this many times the median channel's
-DROPPED_BITS = (
-    16  # of |x| as a float32: those above number the histogram's bins, 0.8 % wide at most
-)
+DROPPED_BITS = 16  # of |x| as a float32: the others number the histogram's bins, 0.8 % wide at most
 
 
 @torch.no_grad()
 def tap(model, batches, modules, see, *, inputs=False):
     """Run a model over the batches; see(key, x) gets what each of {key: module} writes (or reads).
 
-    x: [real tokens, channels], float32. Positions the attention mask excludes are left out, on
-    whichever side they stand; image tokens are real tokens. Batches are the processor's output;
-    labels are ignored.
+    x: [real tokens, channels], float32; tokens are real where the attention mask says so. Batches
+    are the processor's output.
     """
     real, training = None, model.training
 
@@ -95,11 +92,7 @@ def projections(model):
 
 
 def projection_statistics(model, batches) -> pd.DataFrame:
-    """Outputs of every projection: block, projection, and STATISTICS.
-
-    Blocks count within the given model. Outlier rule: a channel's max |x| > 6 x the median
-    channel's max |x|.
-    """
+    """Outputs of every projection: block (of the given model), projection, and STATISTICS."""
     watched = projections(model)
     summaries = {key: Summary() for key in watched}
     tap(model, batches, watched, lambda key, x: summaries[key].add(x))

@@ -3,7 +3,7 @@
 Greedy decoding makes the full model's answer a draft. One reading of prompt and draft without the
 part tells where it first disagrees: nowhere, and the answer is the same; else it is written from
 there on, rows of all parts in one batch with a gate for each row and sublayer. In fp32 the answers
-are those of removing the part and generating anew (plain.py).
+are those of removing the part and generating anew.
 """
 
 from __future__ import annotations

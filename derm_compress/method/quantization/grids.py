@@ -23,8 +23,7 @@ class IntegerGrid:
     """Integers of `bits` bits in groups along the input dimension: weight = (code - zero) * scale.
 
     Symmetric: Eq. 1, Delta = max|w| / 2^(N-1), codes within -2^(N-1) .. 2^(N-1) - 1. Asymmetric:
-    min-max with a zero point; the range always holds 0, so that a group of one sign or one value is
-    represented too.
+    min-max with a zero point, of a range that holds 0.
     """
 
     bits: int
@@ -104,11 +103,8 @@ class NF4Grid:
 
     @property
     def _format(self):
-        return {
-            "blocksize": self.group_size,
-            "quant_type": "nf4",
-            "compress_statistics": self.double,
-        }
+        form = {"quant_type": "nf4", "compress_statistics": self.double}
+        return form | {"blocksize": self.group_size}
 
     def rounded(self, weight, ends=None):
         """Weight [..., in] on the grid, in its own dtype."""
@@ -138,10 +134,7 @@ class NF4Grid:
 
 @dataclass(frozen=True)
 class Int8Grid:
-    """LLM.int8 through bitsandbytes: 8 bits a row of weights and a token of inputs.
-
-    Inputs are rounded too, so there is no weight that stands for it: it exists packed alone.
-    """
+    """LLM.int8 through bitsandbytes, packed alone: it rounds each row of weights and the inputs."""
 
     threshold: float = 6.0  # a channel with a larger input is multiplied in full precision
     bits: int = 8

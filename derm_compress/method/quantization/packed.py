@@ -1,7 +1,6 @@
-"""The W4 linear: what a quantized linear becomes for inference, and its codes' layouts.
+"""The W4 linear: what a quantized linear becomes for inference, with one copy of its codes.
 
-There is one copy of the codes at a time: planes of bytes (codes.pack), as they are made and saved,
-or what torch's int4 kernel reads, from the first time that few enough tokens come for it.
+Planes of bytes (codes.py), or what torch's int4 kernel reads once few enough tokens come for it.
 """
 
 import functools

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from derm_compress.errors import DermError
-from derm_compress.method.activations import tap
 from derm_compress.method.quantization import quantize
 from derm_compress.method.quantization.grids import clip_shares, grid_of
 from derm_compress.model import anatomy
@@ -42,10 +40,6 @@ class InputStatistics:
         sums = InputSums()
         sums.add(x, weight)
         return sums.statistics()
-
-    def matrix(self):
-        """H [in, in]."""
-        return self.inputs.T @ self.inputs if self.gram is None else self.gram
 
     def row_errors(self, delta):
         """Square of Eq. 7 by output for weight errors delta [..., out, in]: [..., out]."""
@@ -91,16 +85,6 @@ class InputSums:
     def statistics(self):
         inputs = torch.cat(self.held) if self.held else None
         return InputStatistics(self.total / self.mass, self.tokens, inputs, self.gram)
-
-
-def input_statistics(model, batches, block, name):
-    """The statistics of what one linear of a block reads, such as mlp.down_proj."""
-    linears = anatomy.linears(anatomy.blocks(model)[block])
-    if name not in linears:
-        raise DermError(f"quantize: no linear {name!r} in block {block}; {', '.join(linears)}")
-    sums = InputSums()
-    tap(model, batches, {name: linears[name]}, lambda _, x: sums.add(x), inputs=True)
-    return sums.statistics()
 
 
 def activation_scale(mean_abs, alpha, magnitude=None):
@@ -192,9 +176,8 @@ def _clip_rows(part, s, blocks, inputs, grid):
 def search_block(model, index, statistics, form):
     """One block's tensors ("block.group": s, "block.name": clip index) and a row a group.
 
-    statistics: {group: InputStatistics}. Groups are searched apart: folding 1 / s into the rows of
-    the linear before does not change how these are rounded, as every group of a grid lies within
-    one row.
+    statistics: {group: InputStatistics}. Groups are searched apart: 1 / s in the rows of the linear
+    before leaves their rounding as it is, for every group of a grid lies within one row.
     """
     block, grid = anatomy.blocks(model)[index], grid_of(form, index)
     tensors, rows = {}, []
