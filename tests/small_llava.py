@@ -87,3 +87,8 @@ def collect_all(model, batches, **how):
     """{"block.group": InputStatistics} of the whole decoder."""
     found = calibration.collect(model, batches, **how)
     return {f"{block}.{group}": one for block, groups in found for group, one in groups.items()}
+
+
+def gram(inputs):
+    """H [in, in] of InputStatistics."""
+    return inputs.inputs.T @ inputs.inputs if inputs.gram is None else inputs.gram

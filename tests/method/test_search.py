@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from small_llava import asked, batch, loud_llava, small_llava
+from small_llava import asked, batch, collect_all, loud_llava, small_llava
 
 from derm_compress.errors import DermError
 from derm_compress.method.activations import block_errors
@@ -16,7 +16,7 @@ from derm_compress.method.quantization import calibration, grids, scaling
 from derm_compress.method.quantization.grids import IntegerGrid, NF4Grid
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
-from derm_compress.method.quantization.scaling import InputStatistics, input_statistics
+from derm_compress.method.quantization.scaling import InputStatistics
 from derm_compress.method.quantization.search import search_forms, search_one
 from derm_compress.model import anatomy, removal
 
@@ -64,7 +64,7 @@ def test_equation_7_by_gram_matrix_equals_the_norm(grid):
 
 def test_by_hand_on_one_matrix_the_equations_find_the_exponent_of_the_search(model):
     weight, grid = anatomy.blocks(model)[2].mlp.down_proj.weight.data, IntegerGrid(3, 64)
-    inputs = input_statistics(model, BATCHES, 2, "mlp.down_proj")
+    inputs = collect_all(model, BATCHES)["2.down"]
     losses = {}
     for alpha in scaling.ALPHAS:
         s = scaling.activation_scale(inputs.mean_abs, alpha)  # Eq. 8
