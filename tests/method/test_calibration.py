@@ -34,7 +34,7 @@ def test_inputs_and_gram_matrix_give_the_same_losses(tokens):
         assert (one.gram is None) == (tokens < 96)  # the smaller of X and H
         assert torch.allclose(one.row_errors(delta), expected, rtol=1e-4)
         assert torch.allclose(one.mean_abs, (weight @ x.abs()) / weight.sum(), rtol=1e-5)
-        blocks = torch.stack(gram([one)[i : i + 32, i : i + 32] for i in (0, 32, 64)])
+        blocks = torch.stack([gram(one)[i : i + 32, i : i + 32] for i in (0, 32, 64)])
         assert torch.allclose(one.diagonal_blocks(32), blocks, rtol=1e-3, atol=1e-3)
 
 
