@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -124,6 +125,13 @@ class Prompts:
         return x
 
 
+class Parts(NamedTuple):
+    """Something of the prompts' common beginning, and of the rest of each row."""
+
+    begin: object
+    rest: object
+
+
 class Reading:
     """Prompts and continuations read once by the full model, and again from a unit on.
 
@@ -143,27 +151,28 @@ class Reading:
         units: Sequence[Unit] = (),
         watch=None,
     ):
-        self.model, self.told, device = model, told, prompts.device
+        self.model, self.told = model, told
+        device = prompts.device
         self.begin = len(prompts.prefix)
         self.asked = [len(prompts.rest[kind]) for kind in kinds]
         self.picture = torch.tensor(picture, device=device)
         rows = [prompts.rest[kind] + list(more) for kind, more in zip(kinds, told, strict=True)]
         ids = torch.nn.utils.rnn.pad_sequence(map(torch.tensor, rows), batch_first=True).to(device)
         places = torch.arange(self.begin + ids.shape[1], device=device)
-        self.places = places[None, : self.begin], places[None, self.begin :]
-        self.mask = visible((places <= self.places[1].T)[None, None], model.dtype)
+        self.places = Parts(places[None, : self.begin], places[None, self.begin :])
+        self.mask = visible((places <= self.places.rest.T)[None, None], model.dtype)
         wanted = [unit.span[0] for unit in units]
-        self.states = dict.fromkeys(wanted), dict.fromkeys(wanted)  # what sublayers read, by part
-        x = prompts.embedded(model, pictures), model.get_input_embeddings()(ids)
+        self.states = Parts(dict.fromkeys(wanted), dict.fromkeys(wanted))  # what sublayers read
+        x = Parts(prompts.embedded(model, pictures), model.get_input_embeddings()(ids))
         self.last, self.cache = self._read(x, 0, partial(self._see, watch))
 
     def _read(self, x, start, watch=None):
         watches = [partial(watch, part) if watch else None for part in (0, 1)]
         before = PrefixCache()
-        run(self.model, x[0], before, None, self.places[0], start=start, watch=watches[0])
+        run(self.model, x.begin, before, None, self.places.begin, start=start, watch=watches[0])
         cache = PrefixCache(before, self.picture)
         how = {"start": start, "watch": watches[1]}
-        return run(self.model, x[1], cache, self.mask, self.places[1], **how), cache
+        return run(self.model, x.rest, cache, self.mask, self.places.rest, **how), cache
 
     def _see(self, watch, part, sublayer, x, y) -> None:
         if sublayer in self.states[part]:
@@ -176,7 +185,7 @@ class Reading:
         if unit is None:
             return self.last, self.cache
         first, after = unit.span
-        return self._read((self.states[0][first], self.states[1][first]), after)
+        return self._read(Parts(*(states[first] for states in self.states)), after)
 
     def forget(self, unit: Unit) -> None:
         """Gives back what this unit and those above need, for going from the last to the first."""

@@ -43,6 +43,8 @@ def check(plan) -> None:
             check_embedder(plan)
         if todo & {"04", "05", "07"}:
             check_depths(p, arch.blocks)
+        if "06" in todo:
+            check_projection(p, arch)
         if "07" in todo:
             check_forms(p, arch)
         if p["device"] == "cuda":
@@ -157,6 +159,14 @@ def longest_runs(free: list[int]) -> list[range]:
         found = [run for run in every if set(run) <= set(free)]
         runs += found[:1]
     return runs
+
+
+def check_projection(p: dict, arch: Architecture) -> None:
+    """Figure 4's projection is one that the decoder has; some decoders fuse several."""
+    names = [name.rpartition(".")[2] for name in arch.linears]
+    if p["shown_projection"] not in names:
+        known = ", ".join(names)
+        raise DermError(f"shown_projection is {p['shown_projection']}; {p['model']} has {known}")
 
 
 def check_forms(p: dict, arch: Architecture) -> None:

@@ -81,7 +81,7 @@ def test_a_reading_holds_what_is_planned(small, read, ranking):
             alive = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
             most = max(most, sum(alive.values()))
             reading.forget(unit)
-    tokens = 3 * reading.begin, len(TOLD) * reading.places[1].shape[1]
+    tokens = 3 * reading.begin, len(TOLD) * reading.places.rest.shape[1]
     costs = Needs({"rankings": ["last"]}, arch)
     costs.kinds = len(QUESTIONS)
     # joined keys and values are gone again when a block is through

@@ -1,6 +1,7 @@
 """What a stage would refuse is refused before any kernel starts, in one line."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import toy
 
 from derm_compress.errors import DermError
 from derm_compress.method.importance import embedder
+from derm_compress.model import shapes
 from derm_compress.study import checks, params, plan
 
 ROOT = Path(__file__).parents[2]
@@ -119,3 +121,11 @@ def test_a_sentence_transformer_that_is_not_there_is_told_before_any_stage(monke
     here = plan.Plan(folder.parent, asked.notebooks, asked.values | {"embedder": folder.name})
     here.values["rankings"] = ["output_similarity"]
     checks.check_embedder(here)
+
+
+def test_a_projection_that_the_decoder_fuses_is_refused():
+    arch = shapes.llava_7b()
+    fused = replace(arch, linears={"self_attn.qkv_proj": [3, 1], "mlp.down_proj": [1, 2]})
+    checks.check_projection({"shown_projection": "q_proj", "model": "m"}, arch)
+    with pytest.raises(DermError, match="q_proj; m has qkv_proj, down_proj"):
+        checks.check_projection({"shown_projection": "q_proj", "model": "m"}, fused)

@@ -81,7 +81,7 @@ def block_influence(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
             entering[part] = x
 
     reading = c.reading(watch=watch)
-    places = torch.arange(len(reading.places[1][0]))
+    places = torch.arange(len(reading.places.rest[0]))
     real = (places <= last_token(reading)[:, None]).to(c.device)  # [rows, tokens]: no padding
     for unit, (i, item) in itertools.product(units, enumerate(c.items)):
         beginning, rest = cosines[0, *unit.span][i], cosines[1, *unit.span] * real

@@ -22,7 +22,8 @@ from derm_compress.report.figures.style import (
 from derm_compress.report.sentences import main_models, plain_awq
 from derm_compress.report.wording import listed, model, quantizer
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
+PROJECTIONS = [*ATTENTION, "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 GROUPS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
 KEYS = ["blocks_removed", "healed", "method", "bits"]
 OUTLIER = 6.0  # as notebook 06 counts them: a peak over so many times the median channel's
