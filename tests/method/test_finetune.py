@@ -213,27 +213,28 @@ def test_an_adapter_of_other_blocks_or_other_bytes_is_refused(dataset, tmp_path,
         merge_adapter(pico[0], tmp_path / "a", step | {"sha256": "0" * 64}, kept=BLOCKS)
 
 
-def test_finished_fine_tunes_are_kept_with_what_they_took(dataset, recipe, store, tmp_path):
+def test_fine_tunes_run_side_by_side_and_finished_ones_are_kept(dataset, recipe, store, tmp_path):
     data, scratch, out = (tmp_path / name for name in ("data", "scratch", "out"))
     for folder in (data, scratch, out):
         folder.mkdir()
     items.save_dataset(data, dataset)
     short = train.Training(rank=2, alpha=2, learning_rate=1e-3, steps=1, batch_size=2, seed=0)
     pruned = recipe.then("prune", kept=[0, 1, 2, 7])
-    asked = [Job("original", recipe.to_json(), short), Job("pruned-4", pruned.to_json(), short)]
-    names = [job.variant for job in asked]
-    where = {"data": data, "store": store, "scratch": scratch, "processes": 1}
-    jobs.fine_tune_all(tmp_path / "first", asked[:1], **where)
+    recipes = {"original": recipe, "again": recipe, "pruned-4": pruned}
+    names, asked = [*recipes], [Job(name, one.to_json(), short) for name, one in recipes.items()]
+    where = {"data": data, "store": store, "scratch": scratch}
+    jobs.fine_tune_all(tmp_path / "first", asked[:1], **where, processes=1)
     before = (scratch / "original" / "curve.parquet").stat().st_mtime_ns
-    jobs.fine_tune_all(out, asked, **where)
+    jobs.fine_tune_all(out, asked, **where, processes=2)  # the other two, each in its own
     assert (scratch / "original" / "curve.parquet").stat().st_mtime_ns == before
+    assert weights_of(out / "original") == weights_of(out / "again")
     curves = jobs.loss_curves(out, names)
-    assert curves.groupby("variant").size().to_dict() == {"original": 1, "pruned-4": 1}
+    assert curves.groupby("variant").size().to_dict() == dict.fromkeys(names, 1)
     told = jobs.training_costs(scratch, names)
-    assert told.variant.tolist() == ["original+sft", "pruned-4+sft"]
-    assert told.skipped.tolist() == [0, 0] and (told.measured_peak_gib > 0.1).all()
-    small, smaller = told.train_peak_gib  # planned: tensors of a pico model, not the process
-    assert 0.1 > small > smaller > 0
+    assert told.variant.tolist() == [f"{name}+sft" for name in names]
+    assert told.skipped.tolist() == [0, 0, 0] and (told.measured_peak_gib > 0.1).all()
+    small, same, smaller = told.train_peak_gib  # planned: tensors of a pico model, not the process
+    assert 0.1 > small == same > smaller > 0
     healed = pruned.with_adapter("out/pruned-4", out / "pruned-4")
     assert len(anatomy.blocks(materialize(healed, store)[0])) == 4
 
