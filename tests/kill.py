@@ -9,6 +9,8 @@ was finished is there; no item is made twice; and the eight results have the sam
 One line a kill; exit code 1 at the first deviation.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import itertools
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -47,6 +50,43 @@ OTHER = {  # than the smoke study: smaller batches, a checkpoint, workers side b
 FINISHED = ("journal/*.jsonl", "journal/scales/*/block-*", "journal/adapters/*/*")
 PATIENCE = 600  # seconds for a stage to come as far as it is waited for
 POLL = 0.02
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a stage has finished: whole lines of its journals, and all other files by path."""
+
+    journals: dict[str, list[bytes]]
+    files: set[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Finished:
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        names = {path.relative_to(folder).as_posix() for path in paths}
+        journals = sorted(name for name in names if name.endswith(".jsonl"))
+        lines = {Path(name).stem: whole_lines(folder / name) for name in journals}
+        return cls(lines, names - {*journals})
+
+    @property
+    def results(self) -> set[str]:
+        return {name for name in self.files if not name.startswith("journal/")}
+
+    @property
+    def journal_files(self) -> set[str]:
+        return {f"journal/{name}.jsonl" for name in self.journals}
+
+    @property
+    def count(self) -> int:
+        """Lines of journals, blocks and adapters."""
+        return len(self.files - self.results) + sum(map(len, self.journals.values()))
+
+    def told(self, before: Finished | None = None) -> str:
+        """The number of lines of each journal, and how many of them are new."""
+        parts = []
+        for name, lines in self.journals.items():
+            new = len(lines) - len(before.journals.get(name, ())) if before else 0
+            parts.append(f"{name} {len(lines)}" + (f" (+{new})" if new else ""))
+        return ", ".join(parts) or "no journal"
 
 
 class Study:
@@ -105,37 +145,25 @@ class Study:
         """Links to what has been finished since the last look."""
         for stage in self.stages:
             with contextlib.suppress(FileNotFoundError):  # it may just have been committed
-                for path in finished(self.work(stage)):
+                for path in unchanging(self.work(stage)):
                     self.keep(path, self.seen / stage / path.relative_to(self.work(stage)))
 
     def keep(self, path: Path, link: Path) -> None:
         """A link to a finished file; a journal's may move on to one without a line cut short."""
-        journal = path.suffix == ".jsonl" and link.exists() and not link.samefile(path)
-        if journal:
-            ensure(whole_lines(path)[: len(whole_lines(link))] == whole_lines(link), f"{path} lost")
+        if path.suffix == ".jsonl" and link.exists() and not link.samefile(path):
+            lines = whole_lines(link)
+            ensure(whole_lines(path)[: len(lines)] == lines, f"{link.name} has lost lines")
             link.unlink()
         if not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, link)
 
-    def journals(self, stage: str) -> dict[str, list[bytes]]:
-        """The whole lines of each journal so far."""
-        paths = sorted((self.seen / stage).glob("journal/*.jsonl"))
-        return {path.stem: whole_lines(path) for path in paths}
-
-    def files(self, stage: str) -> set[str]:
-        """Every other file that was finished, by its path in the work folder."""
-        folder = self.seen / stage
-        paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".jsonl"]
-        return {path.relative_to(folder).as_posix() for path in paths}
-
-    def count(self, stage: str) -> int:
-        """How much of the passing kind is finished: lines of journals, blocks, adapters."""
-        passing = [name for name in self.files(stage) if name.startswith("journal/")]
-        return len(passing) + sum(map(len, self.journals(stage).values()))
+    def finished(self) -> dict[str, Finished]:
+        """What each stage has finished so far, whether its work folder still has it or not."""
+        return {stage: Finished.of(self.seen / stage) for stage in self.stages}
 
 
-def finished(work: Path) -> list[Path]:
+def unchanging(work: Path) -> list[Path]:
     """The files of a work folder that no later moment may change, but for journals that grow."""
     inner = itertools.chain.from_iterable(work.glob(pattern) for pattern in FINISHED)
     results = [path for path in work.rglob("*") if path.relative_to(work).parts[0] != "journal"]
@@ -164,19 +192,14 @@ def undisturbed(study: Study) -> None:
         time.sleep(POLL)
     ensure(process.returncode == 0, f"the undisturbed run failed:\n{study.said()[-3000:]}")
     print(f"undisturbed: {time.monotonic() - begun:.0f} s")
-    for stage in study.stages:
-        journals = {name: len(lines) for name, lines in study.journals(stage).items()}
+    for stage, made in study.finished().items():
         ensure(study.fault(stage) == "", f"{stage}: {study.fault(stage)}")
-        print(f"  {stage:<22} {study.results(stage)[:12]}  {told(journals)}")
-
-
-def told(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "no journal"
+        print(f"  {stage:<22} {study.results(stage)[:12]}  {made.told()}")
 
 
 def spread(kills: int, calm: Study) -> list[str]:
     """The stages to kill, in order: each once, and again in turn those that keep journals."""
-    again = itertools.cycle(stage for stage in calm.stages if calm.journals(stage))
+    again = itertools.cycle(s for s, made in calm.finished().items() if made.journals)
     return sorted([*calm.stages, *itertools.islice(again, max(0, kills - len(calm.stages)))])
 
 
@@ -212,73 +235,90 @@ def kill(
     study: Study, calm: Study, stage: str, left: int, chance: random.Random
 ) -> tuple[bool, str]:
     """One kill in a stage that has `left` more to come: whether it was in time, and its line."""
-    begun, before, all_ = time.monotonic(), study.count(stage), calm.count(stage)
+    begun, before = time.monotonic(), study.finished()
     process = study.start()
-    if calm.journals(stage):
-        share = (0.95 * all_ - before) / (left + 1)
-        goal = before + 1 + int(chance.uniform(0, max(share, 0)))
-        wait_until(study, process, lambda: study.count(stage) >= goal, f"{goal} items of {stage}")
+    wait_for_moment(study, process, calm, stage, left, chance)
+    reached = study.finished()
+    killed = strike(study, process, chance)
+    seconds = time.monotonic() - begun
+    study.look()
+    ensure_kept(study, calm, before)
+    ensure_kept(study, calm, reached)
+    ensure_nobody_works(study)
+    fault = study.fault(stage)
+    ensure(fault in ("", "absent"), f"{stage}: the entry is neither whole nor absent: {fault}")
+    ensure(not fault or study.work(stage).is_dir(), f"{stage}: the work folder is gone")
+    kept = study.finished()[stage]
+    state = f"entry {fault}" if fault else "TOO LATE, entry whole"
+    line = f"{stage:<22} {seconds:5.1f} s  {killed} processes killed, {state}; kept "
+    return bool(fault), line + f"{kept.told(before[stage])}, {len(kept.files)} files"
+
+
+def wait_for_moment(
+    study: Study,
+    process: subprocess.Popen,
+    calm: Study,
+    stage: str,
+    left: int,
+    chance: random.Random,
+) -> None:
+    """Until a journal of the stage has grown to a random size, or its work has begun; and on."""
+    before, all_ = study.finished()[stage].count, calm.finished()[stage].count
+    if calm.finished()[stage].journals:
+        share = max(0, 0.95 * all_ - before) / (left + 1)  # the later kills have theirs
+        goal = before + 1 + int(chance.uniform(0, share))
+        what = f"{goal} items of {stage}"
+        wait_until(study, process, lambda: Finished.of(study.seen / stage).count >= goal, what)
         delay = chance.uniform(0, 0.4)
     else:
-        wait_until(study, process, study.work(stage).exists, stage)
+        wait_until(study, process, study.work(stage).exists, f"the work on {stage}")
         delay = chance.uniform(0, 0.7) * calm.plan.pointer(stage)["seconds"]
     until = time.monotonic() + delay
     wait_until(study, process, lambda: time.monotonic() >= until, "the kill")
-    grown, reached = study.count(stage) - before, {s: held(study, s) for s in study.stages}
-    processes = strike(study, process, chance)
-    seconds = time.monotonic() - begun
-    study.look()
-    for name, earlier in reached.items():
-        ensure_kept(study, calm, name, earlier)
-    after = held(study, stage)
+
+
+def ensure_nobody_works(study: Study) -> None:
+    before = study.finished()
     time.sleep(0.3)
     study.look()
-    ensure(not study.family(), "processes are left")
-    ensure(held(study, stage) == after, f"{stage}: somebody is still working")
-    fault = study.fault(stage)
-    ensure(fault in ("", "absent"), f"{stage}: the entry is neither whole nor absent: {fault}")
-    in_time = fault == "absent"
-    ensure(not in_time or study.work(stage).is_dir(), f"{stage}: the work folder is gone")
-    journals = {name: len(lines) for name, lines in after[0].items()}
-    line = f"{stage:<22} {seconds:5.1f} s  {processes} killed  +{grown:<4}"
-    line += f"kept {told(journals)}; {len(after[1])} files"
-    return in_time, line if in_time else f"{line}  TOO LATE, the entry is whole"
+    ensure(not study.family(), f"processes are left: {study.family()}")
+    ensure(study.finished() == before, "after the kill something was finished")
 
 
-def held(study: Study, stage: str) -> tuple[dict[str, list[bytes]], set[str]]:
-    return study.journals(stage), study.files(stage)
+def ensure_kept(study: Study, calm: Study, earlier: dict[str, Finished]) -> None:
+    """All that was finished earlier is there: journals byte for byte, files not made anew."""
+    now = study.finished()
+    for stage, then in earlier.items():
+        for name, lines in then.journals.items():
+            same = now[stage].journals[name][: len(lines)] == lines
+            ensure(same, f"{stage}: lines of journal {name} have changed")
+        # a commit begins with journals and checkpoints
+        committed = calm.finished()[stage].results <= now[stage].results
+        kept = then.results if committed else then.files | then.journal_files
+        for name in kept:
+            places = [study.work(stage) / name, study.entry(stage) / name]
+            there = [path for path in places if path.exists()]
+            ensure(bool(there), f"{stage}: {name} was finished and is gone")
+            same = there[0].samefile(study.seen / stage / name)
+            ensure(same or name in then.journal_files, f"{stage}: {name} was made twice")
 
 
-def ensure_kept(study: Study, calm: Study, stage: str, earlier: tuple) -> None:
-    """All that was finished before is there, journals byte for byte, files not made anew."""
-    journals, files = earlier
-    for name, lines in journals.items():
-        now = study.journals(stage)[name]
-        ensure(now[: len(lines)] == lines, f"{stage}: lines of journal {name} have changed")
-        keys = Counter(json.loads(line)[0] for line in now)
-        ensure(len(keys) == len(now), f"{stage}: {keys.most_common(1)} in journal {name}")
-    made = {name for name in calm.files(stage) if not name.startswith("journal/")}
-    committed = made <= study.files(stage)  # journals go with the commit
-    places = [study.work(stage), study.entry(stage)]
-    for name in files:
-        if committed and name.startswith("journal/"):
-            continue
-        there = [place / name for place in places if (place / name).exists()]
-        ensure(bool(there), f"{stage}: {name} was finished and is gone")
-        ensure(there[0].samefile(study.seen / stage / name), f"{stage}: {name} was made twice")
-    for name in () if committed else journals:
-        ensure((places[0] / "journal" / f"{name}.jsonl").exists(), f"{stage}: {name} is gone")
+def ensure_nothing_twice(study: Study, calm: Study) -> None:
+    """Journals have as many lines as those of the undisturbed run, each of another item."""
+    for stage, made in study.finished().items():
+        for name, lines in made.journals.items():
+            ((key, times),) = Counter(json.loads(line)[0] for line in lines).most_common(1)
+            ensure(times == 1, f"{stage}: {key} is {times} times in journal {name}")
+        expected = calm.finished()[stage]
+        said = f"{made.told()} instead of {expected.told()}"
+        ensure(made.told() == expected.told(), f"{stage}: {said}")
+        ensure(made.files == expected.files, f"{stage}: {made.files ^ expected.files}")
 
 
-def compare(study: Study, calm: Study) -> None:
-    """The end: eight whole entries, of the same digests, for which nothing was made twice."""
+def ensure_equal(study: Study, calm: Study) -> None:
+    """Eight whole entries, of the same digests."""
     for stage in study.stages:
         ensure(study.fault(stage) == "", f"{stage}: {study.fault(stage)}")
-        ensure_kept(study, calm, stage, held(study, stage))
-        journals, expected = study.journals(stage), calm.journals(stage)
-        lines = {name: len(found) for name, found in journals.items()}
-        wanted = {name: len(found) for name, found in expected.items()}
-        ensure(lines == wanted, f"{stage}: {told(lines)} lines instead of {told(wanted)}")
         same = study.results(stage) == calm.results(stage)
         print(f"  {stage:<22} {study.results(stage)[:12]}  {'equal' if same else 'DIFFERENT'}")
     differ = [s for s in study.stages if study.results(s) != calm.results(s)]
@@ -289,16 +329,25 @@ def main(top: Path, kills: int, seed: int) -> None:
     calm = Study(top / "calm")
     undisturbed(calm)
     study, chance = Study(top / "killed"), random.Random(seed)
-    stages, struck = spread(kills, calm), Counter()
+    try:
+        disturbed(study, calm, kills, chance)
+    finally:
+        for process in study.family():
+            process.kill()
+
+
+def disturbed(study: Study, calm: Study, kills: int, chance: random.Random) -> None:
+    stages, late = spread(kills, calm), 0
     for number, stage in enumerate(stages, 1):
         in_time, line = kill(study, calm, stage, stages[number:].count(stage), chance)
-        struck[stage] += in_time
+        late += not in_time
         print(f"{number:>3}  {line}", flush=True)
-    process = study.start()
+    before, process = study.finished(), study.start()
     wait_until(study, process, lambda: process.poll() is not None, "the end")
     ensure(process.returncode == 0, f"the last run failed:\n{study.said()[-3000:]}")
-    compare(study, calm)
-    late = sum(map(stages.count, study.stages)) - struck.total()
+    ensure_kept(study, calm, before)
+    ensure_nothing_twice(study, calm)
+    ensure_equal(study, calm)
     ensure(not late, f"{late} kills came too late, take another seed")
 
 
