@@ -47,7 +47,7 @@ OTHER = {  # than the smoke study: smaller batches, a checkpoint, workers side b
     "bits": [4],
     "equal_bytes": [],
 }
-FINISHED = ("journal/*.jsonl", "journal/scales/*/block-*", "journal/adapters/*/*")
+FINISHED = ("journal/*.jsonl", "journal/scales/*/*.safetensors", "journal/adapters/*/*")
 PATIENCE = 600  # seconds for a stage to come as far as it is waited for
 POLL = 0.02
 
