@@ -171,9 +171,9 @@ class Needs:
         """
         cache, state = FP16 * 2 * self.arch.cache_width, FP16 * self.arch.hidden * self.arch.blocks
         states = 0.0
-        if ranking.criterion.name in ("output_similarity", "perplexity"):
+        if ranking.criterion.keeps == "units":
             states = max(1, len(ranking.parts)) * (read + told)
-        elif ranking.criterion.name == "angular":
+        elif ranking.criterion.keeps == "ends":
             states = 2 * told
         joined = 2 * self.kinds * read + told
         return cache * ((self.arch.blocks + 1) * (read + told) + joined) + state * states
@@ -182,12 +182,12 @@ class Needs:
         """GiB of a criterion's values, `batch` questions at once, a picture's together."""
         if not ranking.criterion.calibrated:
             return lambda batch: self.reading(1)
-        if ranking.criterion.name == "taylor":
+        if ranking.criterion.keeps == "gradients":
             return self.differentiating
         return lambda batch: self.leaving_out(ranking, max(1, batch // self.kinds), batch)
 
     def differentiating(self, batch: int) -> float:
-        """GiB of Taylor, a picture at a time whatever the batch.
+        """GiB of gradients, a picture at a time whatever the batch.
 
         It holds what enters every block, one block's inner values, and a gradient twice.
         """

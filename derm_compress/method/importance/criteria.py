@@ -24,6 +24,7 @@ class Criterion:
     title: str = ""  # for people, where the name does not do
     by_question: bool = False  # a value for every question, not one for a picture
     weighs: bool = True  # looks at weights, or at what they do
+    keeps: str = ""  # of a reading: what "units" start from, "ends" of sublayers, "gradients"
 
     @property
     def calibrated(self) -> bool:
@@ -48,6 +49,7 @@ _ALL = (
         reads=ASKED,
         cost="half a reading a unit, and writing what differs",
         by_question=True,
+        keeps="units",
     ),
     Criterion(
         "perplexity",
@@ -56,6 +58,7 @@ _ALL = (
         reads=TOLD,
         cost="half a reading a unit",
         by_question=True,
+        keeps="units",
     ),
     Criterion(
         "block_influence",
@@ -69,6 +72,7 @@ _ALL = (
         source="Gromov et al. 2024",
         explained="the angle between the same two at the last token",
         reads=TOLD,
+        keeps="ends",
         cost="one reading in all",
     ),
     Criterion(
@@ -77,6 +81,7 @@ _ALL = (
         explained="the sum of absolute weights times gradients",
         reads=TOLD,
         cost="two readings and one backward pass in all",
+        keeps="gradients",
     ),
     Criterion("magnitude", source="Han et al. 2015", explained="the sum of absolute weights"),
     Criterion(
