@@ -137,7 +137,6 @@ def calibration_batches(
     *,
     batch_size: int,
     device,
-    answered: bool = True,
     text_only: bool = False,
     answer_weight: float = 1.0,
 ) -> Iterator[dict]:
@@ -154,7 +153,7 @@ def calibration_batches(
             turn = dialogue.question(kind), dialogue.reference(item.disease, item.facts, kind)
             made = render(processor, [turn], picture=not text_only)
             (said,) = made.answers
-            texts.append(made.text[: said.words if answered else said.start])
+            texts.append(made.text[: said.words])
             begins.append(said.start)
         pictures = None if text_only else images[[item.row for item, _ in part]]
         batch = prepare(processor, texts, pictures, device)
