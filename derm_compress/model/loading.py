@@ -123,8 +123,7 @@ def _read_config(name: str):
 def _of_shapes(name: str) -> LlavaForConditionalGeneration:
     """A model on the meta device, counted as fp16."""
     config = config_of(name)
-    with torch.device(META):
-        model = LlavaForConditionalGeneration(config).half().eval()
+    model = shapes.built(config).half().eval()
     if absent := getattr(config, "absent_sublayers", ()):
         removal.apply(model, range(len(blocks(model))), absent)
     return model

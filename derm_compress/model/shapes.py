@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from derm_compress.errors import DermError
+from derm_compress.errors import DermError, first_line
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,25 @@ class Architecture:
         return sum(self.outside.values()) + decoder
 
 
-def architecture(config) -> Architecture:
-    """Measure a LlavaConfig: the model is built on the meta device and its tensors are counted."""
+def built(config):
+    """A LlavaConfig's model on the meta device; DermError where Transformers cannot make it."""
     import torch
 
-    from derm_compress.model import anatomy
+    from derm_compress.model.anatomy import META
     from derm_compress.model.hf import LlavaForConditionalGeneration
 
-    with torch.device(anatomy.META):
-        model = LlavaForConditionalGeneration(config)
+    try:
+        with torch.device(META):
+            return LlavaForConditionalGeneration(config)
+    except Exception as error:  # other people's files hold anything
+        raise DermError(f"model: its config.json makes no model ({first_line(error)})") from error
+
+
+def architecture(config) -> Architecture:
+    """Measure a LlavaConfig: the model is built on the meta device and its tensors are counted."""
+    from derm_compress.model import anatomy
+
+    model = built(config)
     text, vision = config.text_config, config.vision_config
     block, embedding = anatomy.blocks(model)[0], model.get_input_embeddings()
     parts = anatomy.parts(model)
