@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 from markupsafe import Markup
 
+from derm_compress.files import read_json
 from derm_compress.report import tables
 
+MODEL = ["blocks_removed_7b", "healed", "method", "bits"]
 SIDE_BY_SIDE = {  # table: its question, what tells its rows apart, its score
     "table1_pruning": (
         "Pruning alone, by the fraction of blocks removed",
         ["fraction_removed"],
-        "score",
+        "",
     ),
-    "table2_sft": ("After SFT, by what was removed at 7B", ["blocks_removed_7b"], "score_after"),
-    "table3_quantization": (
-        "Quantized",
-        ["blocks_removed_7b", "healed", "method", "bits"],
-        "score",
-    ),
-    "table4_efficiency": ("The six ways of Table 4", ["setting"], "score"),
-    "table5_ablation": ("One part exchanged at a time", ["setting"], "score"),
+    "table2_sft": ("After SFT, by what was removed at 7B", ["blocks_removed_7b"], "_after"),
+    "table3_quantization": ("Quantized", MODEL, ""),
+    "table4_efficiency": ("The six ways of Table 4", ["setting"], ""),
+    "table5_ablation": ("One part exchanged at a time", ["setting"], ""),
 }
 
 
 def sections(root: Path) -> list[tuple[str, pd.DataFrame, str]]:
     """(heading, table, caption): what every run says, then Tables 1 to 5 with a column a run."""
-    files = sorted(Path(root, "reports").glob("*/run.json"))
-    runs = {path.parent.name: path.parent for path in files}
+    runs = {path.parent.name: path.parent for path in sorted(root.glob("reports/*/run.json"))}
     if not runs:
         return []
     found = [("", overview(runs), "Every run, and its verdicts on the paper's claims")]
-    for stem, (question, keys, score) in SIDE_BY_SIDE.items():
-        frame = beside(runs, stem, keys, score)
+    for stem, (question, keys, end) in SIDE_BY_SIDE.items():
+        frame = beside(runs, stem, keys, f"score{end}")
         if len(frame):
             caption = "score, % (95 % interval), a column a run"
             found.append((f"Table {stem[5]}. {question}", frame, caption))
@@ -46,9 +42,14 @@ def overview(runs: dict[str, Path]) -> pd.DataFrame:
     """What each run says in one sentence, its verdicts on the paper's claims, what it took."""
     rows = []
     for name, folder in runs.items():
-        info = json.loads((folder / "run.json").read_text("utf-8"))["run_info"]
         link = Markup('<a href="{0}/index.html">{0}</a>').format(name)
-        rows.append((link, info.get("headline", ""), counts(folder), info.get("seconds", "")))
+        try:
+            info = read_json(folder / "run.json")["run_info"]
+            said, seconds = info.get("headline", ""), info.get("seconds", "")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            again = f"python -m derm_compress report {name}"
+            said, seconds = f"its run.json is damaged; {again} makes it anew", ""
+        rows.append((link, said, counts(folder), seconds))
     return pd.DataFrame(rows, columns=["run", "what it says", "claims", "time, s"], dtype=object)
 
 

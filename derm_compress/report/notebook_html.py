@@ -12,9 +12,14 @@ import bleach
 from latex2mathml.converter import convert
 from markupsafe import Markup
 
+from derm_compress.errors import DermError
+from derm_compress.files import shown
+
 MIMES = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
 TAGS = re.findall(r"\w+", "a b blockquote br code del div em h1 h2 h3 h4 hr i li ol p pre span")
 TAGS += re.findall(r"\w+", "strong sub sup ul table tbody td th thead tr")
+SPANS = ["colspan", "rowspan"]
+ATTRIBUTES = {"a": ["href", "title"], "th": SPANS, "td": SPANS, "span": ["class"]}
 FOLDED = Markup("<details><summary>{}</summary><pre>{}</pre></details>")
 SUMMARIES = {"parameters": "Parameters", "injected-parameters": "What this run sets"}
 FORMULA = re.compile(r"(?s)```.*?```|`[^`]*`|\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$")
@@ -55,12 +60,25 @@ def exporter():
 
 
 def notebook_body(path: Path, clean) -> str:
-    """The HTML of an executed notebook, to be put into a page: no setup, its parameters folded."""
+    """The HTML of an executed notebook, to be put into a page: no setup, its parameters folded.
+
+    DermError for a file that is no notebook.
+    """
     # Two seconds of compiling a grammar that no notebook needs.
     sys.modules.setdefault("rfc3987_syntax", None)
     import nbformat
 
-    notebook = nbformat.from_dict(clean(nbformat.read(path, as_version=4)))
+    try:
+        notebook = nbformat.from_dict(clean(nbformat.read(path, as_version=4)))
+        return body_of(notebook)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        advice = "delete it, and running the study makes it anew"
+        raise DermError(f"report: {shown(path)} is damaged; {advice}") from error
+
+
+def body_of(notebook) -> str:
+    from nbformat.v4 import new_markdown_cell
+
     aside: list[str] = []  # HTML that stands for words of the text
     cells = []
     for cell in notebook.cells:
@@ -71,7 +89,7 @@ def notebook_body(path: Path, clean) -> str:
             cell.source = set_aside(cell.source, aside)
         for tag in SUMMARIES.keys() & set(tags):
             word = word_for(FOLDED.format(SUMMARIES[tag], cell.source), aside)
-            cell = nbformat.v4.new_markdown_cell(word, id=cell.get("id", tag))
+            cell = new_markdown_cell(word, id=cell.get("id", tag))
         for output in cell.get("outputs", ()):
             if "data" in output:
                 slim(output)
@@ -91,9 +109,8 @@ def word_for(html: str, aside: list[str]) -> str:
 
 def clean_html(html: str) -> str:
     """Leave tags that only format; everything else becomes text."""
-    spans = ["colspan", "rowspan"]
-    known = {"a": ["href", "title"], "th": spans, "td": spans, "span": ["class"]}
-    return Markup(bleach.clean(html, tags=TAGS, attributes=known, protocols={"http", "https"}))
+    known = {"tags": TAGS, "attributes": ATTRIBUTES, "protocols": {"http", "https"}}
+    return Markup(bleach.clean(html, **known))
 
 
 def slim(output) -> None:

@@ -5,33 +5,41 @@ from __future__ import annotations
 import base64
 import functools
 import html
+import statistics
 
 import pandas as pd
 import yaml
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from derm_compress.report import wording
+
+MARKS = {"\\": "&#92;", "|": "\\|", "`": "&#96;", "[": "&#91;", "\n": " "}
+MARKS |= {mark: f"\\{mark}" for mark in "*_$"}
+LONG = 50  # of a list's items, all that a page shows
+
+
+@functools.cache
+def environment() -> Environment:
+    """Jinja with this project's words."""
+    made = Environment(
+        loader=PackageLoader("derm_compress.report", "templates"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {name: getattr(wording, name) for name in wording.FILTERS}
+    made.filters |= {"inert": inert, "markdown": to_markdown, "rows": to_rows}
+    made.filters |= {"yaml": as_yaml, "base64": as_base64}
+    made.globals |= {"verdict": wording.verdict, "isnan": pd.isna}
+    made.globals |= {"median": statistics.median, "mode": statistics.mode}
+    return made
 
 
 def page(template: str, **view) -> str:
     """A template of this folder, filled."""
     return environment().get_template(template).render(**view)
-
-
-@functools.cache
-def environment() -> Environment:
-    made = Environment(
-        loader=PackageLoader("derm_compress.report", "templates"),
-        autoescape=select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    made.filters |= {"inert": inert, "markdown": to_markdown, "yaml": as_yaml}
-    made.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return made
-
-
-MARKS = {"\\": "&#92;", "|": "\\|", "`": "&#96;", "[": "&#91;", "\n": " "}
-MARKS |= {mark: f"\\{mark}" for mark in "*_$"}
 
 
 def inert(text) -> str:
@@ -45,11 +53,20 @@ def to_markdown(frame: pd.DataFrame) -> str:
     return "".join("| " + " | ".join(map(inert, row)) + " |\n" for row in rows)
 
 
-def as_yaml(value) -> str:
+def to_rows(text: str) -> str:
+    """A table's rows of paragraphs `where: what`."""
+    found = [" ".join(part.split()).partition(": ") for part in text.strip().split("\n\n")]
+    return "".join(f"| {where} | {said[:1].upper()}{said[1:]} |\n" for where, _, said in found)
+
+
+def as_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def as_yaml(notes: dict) -> str:
     """Nested notes as people read them; long lists are cut."""
-    if isinstance(value, dict):
-        value = {
-            key: inner[:50] + ["…"] if isinstance(inner, list) and len(inner) > 50 else inner
-            for key, inner in value.items()
-        }
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    shown = dict(notes)
+    for key, value in notes.items():
+        if isinstance(value, list) and len(value) > LONG:
+            shown[key] = [*value[:LONG], "…"]
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)

@@ -12,18 +12,17 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
 from derm_compress.errors import DermError
 from derm_compress.evaluate.judges import prompts, rubric
-from derm_compress.files import artifact, atomic, disk_guard, read_note
+from derm_compress.files import artifact, disk_guard, read_note, shown, write_text
 from derm_compress.report import comparison, figures, tables
-from derm_compress.report.figures.style import Drawing, Source
+from derm_compress.report.figures.style import Drawing
 from derm_compress.report.notebook_html import cleaner, notebook_body
 from derm_compress.report.page import page, to_markdown
 from derm_compress.report.parts import PARTS, QUESTION
@@ -32,8 +31,8 @@ from derm_compress.report.sentences import Facts
 
 BRIEF = ["setting", "score", "score_lo", "score_hi", "n", "paper_score"]
 BRIEF += ["vram_gib_7b", "paper_vram"]
-MEASURED_TABLES = ("extra_latency", "extra_measured")
-FROM_THEM = ("extra_verdicts", "extra_side_by_side")  # and of other tables, which are compared
+MEASURED_TABLES = {"extra_latency", "extra_measured"}
+FROM_THEM = {"extra_verdicts", "extra_side_by_side"}  # and of other tables, which are compared
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,17 @@ class Run:
 def read_run(name: str, artifacts: Path, clean: Callable) -> Run:
     """The stages' notes in order, with the folders that they name; DermError for no such run."""
     folder = artifacts / "runs" / name
-    files = sorted(folder.glob("[0-9]*.json"))
-    if not files:
-        command = f"python -m derm_compress run params/{name}.yaml"
-        raise DermError(f"report: run {name} has no finished stage; {command}")
-    notes = [clean(read_note(path)) for path in files]
-    stages = {note["stage"]: note for note in notes if note}
-    store = artifacts / "store"
-    kept = {stage: artifact(store, stage, note["key"]) for stage, note in stages.items()}
-    known = clean(read_note(folder / "run_info.json"))
-    return Run(name, folder, stages, known, kept)
+    notes = {path: clean(read_note(path)) for path in sorted(folder.glob("[0-9]*.json"))}
+    again = f"python -m derm_compress run params/{name}.yaml"
+    if not notes:
+        raise DermError(f"report: run {name} has no finished stage; {again}")
+    if damaged := [
+        shown(path) for path, note in notes.items() if not {"stage", "key"} <= set(note)
+    ]:
+        raise DermError(f"report: {', '.join(damaged)} cannot be used; {again} makes it anew")
+    stages = {note["stage"]: note for note in notes.values()}
+    kept = {stage: artifact(artifacts / "store", stage, n["key"]) for stage, n in stages.items()}
+    return Run(name, folder, stages, clean(read_note(folder / "run_info.json")), kept)
 
 
 def render(run: str, *, root: Path, artifacts: Path | None = None, keep: bool = False) -> Path:
@@ -85,19 +85,22 @@ def render(run: str, *, root: Path, artifacts: Path | None = None, keep: bool = 
     results = load_results(made.artifacts)
     results = replace(results, data_report=clean(results.data_report))
     built = tables.build(results)
-    facts = Facts(results, built)
     graph = {stage: list(note["upstream"]) for stage, note in made.stages.items()}
-    drawn = figures.draw_all(Source(results, built.get, graph, asked_of_judge(made.parameters)))
+    facts = Facts(results, built, graph=graph, asked=asked_of_judge(made.parameters))
+    drawn = figures.draw_all(facts)
     made = replace(made, info=made.info | frozen(results) | {"headline": facts.said("headline")[0]})
+    notebooks = {
+        f"notebooks/{path.stem}.html": Markup(notebook_body(path, clean))
+        for path in sorted((made.folder / "notebooks").glob("[0-9]*.ipynb"))
+    }
+    view = contents(made, facts, built, drawn, list(notebooks))
     files = {"run.json": record(made)}
     for stem, frame in built.items():
         files[f"tables/{stem}.csv"] = tables.to_csv(frame)
         files[f"tables/{stem}.md"] = to_markdown(tables.readable(frame))
-    for path in sorted((made.folder / "notebooks").glob("[0-9]*.ipynb")):
-        body, title = Markup(notebook_body(path, clean)), path.stem.replace("_", " ")
-        files[f"notebooks/{path.stem}.html"] = page("notebook.html", title=title, body=body)
-    notebooks = [name for name in files if name.startswith("notebooks/")]
-    view = contents(made, facts, built, drawn, notebooks)
+    for name, body in notebooks.items():
+        title = Path(name).stem.replace("_", " ")
+        files[name] = page("notebook.html", title=title, body=body)
     files |= {"index.html": page("report.html", **view), "README.md": page("readme.md.j2", **view)}
     target = root / "reports" / run
     if keep and tracked(target) and same_results(built, target / "tables"):
@@ -134,19 +137,13 @@ def record(made: Run) -> str:
 def contents(made: Run, facts: Facts, built: dict, drawn: dict, notebooks: list[str]) -> dict:
     """All that index.html and README.md say, as data."""
     parts = []
-    for part in PARTS.values():
-        if part.stem in built or part.stem in drawn:
-            frame = tables.readable(built[part.stem]) if part.stem in built else None
-            parts.append(
-                vars(part)
-                | {
-                    "caption": f"{part.label}: {part.caption}",
-                    "said": facts.said(part.stem),
-                    "drawing": drawn.get(part.stem),
-                    "frame": frame,
-                    "folded": frame is not None and len(frame) > part.shown,
-                }
-            )
+    for stem, part in PARTS.items():
+        if stem in built or stem in drawn:
+            frame = tables.readable(built[stem]) if stem in built else None
+            more = {"said": facts.said(stem), "drawing": drawn.get(stem), "frame": frame}
+            folded = frame is not None and len(frame) > part.shown
+            caption = f"{part.label}: {part.caption}"
+            parts.append(asdict(part) | more | {"caption": caption, "folded": folded})
     brief = built.get("table4_efficiency")
     stages = [
         (stage, note["key"][:12], note.get("seconds"), note.get("cached"))
@@ -154,19 +151,14 @@ def contents(made: Run, facts: Facts, built: dict, drawn: dict, notebooks: list[
     ]
     return {
         "title": f"derm_compress, run {made.name}",
-        "again": f"make report RUN={made.name}",
         "question": QUESTION,
-        "headline": made.info["headline"],
-        "about": facts.said("about"),
-        "limits": facts.said("photographs"),
-        "first": drawn.get("score_vs_blocks"),
-        "brief": None if brief is None else tables.readable(brief[BRIEF]),
+        "run": made,
+        "facts": facts,
         "parts": parts,
         "notebooks": notebooks,
-        "data_said": facts.said("data"),
-        "data": facts.results.data_report or {},
+        "first": drawn.get("score_vs_blocks"),
+        "brief": None if brief is None else tables.readable(brief[BRIEF]),
         "stages": pd.DataFrame(stages, columns=["stage", "key", "seconds", "from the store"]),
-        "parameters": made.parameters,
         "provenance": made.info | {name: made.last.get(name) for name in ("git", "environment")},
     }
 
@@ -187,27 +179,25 @@ def same_results(built: dict[str, pd.DataFrame], folder: Path) -> bool:
 
     Scores and texts must be equal; another machine's sums may differ in other numbers' last digits.
     """
-    wanted = {stem for stem in built if stem not in MEASURED_TABLES}
-    if {path.stem for path in folder.glob("*.csv")} - set(MEASURED_TABLES) != wanted:
+    wanted = set(built) - MEASURED_TABLES
+    if {path.stem for path in folder.glob("*.csv")} - MEASURED_TABLES != wanted:
         return False
-    for stem in wanted - set(FROM_THEM):
-        ours = pd.read_csv(io.StringIO(tables.to_csv(built[stem])))
-        theirs = pd.read_csv(folder / f"{stem}.csv")
-        if list(ours) != list(theirs) or len(ours) != len(theirs):
-            return False
-        if not all(same_column(ours[name], theirs[name]) for name in ours):
+    for stem in wanted - FROM_THEM:
+        ours = of_results(io.StringIO(tables.to_csv(built[stem])))
+        theirs = of_results(folder / f"{stem}.csv")
+        scores = [name for name in ours if name.startswith("score")]
+        try:
+            pd.testing.assert_frame_equal(ours, theirs, rtol=0.01, atol=1e-3)
+            pd.testing.assert_frame_equal(ours[scores], theirs[scores], check_exact=True)
+        except AssertionError:
             return False
     return True
 
 
-def same_column(ours: pd.Series, theirs: pd.Series) -> bool:
-    """Whether two columns of a csv agree; what is measured always does."""
-    if ours.name == "seconds" or "ms" in ours.name.split("_"):
-        return True
-    numbers = all(pd.api.types.is_float_dtype(column) for column in (ours, theirs))
-    if not numbers or ours.name.startswith("score"):
-        return ours.equals(theirs)
-    return np.allclose(ours, theirs, rtol=0.01, atol=1e-3, equal_nan=True)
+def of_results(file) -> pd.DataFrame:
+    """A table from its csv, without the columns that were measured."""
+    frame = pd.read_csv(file)
+    return frame[[name for name in frame if name != "seconds" and "ms" not in name.split("_")]]
 
 
 def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, Drawing]) -> None:
@@ -230,9 +220,7 @@ def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, Drawing
 
 def render_index(root: Path) -> Path:
     """reports/index.html: every run that has a report, beside the others."""
-    target = Path(root, "reports", "index.html")
-    sections = comparison.sections(root)
-    text = page("runs.html", title="derm_compress: all runs", question=QUESTION, sections=sections)
-    with atomic(target) as part:
-        part.write_text(text, "utf-8")
+    target, sections = Path(root, "reports", "index.html"), comparison.sections(Path(root))
+    view = {"title": "derm_compress: all runs", "question": QUESTION, "sections": sections}
+    write_text(target, page("runs.html", **view))
     return target

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from derm_compress.evaluate import schema
+from derm_compress.files import read_frame, read_json
+from derm_compress.method.importance.rankings import OPTIONS
 from derm_compress.model.variants import paper_depth
 from derm_compress.report.paper.numbers import BLOCKS
 
-ANSWERING = ("02_finetune", "04_pruning", "05_sft", "07_quantization", "08_evaluation")
-ANSWER = ["variant", "item", "question"]  # what tells an answer apart
+ANSWERING = (*schema.ANSWERING, "08_evaluation")
+ANSWER = schema.KEY  # what tells an answer apart
 
 
 def _of(file: str):
@@ -59,13 +62,18 @@ class Results:
         return next(iter(self.plans or {}), "output_similarity")
 
     @property
-    def blocks(self) -> int:
-        return next((plan["blocks"] for plan in (self.plans or {}).values()), BLOCKS)
+    def plan(self) -> dict | None:
+        """The study's own."""
+        return (self.plans or {}).get(self.criterion)
 
     @property
     def protected(self) -> tuple[int, ...]:
         """Blocks that the study's own plan never removes."""
-        return tuple((self.plans or {}).get(self.criterion, {}).get("protected", ()))
+        return tuple((self.plan or {}).get("protected", ()))
+
+    @property
+    def blocks(self) -> int:
+        return next((plan["blocks"] for plan in (self.plans or {}).values()), BLOCKS)
 
     @property
     def operating(self) -> int:
@@ -74,6 +82,10 @@ class Results:
     @property
     def deeper(self) -> int:
         return (self.choice or {}).get("deeper", paper_depth(9, self.blocks))
+
+    def depth(self, role: str) -> int:
+        """How many units go from the paper's `unpruned`, `operating` or `deeper` model."""
+        return {"unpruned": 0, "operating": self.operating, "deeper": self.deeper}[role]
 
     @property
     def one_prompt(self) -> pd.DataFrame | None:
@@ -99,17 +111,25 @@ class Results:
         errors = lost.error[lost.error.ne("")] if "error" in lost else lost.iloc[:0]
         return f"{said} (mostly: {errors.mode().iloc[0]})" if len(errors) else said
 
+    @cached_property
+    def models(self) -> pd.DataFrame | None:
+        """`variants` with `units_removed`, which plans count: blocks, or attentions and MLPs."""
+        if self.variants is None:
+            return None
+        known = self.variants
+        in_a_block = 1 + known.criterion.map(removes_parts).astype(int)
+        parts = known.attentions_removed + known.mlps_removed
+        return known.assign(units_removed=in_a_block * known.blocks_removed + parts)
+
     def variant(
-        self, blocks_removed: int, *, criterion: str = "", healed=False, quantizer="", bits=0
+        self, removed: int, *, criterion: str = "", healed=False, quantizer="", bits=0
     ) -> str | None:
-        """The name of the model with so many blocks removed, by the study's own criterion unless
+        """The name of the model with so many units removed, by the study's own criterion unless
         another is given; quantized to 4 bits unless told otherwise. None where there is none."""
         return pick(
-            self.variants,
-            blocks_removed=blocks_removed,
-            attentions_removed=0,
-            mlps_removed=0,
-            criterion=(criterion or self.criterion) if blocks_removed else "",
+            self.models,
+            units_removed=removed,
+            criterion=(criterion or self.criterion) if removed else "",
             healed=healed,
             sft_seed=0,
             quantizer=quantizer,
@@ -120,6 +140,17 @@ class Results:
     def full(self) -> str | None:
         """The full pipeline's model: pruned to the operating point, healed, in 4-bit AWQ."""
         return self.variant(self.operating, healed=True, quantizer="awq")
+
+    @property
+    def main(self) -> list[str | None]:
+        """The three that the question is about: unpruned, pruned, pruned and healed."""
+        n = self.operating
+        return [self.variant(0), self.variant(n), self.variant(n, healed=True)]
+
+
+def removes_parts(criterion: str) -> bool:
+    """Whether a ranking's units are attentions and MLPs, not whole blocks."""
+    return any(OPTIONS[word].parts for word in criterion.split("-") if word in OPTIONS)
 
 
 def pick(variants: pd.DataFrame | None, **columns) -> str | None:
@@ -133,42 +164,38 @@ def pick(variants: pd.DataFrame | None, **columns) -> str | None:
 
 def load_results(folders: dict[str, Path], **given) -> Results:
     """Results from {stage: its artifact folder}; a stage under way gives its own frames by name."""
-    known = {f.name: _read(folders, f.metadata["file"]) for f in fields(Results) if f.metadata}
-    known |= {name: _together(folders, name) for name in ("variants", "answers")}
+    known = {f.name: read(folders, f.metadata["file"]) for f in fields(Results) if f.metadata}
+    known["variants"] = read_all(folders, "variants")
+    known["answers"] = on_test(read_all(folders, "answers"))
+    every = given.get("predictions", known["predictions"])  # stage 08's one frame of all answers
+    if every is not None:
+        of_08 = every[every.stage == ANSWERING[-1]]
+        known |= {"answers": on_test(every), "evaluation": of_08}
     known |= given
-    known |= of_predictions(known["predictions"]) | given
     for name, keys in (("variants", ["variant"]), ("answers", ANSWER)):
         if known[name] is not None:
             known[name] = known[name].drop_duplicates(keys, keep="last")
     return Results(**known)
 
 
-def of_predictions(predictions: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
-    """`answers` and `evaluation` from stage 08's one frame of all answers."""
-    if predictions is None:
-        return {}
-    last = predictions.stage == ANSWERING[-1]
-    return {"answers": predictions[predictions.split == "test"], "evaluation": predictions[last]}
-
-
-def _read(folders, file):
+def read(folders: dict[str, Path], file: str):
+    """`stage/name.parquet` or `.json`; None where the stage has not left it."""
     stage, _, name = file.partition("/")
     path = Path(folders[stage], name) if stage in folders else None
     if path is None or not path.is_file():
         return None
-    if path.suffix == ".parquet":
-        return pd.read_parquet(path)
-    return json.loads(path.read_text("utf-8"))
+    return read_frame(path) if path.suffix == ".parquet" else read_json(path)
 
 
-def _together(folders, name):
-    """One frame of all stages' variants or test answers, later stages last."""
-    frames = [_read(folders, f"{stage}/{name}.parquet") for stage in ANSWERING]
+def read_all(folders: dict[str, Path], name: str) -> pd.DataFrame | None:
+    """One frame of all stages' variants or answers, later stages last."""
+    frames = [read(folders, f"{stage}/{name}.parquet") for stage in ANSWERING]
     frames = [frame for frame in frames if frame is not None]
-    if not frames:
-        return None
-    frame = pd.concat(frames, ignore_index=True)
-    return frame[frame.split == "test"] if name == "answers" else frame
+    return pd.concat(frames, ignore_index=True) if frames else None
+
+
+def on_test(answers: pd.DataFrame | None) -> pd.DataFrame | None:
+    return None if answers is None else answers[answers.split == "test"]
 
 
 def answers_of(frame: pd.DataFrame | None, variant: str | None) -> pd.DataFrame:
@@ -185,11 +212,6 @@ def first_to_go(plan: dict, count: int) -> list:
         count = min(count, len(starts))
         return list(range(starts[count - 1], starts[count - 1] + count)) if count else []
     return list(plan["order"][:count])
-
-
-def reaches(plan: dict, count: int) -> bool:
-    """Whether a stored plan has so many units to remove."""
-    return count <= len(plan.get("starts") or plan["order"])
 
 
 def items_hash(items: pd.DataFrame) -> str:

@@ -14,6 +14,16 @@ ORDERS = {one.name: one for one in (*CRITERIA.values(), PUBLISHED)}
 NAMES = {name: method.words for name, method in METHODS.items()}
 NAMES |= {name: one.title for name, one in ORDERS.items() if one.title}
 NAMES |= {"random-0": "a random order"}
+FILTERS = ("f", "g", "p", "percent", "points", "spread", "words", "model", "quantizer", "listed")
+FILTERS += ("criteria_explained",)
+
+
+def f(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}"
+
+
+def g(value: float) -> str:
+    return f"{value:g}"
 
 
 def ends(row, name: str) -> tuple[float, float, float]:
@@ -52,11 +62,11 @@ def verdict(row, first: str, second: str, name: str = "difference") -> str:
     return f"{first} scores {abs(value):.1f} points ({low:.1f} to {high:.1f}) {side} {second}"
 
 
-def p_value(p: float) -> str:
+def p(value: float) -> str:
     """p = 0.03, or p < 0.001."""
-    if p < 0.001:
+    if value < 0.001:
         return "p < 0.001"
-    return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+    return f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 
 
 def model(row) -> str:
@@ -94,6 +104,11 @@ def looks_at_blocks(name: str) -> bool:
     """Whether a ranking weighs blocks; random ones and orders by place do not."""
     known = ORDERS.get(name.split("-")[0].split(" ")[0])
     return known is None or known.weighs
+
+
+def is_another_criterion(name: str, own: str) -> bool:
+    """Whether a ranking weighs blocks, and by another criterion than one's own."""
+    return looks_at_blocks(name) and name.split("-")[0] != own.split("-")[0]
 
 
 def listed(items: Iterable) -> str:

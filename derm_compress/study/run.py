@@ -199,5 +199,5 @@ def looks(plan: Plan) -> list:
     shown_now = {stage: [plan.keys[stage], plan.view(stage)] for stage in plan.notebooks}
     names = keys.modules_of("report", plan.package)
     modules = keys.reached(names, plan.package, keys.SHOWN)
-    templates = keys.data_files(plan.package, {"templates"})
+    templates = keys.data_files(plan.package, {"templates", "paper"})
     return [shown_now, sorted(module.digest for module in modules.values()), templates]

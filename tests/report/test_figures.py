@@ -14,8 +14,9 @@ from derm_compress.evaluate.judges import rubric
 from derm_compress.report import tables
 from derm_compress.report.figures import FIGURES, draw_all, evaluation, figure, importance, quotes
 from derm_compress.report.figures.quotes import Quote
-from derm_compress.report.figures.style import Source
 from derm_compress.report.results import load_results
+from derm_compress.report.sentences import Facts
+from derm_compress.report.tables import TABLES
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +31,18 @@ def full(tmp_path_factory):
     return load_results(fabricate.write_store(folder, fabricate.stage_files(full=True)))
 
 
-def source(results, **changed):
+def facts(results, **changed):
     """What figures are drawn from, with some tables or results exchanged."""
-    made = {
-        name: changed.pop(name) for name in list(changed) if name.startswith(("table", "extra"))
-    }
-    results = dataclasses.replace(results, **changed)
+    made = {name: frame for name, frame in changed.items() if name in TABLES}
+    fields = {name: value for name, value in changed.items() if name not in TABLES}
     graph = {stage: list(names) for stage, names in fabricate.UPSTREAM.items()}
-
-    def table(stem):
-        return made[stem] if stem in made else tables.make(stem, results)
-
-    return Source(results, table, graph, rubric.explanation())
+    results = dataclasses.replace(results, **fields)
+    return Facts(results, made, graph=graph, asked=rubric.explanation())
 
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    return draw_all(source(results))
+    return draw_all(facts(results))
 
 
 def texts(drawing):
@@ -68,12 +64,12 @@ def test_a_figure_that_the_results_do_not_suffice_for_is_left_out(full):
     nothing = load_results({})
     assert not any(figure(stem, nothing) for stem in FIGURES)
     unranked = full.scores[full.scores.criterion.isin(["random-0", "last"])]
-    assert FIGURES["fig3_layer_importance"](source(full, scores=unranked)) is None
+    assert FIGURES["fig3_layer_importance"](facts(full, scores=unranked)) is None
 
 
 def test_equal_results_give_equal_files_whatever_the_callers_style(results, drawn, tmp_path):
     with matplotlib.rc_context({"font.size": 30, "text.parse_math": True}):
-        again = FIGURES["fig3_layer_importance"](source(results))
+        again = FIGURES["fig3_layer_importance"](facts(results))
         again.save(tmp_path / "b")
     drawn["fig3_layer_importance"].save(tmp_path / "a")
     for end in ("png", "svg", "csv"):
@@ -101,11 +97,11 @@ def test_titles_follow_the_data(results, stem, change, said):
         frame = getattr(results, name) if hasattr(results, name) else tables.make(name, results)
         values = {"score": values} if isinstance(values, int) else values
         changed[name] = frame | values if isinstance(frame, dict) else frame.assign(**values)
-    assert said in FIGURES[stem](source(results, **changed)).finding
+    assert said in FIGURES[stem](facts(results, **changed)).finding
 
 
 def test_without_scores_the_paper_stands_alone(results):
-    bare = source(results, answers=None, evaluation=None)
+    bare = facts(results, answers=None, evaluation=None)
     for stem in ("score_vs_blocks", "pareto"):
         drawing = FIGURES[stem](bare)
         assert "has a score" in drawing.finding and "paper" in " ".join(texts(drawing))
@@ -117,7 +113,7 @@ def test_figure_2_is_the_plan(results, full):
     assert data[data.removed].sort_values("turn").block.tolist() == plan["order"][:6]
     assert data[data.protected].block.tolist() == plan["protected"]
     runs = {"output_similarity": full.plans["angular-contiguous"]}
-    drawing = FIGURES["fig2_block_removal"](source(full, plans=runs))
+    drawing = FIGURES["fig2_block_removal"](facts(full, plans=runs))
     start = full.plans["angular-contiguous"]["starts"][5]
     assert drawing.data[drawing.data.removed].block.tolist() == list(range(start, start + 6))
     assert drawing.data.turn.isna().all() and "runs of 6 neighbouring" in drawing.finding
@@ -187,7 +183,7 @@ def test_no_label_of_twenty_rankings_lies_over_another_or_outside(full):
     names = ["a_long_name-iterative", "another_long_name-text", "x"]
     more = [one.assign(ranking=name, value=one.value**k) for k, name in enumerate(names, 2)]
     values = pd.concat([whole, *more])
-    many = source(full, values=values)
+    many = facts(full, values=values)
     assert many.table("extra_agreement").other.nunique() + 1 > 18
     for stem in ("extra_agreement", "extra_calibration_size", "extra_criteria"):
         drawing = FIGURES[stem](many)
@@ -219,7 +215,7 @@ def test_what_nobody_timed_has_no_panel_of_times(results, drawn):
         step = next(line for line in ax.lines if line.get_drawstyle() == "steps-post")
         rows = points[points[best]].sort_values(cost)
         assert step.get_xydata().tolist() == rows[[cost, "score"]].to_numpy().tolist()
-    assert len(FIGURES["pareto"](source(results, latency=None)).figure.axes) == 1
+    assert len(FIGURES["pareto"](facts(results, latency=None)).figure.axes) == 1
 
 
 SAID = "Psoriasis or melanoma <script>x</script>."
@@ -228,7 +224,7 @@ SAID = "Psoriasis or melanoma <script>x</script>."
 def test_right_and_wrong_facts_differ_by_more_than_colour():
     for disease, right, wrong in (("psoriasis", 0, 1), ("melanoma", 1, 0)):
         quote = Quote("Original", "name", SAID, f"This is {disease}.")
-        text, facts = quotes.marked(quote), ("Psoriasis", "melanoma")
+        text, facts = quotes.cards([quote]), ("Psoriasis", "melanoma")
         assert f"<b class=right>{facts[right]}</b>" in text
         assert f"<s class=wrong>{facts[wrong]}</s>" in text
         runs = [run for line in quotes.lines([quote]) for run in line]
@@ -237,13 +233,14 @@ def test_right_and_wrong_facts_differ_by_more_than_colour():
 
 
 def test_whatever_is_said_stays_text_and_whole():
-    text = quotes.marked(Quote("", "name", SAID, "This is psoriasis."))
-    assert "<script" not in text
-    assert re.sub(r"</?[bs][^>]*>", "", text).replace("&lt;", "<").replace("&gt;", ">") == SAID
-    assert "(nothing)" in quotes.marked(Quote("", "name", " \x00 ", ""))
+    said = Quote("", "name", SAID, "This is psoriasis.")
+    assert "".join(words for words, _ in said.pieces()) == SAID
+    assert "<script" not in quotes.cards([said]) and "&lt;script&gt;" in quotes.cards([said])
+    assert "(nothing)" in quotes.cards([Quote("", "name", " \x00 ", "")])
     odd = Quote("", "name", "İ psoriasis", "psoriasis")  # lower case is longer: no mark
-    assert quotes.marked(odd) == odd.answer
-    assert len(quotes.marked(Quote("", "name", "word " * 999, ""))) < quotes.SHOWN + 10
+    assert odd.pieces() == [(odd.answer, None)]
+    ((words, _),) = Quote("", "name", "word " * 999, "").pieces()
+    assert len(words) < quotes.SHOWN + 10
 
 
 def test_figures_5_and_7_show_every_answer_beside_its_reference(drawn):
@@ -262,11 +259,11 @@ def test_what_a_model_says_is_never_parsed(results):
     said = results.answers.assign(answer=fabricate.EVIL * 2 + " \x1b[31m \x00 日本")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of glyphs that the font has not
-        drawing = FIGURES["fig7_iterative_pruning"](source(results, answers=said))
+        drawing = FIGURES["fig7_iterative_pruning"](facts(results, answers=said))
         assert drawing.png and "\\frac{1}{2$" in " ".join(texts(drawing))
     assert not any(text.get_parse_math() for text in drawing.figure.texts)
     assert not any("\x00" in text or "\x1b" in text for text in texts(drawing))
-    asked = dataclasses.replace(source(results), asked="First\n\n  <b>second</b>")
+    asked = Facts(results, asked="First\n\n  <b>second</b>")
     page = FIGURES["fig6_judge_prompt"](asked).html
     assert page == "<pre class=text>First\n\n  &lt;b&gt;second&lt;/b&gt;</pre>"
 

@@ -261,6 +261,27 @@ def test_a_run_without_stages_is_refused_by_name(tmp_path):
         render.render("nothing", root=tmp_path)
 
 
+def test_a_damaged_note_or_notebook_is_named_with_what_makes_it_anew(tmp_path, undrawn):
+    fabricate.write_run(tmp_path, stages=["01_data", "02_finetune"])
+    run = tmp_path / "artifacts" / "runs" / "tiny"
+    index = render.render("tiny", root=tmp_path)
+    for text in ("{", "[]", '{"run": 1, "checksum": "no"}'):
+        (run / "run_info.json").write_text(text)
+        assert render.render("tiny", root=tmp_path).exists()
+        (index.parent / "run.json").write_text(text)
+        assert "run.json is damaged" in render.render_index(tmp_path).read_text()
+    for name, advice in (
+        ("notebooks/02_finetune.ipynb", "delete it"),
+        ("02_finetune.json", "run params/tiny.yaml makes it anew"),
+    ):
+        whole = (run / name).read_text()
+        for text in ("", "{", "[]", '{"cells": 3}', whole[:99]):
+            (run / name).write_text(text)
+            with pytest.raises(DermError, match=f"{name} .*{advice}"):
+                render.render("tiny", root=tmp_path)
+        (run / name).write_text(whole)
+
+
 def test_all_runs_are_compared(root, tmp_path):
     assert "No run has a report yet" in render.render_index(tmp_path).read_text()
     for name in ("a", "b"):

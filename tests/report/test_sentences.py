@@ -9,7 +9,7 @@ import pytest
 from derm_compress.report.page import inert
 from derm_compress.report.results import load_results
 from derm_compress.report.sentences import STAGES, Facts, findings, headline
-from derm_compress.report.wording import listed, p_value, percent, verdict, words
+from derm_compress.report.wording import listed, p, percent, verdict, words
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_words():
     assert words("output_similarity-text") == "output similarity (text only)"
     assert words("perplexity-text-iterative") == "perplexity (text only, iterative)"
     assert listed(["a"]) == "a" and listed(range(3)) == "0, 1 and 2"
-    assert [p_value(p) for p in (1e-4, 0.0123, 0.4)] == ["p < 0.001", "p = 0.012", "p = 0.40"]
+    assert [p(value) for value in (1e-4, 0.0123, 0.4)] == ["p < 0.001", "p = 0.012", "p = 0.40"]
     row = {"score": 62.5, "score_lo": 58.06, "score_hi": 66.94}
     assert percent(row) == "62.5 % (58.1 to 66.9)"
     change = {"difference": -3.0, "difference_lo": -5.0, "difference_hi": -1.0}

@@ -11,6 +11,8 @@ from derm_compress.report import paper, tables
 from derm_compress.report.page import to_markdown
 from derm_compress.report.results import Results, items_hash, load_results, pick
 
+GONE = ("blocks_removed", "attentions_removed", "mlps_removed")
+
 
 @pytest.fixture(scope="module")
 def results():
@@ -112,6 +114,25 @@ def test_variants_are_picked_by_their_columns(results):
     rival = results.variant(6, criterion="magnitude", healed=True, quantizer="awq")
     assert rival == "pruned-6-magnitude+sft|awq4"
     assert results.variant(6, quantizer="awq", bits=3) is None
+
+
+def test_models_of_single_sublayers_are_found_by_how_many_of_them_they_lack():
+    """Of a plan of attentions and MLPs, a block that lost both counts as two units."""
+    names = {"attention": (0, 6, 0), "mlp": (0, 0, 6), "sublayers": (2, 1, 1)}
+    rows = [fabricate.variant("original")]
+    for part, gone in names.items():
+        removed = dict(zip(GONE, gone, strict=True))
+        one = fabricate.variant(f"pruned-6-{part}", criterion=f"magnitude-{part}", **removed)
+        rows += [one, fabricate.quantized(one, "awq")]
+    results = Results(variants=pd.DataFrame(rows))
+    for part in names:
+        assert results.variant(6, criterion=f"magnitude-{part}") == f"pruned-6-{part}"
+        own = replace(results, choice={"criterion": f"magnitude-{part}", "operating": 6})
+        assert own.variant(6, quantizer="awq") == f"pruned-6-{part}|awq4"
+        assert (own.variant(0), own.variant(2)) == ("original", None)
+        table = tables.make("table1_pruning", own)
+        assert table.blocks_removed.tolist() == [0, names[part][0]]
+        assert table.paper_score.notna().tolist() == [True, False]  # the paper removes blocks
 
 
 def test_the_studys_own_criterion_is_what_stage_04_notes(results):

@@ -5,21 +5,10 @@ from __future__ import annotations
 import pandas as pd
 
 from derm_compress.evaluate import metrics
-from derm_compress.report.figures.style import (
-    DENSE,
-    PAPER,
-    PRUNED,
-    QUANTIZED,
-    QUIET,
-    SFT,
-    Drawing,
-    Source,
-    canvas,
-    reach,
-    score_axis,
-    styled,
-)
+from derm_compress.report.figures import style
+from derm_compress.report.figures.style import DENSE, PRUNED, QUANTIZED, SFT, Drawing
 from derm_compress.report.results import Results
+from derm_compress.report.sentences import Facts
 from derm_compress.report.tables.answers import confusion
 
 TARGET = 4.0  # GiB: the memory the paper aims at
@@ -34,7 +23,7 @@ KINDS = {  # (pruned, healed, quantized): label, colour, marker
     (True, True, True): ("pruned, SFT and quantized", QUANTIZED, "D"),
 }
 POINTS = ["variant", "kind", "score", "score_lo", "score_hi", "n"]
-POINTS += ["vram_gib_7b", "total_ms_per_token", "best", "fastest"]
+POINTS += ["vram_gib_7b", "total_ms_per_token"]
 
 
 def points(results: Results) -> pd.DataFrame:
@@ -42,9 +31,8 @@ def points(results: Results) -> pd.DataFrame:
 
     best, fastest: whether nothing that takes no more memory, no more time, scores as much.
     """
-    table = results.variants.drop_duplicates("variant")
-    gone = table.blocks_removed + table.attentions_removed + table.mlps_removed
-    done = zip(gone > 0, table.healed.astype(bool), table.bits < 16, strict=True)
+    table = results.models.drop_duplicates("variant")
+    done = zip(table.units_removed > 0, table.healed.astype(bool), table.bits < 16, strict=True)
     table = table[["variant"]].assign(kind=[KINDS[what][0] for what in done])
     frames = [results.memory, results.one_prompt]
     if results.answers is not None:
@@ -53,9 +41,8 @@ def points(results: Results) -> pd.DataFrame:
         if frame is not None:
             table = table.merge(frame.drop_duplicates("variant"), on="variant", how="left")
     table = table.reindex(columns=POINTS)
-    table["best"] = front(table.vram_gib_7b, table.score)
-    table["fastest"] = front(table.total_ms_per_token, table.score)
-    return table
+    best = front(table.vram_gib_7b, table.score)
+    return table.assign(best=best, fastest=front(table.total_ms_per_token, table.score))
 
 
 def front(cost: pd.Series, score: pd.Series) -> pd.Series:
@@ -66,24 +53,20 @@ def front(cost: pd.Series, score: pd.Series) -> pd.Series:
     return pd.Series(known.score > before, dtype=bool).reindex(cost.index, fill_value=False)
 
 
-@styled
-def pareto(source: Source) -> Drawing | None:
+@style.figure("pareto", "table4_efficiency")
+def pareto(facts: Facts, table4: pd.DataFrame) -> Drawing:
     """All points against planned memory at 7B, and those that were timed against a token's time."""
-    table4 = source.table("table4_efficiency")
-    if table4 is None:
-        return None
-    frame = points(source.results)
+    frame = points(facts.results)
     scored = frame.dropna(subset=["score", "vram_gib_7b"])
     timed = frame.dropna(subset=["score", "total_ms_per_token"])
     share = f"{len(timed)} of {frame.score.notna().sum()} timed"
-    rows, finding = 1, _best_of_small(scored)
-    if len(timed):
-        rows, finding = 2, f"{finding}; {share}"
-    figure, axes = canvas(finding, 1.8 + 2.4 * rows, rows=rows, squeeze=False)
-    memory, *times = axes[:, 0]
+    rows = 2 if len(timed) else 1
+    known = {"scored": scored.to_dict("records"), "target": TARGET}
+    finding = facts.title("pareto", share=share if len(timed) else "", **known)
+    figure, (memory, *times) = style.canvas(finding, 1.8 + 2.4 * rows, rows)
     memory.axvline(TARGET, color="#999999", linewidth=1)
-    memory.text(TARGET, 92, f" {TARGET:.0f} GiB", color=QUIET)
-    look = {"color": PAPER, "mfc": "white", "label": "paper, GB as printed"}
+    memory.text(TARGET, 92, f" {TARGET:.0f} GiB", color=style.QUIET)
+    look = {"color": style.PAPER, "mfc": "white", "label": "paper, GB as printed"}
     memory.plot(table4.paper_vram, table4.paper_score, "*", **look)
     memory.set(xlim=(0, 15), xlabel="planned weights of a 7B model, GiB")
     _scatter(memory, scored, "vram_gib_7b", "best")
@@ -91,24 +74,10 @@ def pareto(source: Source) -> Drawing | None:
         ax.set_xlim(0, 1.1 * timed.total_ms_per_token.max())
         ax.set_xlabel(f"total time a token, ms, this machine ({share})")
         _scatter(ax, timed, "total_ms_per_token", "fastest", spread=True)
-        score_axis(ax)
-    score_axis(memory)
-    memory.set_ylabel("score, %")
-    handles = memory.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2)
+        style.score_axis(ax)
+    style.score_axis(memory, "score, %")
+    style.legend_below(figure, 2, memory)
     return Drawing(figure, frame, finding)
-
-
-def _best_of_small(scored: pd.DataFrame) -> str:
-    """Which of the variants that are small enough scores best."""
-    if scored.empty:
-        return "No variant has a score: only the paper's points are drawn"
-    small = scored[scored.vram_gib_7b < TARGET]
-    if small.empty:
-        return f"No variant stays below {TARGET:.0f} GiB at 7B"
-    best = small.loc[small.score.idxmax()]
-    said = f"Of {len(small)} variants below {TARGET:.0f} GiB at 7B, {best.variant} scores best "
-    return f"{said}on the test pictures: {best.score:.1f} %"
 
 
 def _scatter(ax, frame: pd.DataFrame, cost: str, best: str, *, spread: bool = False) -> None:
@@ -116,41 +85,36 @@ def _scatter(ax, frame: pd.DataFrame, cost: str, best: str, *, spread: bool = Fa
     for label, colour, marker in dict.fromkeys(KINDS.values()):
         rows = frame[frame.kind == label]
         if len(rows):
-            ends = reach(rows, "score") if spread else None
+            ends = style.reach(rows, "score") if spread else None
             look = {"fmt": marker, "color": colour, "markersize": 5, "alpha": 0.8}
             size = {"capsize": 2, "elinewidth": 0.8}
             ax.errorbar(rows[cost], rows.score, yerr=ends, label=label, **look, **size)
     rows = frame[frame[best]].sort_values(cost)
     if len(rows):
-        look = {"where": "post", "color": PAPER, "linewidth": 0.8}
+        look = {"where": "post", "color": style.PAPER, "linewidth": 0.8}
         ax.step(rows[cost], rows.score, label="best for the memory or time", **look)
 
 
-@styled
-def confusions(source: Source) -> Drawing | None:
+@style.figure("extra_diagnosis")
+def confusions(facts: Facts) -> Drawing | None:
     """The original model and the full pipeline: rows the true disease, columns what is named."""
-    counts = {}
-    for name in (source.results.variant(0), source.results.full):
-        table = confusion(source.results, name)
-        if table.size:
-            counts[name] = table
+    names = facts.results.variant(0), facts.results.full
+    counts = {name: confusion(facts.results, name) for name in names}
+    counts = {name: table for name, table in counts.items() if table.size}
     if not counts:
         return None
-    told = []
+    told, cells = [], []
     for name, table in counts.items():
         right = sum(table.at[disease, disease] for disease in table.index)
         told.append(f"{right / table.to_numpy().sum():.0%} ({name})")
+        each = table.rename_axis(index="disease", columns="named").stack().rename("count")
+        cells.append(each.reset_index().assign(variant=name))
     finding = f"The right disease is named in {', '.join(told)}"
-    rows = len(counts)
-    figure, axes = canvas(finding, 3.3 * rows + 0.6, rows=rows, squeeze=False)
-    for ax, (name, table) in zip(axes[:, 0], counts.items(), strict=True):
+    figure, axes = style.canvas(finding, 3.3 * len(counts) + 0.6, len(counts))
+    for ax, (name, table) in zip(axes, counts.items(), strict=True):
         _matrix(ax, table)
         ax.set(title=name, ylabel="disease", xlabel="named")
-    frames = []
-    for name, table in counts.items():
-        cells = table.rename_axis(index="disease", columns="named").stack().rename("count")
-        frames.append(cells.reset_index().assign(variant=name))
-    data = pd.concat(frames, ignore_index=True)[["variant", "disease", "named", "count"]]
+    data = pd.concat(cells, ignore_index=True)[["variant", "disease", "named", "count"]]
     return Drawing(figure, data, finding)
 
 
@@ -161,8 +125,7 @@ def _matrix(ax, table: pd.DataFrame) -> None:
     for (row, column), count in pd.DataFrame(table.to_numpy()).stack().items():
         if count:
             colour = "white" if shares[row, column] > 0.5 else "black"
-            at = {"ha": "center", "va": "center", "fontsize": 8}
-            ax.text(column, row, count, color=colour, **at)
+            ax.text(column, row, count, color=colour, ha="center", va="center", fontsize=8)
     ax.set_xticks(range(table.shape[1]), table.columns, rotation=35, ha="right", fontsize=8)
     ax.set_yticks(range(table.shape[0]), table.index, fontsize=8)
     ax.grid(visible=False)

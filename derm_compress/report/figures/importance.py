@@ -8,27 +8,14 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.report import paper
-from derm_compress.report.figures.style import (
-    BAND,
-    CROWD,
-    DENSE,
-    LINES,
-    PAPER,
-    PRUNED,
-    QUIET,
-    Drawing,
-    Source,
-    bare,
-    canvas,
-    score_axis,
-    styled,
-)
+from derm_compress.report.figures import style
+from derm_compress.report.figures.style import CROWD, DENSE, LINES, PRUNED, Drawing
+from derm_compress.report.sentences import Facts
 from derm_compress.report.tables.criteria import random_name
-from derm_compress.report.wording import looks_at_blocks, words
+from derm_compress.report.wording import is_another_criterion, looks_at_blocks, words
 
 PANELS = 6  # criteria that Figure 3 draws
 PRINTED = 20  # rankings up to which each correlation fits its cell
-SURE = 0.05
 VALUES = {
     "output_similarity": "mean cosine\n(Eq. 5)",
     "magnitude": "sum of |w|",
@@ -36,35 +23,31 @@ VALUES = {
 }
 
 
-@styled
-def layer_importance(source: Source) -> Drawing | None:
+@style.figure("fig3_layer_importance", "scores")
+def layer_importance(facts: Facts, scores: pd.DataFrame) -> Drawing | None:
     """Each criterion's value of every block; the least important filled, protected ones as crosses.
 
     Output similarity is drawn as the paper's Figure 3 has it, the mean cosine (high: unimportant),
     its score being 1 minus that. The axis names the rankings that are not drawn.
     """
-    scores, removed = source.results.scores, source.results.operating
-    groups = {} if scores is None else panels(scores)
+    removed, groups = facts.results.operating, panels(scores)
     if not groups:
         return None
     gone = {name: set(group.nsmallest(removed, "rank").block) for name, group in groups.items()}
-    (first, group), *others = groups.items()
-    finding = f"Block {group.block[group['rank'].idxmin()]} matters least by {words(first)}"
-    if others:
-        same = len(gone[first] & gone[others[0][0]])
-        finding += f"; by {words(others[0][0])}, {same} of the {removed} blocks to go are the same"
-    tall = 1.7 if len(groups) < 4 else 1.25
-    height, rows = 1.1 + tall * len(groups), len(groups)
-    figure, axes = canvas(finding, height, rows=rows, sharex=True, squeeze=False)
-    for ax, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
+    first = next(iter(groups.values()))
+    known = {"least": first.block[first["rank"].idxmin()], "names": list(groups)}
+    finding = facts.title("fig3_layer_importance", gone=list(gone.values()), **known)
+    height = 1.1 + (1.7 if len(groups) < 4 else 1.25) * len(groups)
+    figure, axes = style.canvas(finding, height, len(groups), sharex=True)
+    for ax, (name, group) in zip(axes, groups.items(), strict=True):
         _panel(ax, name, group, gone[name])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     labels[0] = f"{removed} least important"
-    axes[0, 0].legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-    axes[-1, 0].set_xlabel("decoder block")
+    axes[0].legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    axes[-1].set_xlabel("decoder block")
     if left := [words(name) for name in dict.fromkeys(scores.criterion) if name not in groups]:
         said = textwrap.fill("not drawn: " + ", ".join(left), 84)
-        figure.supxlabel(said, fontsize=7.5, color=QUIET, x=0.01, ha="left")
+        figure.supxlabel(said, fontsize=7.5, color=style.QUIET, x=0.01, ha="left")
     return Drawing(figure, scores, finding)
 
 
@@ -85,23 +68,22 @@ def _panel(ax, name: str, group: pd.DataFrame, gone: set) -> None:
     value = value.clip(low, high)
     ax.vlines(group.block, low, value, color="#bbbbbb", linewidth=1)
     ax.set(ylim=(low, high), ylabel=VALUES.get(name, words(name)))
-    ax.plot(group.block[out], value[out], "o", color=PRUNED, label="least important")
-    stays = ~out & ~fixed
-    ax.plot(group.block[stays], value[stays], "o", color=DENSE, mfc="white", label="stays")
-    label = "protected (at the edge: beyond)"
-    ax.plot(group.block[fixed], value[fixed], "x", color=DENSE, label=label, clip_on=False)
+    protected = {"label": "protected (at the edge: beyond)", "clip_on": False}
+    for rows, mark, look in (
+        (out, "o", {"color": PRUNED, "label": "least important"}),
+        (~out & ~fixed, "o", {"color": DENSE, "mfc": "white", "label": "stays"}),
+        (fixed, "x", {"color": DENSE, **protected}),
+    ):
+        ax.plot(group.block[rows], value[rows], mark, **look)
 
 
-@styled
-def agreement(source: Source) -> Drawing | None:
+@style.figure("extra_agreement", "extra_agreement")
+def agreement(facts: Facts, table: pd.DataFrame) -> Drawing:
     """Rank correlations of every two rankings, in the order of agreement with the study's own."""
-    table, own = source.table("extra_agreement"), source.results.criterion
-    if table is None:
-        return None
-    grid = correlations(table, own)
+    grid = correlations(table, facts.results.criterion)
     names, shown = [words(name) for name in grid], grid.to_numpy()[1:, :-1]  # every pair once
-    size = len(shown)
-    figure, axes = canvas(_most_and_least(grid), 2.2 + min(4.4, 0.5 * size))
+    size, finding = len(shown), _most_and_least(grid)
+    figure, (axes,) = style.canvas(finding, 2.2 + min(4.4, 0.5 * size))
     below = np.ma.array(shown, mask=np.triu(np.ones(shown.shape, bool), 1))
     image = axes.imshow(below, cmap="Blues", vmin=-1, vmax=1, aspect="auto")
     for i, j in zip(*np.tril_indices(size), strict=True):
@@ -113,13 +95,13 @@ def agreement(source: Source) -> Drawing | None:
     small = 9 if size < 10 else 7.5
     axes.set_yticks(range(size), names[1:], fontsize=small)
     axes.set_xticks(range(size), names[:-1], rotation=90, fontsize=small)
-    bare(axes)
+    style.bare(axes)
     bar = {"ax": axes, "label": "rank correlation"}
     if size > 2:  # in the empty half
         bar = {"cax": axes.inset_axes([0.55, 0.93, 0.42, 0.035]), "orientation": "horizontal"}
         bar["label"] = "Spearman's rank correlation"
     figure.colorbar(image, ticks=[-1, 0, 1], **bar)
-    return Drawing(figure, table, _most_and_least(grid))
+    return Drawing(figure, table, finding)
 
 
 def correlations(table: pd.DataFrame, own: str) -> pd.DataFrame:
@@ -138,40 +120,34 @@ def correlations(table: pd.DataFrame, own: str) -> pd.DataFrame:
 def _most_and_least(grid: pd.DataFrame) -> str:
     """Which rankings are most and least like the study's own, of those that look at blocks."""
     own = grid.columns[0]
-    others = {
-        name: rho
+    told = [
+        f"{words(name)} ({rho:.2f})"
         for name, rho in grid[own].items()
-        if looks_at_blocks(name) and name.split("-")[0] != own.split("-")[0]
-    }
-    if not others:
+        if is_another_criterion(name, own)
+    ]
+    if not told:
         return "How far rankings agree on the order of the blocks"
-    told = [f"{words(name)} ({rho:.2f})" for name, rho in others.items()]
     if len(told) == 1:
         return f"{words(own)} and {told[0]}: the rank correlation of their orders"
     return f"{words(own)} ranks most like {told[0]}, least like {told[-1]}"
 
 
-@styled
-def calibration_size(source: Source) -> Drawing | None:
+@style.figure("extra_calibration_size", "extra_calibration_size")
+def calibration_size(facts: Facts, curve: pd.DataFrame) -> Drawing:
     """How far two disjoint draws of pictures agree, by their size; band: 95 % of draws."""
-    curve, own = source.table("extra_calibration_size"), source.results.criterion
-    if curve is None:
-        return None
+    own = facts.results.criterion
     names = sorted(dict.fromkeys(curve.ranking), key=lambda name: name != own)
-    first = curve[curve.ranking == names[0]].iloc[-1]
-    finding = f"Two rankings by {words(names[0])}, each from {first['items']} pictures of its own, "
-    finding += f"correlate at {first.rho:.2f}; "
-    finding += f"{first.overlap:.2f} of the blocks to go are the same"
-    figure, axes = canvas(finding, 5.4, rows=2, sharex=True)
+    own_curve = curve[curve.ranking == names[0]]
+    finding = facts.title("extra_calibration_size", last=own_curve.iloc[-1])
+    figure, axes = style.canvas(finding, 5.4, 2, sharex=True)
     for ax, column in zip(axes, ("rho", "overlap"), strict=True):
         for name, look in looks(names, own).items():
             rows = curve[curve.ranking == name]
             ax.plot(rows["items"], rows[column], label=words(name), **look)
-        rows = curve[curve.ranking == names[0]]
-        ends = rows[f"{column}_lo"], rows[f"{column}_hi"]
-        ax.fill_between(rows["items"], *ends, color=PRUNED, alpha=0.18)
+        ends = own_curve[f"{column}_lo"], own_curve[f"{column}_hi"]
+        ax.fill_between(own_curve["items"], *ends, color=PRUNED, alpha=0.18)
     ticks, chance = sorted(set(curve["items"])), curve.chance.iloc[0]
-    axes[1].axhline(chance, color=PAPER, linestyle=":", linewidth=1)
+    axes[1].axhline(chance, color=style.PAPER, linestyle=":", linewidth=1)
     axes[1].text(max(ticks), chance, "chance ", ha="right", va="bottom", fontsize=8)
     lowest = min(0, curve.rho.min()) - 0.02
     axes[0].set(ylabel="rank correlation", ylim=(lowest, 1.02), xscale="log")
@@ -179,8 +155,7 @@ def calibration_size(source: Source) -> Drawing | None:
     axes[1].set_xlabel("calibration pictures in each of two disjoint draws")
     axes[1].set_xticks(ticks, ticks)
     axes[1].set_xticks([], minor=True)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2 if len(names) > 3 else 3)
+    style.legend_below(figure, 2 if len(names) > 3 else 3, axes[0])
     return Drawing(figure, curve, finding)
 
 
@@ -197,22 +172,21 @@ def looks(names: list[str], own: str) -> dict[str, dict]:
     return found | dict.fromkeys(rest[len(LINES) :], crowd)
 
 
-@styled
-def criteria(source: Source) -> Drawing | None:
+@style.figure("extra_criteria", "extra_criteria", "table1_pruning")
+def criteria(facts: Facts, table: pd.DataFrame, table1: pd.DataFrame) -> Drawing | None:
     """Score against blocks removed for every criterion.
 
     The study's own is bold, with its 95 % band; random orders are a range; the paper's is dotted.
     """
-    table, table1 = source.table("extra_criteria"), source.table("table1_pruning")
-    tests, own = source.table("extra_criteria_tests"), source.results.criterion
-    if table is None or table1 is None or table.score.isna().all():
+    if table.score.isna().all():
         return None
+    tests, own = facts.rows("extra_criteria_tests"), facts.results.criterion
     curves = _curves(table, table1)
     random = [name for name in curves if name.startswith("random-")]
     names = in_order([name for name in curves if name not in random], tests, own)
-    finding = _won(tests, own)
-    figure, axes = canvas(finding, 5.6)
-    score_axis(axes)
+    finding = facts.title("extra_criteria")
+    figure, (axes,) = style.canvas(finding, 5.6)
+    style.score_axis(axes)
     if random:
         _random_orders(axes, curves[random].dropna())
     for name, look in looks(names, own).items():
@@ -221,13 +195,12 @@ def criteria(source: Source) -> Drawing | None:
     band = table1.dropna(subset=["score"])
     ends = band.score_lo.astype(float), band.score_hi.astype(float)
     axes.fill_between(band.fraction_removed * paper.BLOCKS, *ends, color=PRUNED, alpha=0.18)
-    theirs, look = paper.table(1), {"color": PAPER, "linewidth": 1.6}
-    label = "paper, LLaVA-1.5-7B"
-    axes.plot(theirs.blocks_removed, theirs.paper_score, ":", label=label, **look)
+    theirs, look = paper.table(1), {"color": style.PAPER, "label": "paper, LLaVA-1.5-7B"}
+    axes.plot(theirs.blocks_removed, theirs.paper_score, ":", linewidth=1.6, **look)
     if len(names) > len(LINES) + 1:
         axes.plot([], [], color=CROWD, label=f"{len(names) - len(LINES) - 1} others (table)")
     axes.set_xlabel(f"blocks removed, of {paper.BLOCKS}")
-    figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2)
+    style.legend_below(figure, 2, columnspacing=1.2)
     return Drawing(figure, table, finding)
 
 
@@ -243,33 +216,17 @@ def _curves(table: pd.DataFrame, table1: pd.DataFrame) -> pd.DataFrame:
 def _random_orders(axes, scores: pd.DataFrame) -> None:
     """The mean of all random orders, in the range that they span."""
     ends = scores.min(axis=1), scores.max(axis=1)
-    axes.fill_between(scores.index, *ends, color=BAND, linewidth=0)
+    axes.fill_between(scores.index, *ends, color=style.BAND, linewidth=0)
     label = random_name(scores.shape[1]).replace("of", "and range of")
     look = {"color": DENSE, "linestyle": (0, (1, 1)), "linewidth": 3, "zorder": 1.5}
     axes.plot(scores.index, scores.mean(axis=1), label=label, **look)
 
 
-def in_order(names: list[str], tests: pd.DataFrame | None, own: str) -> list[str]:
+def in_order(names: list[str], tests: list[dict], own: str) -> list[str]:
     """`own`, then criteria as they are, then their variations, each the better before the worse."""
-    behind = {} if tests is None else dict(zip(tests.criterion, tests.difference_all, strict=True))
+    behind = {row["criterion"]: row["difference_all"] for row in tests}
 
     def place(name: str) -> tuple:
         return name != own, "-" in name, behind.get(name, np.inf)
 
     return sorted(names, key=place)
-
-
-def _won(tests: pd.DataFrame | None, own: str) -> str:
-    """How many rivals `own` beats over all depths, after Holm; a single one by name."""
-    tests = pd.DataFrame({"p_all": []}) if tests is None else tests
-    tests = tests.dropna(subset=["p_all"])
-    if tests.empty:
-        return f"{words(own)} has no scored rival here"
-    sure = tests[tests.p_all_holm < SURE]
-    won, lost = (sure.difference_all > 0).sum(), (sure.difference_all < 0).sum()
-    said = f"Over all depths {words(own)} "
-    if len(tests) == 1:
-        how = {(1, 0): "beats", (0, 1): "loses to"}.get((won, lost), "cannot be told apart from")
-        return f"{said}{how} {words(tests.criterion.iloc[0])}"
-    said += f"beats {won} of {len(tests)} rivals and loses to {lost}"
-    return f"{said}; the others cannot be told apart" if won + lost < len(tests) else said

@@ -6,20 +6,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 
-from derm_compress.report.figures.style import (
-    DENSE,
-    LINES,
-    PRUNED,
-    QUANTIZED,
-    SFT,
-    Drawing,
-    Source,
-    canvas,
-    plain_numbers,
-    reach,
-    styled,
-)
-from derm_compress.report.sentences import main_models, plain_awq
+from derm_compress.report.figures import style
+from derm_compress.report.figures.style import DENSE, LINES, PRUNED, QUANTIZED, SFT, Drawing
+from derm_compress.report.sentences import Facts
+from derm_compress.report.tables.quantizers import ERROR, plain_awq
 from derm_compress.report.wording import listed, model, quantizer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
@@ -29,84 +19,71 @@ KEYS = ["blocks_removed", "healed", "method", "bits"]
 OUTLIER = 6.0  # as notebook 06 counts them: a peak over so many times the median channel's
 
 
-@styled
-def activations(source: Source) -> Drawing | None:
+@style.figure("fig4_activations", "figure4")
+def activations(facts: Facts, surface: pd.DataFrame) -> Drawing:
     """|value| over tokens and channels of the first variant's output (Figure 4)."""
-    surface = source.results.figure4
-    if surface is None or surface.empty:
-        return None
     surface = surface[surface.variant == surface.variant.iloc[0]]
     size = surface.assign(value=surface.value.abs())
     grid = size.pivot_table(index="token", columns="channel", values="value", aggfunc="max")
-    peak = grid.max()
-    far = (peak > OUTLIER * peak.median()).to_numpy()
-    one = surface.iloc[0]
-    finding = f"{one.variant}, block {one.block}, {one.projection}: "
-    finding += f"{far.sum()} of {len(peak)} channels stand out; the largest value is "
-    finding += f"{peak.max():.1f}, the median channel's peak {peak.median():.1f}"
-    figure, (map_, top) = canvas(finding, 4.2, rows=2, sharex=True, height_ratios=(1.6, 1))
+    peak, one = grid.max(), surface.iloc[0]
+    far = peak[peak > OUTLIER * peak.median()]
+    finding = facts.title("fig4_activations", peak=peak, far=far, one=one)
+    figure, (map_, top) = style.canvas(finding, 4.2, 2, sharex=True, height_ratios=(1.6, 1))
     left, right = peak.index.min() - 0.5, peak.index.max() + 0.5
     extent = (left, right, grid.index.max() + 0.5, grid.index.min() - 0.5)
-    look = {"aspect": "auto", "cmap": "magma_r", "interpolation": "nearest"}
-    figure.colorbar(map_.imshow(grid, extent=extent, **look), ax=map_, label="|value|")
+    figure.colorbar(map_.imshow(grid, extent=extent, **style.HEAT), ax=map_, label="|value|")
     map_.set_ylabel("token")
     map_.grid(False)
     top.plot(peak.index, peak, color=DENSE, linewidth=1)
     label = f"over {OUTLIER:g} x the median channel's peak"
-    top.plot(peak.index[far], peak[far], "D", color=QUANTIZED, ms=5, label=label)
+    top.plot(far.index, far, "D", color=QUANTIZED, ms=5, label=label)
     top.set(xlabel="output channel", ylabel="peak |value|", ylim=(0, 1.35 * peak.max()))
     top.legend(loc="upper right")
     return Drawing(figure, surface, finding)
 
 
-@styled
-def activation_map(source: Source) -> Drawing | None:
+@style.figure("extra_activations", "statistics")
+def activation_map(facts: Facts, statistics: pd.DataFrame) -> Drawing:
     """Outlier channels and kurtosis of every block and projection, model by model."""
-    statistics = source.results.statistics
-    if statistics is None or statistics.empty:
-        return None
     names = list(dict.fromkeys(statistics.variant))
     loud = (statistics.outlier_channels > 0).groupby(statistics.variant, sort=False).mean()
     told = ", ".join(f"{name} {share:.0%}" for name, share in loud.items())
     finding = f"share of projections with outlier channels: {told}"
-    rows = 2 * len(names)
-    figure, axes = canvas(finding, 0.9 + 1.35 * rows, rows=rows, sharex=True)
     kurtosis = statistics["kurtosis"].replace(0, np.nan)
     maps = [("outlier_channels", {"vmin": 0, "vmax": max(1, statistics.outlier_channels.max())})]
     maps.append(("kurtosis", {"norm": LogNorm(kurtosis.min(), kurtosis.max())}))
     wanted = [(column, scale, name) for column, scale in maps for name in names]
+    figure, axes = style.canvas(finding, 0.9 + 1.35 * len(wanted), len(wanted), sharex=True)
     for axis, (column, scale, name) in zip(axes, wanted, strict=True):
         shown = statistics[statistics.variant == name]
         grid = shown.pivot(index="projection", columns="block", values=column)
         known = [projection for projection in PROJECTIONS if projection in grid.index]
         grid = grid.reindex(index=known, columns=range(statistics.block.max() + 1))
-        look = {"aspect": "auto", "cmap": "magma_r", "interpolation": "nearest"}
-        bar = figure.colorbar(axis.imshow(grid, **look, **scale), ax=axis)
+        bar = figure.colorbar(axis.imshow(grid, **style.HEAT, **scale), ax=axis)
         axis.set_yticks(range(len(grid)), grid.index, fontsize=6.5)
         axis.set_title(f"{name}: {column.replace('_', ' ')}", loc="left", fontsize=8.5)
         axis.grid(False)
         if "norm" in scale:
-            plain_numbers(bar.ax.yaxis)
+            style.plain_numbers(bar.ax.yaxis)
     axes[-1].set_xlabel("block, counted from 0; blank: removed")
     return Drawing(figure, statistics, finding)
 
 
-@styled
-def exponents(source: Source) -> Drawing | None:
+@style.figure("extra_alpha", "search")
+def exponents(facts: Facts, search: pd.DataFrame) -> Drawing | None:
     """The exponent that each group got, block by block; lighter: calibrated on text alone."""
-    search, sources = source.results.search, main_models(source.results)
-    first = None if search is None else plain_awq(search)
+    first = plain_awq(search)
     if first is None:
         return None
     text = f"{first}-text"
-    search = search[search.form.isin([first, text]) & search.variant.isin(sources)]
+    search = search[search.form.isin([first, text]) & search.variant.isin(facts.results.main)]
     search = search.dropna(subset=["alpha"])
     median = search[search.form == first].groupby("variant", sort=False).alpha.median()
     told = ", ".join(f"{name} {alpha:.2f}" for name, alpha in median.items())
     finding = f"AWQ's median exponent (0 is plain rounding): {told}"
-    rows, shared = len(median), {"sharex": True, "sharey": True}
-    figure, axes = canvas(finding, 1.1 + 1.6 * rows, rows=rows, squeeze=False, **shared)
-    for axis, name in zip(axes[:, 0], median.index, strict=True):
+    shared = {"sharex": True, "sharey": True}
+    figure, axes = style.canvas(finding, 1.1 + 1.6 * len(median), len(median), **shared)
+    for axis, name in zip(axes, median.index, strict=True):
         for (group, label), (colour, marker, _) in zip(GROUPS.items(), LINES, strict=False):
             shown = search[(search.variant == name) & (search.group == group)]
             look = {"marker": marker, "ms": 3, "color": colour}
@@ -115,61 +92,54 @@ def exponents(source: Source) -> Drawing | None:
             axis.plot(alone.block, alone.alpha, linewidth=0.8, alpha=0.45, **look)
         axis.set_title(name, loc="left", fontsize=8.5)
         axis.set_ylabel("exponent")
-    axes[-1, 0].set_xlabel("block")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower center")
+    axes[-1].set_xlabel("block")
+    style.legend_below(figure, 4, axes[0])
     return Drawing(figure, search, finding)
 
 
-@styled
-def errors(source: Source) -> Drawing | None:
+@style.figure("extra_errors", "extra_errors", "table3_quantization", "extra_quantization_tests")
+def errors(facts: Facts, blocks: pd.DataFrame, means: pd.DataFrame, tests) -> Drawing:
     """Output errors of each main model's blocks by method; below, mean errors beside costs."""
-    blocks, means = source.table("extra_errors"), source.table("table3_quantization")
-    tests = source.table("extra_quantization_tests")
-    if blocks is None or means is None or tests is None:
-        return None
     shown = tests.merge(means[[*KEYS, "relative_error"]], on=KEYS)
     shown = shown.rename(columns={"relative_error": "error"}).dropna(subset=["error"])
     shown = shown.sort_values("error")
     width = max(shown.bits[shown.method == "awq"], default=shown.bits.max())
-    n, own = source.results.operating, {}
+    n, panels, best = facts.results.operating, {}, {}
     for removed, healed in ((0, False), (n, False), (n, True)):
-        there = {"blocks_removed": removed, "healed": healed}
-        rows = _matching(shown, there | {"bits": width})
+        rows = _matching(shown, blocks_removed=removed, healed=healed, bits=width)
         if len(rows):
-            own[model(there)] = rows.method.iloc[0], _matching(blocks, there | {"bits": width})
-    best: dict[str, list[str]] = {}
-    for name, (method, _) in own.items():
-        best.setdefault(quantizer(method), []).append(name)
+            name = model({"blocks_removed": removed, "healed": healed})
+            best.setdefault(quantizer(rows.method.iloc[0]), []).append(name)
+            panels[name] = _matching(blocks, blocks_removed=removed, healed=healed, bits=width)
     least = "; ".join(f"{method} on {listed(names)}" for method, names in best.items())
-    finding = f"smallest output error: {least}" if own else "output errors"
-    figure, axes = canvas(finding, 3.8 + 1.9 * len(own), rows=len(own) + 1, squeeze=False)
-    *panels, cost = axes[:, 0]
-    for axis, (name, (_, rows)) in zip(panels, own.items(), strict=True):
+    finding = f"smallest output error: {least}" if best else "output errors"
+    figure, axes = style.canvas(finding, 3.8 + 1.9 * len(panels), len(panels) + 1)
+    for axis, (name, rows) in zip(axes, panels.items(), strict=False):
         axis.set_title(f"{name}, {width} bits", loc="left", fontsize=8.5)
         _by_block(axis, rows)
     if panels:
         at = {"loc": "upper left", "bbox_to_anchor": (-0.08, -0.25)}
-        panels[-1].set_xlabel("block")
-        panels[-1].legend(ncols=3, fontsize=6.5, **at)
-    _beside_cost(cost, shown.dropna(subset=["cost"]))
+        axes[-2].set_xlabel("block")
+        axes[-2].legend(ncols=3, fontsize=6.5, **at)
+    _beside_cost(axes[-1], shown.dropna(subset=["cost"]))
     return Drawing(figure, shown[[*KEYS, "error", "cost"]], finding)
 
 
-def _matching(table: pd.DataFrame, wanted: dict) -> pd.DataFrame:
+def _matching(table: pd.DataFrame, **wanted) -> pd.DataFrame:
     """The rows that have these values."""
     return table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
 
 
 def _by_block(axis, rows: pd.DataFrame) -> None:
     """A line a method over one model's blocks, from the table of block errors."""
-    methods = [name for name in rows if name.startswith("error_")]
+    methods = [name for name in rows if name.startswith(ERROR)]
     looks = LINES + [(DENSE, "o", ":")] * len(methods)
     for name, (colour, _, dash) in zip(methods, looks, strict=False):
         line = rows.dropna(subset=[name])
-        label = quantizer(name.removeprefix("error_"))
+        label = quantizer(name.removeprefix(ERROR))
         axis.plot(line.block, line[name], dash, color=colour, linewidth=1.1, label=label)
     axis.set(yscale="log", ylabel="relative error")
-    plain_numbers(axis.yaxis)
+    style.plain_numbers(axis.yaxis)
 
 
 def _beside_cost(axis, scored: pd.DataFrame) -> None:
@@ -179,36 +149,31 @@ def _beside_cost(axis, scored: pd.DataFrame) -> None:
     axis.set(xscale="log", xlabel="relative error, mean over blocks")
     axis.set_ylabel("points against 16 bits")
     axis.legend(ncols=2, loc="best")
-    plain_numbers(axis.xaxis)
+    style.plain_numbers(axis.xaxis)
 
 
-@styled
-def equal_bytes(source: Source) -> Drawing | None:
+@style.figure("extra_equal_bytes", "extra_equal_bytes")
+def equal_bytes(facts: Facts, table: pd.DataFrame) -> Drawing:
     """Scores of the ways to spend the same bytes, before and after SFT."""
-    table = source.table("extra_equal_bytes")
-    if table is None:
-        return None
-    table = table.assign(way=[_way(row) for row in table.itertuples()])
-    budgets = list(dict.fromkeys(table.budget))
-    figure, axes = canvas(
-        _best_ways(table), 1.6 + 2 * len(budgets), rows=len(budgets), squeeze=False
-    )
-    for axis, budget in zip(axes[:, 0], budgets, strict=True):
-        here = table[table.budget == budget]
-        ways = {way: place for place, way in enumerate(dict.fromkeys(here.way))}
+    named = table.assign(way=[_way(row) for row in table.itertuples()])
+    budgets, finding = dict(list(named.groupby("budget", sort=False))), _best_ways(named)
+    figure, axes = style.canvas(finding, 1.6 + 2 * len(budgets), len(budgets))
+    for axis, (budget, here) in zip(axes, budgets.items(), strict=True):
+        ways = list(dict.fromkeys(here.way))
         for healed, colour, marker, shift in ((False, PRUNED, "o", 0.1), (True, SFT, "s", -0.1)):
             rows = here[here.healed == healed].dropna(subset=["score"])
             look = {"fmt": marker, "color": colour, "capsize": 3}
             label = "after SFT" if healed else "before SFT"
-            at = [ways[way] + shift for way in rows.way]
-            axis.errorbar(rows.score, at, xerr=reach(rows, "score"), label=label, **look)
-        axis.set_yticks(range(len(ways)), list(ways))
+            at = [ways.index(way) + shift for way in rows.way]
+            ends = style.reach(rows, "score")
+            axis.errorbar(rows.score, at, xerr=ends, label=label, **look)
+        axis.set_yticks(range(len(ways)), ways)
         title = f"bytes of all blocks at {budget} bits"
         axis.set_title(title, loc="left", fontsize=9, color=QUANTIZED)
         axis.invert_yaxis()
-    axes[-1, 0].set_xlabel("score, %")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=2, loc="outside lower center")
-    return Drawing(figure, table.drop(columns="way"), _best_ways(table))
+    axes[-1].set_xlabel("score, %")
+    style.legend_below(figure, 2, axes[0])
+    return Drawing(figure, table, finding)
 
 
 def _way(row) -> str:

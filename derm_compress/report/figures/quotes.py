@@ -11,13 +11,16 @@ import textwrap
 from dataclasses import dataclass
 
 import pandas as pd
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from derm_compress.data import dialogue
 from derm_compress.evaluate.judges import rubric
-from derm_compress.report.figures.style import QUANTIZED, QUIET, Drawing, Source, styled
+from derm_compress.report.figures import style
+from derm_compress.report.figures.style import QUANTIZED, QUIET, Drawing
+from derm_compress.report.page import page
+from derm_compress.report.sentences import Facts
 
 COLUMNS = 76  # characters of a drawn line
 ADVANCE = 10 / 140  # inches of one at 8.5 points: whole pixels, so nothing drifts
@@ -27,14 +30,7 @@ ALARM = {"color": RED, "fontweight": "bold"}
 RIGHT = {"color": QUANTIZED, "fontweight": "bold"}
 WRONG = {"color": RED, "fontstyle": "italic"}
 DRAWN, SHOWN = 330, 600  # characters of an answer in the drawing, in the page
-CARD = Markup(
-    "<figure class=said><figcaption>{}</figcaption><blockquote>{}</blockquote></figure>\n"
-)
-LEGEND = Markup(
-    "<p class=run>A fact that the reference has too is <b class=right>bold and underlined</b>; one"
-    " that it has not is <s class=wrong>struck through</s>. The rest of the text counts for"
-    " nothing.</p>"
-)
+PROMPT = 4000  # of a line of the judge's prompt
 
 
 @dataclass(frozen=True)
@@ -47,22 +43,30 @@ class Quote:
     reference: str
     ended: bool = True
 
+    def facts(self, text: str) -> list[tuple[int, int, bool]]:
+        """(start, end, right) of each fact in an answer's text, as the rubric sees it; none over
+        another."""
+        if len(text.lower()) != len(text):
+            return []  # lower case is longer: no mark beats a wrong one
+        expected = rubric.stated(self.reference, self.question)
+        found = [
+            (*match.span(), name in expected)
+            for name, pattern in rubric.vocabulary(self.question).items()
+            for match in pattern.finditer(text.lower())
+        ]
+        kept: list[tuple[int, int, bool]] = []
+        for start, end, right in sorted(found, key=lambda fact: (fact[0], -fact[1])):
+            if not kept or start >= kept[-1][1]:
+                kept.append((start, end, right))
+        return kept
 
-def marks(text: str, reference: str, question: str) -> list[tuple[int, int, bool]]:
-    """(start, end, right) of each fact in an answer, as the rubric sees it; none over another."""
-    if len(text.lower()) != len(text):
-        return []  # lower case is longer: no mark beats a wrong one
-    expected = rubric.stated(reference, question)
-    found = [
-        (*match.span(), name in expected)
-        for name, pattern in rubric.vocabulary(question).items()
-        for match in pattern.finditer(text.lower())
-    ]
-    kept: list[tuple[int, int, bool]] = []
-    for start, end, right in sorted(found, key=lambda mark: (mark[0], -mark[1])):
-        if not kept or start >= kept[-1][1]:
-            kept.append((start, end, right))
-    return kept
+    def pieces(self) -> list[tuple[str, bool | None]]:
+        """The answer as a page shows it: (words, whether they are a right fact; None: no fact)."""
+        text, at, found = plain(self.answer, SHOWN), 0, []
+        for start, end, right in self.facts(text):
+            found += [(text[at:start], None), (text[start:end], right)]
+            at = end
+        return [piece for piece in [*found, (text[at:], None)] if piece[0]]
 
 
 def plain(text: str, limit: int) -> str:
@@ -71,43 +75,29 @@ def plain(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[:limit] + " ..."
 
 
-def marked(quote: Quote) -> Markup:
-    """An answer as HTML."""
-    text = plain(quote.answer, SHOWN)
-    shown, at = Markup(""), 0
-    for start, end, right in marks(text, quote.reference, quote.question):
-        form = "<b class=right>{}</b>" if right else "<s class=wrong>{}</s>"
-        shown += escape(text[at:start]) + Markup(form).format(text[start:end])
-        at = end
-    shown += escape(text[at:])
-    if not quote.ended:
-        shown += Markup(" <strong>[does not end]</strong>")
-    return shown or Markup("<i>(nothing)</i>")
+def by_question(quotes: list[Quote]) -> dict[str, list[Quote]]:
+    """{question as it is asked: its quotes}."""
+    kinds = dict.fromkeys(quote.question for quote in quotes)
+    return {dialogue.question(k): [q for q in quotes if q.question == k] for k in kinds}
 
 
 def cards(quotes: list[Quote]) -> Markup:
     """A row of cards a question, the reference first."""
-    page = LEGEND
-    for question in dict.fromkeys(quote.question for quote in quotes):
-        asked = [quote for quote in quotes if quote.question == question]
-        reference = asked[0].reference
-        row = Markup("")
-        for quote in [Quote("Reference", question, reference, reference), *asked]:
-            row += CARD.format(quote.head, marked(quote))
-        said = Markup("<h3>{}</h3><div class=answers>{}</div>")
-        page += said.format(dialogue.question(question), row)
-    return page
+    asked = {
+        question: [Quote("Reference", some[0].question, *[some[0].reference] * 2), *some]
+        for question, some in by_question(quotes).items()
+    }
+    return Markup(page("quotes.html", asked=asked))
 
 
 def lines(quotes: list[Quote]) -> list[list]:
     """The same answers as lines of (words, look) runs, under their questions."""
     found: list[list] = []
-    for question in dict.fromkeys(quote.question for quote in quotes):
-        found.append([(dialogue.question(question), HEAD)])
-        for quote in [one for one in quotes if one.question == question]:
+    for question, some in by_question(quotes).items():
+        found.append([(question, HEAD)])
+        for quote in some:
             text = plain(quote.answer, DRAWN)
-            facts = marks(text, quote.reference, question)
-            spans = [(start, end, RIGHT if right else WRONG) for start, end, right in facts]
+            spans = [(a, b, RIGHT if right else WRONG) for a, b, right in quote.facts(text)]
             head, look = quote.head, SMALL
             if not quote.ended:
                 head, look = f"{head}, this one neither", ALARM
@@ -142,8 +132,7 @@ def drawn(runs: list[list], finding: str) -> Figure:
     for row, line in enumerate(runs, 1):
         column = 2
         for text, look in line:
-            place = column / COLUMNS, 1 - row / (len(runs) + 1)
-            figure.text(*place, text, **font, **look)
+            figure.text(column / COLUMNS, 1 - row / (len(runs) + 1), text, **font, **look)
             column += len(text) + 1
     return figure
 
@@ -168,59 +157,52 @@ def grade(score) -> str:
     return "" if pd.isna(score) else f", grade {score:.0f} of 4"
 
 
-@styled
-def case_studies(source: Source) -> Drawing | None:
+@style.figure("fig5_case_studies", "answers")
+def case_studies(facts: Facts, answers: pd.DataFrame) -> Drawing | None:
     """What three variants say to one typical picture (Figure 5)."""
-    results, answers = source.results, source.results.answers
+    results, questions = facts.results, list(dialogue.QUESTIONS)
     cases = {
         results.variant(0): "Original",
         results.variant(results.operating, quantizer="awq"): "Pruned + quantized",
         results.full: "Pruned + SFT + quantized",
     }
-    if answers is None or not set(cases) <= set(answers.variant):
+    if not set(cases) <= set(answers.variant):
         return None
     chosen = answers[answers.variant.isin(cases)]
     chosen = chosen[chosen["item"] == typical_item(chosen)]
-    chosen = chosen.assign(
-        label=chosen.variant.map(cases),
-        place=chosen.variant.map({variant: place for place, variant in enumerate(cases)}),
-        asked=chosen.question.map({name: i for i, name in enumerate(dialogue.QUESTIONS)}),
-    ).sort_values(["place", "asked"], kind="stable")
+    chosen = chosen.assign(label=chosen.variant.map(cases))
+    chosen = chosen.sort_values("question", key=lambda kinds: kinds.map(questions.index))
+    chosen = chosen.sort_values("variant", key=lambda n: n.map(list(cases).index), kind="stable")
     quotes = [
         Quote(row.label + grade(row.score), row.question, row.answer, row.reference)
-        for row in chosen.sort_values(["asked", "place"], kind="stable").itertuples()
+        for row in chosen.itertuples()
     ]
+    quotes.sort(key=lambda quote: questions.index(quote.question))
     names = ["label", "variant", "item", "question", "answer", "reference", "score", "why"]
     finding = f"One typical picture ({chosen.disease.iloc[0]})"
     return quoted(quotes, chosen[names].reset_index(drop=True), finding)
 
 
-@styled
-def judge_prompt(source: Source) -> Drawing | None:
+@style.figure("fig6_judge_prompt")
+def judge_prompt(facts: Facts) -> Drawing | None:
     """The text that the judge goes by, line by line (Figure 6)."""
-    if not source.asked:
+    text, finding = facts.asked.strip(), "What the judge goes by"
+    if not text:
         return None
-    text = source.asked.strip()
-    runs = [run for line in text.splitlines() for run in flow(plain(line, 4000), [])]
-    finding = "What the judge goes by"
-    data = pd.DataFrame({"line": text.splitlines()})
-    return Drawing(
-        drawn(runs, finding), data, finding, Markup("<pre class=text>{}</pre>").format(text)
-    )
+    runs = [run for line in text.splitlines() for run in flow(plain(line, PROMPT), [])]
+    html = Markup("<pre class=text>{}</pre>").format(text)
+    return Drawing(drawn(runs, finding), pd.DataFrame({"line": text.splitlines()}), finding, html)
 
 
-@styled
-def iterative_pruning(source: Source, question: str = "features") -> Drawing | None:
+@style.figure("fig7_iterative_pruning", "table1_pruning", "answers")
+def iterative_pruning(facts: Facts, table: pd.DataFrame, answers: pd.DataFrame) -> Drawing | None:
     """One typical picture's answers while blocks go, and how many answers never end (Figure 7)."""
-    table, answers = source.table("table1_pruning"), source.results.answers
-    if table is None or answers is None:
-        return None
-    depths = {source.results.variant(n): int(n) for n in table.blocks_removed}
+    depths = {facts.results.variant(n): int(n) for n in table.blocks_removed}
     chosen = answers[answers.variant.isin(depths)]
     if chosen.empty:
         return None
     runaway = (~chosen.stopped.astype(bool)).groupby(chosen.variant).mean()
-    chosen = chosen[chosen.question == question]
+    chosen = chosen[chosen.question == "features"]
     chosen = chosen[chosen["item"] == typical_item(chosen)]
     data = chosen.assign(
         blocks_removed=chosen.variant.map(depths), runaway=chosen.variant.map(runaway)
@@ -229,12 +211,8 @@ def iterative_pruning(source: Source, question: str = "features") -> Drawing | N
     for row in data.itertuples():
         head = f"{row.blocks_removed} blocks removed{grade(row.score)}; "
         head += f"{100 * row.runaway:.0f} % of all answers do not end"
-        quotes.append(Quote(head, question, row.answer, row.reference, bool(row.stopped)))
-    wild = data[data.runaway > 0]
-    finding = "Every answer ends, whatever is removed"
-    if len(wild):
-        most = wild.loc[wild.runaway.idxmax()]
-        finding = f"Answers first fail to end with {wild.blocks_removed.min()} blocks removed; "
-        finding += f"with {most.blocks_removed} removed, {100 * most.runaway:.0f} % run away"
+        quotes.append(Quote(head, row.question, row.answer, row.reference, bool(row.stopped)))
+    wild = data[data.runaway > 0].to_dict("records")
+    finding = facts.title("fig7_iterative_pruning", wild=wild)
     names = ["blocks_removed", "item", "question", "answer", "reference", "tokens", "stopped"]
     return quoted(quotes, data[[*names, "runaway", "score"]].reset_index(drop=True), finding)

@@ -10,8 +10,8 @@ import base64
 import functools
 import io
 import textwrap
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from derm_compress.evaluate import metrics
-from derm_compress.report.results import Results
+from derm_compress.report.sentences import Facts
 
 DENSE, PRUNED, SFT, QUANTIZED, PAPER = "#6b6b6b", "#1f6fb4", "#d96f00", "#2a8c4a", "#111111"
 CROWD, BAND, QUIET = "#b5b5b5", "#d9d9d9", "#555555"
@@ -54,16 +54,8 @@ STYLE = {
     "text.parse_math": False,
     "svg.hashsalt": "derm_compress",
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """What figures are drawn from; graph: the stages' inputs, asked: what the judge goes by."""
-
-    results: Results
-    table: Callable[[str], pd.DataFrame | None]
-    graph: Mapping[str, list[str]] = field(default_factory=dict)
-    asked: str = ""
+HEAT = {"aspect": "auto", "cmap": "magma_r", "interpolation": "nearest"}
+FIGURES: dict[str, Callable[[Facts], Drawing | None]] = {}  # by stem, as `figure` registers them
 
 
 @dataclass(frozen=True)
@@ -99,28 +91,45 @@ class Drawing:
         return {"image/png": picture}, {"image/png": {"alt": self.finding}}
 
 
-def styled(draw):
-    """Run a drawing function under the one style, whatever the caller's settings are."""
+def figure(stem: str, *needs: str):
+    """Registers what draws a figure from Facts and what it needs: fields of Results and tables.
 
-    @functools.wraps(draw)
-    def inner(*args, **kwargs) -> Drawing | None:
-        with matplotlib.rc_context(STYLE):
-            drawing = draw(*args, **kwargs)
-            if drawing:  # the layout is solved once, so that no format depends on another
-                drawing.figure.draw_without_rendering()
-                drawing.figure.set_layout_engine("none")
+    It is drawn in the one style, whatever the caller's settings are; not at all where a need or
+    the function's answer is None.
+    """
+
+    def register(draw: Callable[..., Drawing | None]):
+        @functools.wraps(draw)
+        def styled(facts: Facts) -> Drawing | None:
+            given = [facts.get(name) for name in needs]
+            if any(part is None for part in given):
+                return None
+            with matplotlib.rc_context(STYLE):
+                drawing = draw(facts, *given)
+                if drawing:  # the layout is solved once, so that no format depends on another
+                    drawing.figure.draw_without_rendering()
+                    drawing.figure.set_layout_engine("none")
             return drawing
 
-    return inner
+        FIGURES[stem] = styled
+        return styled
+
+    return register
 
 
 def canvas(finding: str, height: float, rows: int = 1, **options):
-    """A figure 5.8 inches wide whose title is its finding; returns figure and axes."""
-    figure = Figure(figsize=(5.8, height))
-    FigureCanvasAgg(figure)
+    """A figure 5.8 inches wide whose title is its finding, and its axes from top to bottom."""
+    made = Figure(figsize=(5.8, height))
+    FigureCanvasAgg(made)
     title = textwrap.fill(finding[:1].upper() + finding[1:], 66)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
-    return figure, figure.subplots(rows, 1, **options)
+    made.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
+    return made, list(made.subplots(rows, 1, squeeze=False, **options)[:, 0])
+
+
+def legend_below(made: Figure, ncols: int, axes=None, **look) -> None:
+    """A figure's legend, of all axes or of one."""
+    labels = axes.get_legend_handles_labels() if axes else ()
+    made.legend(*labels, ncols=ncols, loc="outside lower center", **look)
 
 
 def reach(rows: pd.DataFrame, name: str) -> list[pd.Series]:
@@ -136,9 +145,9 @@ def scores(axes, x: pd.Series, rows: pd.DataFrame, name: str = "score", **look) 
         axes.errorbar(x[rows.index], rows[name], yerr=reach(rows, name), capsize=3, **look)
 
 
-def score_axis(axes) -> None:
+def score_axis(axes, label: str = "score, % (95 % interval)") -> None:
     axes.axhline(metrics.FLOOR, color="#999999", linewidth=1)
-    axes.set(ylabel="score, % (95 % interval)", ylim=(metrics.FLOOR - 9, 100))
+    axes.set(ylabel=label, ylim=(metrics.FLOOR - 9, 100))
 
 
 def plain_numbers(axis) -> None:

@@ -37,11 +37,9 @@ def beside_plan() -> pd.DataFrame:
     rows["plan_gb"] = rows.plan_gib * model.GB
     rows["apart_gib"] = rows.paper_vram - rows.plan_gib
     rows["apart_percent"] = 100 * rows.apart_gib / rows.paper_vram
-    rows["bits"] = rows.quantizer.map(lambda name: 4 if name else 16)
-    near = (rows.apart_percent.abs() <= LARGE).where(
-        rows.bits == 16, rows.apart_gib.abs() <= PACKED
-    )
-    rows["within"] = near.astype(bool)
+    rows["packed"] = rows.quantizer != ""
+    near = rows.apart_gib.abs() <= PACKED
+    rows["within"] = near.where(rows.packed, rows.apart_percent.abs() <= LARGE)
     rows["explanation"] = [explain(row) for row in rows.itertuples()]
     return rows
 
@@ -66,11 +64,10 @@ def explain(row) -> str:
 
 def worst(rows: pd.DataFrame) -> dict[str, float]:
     """The largest distances, read as GiB and as GB: at 16 bits in percent, at 4 in GiB."""
-    large, packed = rows[rows.bits == 16], rows[rows.bits == 4]
-    as_gb = (rows.paper_vram - rows.plan_gb).abs()
+    large, packed = rows[~rows.packed], rows[rows.packed]
     return {
         "fp16_gib": large.apart_percent.abs().max(),
-        "fp16_gb": (100 * as_gb / rows.paper_vram)[large.index].max(),
+        "fp16_gb": (100 * (1 - large.plan_gb / large.paper_vram)).abs().max(),
         "packed_gib": packed.apart_gib.abs().max(),
-        "packed_gb": as_gb[packed.index].max() / model.GB,
+        "packed_gb": (packed.paper_vram - packed.plan_gb).abs().max() / model.GB,
     }

@@ -15,7 +15,7 @@ OPEN = ["none", "several"]  # diagnoses that name no one disease
 def diagnoses(results: Results) -> pd.DataFrame:
     """Which disease the answer to the name question names: accuracy, the commonest confusion."""
     rows = []
-    for variant, part in _named(results).groupby("variant", sort=False):
+    for variant, part in named(results).groupby("variant", sort=False):
         right = (part.diagnosis == part.disease).astype(float)
         share = metrics.share_interval(part["item"], right)
         rows.append(
@@ -25,14 +25,14 @@ def diagnoses(results: Results) -> pd.DataFrame:
                 "balanced": 100 * right.groupby(part.disease).mean().mean(),
                 "none": (part.diagnosis == "none").sum(),
                 "several": (part.diagnosis == "several").sum(),
-                "most_confused": _most_confused(part),
+                "most_confused": most_confused(part),
                 "n": share.n,
             }
         )
     return pd.DataFrame(rows)
 
 
-def _named(results: Results) -> pd.DataFrame:
+def named(results: Results) -> pd.DataFrame:
     """Stage 08's answers to the name question."""
     every = results.predictions
     if every is None:
@@ -40,24 +40,23 @@ def _named(results: Results) -> pd.DataFrame:
     return every[(every.stage == ANSWERING[-1]) & every.diagnosis.notna()]
 
 
-def _most_confused(part: pd.DataFrame) -> str:
+def most_confused(part: pd.DataFrame) -> str:
     wrong = part[(part.diagnosis != part.disease) & ~part.diagnosis.isin(OPEN)]
     counts = wrong.groupby(["disease", "diagnosis"]).size()
     if counts.empty:
         return ""
-    disease, named = counts.idxmax()
-    return f"{disease} called {named} ({counts.max()})"
+    disease, called = counts.idxmax()
+    return f"{disease} called {called} ({counts.max()})"
 
 
 def confusion(results: Results, variant: str | None) -> pd.DataFrame:
-    """Counts [disease, named] of one variant; the last columns are `several` and `none`, where
-    there are any."""
-    part = _named(results)
+    """Counts [disease, named] of one variant; the last columns are what is no disease's name."""
+    part = named(results)
     part = part[part.variant == variant]
     counts = part.groupby(["disease", "diagnosis"]).size().unstack(fill_value=0)
     names = sorted(counts.index)
-    extra = [name for name in sorted(counts.columns) if name not in names]
-    return counts.reindex(index=names, columns=[*names, *extra], fill_value=0)
+    others = sorted(set(counts.columns) - set(names))
+    return counts.reindex(index=names, columns=[*names, *others], fill_value=0)
 
 
 def secondary_scores(results: Results) -> pd.DataFrame:
@@ -71,10 +70,9 @@ def secondary_scores(results: Results) -> pd.DataFrame:
             row |= joins.interval(name, metrics.share_interval(part["item"], values))
         runaway = (~part.stopped.astype(bool)).sum()
         rows.append(row | {"runaway": runaway, "n": len(part)})
-    known = [] if results.variants is None else list(dict.fromkeys(results.variants.variant))
-    place = {name: i for i, name in enumerate(known)}
-    rows.sort(key=lambda row: place.get(row["variant"], len(known)))
-    return pd.DataFrame(rows)
+    known = [] if results.variants is None else results.variants.variant
+    place = {name: i for i, name in enumerate(dict.fromkeys(known))}
+    return pd.DataFrame(sorted(rows, key=lambda row: place.get(row["variant"], len(place))))
 
 
 def latencies(results: Results) -> pd.DataFrame:

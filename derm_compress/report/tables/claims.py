@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 import pandas as pd
 
 from derm_compress.evaluate import metrics
@@ -13,7 +10,7 @@ from derm_compress.report.paper import model, numbers
 from derm_compress.report.paper.numbers import SAVED, SPEEDUP
 from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import joins, verdicts
-from derm_compress.report.tables.verdicts import LIMIT, NOT, UNTESTED, Verdict
+from derm_compress.report.tables.verdicts import LIMIT, NOT, REPRODUCED, UNTESTED, Tested, Verdict
 
 ALIKE = 0.1  # two sizes that differ by less are one compression ratio
 PRUNED, HEALED = "Pruning Only", "Pruning and SFT"
@@ -24,36 +21,19 @@ DEPTH = model.blocks_gone(numbers.table(4).paper_params_b.iloc[-1])  # of the pa
 FREE = [name for name, m in METHODS.items() if not m.scaling and 4 in m.widths]  # see no data
 
 
-class Claim(NamedTuple):
-    text: str
-    where: str
-    test: Callable[..., Tested | None]
-    given: tuple = ()
-
-
-class Tested(NamedTuple):
-    """What the paper claims as a number, how it was tested, and our number with its interval."""
-
-    paper: float | None
-    tested_as: str
-    told: Verdict
-    ours: Sequence[float | None] = ()
-
-
-def within(results: Results, limit: float, what: str) -> Tested:
-    gib = {"weights": model.weights_gib, "peak": model.peak_gib}[what](DEPTH, "awq")
-    told = verdicts.verdict(gib < limit, _in_both(gib))
-    return Tested(limit, f"7B plan, GiB: {what}, {DEPTH} of 32 blocks", told, [gib])
+def within(results: Results, what: str) -> Tested:
+    gib = getattr(model, f"{what}_gib")(DEPTH, "awq")
+    told = verdicts.verdict(gib < LIMIT, _in_both(gib))
+    return Tested(LIMIT, f"7B plan, GiB: {what}, {DEPTH} of 32 blocks", told, [gib])
 
 
 def own_peak(results: Results) -> Tested | None:
     """The peak at the run's own depth, which the paper claims nothing of."""
-    if results.memory is None or results.full not in set(results.memory.variant):
+    depth, gib = joins.values(results.memory, results.full, ["blocks_removed_7b", "peak_gib_7b"])
+    if gib is None:
         return None
-    own = results.memory.drop_duplicates("variant").set_index("variant").loc[results.full]
-    tested_as = f"7B plan, GiB: peak, {own.blocks_removed_7b:.0f} of 32 blocks"
-    told = Verdict(verdicts.OURS, _in_both(own.peak_gib_7b))
-    return Tested(None, tested_as, told, [own.peak_gib_7b])
+    tested_as = f"7B plan, GiB: peak, {depth:.0f} of 32 blocks"
+    return Tested(None, tested_as, Verdict(verdicts.OURS, _in_both(gib)), [gib])
 
 
 def _in_both(gib: float) -> str:
@@ -72,21 +52,20 @@ def saves(results: Results, claimed: float) -> Tested:
 
 def faster(results: Results, claimed: float) -> Tested:
     """Testable on a T4 with the paper's model alone."""
-    kind, why = "ratio of ms/token", "needs the 7B model on a T4"
-    taken = {}
-    if results.one_prompt is not None:
-        taken = results.one_prompt.set_index("variant").total_ms_per_token
-    if not {results.variant(0), results.full} <= set(taken.keys()):
-        return Tested(claimed, kind, Verdict(UNTESTED, why))
-    ratio = taken[results.variant(0)] / taken[results.full]
-    if verdicts.on_papers_machine(results):
-        told = verdicts.verdict(ratio >= claimed, "on this run's T4")
-        return Tested(claimed, kind, told, [ratio])
+    names = results.variant(0), results.full
+    whole, full = (
+        joins.values(results.one_prompt, name, ["total_ms_per_token"])[0] for name in names
+    )
+    kind, told = "ratio of ms/token", Verdict(UNTESTED, "needs the 7B model on a T4")
+    if whole is None or full is None:
+        return Tested(claimed, kind, told)
     of = "another model"
     if verdicts.at_papers_size(results):
         of = verdicts.machine(results) or "a CPU"
-    told = Verdict(UNTESTED, f"{why}; ours is the ratio of {of}")
-    return Tested(claimed, kind, told, [ratio])
+    told = Verdict(UNTESTED, f"{told.why}; ours is the ratio of {of}")
+    if verdicts.on_papers_machine(results):
+        told = verdicts.verdict(whole / full >= claimed, "on this run's T4")
+    return Tested(claimed, kind, told, [whole / full])
 
 
 def beats(results: Results, points: float, name: str) -> Tested:
@@ -144,7 +123,7 @@ def stays(results: Results, blocks: int) -> Tested:
     scores = numbers.table(1).set_index("blocks_removed").paper_score
     scores[6] = numbers.table(4).set_index("setting").paper_score[PRUNED]
     drop, changes = scores[blocks] - scores[0], {}
-    for n in sorted(set(results.variants.blocks_removed) - {0}):
+    for n in sorted(set(results.models.units_removed) - {0}):
         if n * numbers.BLOCKS <= blocks * results.blocks:
             change = verdicts.difference(results.answers, results.variant(n), results.variant(0))
             changes |= {n: change} if change.n else {}
@@ -171,7 +150,7 @@ def collapses(results: Results, blocks: int) -> Tested:
 def _at_floor(results: Results, printed: float, answers: pd.DataFrame) -> Tested:
     score, kind = metrics.score_interval(answers), _kind(results, "score")
     if not score.n:
-        return Tested(printed, kind, Verdict(UNTESTED, "no scores of this model in this run"))
+        return Tested(printed, kind, Verdict(UNTESTED, verdicts.UNSCORED))
     above = score.hi - metrics.FLOOR
     why = f"the interval ends {above:.1f} above the floor"
     return Tested(printed, kind, verdicts.verdict(above <= verdicts.NEAR, why), score[:3])
@@ -184,7 +163,7 @@ def _paired(results: Results, points, change: metrics.Difference, told: Verdict)
 def _direction_and_points(results: Results, points: float, change) -> Verdict:
     """The direction and, on the paper's model, also the points."""
     told = verdicts.points_to(points, change)
-    if told.verdict == verdicts.REPRODUCED and verdicts.at_papers_size(results):
+    if told.verdict == REPRODUCED and verdicts.at_papers_size(results):
         return verdicts.lies_in(points, change.lo, change.hi)
     return told
 
@@ -195,58 +174,40 @@ def _kind(results: Results, what: str) -> str:
     return f"direction, {what}, this run's model"
 
 
-ALONE = "better than {} alone at the same compression, by 4 points"
-CLAIMS = (
-    Claim("a 7B model runs within 4 GB", "Abstract", within, (LIMIT, "weights")),
-    Claim("a 7B model runs within 4 GB", "Abstract", within, (LIMIT, "peak")),
-    Claim("ours, beside it: this run's depth within 4 GB", "this run", own_peak),
-    *(Claim(f"{share} % less memory", where, saves, (share,)) for where, share in SAVED.items()),
-    Claim(f"{SPEEDUP:g} times faster inference on a T4", "Discussion", faster, (SPEEDUP,)),
-    *(
-        Claim(ALONE.format(name), "Abstract, Discussion", beats, (4, name))
-        for name in ("pruning", "quantization")
-    ),
-    Claim("SFT heals the pruned model", "4.4, Table 2", differs, (4, HEALED, PRUNED)),
-    Claim("SFT before quantizing raises the score", "4.6.1", differs, (4, FULL_4, UNHEALED)),
-    Claim("AWQ scores 7 points above bitsandbytes", "4.6.2, Table 5", differs, (5, FULL, NF4)),
-    Claim(
+BETTER = "better than {} alone at the same compression, by 4 points"
+UNCALIBRATED = "quantization without calibration fails on the pruned model"
+CLAIMS = (  # what is claimed, where, its test, and what that is told beside the results
+    ("a 7B model runs within 4 GB", "Abstract", within, "weights"),
+    ("a 7B model runs within 4 GB", "Abstract", within, "peak"),
+    ("ours, beside it: this run's depth within 4 GB", "this run", own_peak),
+    *((f"{share} % less memory", where, saves, share) for where, share in SAVED.items()),
+    (f"{SPEEDUP:g} times faster inference on a T4", "Discussion", faster, SPEEDUP),
+    (BETTER.format("pruning"), "Abstract, Discussion", beats, 4, "pruning"),
+    (BETTER.format("quantization"), "Abstract, Discussion", beats, 4, "quantization"),
+    ("SFT heals the pruned model", "4.4, Table 2", differs, 4, HEALED, PRUNED),
+    ("SFT before quantizing raises the score", "4.6.1", differs, 4, FULL_4, UNHEALED),
+    ("AWQ scores 7 points above bitsandbytes", "4.6.2, Table 5", differs, 5, FULL, NF4),
+    (
         "the criterion scores 4 points above magnitude",
         "4.6.2, Table 5",
         differs,
-        (5, FULL, MAGNITUDE),
+        5,
+        FULL,
+        MAGNITUDE,
     ),
-    Claim("without SFT the quantized model is unusable", "4.6.1", unusable, (4, UNHEALED)),
-    Claim(
-        "quantization without calibration fails on the pruned model",
-        "Introduction",
-        needs_calibration,
-    ),
-    Claim("round-to-nearest gives unintelligible output", "4.6.2, Table 5", unusable, (5, ROUNDED)),
-    Claim("stable with up to 6 of 32 blocks removed", "3.3", stays, (6,)),
-    Claim("stable with up to 4 of 32 blocks removed", "4.3", stays, (4,)),
-    Claim("collapse with 10 of 32 blocks removed", "4.3", collapses, (10,)),
+    ("without SFT the quantized model is unusable", "4.6.1", unusable, 4, UNHEALED),
+    (UNCALIBRATED, "Introduction", needs_calibration),
+    ("round-to-nearest gives unintelligible output", "4.6.2, Table 5", unusable, 5, ROUNDED),
+    ("stable with up to 6 of 32 blocks removed", "3.3", stays, 6),
+    ("stable with up to 4 of 32 blocks removed", "4.3", stays, 4),
+    ("collapse with 10 of 32 blocks removed", "4.3", collapses, 10),
 )
 
 
 def claims(results: Results) -> pd.DataFrame:
     """One row a claim of the abstract, the text or the discussion."""
     rows = []
-    for claim in CLAIMS:
-        found = claim.test(results, *claim.given)
-        if found is None:
-            continue
-        ours, lo, hi = [*found.ours, None, None, None][:3]
-        rows.append(
-            {
-                "claim": claim.text,
-                "verdict": found.told.verdict,
-                "paper": found.paper,
-                "ours": ours,
-                "ours_lo": lo,
-                "ours_hi": hi,
-                "tested_as": found.tested_as,
-                "why": found.told.why,
-                "where": claim.where,
-            }
-        )
+    for claim, where, test, *given in CLAIMS:
+        if found := test(results, *given):
+            rows.append({"claim": claim, **found.columns(), "where": where})
     return pd.DataFrame(rows)

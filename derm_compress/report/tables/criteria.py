@@ -9,39 +9,33 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.evaluate import metrics
-from derm_compress.report.results import ANSWER, Results, answers_of
+from derm_compress.report.results import ANSWER, Results, removes_parts
 from derm_compress.report.tables import joins
 
 
-def pruned_only(variants: pd.DataFrame) -> pd.DataFrame:
-    """The original and what removal alone made of it; `whole`: only blocks ever go.
-
-    A plan of sublayers may take both of one block, which then counts as a block, so `whole` is told
-    by all that its criterion removes.
-    """
-    table = variants[~variants.healed.astype(bool) & (variants.bits == 16)]
-    table = table.assign(sublayers_removed=table.attentions_removed + table.mlps_removed)
-    table["whole"] = table.groupby("criterion").sublayers_removed.transform("max") == 0
-    return table
+def pruned_only(results: Results) -> pd.DataFrame:
+    """The original and what removal alone made of it; `whole`: only blocks ever go."""
+    table = results.models
+    table = table[~table.healed.astype(bool) & (table.bits == 16)]
+    return table.assign(whole=~table.criterion.map(removes_parts).astype(bool))
 
 
 def criteria(results: Results) -> pd.DataFrame:
     """Every criterion at every depth, before SFT; whole blocks only."""
-    table = pruned_only(results.variants)
-    table = table[table.whole & (table.blocks_removed > 0)]
+    table = pruned_only(results).query("whole and blocks_removed > 0")
     table = table.sort_values(["blocks_removed", "criterion"])
     return joins.scored(table, results, results.answers)
 
 
 def curves(results: Results) -> dict[str, pd.DataFrame]:
     """{criterion: marks, [answers, depths]} of whole blocks, depth 0 being the original."""
-    table = pruned_only(results.variants)
+    table = pruned_only(results)
     asked = results.answers[results.answers.variant.isin(table.variant)].drop_duplicates(ANSWER)
     wide = asked.pivot(index=["item", "question"], columns="variant", values="score").astype(float)
     original = results.variant(0)
     start = wide[[original]].set_axis([0], axis=1) if original in wide else wide[[]]
-    whole = table[table.whole & (table.blocks_removed > 0) & table.variant.isin(wide.columns)]
     found, random = {}, []
+    whole = table[table.variant.isin(wide)].query("whole and blocks_removed > 0")
     for name, rows in whole.sort_values("blocks_removed").groupby("criterion", sort=False):
         curve = start.join(wide[list(rows.variant)].set_axis(list(rows.blocks_removed), axis=1))
         if name.startswith("random-"):
@@ -49,7 +43,7 @@ def curves(results: Results) -> dict[str, pd.DataFrame]:
         else:
             found[name] = curve
     if random:
-        shared = sorted(set.intersection(*(set(curve) for curve in random)))
+        shared = sorted(set.intersection(*map(set, random)))
         found[random_name(len(random))] = sum(curve[shared] for curve in random) / len(random)
     return found
 
@@ -60,7 +54,7 @@ def random_name(draws: int) -> str:
 
 def criteria_tests(results: Results) -> pd.DataFrame:
     """The study's own criterion minus each rival in points, at the operating point and over all
-    depths that both have (`shared`).
+    depths that both have.
 
     Over all depths an answer's marks are averaged first. p by sign flips; p_holm: corrected over
     the rivals. ahead: at how many of the `depths` the own one scores more.
@@ -77,12 +71,13 @@ def criteria_tests(results: Results) -> pd.DataFrame:
             {
                 "criterion": name,
                 "blocks_removed": results.operating,
+                **joins.interval("difference", here),
+                "p": here.p,
                 "depths": len(shared),
                 "ahead": (ours[shared].mean() > theirs[shared].mean()).sum(),
+                **joins.interval("difference_all", over),
+                "p_all": over.p,
                 "n": over.n,
-                "shared": tuple(shared),
-                **_named(here, ""),
-                **_named(over, "_all"),
             }
         )
     if not rows:
@@ -95,10 +90,6 @@ def _change(one: pd.DataFrame, other: pd.DataFrame, depths: list[int]) -> metric
     """Paired difference of the mean marks over these depths, where both have them all."""
     means = [curve.reindex(columns=depths).mean(axis=1, skipna=False) for curve in (one, other)]
     return metrics.paired_difference(*(mean.rename("score").reset_index() for mean in means))
-
-
-def _named(change: metrics.Difference, end: str) -> dict[str, float]:
-    return joins.interval(f"difference{end}", change) | {f"p{end}": change.p}
 
 
 def cliffs(results: Results) -> pd.DataFrame:
@@ -141,20 +132,18 @@ def sublayers(results: Results) -> pd.DataFrame:
     apart: parameter counts' difference in the own model's blocks; the difference in points is
     sublayers minus blocks.
     """
-    table = joins.scored(pruned_only(results.variants), results, results.answers)
-    cut = table[~table.whole].sort_values(["criterion", "blocks_removed", "sublayers_removed"])
-    blocks = table[table.criterion == results.criterion].dropna(subset=["params_b"])
+    table = joins.scored(pruned_only(results), results, results.answers)
+    cut = table[~table.whole].sort_values(["criterion", "units_removed"])
+    cut = cut.reset_index(drop=True)
+    blocks = table[table.whole & (table.criterion == results.criterion)]
+    blocks = blocks.dropna(subset=["params_b"]).reset_index(drop=True)
+    if cut.empty or blocks.empty:
+        return cut
     whole = table.params_b[table.variant == results.variant(0)].max()
     a_block = ((whole - blocks.params_b) / blocks.blocks_removed).median()
-    rows = []
-    for row in cut.itertuples():
-        near = (blocks.params_b - row.params_b).abs()
-        beside = {"variant": row.variant}
-        if near.notna().any():
-            nearest = blocks.loc[near.idxmin()]
-            pair = (answers_of(results.answers, v) for v in (row.variant, nearest.variant))
-            beside |= {"nearest": nearest.variant, "apart": near.min() / a_block}
-            beside |= nearest[["params_b", *joins.SCORE[:3]]].add_prefix("nearest_").to_dict()
-            beside |= _named(metrics.paired_difference(*pair), "")
-        rows.append(beside)
-    return cut.merge(pd.DataFrame(rows), on="variant") if rows else cut
+    apart = np.abs(np.subtract.outer(cut.params_b.to_numpy(), blocks.params_b.to_numpy()))
+    near = blocks.loc[apart.argmin(axis=1), ["variant", "params_b", *joins.SCORE[:3]]]
+    near = near.reset_index(drop=True).where(cut.params_b.notna()).add_prefix("nearest_")
+    near = near.rename(columns={"nearest_variant": "nearest"})
+    change = joins.changes(results.answers, cut.variant, near.nearest)[joins.CHANGE]
+    return cut.join([near, change]).assign(apart=apart.min(axis=1) / a_block)

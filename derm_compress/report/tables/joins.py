@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
 from derm_compress.evaluate import metrics
 from derm_compress.report.paper import numbers
-from derm_compress.report.results import ANSWER, Results
+from derm_compress.report.results import ANSWER, Results, answers_of
 
 SCORE = ["score", "score_lo", "score_hi", "n"]
+CHANGE = ["difference", "difference_lo", "difference_hi", "p"]
 SIZE = [
     *("params_b", "vram_gib", "peak_gib"),
     *("blocks_removed_7b", "params_b_7b", "vram_gib_7b", "peak_gib_7b"),
@@ -20,10 +23,17 @@ SYMMETRIC = "Round to neighbour, symmetric grid (Eq. 1)"
 
 def join(table: pd.DataFrame, other: pd.DataFrame | None, columns: list[str]) -> pd.DataFrame:
     """These columns of another frame beside each variant, empty where it has none."""
-    if other is None:
+    if other is None or other.empty:
         return table.assign(**dict.fromkeys(columns, np.nan))
     other = other.drop_duplicates("variant").reindex(columns=["variant", *columns])
     return table.merge(other, on="variant", how="left")
+
+
+def values(frame: pd.DataFrame | None, variant: str | None, columns: list[str]) -> list:
+    """A variant's last values in these columns, None where there are none."""
+    if frame is None or not (frame.variant == variant).any():
+        return [None] * len(columns)
+    return frame[frame.variant == variant].reindex(columns=columns).iloc[-1].tolist()
 
 
 def sized(table: pd.DataFrame, results: Results) -> pd.DataFrame:
@@ -43,6 +53,18 @@ def scored(table: pd.DataFrame, results: Results, answers: pd.DataFrame | None) 
     return sized(join(table, known, SCORE), results)
 
 
+def changes(
+    answers: pd.DataFrame | None, ones: Iterable[str], others: Iterable[str | None]
+) -> pd.DataFrame:
+    """CHANGE, n and images of each variant minus the other in its place, paired over images; empty
+    for a variant beside itself, and where not both have answers."""
+    rows = []
+    for one, other in zip(ones, others, strict=True):
+        beside = answers_of(answers, other if other != one else None)
+        rows.append(metrics.paired_difference(answers_of(answers, one), beside))
+    return pd.DataFrame(rows, columns=[*CHANGE, "n", "images"])
+
+
 def interval(name: str, estimate) -> dict[str, float]:
     """A value and its interval as a row's columns: name, name_lo, name_hi."""
     value, lo, hi, *_ = estimate
@@ -53,10 +75,9 @@ def of_paper(results: Results, number: int) -> pd.DataFrame:
     """The paper's Table 2 to 5 with `variant`, the run's model in each row's place, and what its
     Table 5 lacks: rounding on the symmetric grid, where the run has it."""
     table = numbers.table(number)
-    depths = {"unpruned": 0, "operating": results.operating, "deeper": results.deeper}
     table["variant"] = [
         results.variant(
-            depths[row["role"]],
+            results.depth(row["role"]),
             criterion=row.get("criterion", ""),
             healed=row["healed"],
             quantizer=row["quantizer"],

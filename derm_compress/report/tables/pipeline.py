@@ -10,38 +10,37 @@ from derm_compress.report.paper import numbers
 from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import joins, quantizers, statistics
 
-TIMES = [
-    f"{name}{end}"
-    for name in ("decode_ms_per_token", "prefill_ms", "total_ms_per_token")
-    for end in ("", "_lo", "_hi")
-]
 BASELINES = ("base", "original", "blank", "shuffled")
 
 
 def pruning(results: Results) -> pd.DataFrame:
     """Pruning alone by the study's own criterion; the paper's rows by the fraction of blocks."""
-    depths = sorted(set(results.variants.blocks_removed))
-    names = {results.variant(n): n for n in depths if results.variant(n)}
-    table = pd.DataFrame({"variant": list(names), "blocks_removed": list(names.values())})
-    table = joins.scored(table, results, results.answers)
-    table["of_32"] = [paper_depth(n, numbers.BLOCKS, results.blocks) for n in table.blocks_removed]
+    table = joins.scored(own(results), results, results.answers)
+    of_32 = [paper_depth(n, numbers.BLOCKS, results.blocks) for n in table.blocks_removed]
+    table["of_32"] = pd.Series(of_32).where(table.units_removed == table.blocks_removed)
     theirs = numbers.table(1).rename(columns={"blocks_removed": "of_32"})
     return table.merge(theirs, on="of_32", how="left")
+
+
+def own(results: Results, *, healed: bool = False) -> pd.DataFrame:
+    """The study's own models in 16 bits by what they lack, after SFT or before it."""
+    depths = sorted(set(results.models.units_removed))
+    names = [results.variant(n, healed=healed) for n in depths]
+    table = results.models[results.models.variant.isin(names)]
+    return table.sort_values("units_removed", ignore_index=True)
 
 
 def sft(results: Results) -> pd.DataFrame:
     """SFT of each pruned model and of the unpruned one (the control); gain: paired."""
     rows = []
-    for n in sorted(set(results.variants.blocks_removed)):
-        healed = results.variant(n, healed=True)
-        if healed is None:
-            continue
-        before, after = (answers_of(results.answers, v) for v in (results.variant(n), healed))
+    for row in own(results, healed=True).itertuples():
+        unhealed = results.variant(row.units_removed)
+        before, after = (answers_of(results.answers, v) for v in (unhealed, row.variant))
         score = metrics.score_interval(after)
         rows.append(
             {
-                "variant": healed,
-                "blocks_removed": n,
+                "variant": row.variant,
+                "blocks_removed": row.blocks_removed,
                 **joins.interval("score_before", metrics.score_interval(before)),
                 **joins.interval("score_after", score),
                 **joins.interval("gain", metrics.paired_difference(after, before)),
@@ -57,8 +56,7 @@ def sft(results: Results) -> pd.DataFrame:
 
 def quantization(results: Results) -> pd.DataFrame:
     """Every quantized model of the study's own criterion, with its output errors."""
-    table = quantizers.quantized(results)
-    table = table.sort_values(["blocks_removed", "healed", "method", "bits"])
+    table = quantizers.quantized(results).sort_values(joins.FORM)
     table = joins.scored(table, results, results.answers)
     if results.errors is not None:
         errors = results.errors.groupby("variant").relative_error.mean()
@@ -70,16 +68,16 @@ def efficiency(results: Results) -> pd.DataFrame:
     """The paper's six ways to the operating point, on test and held-out items, with times."""
     table = joins.join(joins.of_paper(results, 4), results.variants, joins.FORM)
     table = joins.scored(table, results, results.evaluation)
-    return joins.join(table, results.one_prompt, TIMES)
+    times = ("decode_ms_per_token", "prefill_ms", "total_ms_per_token")
+    columns = [f"{name}{end}" for name in times for end in ("", "_lo", "_hi")]
+    return joins.join(table, results.one_prompt, columns)
 
 
 def ablation(results: Results) -> pd.DataFrame:
     """The full pipeline with one part exchanged at a time, each paired with it."""
     table = joins.join(joins.of_paper(results, 5), results.variants, joins.FORM)
     table = joins.scored(table, results, results.evaluation)
-    compared = statistics.comparisons(results)
-    compared = compared if len(compared) else None
-    return joins.join(table, compared, [*statistics.CHANGE, "p_holm"])
+    return joins.join(table, statistics.comparisons(results), [*joins.CHANGE, "p_holm"])
 
 
 def running(results: Results) -> pd.DataFrame:

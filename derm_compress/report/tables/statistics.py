@@ -11,16 +11,15 @@ from derm_compress.evaluate import metrics
 from derm_compress.report.results import Results, answers_of, pick
 from derm_compress.report.tables import joins
 
-CHANGE = ["difference", "difference_lo", "difference_hi", "p"]
 ALPHA, POWER = 0.05, 0.80
+ALONE = ("Quantization Only", "Pruning Only")
 
 
 def family(results: Results) -> pd.DataFrame:
     """against, setting, variant: the full pipeline's rivals in Table 5, and "either alone" of
     Table 4, as far as stage 08 asked them."""
     rivals = joins.of_paper(results, 5).iloc[1:].assign(against="Table 5")
-    four = joins.of_paper(results, 4).assign(against="Table 4")
-    alone = four[four.setting.isin(["Quantization Only", "Pruning Only"])]
+    alone = joins.of_paper(results, 4).query("setting in @ALONE").assign(against="Table 4")
     table = pd.concat([rivals, alone])[["against", "setting", "variant"]]
     known = set() if results.evaluation is None else set(results.evaluation.variant)
     return table[table.variant.isin(known)].reset_index(drop=True)
@@ -29,21 +28,20 @@ def family(results: Results) -> pd.DataFrame:
 def comparisons(results: Results) -> pd.DataFrame:
     """Each setting minus the full pipeline, paired over images; p corrected over the family."""
     table = family(results)
-    full = answers_of(results.evaluation, results.full)
-    if table.empty or full.empty:
+    if answers_of(results.evaluation, results.full).empty:
         return pd.DataFrame()
-    each = [
-        metrics.paired_difference(answers_of(results.evaluation, name), full)
-        for name in table.variant
-    ]
-    table = table.join(pd.DataFrame(each, columns=[*CHANGE, "n", "images"]))
+    others = [results.full] * len(table)
+    table = table.join(joins.changes(results.evaluation, table.variant, others))
     return table.assign(p_holm=metrics.holm(table.p))
 
 
 def powers(results: Results) -> pd.DataFrame:
     """What the paper's 39 pictures, and all of stage 08's, can tell of the family's differences."""
-    rows = []
-    for pictures, frame in picture_sets(results).items():
+    every, rows = results.evaluation, []
+    sets = {"test": every[every.split == "test"], "test and held-out": every}
+    if len(sets["test"]) == len(every):
+        del sets["test and held-out"]
+    for pictures, frame in sets.items():
         full = answers_of(frame, results.full)
         for row in family(results).itertuples():
             one = answers_of(frame, row.variant)
@@ -57,7 +55,7 @@ def powers(results: Results) -> pd.DataFrame:
                     "setting": row.setting,
                     "variant": row.variant,
                     "images": images,
-                    "n": min(one.score.notna().sum(), full.score.notna().sum()),
+                    "n": min(one.score.count(), full.score.count()),
                     "sd": sd,
                     "detectable": detectable(sd, images),
                     "difference": found,
@@ -66,15 +64,6 @@ def powers(results: Results) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def picture_sets(results: Results) -> dict[str, pd.DataFrame]:
-    """Stage 08's answers about the test pictures, and about all, if there are others."""
-    every = results.evaluation
-    if every is None:
-        return {}
-    test = every[every.split == "test"]
-    return {"test": test} | ({"test and held-out": every} if len(test) < len(every) else {})
 
 
 # The normal approximation for a paired mean over m images: with s the differences' standard
@@ -109,38 +98,33 @@ def power(sd: float, images: int, difference: float) -> float:
 def seeds(results: Results) -> pd.DataFrame:
     """Noise of training and of the pictures drawn, told apart, for each healed model with several
     SFT seeds; and of its gain, net of the control's."""
-    if results.variants is None or results.answers is None:
-        return pd.DataFrame()
-    healed = results.variants[results.variants.healed & (results.variants.bits == 16)]
-    marks, gains = {}, {}
-    for (blocks, criterion), group in healed.groupby(["blocks_removed", "criterion"], sort=False):
-        group = group.sort_values("sft_seed")
-        trained = _marks(results.answers, list(group.variant))
+    known, marks, gains = results.models, {}, {}
+    healed = known[known.healed & (known.bits == 16)].sort_values("sft_seed", kind="stable")
+    for (removed, criterion), group in healed.groupby(["units_removed", "criterion"]):
+        trained = wide(results.answers, list(group.variant))
         if len(group) < 2 or trained.empty:
             continue
-        same = {"blocks_removed": blocks, "criterion": criterion, "bits": 16}
-        before = _marks(results.answers, [pick(results.variants, healed=False, **same)])
-        marks[group.variant.iloc[0]] = trained
-        gains[group.variant.iloc[0]] = trained.sub(before[0], axis=0) if len(before) else before
-    control = gains.get(results.variant(0, healed=True), pd.DataFrame())
+        same = {"units_removed": removed, "criterion": criterion, "bits": 16, "healed": False}
+        before = wide(results.answers, [pick(known, **same)])
+        base = group.variant.iloc[0]
+        marks[base] = trained
+        gains[base] = trained.sub(before[0], axis=0) if len(before) else before
+    control = gains.pop(results.variant(0, healed=True), pd.DataFrame())
     rows = [{"measure": f"score of {base}", **spread(frame)} for base, frame in marks.items()]
     for base, gain in gains.items():
         shared = [seed for seed in gain if seed in control]
-        if shared and gain is not control:
+        if shared:
             net = (gain[shared] - control[shared]).dropna()
             rows.append({"measure": f"gain of {base}, net of the control's", **spread(net)})
     return pd.DataFrame(rows)
 
 
-def _marks(answers: pd.DataFrame, names: list[str | None]) -> pd.DataFrame:
-    """[answers, seeds]: marks by (item, question), of those scored under every name."""
+def wide(answers: pd.DataFrame, names: list[str | None]) -> pd.DataFrame:
+    """[answers, names]: marks by (item, question), of those scored under every name."""
     if not set(names) <= set(answers.variant):
         return pd.DataFrame()
-    columns = [
-        answers_of(answers, name).set_index(["item", "question"]).score.astype(float)
-        for name in names
-    ]
-    return pd.concat(columns, axis=1, keys=range(len(names)), join="inner").dropna()
+    each = [answers_of(answers, name).set_index(["item", "question"]).score for name in names]
+    return pd.concat(each, axis=1, keys=range(len(names)), join="inner").astype(float).dropna()
 
 
 def spread(marks: pd.DataFrame) -> dict[str, float]:
@@ -160,7 +144,7 @@ def spread(marks: pd.DataFrame) -> dict[str, float]:
         "seed_sd": np.sqrt(between),
         "chance_sd": np.sqrt(by_chance),
         "training_sd": np.sqrt(max(0.0, between - by_chance)),
-        "item_sd": np.sqrt(by_image.var(ddof=1) / len(by_image)),
+        "item_sd": by_image.sem(),
         "n": len(marks),
     }
 

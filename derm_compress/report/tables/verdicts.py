@@ -7,6 +7,7 @@ model: as values where that is the paper's size, else as directions.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from derm_compress.evaluate import metrics
@@ -15,6 +16,7 @@ from derm_compress.report.results import Results, answers_of
 
 REPRODUCED, NOT, UNTESTED = "reproduced", "not reproduced", "cannot be tested at this size"
 OURS = "not claimed"  # what is ours alone and stands beside a claim: no verdict on the paper
+UNSCORED = "no scores of this model in this run"
 LOOSE, LOOSE_GIB = 0.03, 0.30  # of planned against printed memory: a share at 16 bits, GiB at 4
 NEAR = 5  # points from the floor that still count as unintelligible
 LIMIT = 4.0  # GB that the abstract promises
@@ -24,6 +26,27 @@ TIMELY = 0.10  # of a printed latency, on the paper's model and GPU
 class Verdict(NamedTuple):
     verdict: str
     why: str
+
+
+class Tested(NamedTuple):
+    """What the paper has as a number, how it was tested, and ours: a value, or one and its ends."""
+
+    paper: float | None
+    tested_as: str
+    told: Verdict
+    ours: Sequence[float | None] = ()
+
+    def columns(self) -> dict:
+        value, lo, hi = [*self.ours, None, None, None][:3]
+        return {
+            "verdict": self.told.verdict,
+            "paper": self.paper,
+            "ours": value,
+            "ours_lo": lo,
+            "ours_hi": hi,
+            "tested_as": self.tested_as,
+            "why": self.told.why,
+        }
 
 
 def verdict(holds: bool, why: str) -> Verdict:
