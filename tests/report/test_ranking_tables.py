@@ -83,14 +83,6 @@ def test_a_draw_is_the_same_for_all_rankings():
     assert pair(values_of(a=shared, b=noisy(30, seed=9)), "a", "b").rho_lo < 0.6
 
 
-def test_the_seed_decides_the_draws_alone():
-    values = values_of(a=noisy(5), b=noisy(5, seed=2))
-    once, again, other = (rankings.agreement(values, PROTECTED, seed=s) for s in (0, 0, 1))
-    assert once.equals(again) and not once.equals(other) and once.rho.equals(other.rho)
-    once, again, other = (curve_of(noisy(5), seed=s) for s in (0, 0, 1))
-    assert once.equals(again) and not once.equals(other)
-
-
 def test_two_draws_share_no_item_and_smaller_ones_lie_within_larger():
     largest, _ = rankings.disjoint(15, 7, draws=50, seed=4)
     for size in (1, 3, 7):

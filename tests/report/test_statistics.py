@@ -133,13 +133,3 @@ def test_diagnosis_accuracy_and_confusion_by_hand():
     expected = {"melanoma": 0, "psoriasis": 1, "rosacea": 0, "lichen planus": 2}
     assert counts.loc["psoriasis"].to_dict() == expected | {"none": 0, "several": 0}
     assert counts.to_numpy().sum() == 6
-
-
-def test_secondary_scores_are_means_over_answers_with_runaways_counted(results):
-    table = tables.make("extra_secondary", results).set_index("variant")
-    test = results.predictions[results.predictions.split == "test"]
-    one, row = test[test.variant == "pruned-10"], table.loc["pruned-10"]
-    assert row.fact_f1 == pytest.approx(100 * one.fact_f1.mean())
-    assert row.runaway == 117 == row.n and table.runaway["original"] == 0
-    names = one[one.question == "name"]
-    assert row.name_exact == pytest.approx(100 * (names.diagnosis == names.disease).mean())
