@@ -31,7 +31,7 @@ def check(plan) -> None:
         check_source(p, plan.root)
     if "08" in todo:
         check_judge(p)
-    if todo > {"01"}:
+    if todo - {"01"}:
         from derm_compress.model import loading
 
         config = loading.config_of(p["model"])

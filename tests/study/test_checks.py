@@ -97,6 +97,13 @@ def test_the_same_on_the_command_line_starts_no_kernel(tmp_path):
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_later_stages_are_checked_where_the_data_is_there_already(tmp_path, monkeypatch):
+    made = planned(tmp_path, image_size=100)
+    monkeypatch.setattr(made.store, "ready", lambda stage, _: stage == "01_data")
+    with pytest.raises(DermError, match="image_size"):
+        checks.check(made)
+
+
 def test_what_is_computed_already_is_not_asked_for_again(tmp_path, monkeypatch):
     made = planned(tmp_path, image_size=100, judge="openai")
     monkeypatch.setattr(made.store, "ready", lambda *_: True)

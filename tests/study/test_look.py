@@ -98,7 +98,8 @@ def test_no_file_is_written_over(tmp_path):
     root = tmp_path / "pictures"
     root.mkdir()
     said = propose(plant(root), {}, None, tmp_path)
-    assert "pictures.yaml is there already and stays" in said and kept.read_text() == "mine"
+    assert "is there already, says it otherwise and stays" in said
+    assert kept.read_text() == "mine"
     kept.unlink()
     assert "written: " in propose(root, {}, None, tmp_path)
     assert yaml.safe_load(kept.read_text())["data_root"] == "pictures"  # from the project's root
@@ -134,3 +135,16 @@ def test_the_real_photographs(tmp_path):
     said, values = look(PAD, tmp_path / "pad-ufes-20.yaml")
     assert values["source"] == "pad-ufes-20" and "86 of 86 are there" in said
     assert "patient_id, lesion_id: 83 groups" in said
+
+
+def test_a_given_column_is_taken_and_labels_that_nobody_knows_are_asked_for(tmp_path):
+    (tmp_path / "klinik").mkdir()
+    plant(tmp_path / "klinik", label=["Melanom", "Ekzem"] * 10)
+    listing = tmp_path / "klinik" / "labels.csv"
+    listing.write_text(listing.read_text().replace("image,label", "Bild,Befund"))
+    out = tmp_path / "mine.yaml"
+    said = propose(tmp_path / "klinik", {"label_column": "Befund"}, out, ROOT)
+    assert "left out 20" in said and "label_map=['LABEL = DISEASE']" in said and not out.exists()
+    sets = {"label_column": "Befund", "label_map": "['Melanom = melanoma']"}
+    said, values = look(tmp_path / "klinik", out, **sets)
+    assert "10 melanoma: Melanom (10)" in said and values["exclude_labels"] == ["Ekzem"]

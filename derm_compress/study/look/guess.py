@@ -30,7 +30,10 @@ def guess(parameters: Mapping) -> dict:
     table = folder.table_of(pictures, folder.layout_of(Request.of(found)))
     if table.form:
         found["table"] = table.name
-    found = {**picture_column(table, pictures), **label_columns(table), **found}
+    if not found.get("image_column"):
+        found |= picture_column(table, pictures)
+    if not (found.get("label_column") or found.get("onehot_columns")):
+        found |= label_columns(table)
     people = [column for column in table.columns if PERSONS & set(words(column))]
     found.setdefault("subgroup_columns", people)
     excluded = [*found.get("exclude_labels", [])]

@@ -99,7 +99,7 @@ def paragraph(title: str, lines: Sequence[str]) -> list[str]:
     found = []
     for line in filter(None, lines):
         clean = "".join(c if c.isprintable() else "?" for c in line)
-        first = f"{title:<{MARGIN}}" if not found else " " * MARGIN
+        first = f"{title:<{MARGIN - 1}} " if not found else " " * MARGIN
         rest = " " * (MARGIN + 2)
         found += textwrap.wrap(clean, WIDTH, initial_indent=first, subsequent_indent=rest)
     return found

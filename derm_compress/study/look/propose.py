@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from derm_compress.data import dialogue
 from derm_compress.data.load import survey
 from derm_compress.data.request import Request
 from derm_compress.errors import DermError
@@ -17,6 +18,10 @@ from derm_compress.study.look.guess import guess
 from derm_compress.study.look.page import page
 
 LARGE = 600  # pictures from which the usual sizes of all splits fit
+NOTHING = (
+    "no picture has a label that is known; say which disease a label means, by "
+    "--set \"label_map=['LABEL = DISEASE']\"; the diseases are {}"
+)
 
 
 def propose(data: Path, sets: Mapping[str, str], out: Path | None, root: Path) -> str:
@@ -35,11 +40,15 @@ def propose(data: Path, sets: Mapping[str, str], out: Path | None, root: Path) -
     values = sizes(len(found.rows)) | values
     params.check(values, known, shown(file))
     told = page(request, found)
-    if file.exists():
-        return f"{told}\n\n{shown(file)} is there already and stays; --out PATH writes another"
+    if not found.rows:
+        return f"{told}\n\nnothing is written: {NOTHING.format(', '.join(dialogue.diseases()))}"
     then = f"python -m derm_compress run {shown(file)}"
-    write_text(file, run_file(order(values), found.told["excluded"], then))
-    return f"{told}\n\nwritten: {shown(file)}; read it, then: {then}"
+    text = run_file(order(values), found.told["excluded"], then)
+    if not file.exists():
+        write_text(file, text)
+        return f"{told}\n\nwritten: {shown(file)}; read it, then: {then}"
+    same = "reads it so" if file.read_text(encoding="utf-8") == text else "says it otherwise"
+    return f"{told}\n\n{shown(file)} is there already, {same} and stays; --out PATH writes another"
 
 
 def name_of(values: Mapping, folder: Path) -> str:
