@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from derm_compress.evaluate import metrics
+from derm_compress.model.variants import paper_depth
 from derm_compress.report.paper import model, numbers
 from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import joins, verdicts
@@ -33,7 +34,7 @@ def table1(results: Results) -> Cells:
     for row in one.itertuples():
         n, label = row.blocks_removed, f"{row.blocks_removed} blocks removed"
         share = 100 * n * model.BLOCK / model.TOTAL
-        own = row.paper_score, results.variant(n * results.blocks / numbers.BLOCKS)
+        own = row.paper_score, results.variant(paper_depth(n, results.blocks))
         yield label, "compression, %", planned(row.paper_compression, share)
         yield label, PARAMETERS, planned(row.paper_params_b, model.params_b(n))
         yield label, VRAM, weights(row.paper_vram, n)

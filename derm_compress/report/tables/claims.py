@@ -6,6 +6,7 @@ import pandas as pd
 
 from derm_compress.evaluate import metrics
 from derm_compress.method.quantization.methods import METHODS
+from derm_compress.model.variants import paper_depth
 from derm_compress.report.paper import model, numbers
 from derm_compress.report.paper.numbers import SAVED, SPEEDUP
 from derm_compress.report.results import Results, answers_of
@@ -124,7 +125,7 @@ def stays(results: Results, blocks: int) -> Tested:
     scores[6] = numbers.table(4).set_index("setting").paper_score[PRUNED]
     drop, changes = scores[blocks] - scores[0], {}
     for n in sorted(set(results.models.units_removed) - {0}):
-        if n * numbers.BLOCKS <= blocks * results.blocks:
+        if n <= paper_depth(blocks, results.blocks):
             change = verdicts.difference(results.answers, results.variant(n), results.variant(0))
             changes |= {n: change} if change.n else {}
     if not changes:
@@ -143,8 +144,8 @@ def unusable(results: Results, number: int, setting: str) -> Tested:
 def collapses(results: Results, blocks: int) -> Tested:
     """So many of 32 blocks removed: does the score end near the floor?"""
     printed = numbers.table(1).set_index("blocks_removed").paper_score[blocks]
-    own = blocks * results.blocks / numbers.BLOCKS
-    return _at_floor(results, printed, answers_of(results.answers, results.variant(own)))
+    own = results.variant(paper_depth(blocks, results.blocks))
+    return _at_floor(results, printed, answers_of(results.answers, own))
 
 
 def _at_floor(results: Results, printed: float, answers: pd.DataFrame) -> Tested:
