@@ -31,7 +31,7 @@ ARITHMETIC = {  # what x86 CPUs of the last ten years share: wider vectors sum t
 }
 PLACES = ("run", "artifact_root", "processes")  # where and how, not what is made
 PLACES += ("judge_url", "judge_concurrency", "judge_max_tokens")  # a whole reply is the same
-FOLDERS = ("data_root", "model", "judge_model")  # a folder or file named here counts by content
+FOLDERS = ("data_root", "model", "judge_model", "embedder")  # by content, if they are here
 CUT = ["blocks_removed", "attentions_removed", "mlps_removed", "criterion"]  # how a model is pruned
 OPERATING = {  # what a stage does to the operating point; export takes it where no name is given
     "05_sft": {"healed": True},

@@ -160,3 +160,13 @@ def test_a_link_or_an_archive_of_pictures_counts_by_what_it_holds(tmp_path):
     (root / "photos.zip").write_bytes(b"another")
     after = [planned(root, "tiny", data_root=name).keys for name in ("photos", "photos.zip")]
     assert all(one["01_data"] != other["01_data"] for one, other in zip(before, after, strict=True))
+
+
+def test_a_sentence_transformer_counts_by_what_it_holds(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"one")
+    before = planned(ROOT, "tiny", embedder=str(tmp_path)).keys
+    weights.write_bytes(b"another")
+    after = planned(ROOT, "tiny", embedder=str(tmp_path)).keys
+    assert before["02_finetune"] == after["02_finetune"]
+    assert before["03_layer_importance"] != after["03_layer_importance"]
