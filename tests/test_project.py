@@ -145,11 +145,9 @@ def test_the_embedded_weights_are_small_and_documented():
     folder = ROOT / "derm_compress/model/tiny_llava"
     assert sum(p.stat().st_size for p in folder.iterdir()) < 12e6
     told = yaml.safe_load((folder / "recipe.json").read_text())
-    assert (
-        told["command"] == "python -m derm_compress.model.tiny"
-        and told["tower_accuracy"]
-        and told["minutes"]
-    )
+    command, script = told["command"].split()
+    assert command == "python" and (ROOT / script).is_file()
+    assert told["tower_accuracy"] and told["minutes"]
 
 
 def test_the_readmes_headline_is_the_reports():
@@ -184,7 +182,7 @@ def dense(tree: ast.AST) -> list[str]:
 def test_code_is_not_dense():
     for text in ("a if b else c if d else e", "lambda x=y: x", "'s' * (n > 1)"):
         assert len(dense(ast.parse(text))) == 1, text
-    for path in PACKAGE.rglob("*.py"):
+    for path in (*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")):
         assert not dense(ast.parse(path.read_text("utf-8"))), path
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text("utf-8"))["cells"]

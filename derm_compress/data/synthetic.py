@@ -85,28 +85,6 @@ def draw_facts(rng: np.random.Generator, disease: str | None = None) -> dict[str
     return facts
 
 
-def bayes_accuracy(n: int, seed: int = 0) -> float:
-    """Accuracy of the best possible diagnosis from perfectly seen attributes: a ceiling."""
-    rng = np.random.default_rng(seed)
-    names = list(DISEASES)
-    right = 0
-    for i in range(n):
-        truth = names[i % len(names)]
-        facts = draw_facts(rng, truth)
-        likelihoods = [_log_likelihood(facts, name) for name in names]
-        right += names[int(np.argmax(likelihoods))] == truth
-    return right / n
-
-
-def _log_likelihood(facts: dict[str, str], disease: str) -> float:
-    total = 0.0
-    for name, value in facts.items():
-        rule = DISEASES[disease][name]
-        ruled = (1 - NOISE) * rule.get(value, 0.0) / sum(rule.values())
-        total += np.log(NOISE * (1 / len(ATTRIBUTES[name])) + ruled)
-    return total
-
-
 def render(facts: dict[str, str], rng: np.random.Generator, size: int = 72) -> np.ndarray:
     """Draw the picture of these facts, [size, size, 3] uint8, averaged down from twice the size."""
     side = 2 * size

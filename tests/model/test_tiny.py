@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from derm_compress.data import dialogue, synthetic
-from derm_compress.model import anatomy, loading, prompts, tiny
+from derm_compress.model import anatomy, loading, prompts
 from derm_compress.model.generation import generate
+from tools import tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,9 @@ def test_the_embedded_model_is_what_its_recipe_says(embedded):
     model, processor = embedded
     told = json.loads((loading.TINY / "recipe.json").read_text())
     assert sum(p.numel() for p in model.parameters()) == told["parameters"]
-    assert processor.image_processor.crop_size["height"] == tiny.SIZE
-    assert anatomy.image_tokens(model.config) == tiny.IMAGE_TOKENS == 36
-    text, fresh = model.config.text_config, tiny.config(len(processor.tokenizer)).text_config
+    assert processor.image_processor.crop_size["height"] == tiny_llava.SIZE
+    assert anatomy.image_tokens(model.config) == tiny_llava.IMAGE_TOKENS == 36
+    text, fresh = model.config.text_config, tiny_llava.config(len(processor.tokenizer)).text_config
     assert fresh.to_dict() == text.to_dict() | {"dtype": fresh.dtype}
     for block in anatomy.blocks(model):  # the study's group size
         sizes = [x for linear in anatomy.linears(block).values() for x in linear.weight.shape]
@@ -41,7 +42,7 @@ def test_the_tokenizer_writes_every_answer_and_needs_no_unknown(embedded):
 def test_the_base_is_never_shown_a_picture_with_its_disease():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        turns = tiny.picture_conversation(synthetic.draw_facts(rng), rng)
+        turns = tiny_llava.picture_conversation(synthetic.draw_facts(rng), rng)
         words = " ".join(question + answer for question, answer in turns).lower()
         assert not any(name in words for name in dialogue.aliases())
 
@@ -49,7 +50,7 @@ def test_the_base_is_never_shown_a_picture_with_its_disease():
 def test_text_conversations_go_from_name_to_facts_and_back():
     turns = []
     for seed in range(20):
-        turns += tiny.text_conversation("psoriasis", np.random.default_rng(seed))
+        turns += tiny_llava.text_conversation("psoriasis", np.random.default_rng(seed))
     assert any(question.startswith("The patient has psoriasis.") for question, _ in turns)
     assert any("psoriasis" in answer and "name" in question for question, answer in turns)
 
@@ -64,3 +65,7 @@ def test_the_embedded_base_describes_pictures(embedded):
     for picture, answer in zip(drawn, answers, strict=True):
         right.append(picture.facts["site"] in answer and picture.facts["colour"] in answer)
     assert np.mean(right) > 0.7 and all(stopped)
+
+
+def test_the_task_has_a_ceiling_below_certainty():
+    assert 0.8 < tiny_llava.bayes_accuracy(1600) < 0.97
