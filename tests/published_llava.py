@@ -121,7 +121,7 @@ def tokenizer():
     return made
 
 
-def write_processor(folder, *, size=SIZE, additional=1):
+def write_processor(folder, *, size=SIZE):
     """The published files of processor and tokenizer; 336 px is the true size."""
     folder.mkdir(parents=True, exist_ok=True)
     made = tokenizer()
@@ -143,7 +143,7 @@ def write_processor(folder, *, size=SIZE, additional=1):
     _write(folder / "preprocessor_config.json", IMAGES | sizes)
     told = {
         "image_token": "<image>",
-        "num_additional_image_tokens": additional,
+        "num_additional_image_tokens": 1,
         "patch_size": PATCH,
         "processor_class": "LlavaProcessor",
         "vision_feature_select_strategy": "default",
@@ -152,11 +152,8 @@ def write_processor(folder, *, size=SIZE, additional=1):
     return made
 
 
-def write(folder, *, rename=str, extra=()):
-    """The whole model folder in two shards; rename: of the published names.
-
-    Returns the weights by today's names.
-    """
+def write(folder, *, extra=()):
+    """The whole model folder in two shards; returns the weights by today's names."""
     made = write_processor(folder)
     image, pad = (made.token_to_id(word) for word in ("<image>", "<pad>"))
     text = TEXT | {"vocab_size": made.get_vocab_size() + 62}
@@ -167,7 +164,7 @@ def write(folder, *, rename=str, extra=()):
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(folder)).half()
     state = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    held = {rename(old_name(name)): weight for name, weight in state.items()} | dict(extra)
+    held = {old_name(name): weight for name, weight in state.items()} | dict(extra)
     where = {}
     for i in range(2):
         shard = f"model-0000{i + 1}-of-00002.safetensors"

@@ -2,12 +2,15 @@
 
 import pandas as pd
 import pytest
+import torch
+from asking import inputs_of
 
 from derm_compress.evaluate import answers, metrics, schema
 from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, shuffled_rows
 from derm_compress.files import Journal
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.model import variants as variants_of
+from derm_compress.model.generation import generate
 
 PLAN = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
 HOW = {"device": "cpu", "batch_size": 12, "max_new_tokens": 3}
@@ -16,6 +19,17 @@ HOW = {"device": "cpu", "batch_size": 12, "max_new_tokens": 3}
 @pytest.fixture
 def variants(recipe):
     return variants_of.pruned(recipe, [PLAN], [1, 3])
+
+
+def test_end_of_sequence_counts_and_ends_an_answer(pico, dataset):
+    model, processor = pico
+    with torch.no_grad():
+        model.model.language_model.norm.weight.zero_()
+    inputs = inputs_of(processor, dataset, 1)
+    # all logits are equal now, and the first of them is <unk>: the answer runs away
+    assert generate(model, processor, inputs, max_new_tokens=3)[1:] == ([3], [False])
+    processor.tokenizer.eos_token = "<unk>"
+    assert generate(model, processor, inputs, max_new_tokens=3)[1:] == ([1], [True])
 
 
 def test_a_shared_model_answers_as_one_made_alone(variants, store, dataset):

@@ -6,7 +6,6 @@ from small_llava import asked, batch, collect_all, gram, loud_llava, small_llava
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
-from derm_compress.method.quantization import calibration
 from derm_compress.method.quantization.scaling import InputStatistics, InputSums
 from derm_compress.model import anatomy, prompts, removal
 
@@ -83,17 +82,6 @@ def test_what_prompts_share_is_computed_once_and_counts_as_often_as_it_is_read(
         assert torch.allclose(one.mean_abs, weight @ x.abs() / weight.sum(), rtol=1e-4 * rough**2)
 
 
-@pytest.mark.parametrize("side", ("left", "right"))
-def test_padding_changes_no_statistics(model, side):
-    plain = collect_all(model, [batch(3, seed=3)])
-    padded = collect_all(model, [batch(3, seed=3, padding=5, side=side)])
-    for key, inputs in plain.items():
-        assert inputs.tokens == padded[key].tokens == 3 * 30  # 21 words and 9 image tokens a row
-        h = gram(inputs)
-        assert torch.allclose(h, gram(padded[key]), rtol=1e-3, atol=1e-4 * h.max().item())
-        assert torch.allclose(inputs.mean_abs, padded[key].mean_abs, rtol=1e-3)
-
-
 def test_statistics_stream_and_see_the_picture(model):
     feed = batch(4, seed=3)
     halves = [{k: v[half] for k, v in feed.items()} for half in (slice(0, 2), slice(2, 4))]
@@ -133,13 +121,6 @@ def test_token_weights_count_the_answers_and_text_has_no_picture(pico, dataset):
     assert processor.tokenizer.decode(row).strip() == told
     a, b, c = (collect_all(model, [x])["3.down"] for x in (plain, heavy, text))
     assert not torch.allclose(a.mean_abs, b.mean_abs) and c.tokens < a.tokens == b.tokens
-
-
-def test_pictures_are_shared_where_each_row_has_one_and_it_is_the_same():
-    feed = batch(4, seed=4)
-    assert calibration.pictures(asked()) == [0, 1, 0, 1, 1, 0]
-    assert calibration.pictures(feed) == [0, 1, 2, 3]
-    assert calibration.pictures({"input_ids": feed["input_ids"]}) == [0] * 4  # text alone
 
 
 def test_bad_numbers_are_refused_by_place():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from derm_compress.data import dialogue, items
+from derm_compress.data import items
 from derm_compress.errors import DermError
 from derm_compress.method import assemble
 from derm_compress.method.assemble import materialize
@@ -47,34 +47,6 @@ def test_labels_are_answers_and_their_ends_alone(pico):
     kept = labels != prompts.IGNORED
     assert torch.equal(labels[kept], ids[kept])
     assert tokenizer.decode(ids[kept]) == " This is rosacea.</s> Sun protection.</s>"
-
-
-def test_training_prompts_are_the_tests_prompts(pico):
-    """The ids before the first answer are what the processor makes of the test's prompt."""
-    model, processor = pico
-    turns = [(dialogue.question("name"), "This is rosacea.")]
-    ids, labels = prompts.encode(processor, turns, image_tokens=36)
-    first = int((labels != prompts.IGNORED).int().argmax())
-    picture = np.zeros((1, 72, 72, 3), np.uint8)
-    asked = prompts.prepare(processor, [prompts.prompt(processor, "name")], picture, "cpu")
-    assert asked["input_ids"][0].tolist() == ids[:first].tolist()
-
-
-def test_batches_are_padded_on_the_right_and_padding_has_no_label(pico, dataset):
-    data = dataset.of("train")[:5], dataset.images
-    batch = train.training_batch(*pico, *data, np.random.default_rng(0))
-    mask = batch["attention_mask"]
-    assert (mask[:, 0] == 1).all() and (mask.diff(dim=1) <= 0).all() and (mask == 0).any()
-    assert (batch["labels"][mask == 0] == prompts.IGNORED).all()
-
-
-def test_adapters_sit_on_the_decoder_alone_over_nf4(pico):
-    tuned = train.attach(pico[0], TRAINING)
-    learned = [name for name, p in tuned.named_parameters() if p.requires_grad]
-    assert len(learned) == 8 * 7 * 2
-    assert all("language_model" in name and "lora_" in name for name in learned)
-    counts = quantize.quantized_linears(tuned.get_base_model())
-    assert counts["decoder"] == 56 and sum(counts.values()) == 56
 
 
 def test_an_old_torchao_beside_it_is_not_asked(pico, tmp_path, monkeypatch):

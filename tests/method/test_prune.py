@@ -57,9 +57,11 @@ def gated(model, batch, units, more=6):
     return scores[0], ids
 
 
-@pytest.mark.parametrize(
-    ("plan", "n"), [(PLAN, n) for n in range(6)] + [(RUNS, n) for n in range(1, 6)]
-)
+DEPTHS = [(PLAN, 0), (PLAN, 3), (PLAN, 5), (RUNS, 1), (RUNS, 4)]
+DEPTHS += [(PARTS, n) for n in range(1, 7)]
+
+
+@pytest.mark.parametrize(("plan", "n"), DEPTHS)
 def test_pruned_by_plan_is_gated_is_exported_and_reloaded(
     recipe, store, dataset, tmp_path, plan, n
 ):
@@ -68,18 +70,17 @@ def test_pruned_by_plan_is_gated_is_exported_and_reloaded(
     batch = prompt_of(processor, dataset)
     scores, ids = gated(model, batch, plan.removed(n))
     export_model(recipe.pruned(plan.kept(n), plan.absent(n)).to_json(), store, tmp_path / "out")
-    reloaded, told = LlavaForConditionalGeneration.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
-    assert (
-        not told["missing_keys"]
-        and not told["unexpected_keys"]
-        and len(anatomy.blocks(reloaded)) == 8 - n
-    )
-    assert torch.equal(logits(reloaded, batch), scores)
+    reloaded = loading.load_base(str(tmp_path / "out"))[0]
+    if not plan.absent(n):
+        plain, told = LlavaForConditionalGeneration.from_pretrained(
+            tmp_path / "out", output_loading_info=True
+        )
+        assert not told["missing_keys"] and not told["unexpected_keys"]
+        assert torch.equal(logits(plain, batch), scores)
+    assert len(anatomy.blocks(reloaded)) == len(plan.kept(n))
     with removal.without(model, plan.removed(n)):
-        assert torch.equal(logits(model, batch), scores)
         for one in (model, reloaded):
+            assert torch.equal(logits(one, batch), scores)
             for cached in (True, False):
                 assert torch.equal(greedy(one, batch, cached=cached), ids)
 
@@ -92,7 +93,7 @@ def silence(model, units):
 
 
 @pytest.mark.parametrize(
-    ("plan", "n"), [(PLAN, n) for n in range(6)] + [(PARTS, n) for n in range(1, 7)]
+    ("plan", "n"), [(PLAN, 0), (PLAN, 2), (PLAN, 5)] + [(PARTS, n) for n in range(1, 7)]
 )
 def test_removal_is_the_residual_stream_without_the_units(pico, dataset, plan, n):
     """Taking units out is making them add nothing, in logits, bit for bit, and in answers."""
@@ -148,7 +149,7 @@ def test_a_model_without_any_attention_is_refused_and_whole_again(pico):
     assert removal.lacking(pico[0]) == () and len(anatomy.blocks(pico[0])) == 8
 
 
-@pytest.mark.parametrize("n", range(7))
+@pytest.mark.parametrize("n", [0, 1, 4, 6])
 def test_parameters_of_what_is_left_are_counted(pico, n):
     model, arch = pico[0], shapes.architecture(pico[0].config)
     row = variants_of.variant("x", Recipe("pico", "f", 8).pruned(PARTS.kept(n), PARTS.absent(n)))
@@ -159,37 +160,6 @@ def test_parameters_of_what_is_left_are_counted(pico, n):
     assert sum(memory.plan_weights(arch, **removed).values()) * memory.GIB == pytest.approx(
         2 * count
     )
-
-
-@pytest.mark.parametrize("n", [2, 4, 6])
-def test_recipes_with_absent_sublayers_make_the_model_of_the_plan(recipe, store, dataset, n):
-    pruned = Recipe.from_json(recipe.pruned(PARTS.kept(n), PARTS.absent(n)).to_json())
-    (model, processor), whole = materialize(pruned, store), loading.load_base("pico")[0]
-    twice = materialize(pruned.pruned(PARTS.kept(n), PARTS.absent(n)), store)[0]
-    batch = inputs_of(processor, dataset)
-    with removal.without(whole, PARTS.removed(n)):
-        for made in (model, twice):
-            assert made.state_dict().keys() == whole.state_dict().keys()
-            assert torch.equal(logits(made, batch), logits(whole, batch))
-            assert torch.equal(greedy(made, batch), greedy(whole, batch))
-
-
-@pytest.mark.parametrize("n", range(1, 7))
-def test_sublayers_removed_by_plan_are_gated_are_exported_and_reloaded(
-    recipe, store, dataset, tmp_path, n
-):
-    """Bit for bit in logits, and in greedy answers with a cache and without."""
-    model, processor = materialize(recipe, store)
-    batch = prompt_of(processor, dataset)
-    scores, ids = gated(model, batch, PARTS.removed(n))
-    export_model(recipe.pruned(PARTS.kept(n), PARTS.absent(n)).to_json(), store, tmp_path / "out")
-    reloaded = loading.load_base(str(tmp_path / "out"))[0]
-    with removal.without(model, PARTS.removed(n)):
-        for one in (model, reloaded):
-            assert torch.equal(logits(one, batch), scores)
-            assert all(
-                torch.equal(greedy(one, batch, cached=cached), ids) for cached in (True, False)
-            )
 
 
 @pytest.mark.parametrize("plan", ["published", "file"])
@@ -309,10 +279,6 @@ def test_the_operating_point_is_where_a_third_is_gone():
         assert (choice["operating"], choice["deeper"]) == (2, 2)
 
 
-def test_depths_keep_the_papers_fractions():
-    assert plan_depths([2, 4, 16, 20], PLAN) == [1, 4, 5]
-
-
 def test_depths_beyond_a_plan_are_named(capsys):
     assert plan_depths([4, 20, 24], PLAN) == [1, 5]
     assert "goes as far as 5 units: depths [6] are left out" in capsys.readouterr().out
@@ -344,5 +310,3 @@ def test_the_published_plan_is_for_32_blocks():
     assert [unit.block for unit in plan.order[:7]] == [23, 4, 18, 22, 21, 24, 17]
     assert plan.most == 14 and plan.protected == (0, 1, 31) and len(plan.kept(14)) == 18
     assert plan.removed(3) == (Unit(4), Unit(18), Unit(23))
-    with pytest.raises(DermError, match="made for a model of 32 blocks"):
-        plan.check(blocks=8, fingerprint="any")

@@ -8,6 +8,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from asking import logits
 from families import BLOCKS, FAMILIES, PLAIN, SIZE, change
 from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
@@ -161,11 +162,6 @@ def test_folded_scales_change_no_output(loaded, pictures):
         assert torch.allclose(model(**inputs).logits, before, atol=1e-4)
     grouped = model.config.text_config.num_key_value_heads < 4
     assert len(scales) == BLOCKS * (3 if grouped else 4)
-
-
-def logits(model, inputs):
-    with torch.inference_mode():
-        return model(**inputs).logits
 
 
 @every

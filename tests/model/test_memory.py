@@ -124,18 +124,6 @@ def test_weights_at_7b(llava, form, gib):
         assert total(plan) == pytest.approx(expected, abs=0.006)
 
 
-def test_formats_differ_by_their_scales_alone(small):
-    def scales(method, bits, group_size=64):
-        plan = memory.plan_weights(small, form=Form(method, bits, group_size).format())
-        return plan["quantization_scales"] * memory.GIB / small.decoder_linears()  # a weight
-
-    assert scales("awq", 4) == 2.5 / 64
-    assert scales("rtn", 3, 32) == 2.375 / 32
-    assert scales("rtn_symmetric", 2) == 2 / 64
-    assert scales("bitsandbytes", 4) == 4 / 64
-    assert memory.plan_weights(small)["quantization_scales"] == 0
-
-
 CODEBOOK = 64  # bytes of NF4's
 
 
@@ -145,6 +133,9 @@ CODEBOOK = 64  # bytes of NF4's
         (Form("rtn", 4), 0),
         (Form("rtn", 3), 0),
         (Form("rtn_symmetric", 4), 0),
+        (Form("hqq", 3), 0),
+        (Form("rtn", 4, block_bits={0: 2}), 0),
+        (Form("llm_int8", 8), 0),
         (Form("bitsandbytes"), CODEBOOK),
         (Form("bitsandbytes", double=True), CODEBOOK + 4 * 256 + 64),
     ],
@@ -152,7 +143,7 @@ CODEBOOK = 64  # bytes of NF4's
 def test_the_plan_is_what_packed_blocks_hold(form, beside, small):
     """But for `beside` bytes a linear, which only bitsandbytes has."""
     model = quantize(small_llava(2).half(), form, packed=True)
-    plan = memory.plan_weights(small, form=form.format())
+    plan = memory.plan_weights(small, form=form.format(2))
     planned = plan["decoder_linears"] + plan["quantization_scales"] + plan["block_norms"]
     more = (usage.tensor_gib(anatomy.blocks(model)) - planned) * memory.GIB
     assert (0.9 if beside else 0) * 14 * CODEBOOK <= more + 1e-6 <= 14 * beside + 2e-6

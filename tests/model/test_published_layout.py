@@ -58,13 +58,6 @@ def test_every_weight_arrives_under_its_new_name(tmp_path):
     assert model.config.text_config._attn_implementation == "sdpa"
 
 
-def test_a_renamed_checkpoint_is_refused_rather_than_filled_with_random_weights(tmp_path):
-    """As a checkpoint of another version of Transformers would be: its tower would be random."""
-    write(tmp_path, rename=lambda name: name.replace("tower.vision_model.", "tower.backbone."))
-    with pytest.raises(DermError, match=r"\d+ weights are missing .*first model\.vision_tower"):
-        loading.load_base(str(tmp_path))
-
-
 def test_names_that_fit_nothing_are_refused_but_what_follows_from_the_config_is_not(tmp_path):
     layers = "language_model.model.layers"
     buffers = [f"{layers}.{b}.self_attn.rotary_emb.inv_freq" for b in range(BLOCKS)]
@@ -86,23 +79,6 @@ def test_the_true_size_expands_to_576_tokens(tmp_path):
     assert inputs["pixel_values"].shape[-1] == 336
 
 
-def test_a_processor_that_expands_to_one_token_too_few_is_refused(tmp_path):
-    write(tmp_path)
-    write_processor(tmp_path, additional=0)
-    with pytest.raises(DermError, match="15 tokens a picture, the model gives 16: .*additional"):
-        loading.load_base(str(tmp_path))
-
-
-def test_the_prompt_is_the_published_one_and_ends_nothing(published):
-    _, processor = published
-    asked = prompts.prompt(processor, "name")
-    assert asked == "USER: <image>\nWhat is the name of the disease? ASSISTANT:"
-    told = [{"role": "assistant", "content": [{"type": "text", "text": "Rosacea."}]}]
-    # so SFT by the template would never teach an end
-    assert "</s>" not in processor.apply_chat_template(told)
-    assert processor.tokenizer.pad_token_id != processor.tokenizer.eos_token_id
-
-
 def test_padding_is_on_the_right_in_training_and_on_the_left_in_generation(published, small):
     batch = training_batch(published, small, 4)
     mask, pad = batch["attention_mask"], published[1].tokenizer.pad_token_id
@@ -110,6 +86,7 @@ def test_padding_is_on_the_right_in_training_and_on_the_left_in_generation(publi
     assert (batch["labels"][mask == 0] == prompts.IGNORED).all()
     assert (batch["input_ids"][mask == 0] == pad).all()
     texts = [prompts.prompt(published[1], kind) for kind in ("name", "features")]
+    assert texts[0] == "USER: <image>\nWhat is the name of the disease? ASSISTANT:"
     mask = prompts.prepare(published[1], texts, small.images[:2], "cpu")["attention_mask"]
     assert (mask[:, -1] == 1).all() and (mask.diff(dim=1) >= 0).all() and (mask == 0).any()
 

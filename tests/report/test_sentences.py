@@ -8,7 +8,6 @@ import pytest
 
 from derm_compress.report.page import inert
 from derm_compress.report.sentences import STAGES, Facts, findings, headline
-from derm_compress.report.wording import listed, p, percent, verdict, words
 
 HEALED_AWQ = "pruned-6+sft|awq4"
 
@@ -149,15 +148,3 @@ def test_photographs_are_told_from_drawn_pictures(few):
     text = said(photographs, "photographs") + said(photographs, "about")
     assert "1737 photographs, 0 of them test images" in text and "asked about photographs" in text
     assert "A tiny model trained on drawn pictures" in text
-
-
-def test_words():
-    assert words("output_similarity-text") == "output similarity (text only)"
-    assert words("perplexity-text-iterative") == "perplexity (text only, iterative)"
-    assert listed(["a"]) == "a" and listed(range(3)) == "0, 1 and 2"
-    assert [p(value) for value in (1e-4, 0.0123, 0.4)] == ["p < 0.001", "p = 0.012", "p = 0.40"]
-    row = {"score": 62.5, "score_lo": 58.06, "score_hi": 66.94}
-    assert percent(row) == "62.5 % (58.1 to 66.9)"
-    change = {"difference": -3.0, "difference_lo": -5.0, "difference_hi": -1.0}
-    assert verdict(change, "a", "b") == "a scores 3.0 points (1.0 to 5.0) below b"
-    assert verdict(change | {"difference_hi": 0.0}, "a", "b").startswith("a cannot be told apart")
