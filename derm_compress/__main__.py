@@ -71,19 +71,24 @@ def run(
 
 @app.command()
 def look(
-    data: Annotated[Path, typer.Argument(help="a folder or a zip archive of photographs")],
+    data: Annotated[Path, typer.Argument(help="photographs: a folder, a zip archive, or a csv")],
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="'KEY=VALUE …'", help="what is known: label_column=dx"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="the run file; else params/NAME.yaml")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="open no picture, foretell no split")
+    ] = False,
 ) -> None:
-    """Say what a run would read of a folder of photographs, and write its run file."""
+    """Say what a run would read of photographs, and write its run file; 1 where it would stop."""
     from derm_compress.study.look.propose import propose
     from derm_compress.study.params import assignments
     from derm_compress.study.plan import project_root
 
-    print(propose(data, assignments(sets or []), out, project_root()))
+    told, runs = propose(data, assignments(sets or []), out, project_root(), quick=quick)
+    print(told)
+    raise typer.Exit(0 if runs else 1)
 
 
 @app.command()

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from derm_compress.data import dialogue, identities, splits
-from derm_compress.data.labels import Labels, chosen, folded, is_known, plain, weightiest
+from derm_compress.data.labels import SHOWN, Labels, chosen, folded, is_known, plain, weightiest
 from derm_compress.data.pictures import Pictures
 from derm_compress.data.preset import Layout
 from derm_compress.data.rows import Row, Survey
 from derm_compress.data.tables import Table
 from derm_compress.errors import DermError
-
-SHOWN = 8  # unknown labels that an error names
 
 
 @dataclass
@@ -29,6 +27,7 @@ class Listing:
     cells: dict[str, Mapping[str, str]] = field(default_factory=dict)  # of these rows
     spelled: dict[str, str] = field(default_factory=dict)  # their labels
     numbers: dict[str, int] = field(default_factory=dict)  # of names and files, by their first row
+    met: set[str] = field(default_factory=set)  # labels, and the diseases that they mean
     excluded: Counter = field(default_factory=Counter)
     unknown: Counter = field(default_factory=Counter)
 
@@ -40,6 +39,7 @@ class Listing:
         label = self.label(number, cells)
         reason = self.unwanted(cells)
         disease = self.labels.disease(label)
+        self.met |= {label, self.labels.known.get(plain(label), label)}
         for name in names:
             self.once(number, name)
             if reason or disease == "":
@@ -57,7 +57,9 @@ class Listing:
             return chosen(columns, [cells[column] for column in columns])
         except ValueError as error:
             where = f"{self.table.name} row {number}"
-            raise DermError(f"{where}: the columns of labels hold 0 or 1, but {error}") from None
+            raise DermError(
+                f"{where}: columns of labels hold 0 or 1, yes or no; not {error}"
+            ) from None
 
     def unwanted(self, cells: Mapping[str, str]) -> str:
         """Why a row is left out whatever its label, or ""."""
@@ -107,7 +109,8 @@ class Listing:
             "subgroups": {c: self.counts(c) for c in self.layout.subgroup_columns},
             "notes": [*self.notes(), *looks],
         }
-        return Survey(tuple(self.rows.values()), told, tuple(problems))
+        unknown = dict(self.unknown.most_common())
+        return Survey(tuple(self.rows.values()), told, tuple(problems), unknown)
 
     def not_understood(self) -> str:
         """All unknown labels in one line."""
@@ -150,7 +153,7 @@ class Listing:
             found.append(f"{self.table.name} is not in UTF-8 and was read as Windows-1252")
         for column in self.layout.group_columns:
             if unknown := len(self.rows) - sum(self.counts(column).values()):
-                found.append(f"{unknown} pictures have no known {column}")
+                found.append(f"{many(unknown, 'picture')} without a known {column}")
         return found
 
     def by_disease(self) -> dict[str, dict[str, int]]:
@@ -176,6 +179,11 @@ class Listing:
             "groups": list(layout.group_columns),
             "not_used": self.unused(),
         }
+
+
+def many(n: int, noun: str) -> str:
+    """1 group, 2 groups."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def known(cells: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:

@@ -16,14 +16,36 @@ from derm_compress.files import read_json, write_json
 
 DRAWN, FOLDER = "synthetic", "folder"
 SOURCES = (DRAWN, FOLDER, *preset_names())
+COLUMNS = ("image_column", "image_suffix", "label_column", "onehot_columns")
+OF_TABLES = ("table", "label_map", "group_columns", "subgroup_columns")
+OF_FILES = ("exclude_labels", "max_unreadable", "phash_distance", "embedding_distance")
+
+
+def check_request(request: Request) -> None:
+    """DermError for a source that nobody knows, or for parameters that it would ignore."""
+    if request.source not in SOURCES:
+        raise DermError(f"unknown source {request.source!r}; allowed: {', '.join(SOURCES)}")
+    given = [name for name in ignored(request.source) if request.asks(name)]
+    if given:
+        instead = ", or set source: folder" if {*given} - {*ignored(FOLDER)} else ""
+        told = f"{', '.join(given)}: not read by source {request.source}"
+        raise DermError(f"{told}; leave it out{instead}")
+
+
+def ignored(source: str) -> tuple[str, ...]:
+    """The parameters of other sources, of which this one reads none."""
+    if source == DRAWN:
+        return (*COLUMNS, *OF_TABLES, *OF_FILES, "dermatitis")
+    if source == FOLDER:
+        return ("dermatitis",)
+    return (*COLUMNS, *OF_TABLES) if read_preset(source).names else (*COLUMNS, "dermatitis")
 
 
 def survey(request: Request) -> Survey:
     """What a source of photographs would read, before one is opened."""
+    check_request(request)
     if request.source == FOLDER:
         return folder.survey(request)
-    if request.source not in SOURCES:
-        raise DermError(f"unknown source {request.source!r}; allowed: {', '.join(SOURCES)}")
     preset = read_preset(request.source)
     return names.survey(request, preset.names) if preset.names else folder.survey(request, preset)
 
@@ -31,6 +53,7 @@ def survey(request: Request) -> Survey:
 def load_source(request: Request) -> tuple[Dataset, dict]:
     """A data set and a JSON-able report; the same request and files give the same bytes."""
     if request.source == DRAWN:
+        check_request(request)
         dataset, found = drawn.read(request)
     else:
         dataset, found = dataset_of(survey(request), request)

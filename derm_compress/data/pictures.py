@@ -7,7 +7,8 @@ import re
 import unicodedata
 import zipfile
 from collections import defaultdict
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 
 from derm_compress.errors import DermError
 from derm_compress.files import shown, walk
@@ -61,7 +62,18 @@ class Pictures:
         found = self.find(name)
         if len(found) > 1:
             return "", f"several files have this name: {', '.join(found[:3])}"
-        return (found[0], "") if found else ("", "not in the data folder")
+        if found:
+            return found[0], ""
+        stem = without_suffix(PurePosixPath(tidy(name)).name)
+        dead = any(without_suffix(PurePosixPath(link).name) == stem for link in self.dead)
+        return "", "a link that leads nowhere" if dead else "not in the data folder"
+
+    @cached_property
+    def dead(self) -> dict[str, str]:
+        """{name: target} of links below the folder that lead nowhere."""
+        paths = self.root.rglob("*") if self.root.is_dir() else ()
+        links = [path for path in paths if path.is_symlink() and not path.exists()]
+        return {path.relative_to(self.root).as_posix(): str(path.readlink()) for path in links}
 
 
 def tidy(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from derm_compress.data.tables import is_table
 from derm_compress.errors import DermError
 from derm_compress.files import located
 
@@ -54,6 +55,12 @@ class Request:
         names = ("train", "test", "heldout", "dev")
         return {name: getattr(self, f"n_{name}") for name in names}
 
+    def asks(self, name: str) -> bool:
+        """Whether a field is not as it would be if nobody had named it."""
+        value = getattr(self, name)
+        default = type(self).__dataclass_fields__[name].default
+        return (tuple(value) if isinstance(value, list) else value) != default
+
     @property
     def root(self) -> Path:
         """Where the photographs are; DermError where there is nothing."""
@@ -61,8 +68,13 @@ class Request:
             needed = "needs data_root, the folder or zip archive that holds its images"
             raise DermError(f"source {self.source!r} {needed}")
         root = Path(self.data_root)
+        if root.is_file() and is_table(root.name):
+            advice = f"set data_root to its folder, and table to {root.name}"
+            raise DermError(f"data_root {root} is a list of pictures: {advice}")
         if not root.exists() or (root.is_dir() and not any(root.iterdir())):
             state = "is empty" if root.exists() else "does not exist"
+            if root.is_symlink() and not root.exists():
+                state = f"is a link to {root.readlink()}, where nothing is"
             advice = "put its images there, or correct data_root"
             raise DermError(f"data folder {root} {state}; {advice}")
         return root

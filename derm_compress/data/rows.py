@@ -36,6 +36,7 @@ class Survey:
     rows: tuple[Row, ...]
     told: dict  # what the report adds: "excluded" (counts by reason) at least, "notes"
     problems: tuple[str, ...] = ()  # each stops a run
+    unknown: dict[str, int] = field(default_factory=dict)  # labels nobody knows, and how often
 
 
 def check_survey(survey: Survey, request: Request) -> None:
@@ -45,6 +46,27 @@ def check_survey(survey: Survey, request: Request) -> None:
     if not survey.rows:
         none = f"no image left: {request.root} lists none with a wanted label"
         raise DermError(f"{none} ({sum(survey.told['excluded'].values())} excluded)")
+    missing = [unread(row, FileNotFoundError(row.why)) for row in survey.rows if row.path is None]
+    check_readable(survey.rows, missing, request)
+
+
+def check_readable(rows: Sequence[Row], unreadable: Sequence[dict], request: Request) -> None:
+    """DermError if too many photographs cannot be read, or all of a disease."""
+    some = "; ".join(f"{bad['image'][:80]} ({bad['reason']})" for bad in unreadable[:3])
+    if len(unreadable) > request.max_unreadable * len(rows):
+        share = f"{len(unreadable)} of {len(rows)} images cannot be read"
+        limit = f"more than max_unreadable = {request.max_unreadable:g}"
+        raise DermError(f"{share}, {limit}: {some}; repair or unlist them, or raise max_unreadable")
+    left = Counter(row.disease for row in rows) - Counter(bad["disease"] for bad in unreadable)
+    if emptied := sorted({row.disease for row in rows} - set(left)):
+        advice = "repair them or put the class in exclude_labels"
+        raise DermError(f"no image left of {', '.join(emptied)}: {some}; {advice}")
+
+
+def unread(row: Row, error: Exception) -> dict:
+    """A photograph that cannot be read, as the report names it."""
+    reason = photographs.reason(error, row.path or Path(row.id))
+    return {"image": row.id, "disease": row.disease, "reason": reason}
 
 
 def dataset_of(survey: Survey, request: Request) -> tuple[Dataset, dict]:
@@ -72,8 +94,7 @@ def read(rows: Sequence[Row], request: Request) -> tuple[pd.DataFrame, np.ndarra
                 raise FileNotFoundError(row.why)
             image = photographs.read_rgb(row.path, size=size)
         except Exception as error:  # decoders raise nearly anything on damaged files
-            reason = photographs.reason(error, row.path or Path(row.id))
-            unreadable.append({"image": row.id, "disease": row.disease, "reason": reason})
+            unreadable.append(unread(row, error))
             continue
         images[len(done)] = photographs.fit(image, size)
         pixels = photographs.pixel_hash(np.asarray(image))
@@ -81,14 +102,7 @@ def read(rows: Sequence[Row], request: Request) -> tuple[pd.DataFrame, np.ndarra
         done.append((row.id, row.disease, row.keys, row.subgroups, pixels, perceptual))
     columns = ["id", "disease", "keys", "subgroups", "pixels", "perceptual"]
     frame = pd.DataFrame(done, columns=columns)
-    some = "; ".join(f"{bad['image'][:80]} ({bad['reason']})" for bad in unreadable[:3])
-    if len(unreadable) > request.max_unreadable * len(rows):
-        share = f"{len(unreadable)} of {len(rows)} images cannot be read"
-        limit = f"more than max_unreadable = {request.max_unreadable:g}"
-        raise DermError(f"{share}, {limit}: {some}; repair or unlist them, or raise max_unreadable")
-    if emptied := sorted({row.disease for row in rows} - set(frame.disease)):
-        advice = "repair them or put the class in exclude_labels"
-        raise DermError(f"no image left of {', '.join(emptied)}: {some}; {advice}")
+    check_readable(rows, unreadable, request)
     return frame.astype({"perceptual": np.uint64}), images[: len(done)], unreadable
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from derm_compress.data.labels import folded
 from derm_compress.errors import DermError
 
+SUFFIXES = (".csv", ".tsv")
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 MARKS = {  # by which a file says its encoding; UTF-32's little one begins like UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
@@ -57,6 +58,10 @@ class Table:
     def values(self, column: str) -> list[str]:
         place = self.place(column)
         return [row[place] for row in self.rows]
+
+
+def is_table(name: str) -> bool:
+    return name.casefold().endswith(SUFFIXES)
 
 
 def bare(column: str) -> str:

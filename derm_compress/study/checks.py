@@ -62,6 +62,7 @@ def check_device(p: dict) -> None:
 def check_source(p: dict, root) -> None:
     """The folder of photographs, its table and labels; no picture is opened."""
     request = Request.of(p, project=root)
+    load.check_request(request)
     if request.source != load.DRAWN:
         check_survey(load.survey(request), request)
     elif request.n_train < 2:

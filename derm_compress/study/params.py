@@ -23,6 +23,7 @@ SCALARS = {"int": int, "float": FiniteFloat, "str": str, "bool": bool}
 WRITE = "write `name: type = value  # help [low..high]`"
 DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 RULE = re.compile(rf"\[([^\[\]]*(?:\.\.|\|)[^\[\]]*|{DOTTED.pattern})\]\s*$")
+NEXT = re.compile(r"\s+(?=\w+=)(?![^\[]*\])")  # before a name, but not inside of a list
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -71,6 +72,8 @@ class Parameter:
 
     def check(self, value, where: str):
         """The value in its declared type, an int for a float too; DermError if not allowed."""
+        if self.kind == "list" and isinstance(value, str | int | float):
+            value = [value]
         try:
             value = self.type.validate_python(value, strict=True)
         except ValidationError as error:
@@ -84,7 +87,8 @@ class Parameter:
         try:
             getattr(importlib.import_module(f"derm_compress.{module}"), function)(value)
         except DermError as error:
-            raise DermError(f"{where}: {self.name}: {error}") from error
+            said = str(error).removeprefix(f"{self.name}: ")
+            raise DermError(f"{where}: {self.name}: {said}") from error
 
     def told(self, error: ValidationError) -> str:
         value, hint = error.errors()[0]["input"], ""
@@ -265,7 +269,7 @@ def check(values: dict, known: dict[str, Parameter], where: str) -> dict:
 def assignments(texts: list[str]) -> dict[str, str]:
     """{"a": "1", "b": "two words"} from ["a=1 b=two words"]: values end before the next `name=`."""
     found = {}
-    for text in filter(None, re.split(r"\s+(?=\w+=)", " ".join(texts).strip())):
+    for text in filter(None, re.split(NEXT, " ".join(texts).strip())):
         name, sign, value = text.partition("=")
         if not sign or not name.isidentifier():
             raise DermError(f"--set {text}: write name=value")

@@ -166,6 +166,9 @@ def check_places(plan: Plan) -> None:
     """DermError for an artifact_root that is empty or lies in a folder whose files are inputs."""
     if not plan.values.get("artifact_root", "artifacts").strip():
         raise DermError("artifact_root is empty: name a folder, such as artifacts")
+    above = [plan.artifacts, *plan.artifacts.parents]
+    if file := next((path for path in above if path.is_file()), None):
+        raise DermError(f"artifact_root: {files.shown(file)} is a file: name a folder")
     for name in FOLDERS:
         value = plan.values.get(name, "")
         folder = files.located(plan.root, value).resolve()

@@ -84,7 +84,7 @@ def test_missing_or_empty_folder(tmp_path):
     assert "is empty" in failure(tmp_path)
     assert "needs data_root" in failure(None)
     (tmp_path / "a.jpg").touch()
-    assert "exactly one csv" in failure(tmp_path)
+    assert "holds 1 image, and nothing says what they show" in failure(tmp_path)
     assert "metadata.csv" in failure(tmp_path, source="pad-ufes-20")
     assert "unknown source 'dermnett'; allowed: synthetic" in failure(tmp_path, source="dermnett")
 
@@ -159,6 +159,9 @@ def test_unreadable_files_are_listed_or_stop_the_run(tmp_path):
         assert word in told[f"0{i}.jpg"] and str(root) not in told[f"0{i}.jpg"]
     message = failure(root, max_unreadable=0.19)
     assert "4 of 20 images cannot be read" in message and "00.jpg (" in message
+    request = Request("folder", root, max_unreadable=0.01)  # one that is not there is enough
+    with pytest.raises(DermError, match="1 of 20 images .*: 03.jpg .not in the data folder"):
+        rows.check_survey(load.survey(request), request)
 
 
 def test_no_image_left_in_a_class(tmp_path):

@@ -89,7 +89,7 @@ def test_unknown_patients_are_not_one_group(tmp_path, nobody):
     patients = ["p1"] * 3 + [nobody] * 37
     _, report = read(plant(tmp_path, 40, patient=patients))
     assert report["largest_group"] == 3 and report["groups"] == 38
-    assert "37 pictures have no known patient" in report["notes"]
+    assert "37 pictures without a known patient" in report["notes"]
 
 
 def test_names_say_whose_the_pictures_are():

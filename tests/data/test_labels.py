@@ -54,9 +54,48 @@ def test_one_hot_columns(tmp_path):
     dataset, report = read(root, **how, exclude_labels=["nv"])
     assert report["excluded"] == {"several labels": 2, "no label": 1}
     assert {item.id: item.disease for item in dataset.items}["02.jpg"] == "melanoma"
-    columns["NV"][7] = "yes"
-    with pytest.raises(DermError, match=r"row 9: the columns of labels hold 0 or 1, but .*'yes'"):
+    columns["NV"][7] = "perhaps"
+    with pytest.raises(DermError, match=r"row 9: columns of labels hold 0 or 1, .*'perhaps'"):
         read(plant(tmp_path, **columns), **how)
+
+
+@pytest.mark.parametrize(
+    ("cell", "marked"),
+    [
+        *[(cell, True) for cell in ("1", "1.0", "TRUE", "True", "yes", "Y", "x", "WAHR", "0.5")],
+        *[(cell, False) for cell in ("0", "0.0", "FALSE", "no", "N", "", "-", "n/a", "nan", "0,4")],
+        *[(cell, None) for cell in ("2", "perhaps", "melanoma", "inf", "-0.5", "1 of 2")],
+    ],
+)
+def test_marks_as_people_and_programs_write_them(cell, marked):
+    if marked is None:
+        with pytest.raises(ValueError, match=cell):
+            labels.is_marked(cell)
+    else:
+        assert labels.is_marked(cell) is marked
+
+
+NAMED = [  # what a run names, and what is left out, or what is said
+    ({"exclude_labels": ["Wart_X"]}, {"wart-x": 5}),
+    ({"exclude_labels": ["ROSACEA", "*"]}, {"acne rosacea": 5, "wart-x": 5}),  # all spellings
+    ({"label_map": ["WART X = psoriasis"]}, {}),
+    ({"exclude_labels": ["rosaca"]}, "exclude_labels: 'rosaca' is in no row of labels.csv; near"),
+    ({"exclude_labels": ["psoriasis"]}, "'psoriasis' is in no row of labels.csv; there are: 'acn"),
+    ({"label_map": ["melanom = melanoma"]}, "label_map: 'melanom' is in no row of labels.csv; ne"),
+    ({"label_map": ["wart x = psoriasis", "Wart_X = melanoma"]}, "'Wart_X' cannot mean both pso"),
+    ({"label_map": ["wart x = melanoma"], "exclude_labels": ["Wart X"]}, "'wart x' is in label_m"),
+]
+
+
+@pytest.mark.parametrize(("asked", "told"), NAMED)
+def test_labels_that_a_run_names_are_those_of_rows(tmp_path, asked, told):
+    root = plant(tmp_path, label=["Melanoma", "acne rosacea", "wart-x", "melanoma"] * 5)
+    try:
+        found = load.survey(Request("folder", root, **asked))
+        said = found.problems[0] if found.problems else found.told["excluded"]
+    except DermError as error:
+        said = str(error)
+    assert said == told if isinstance(told, dict) else told in said
 
 
 @pytest.mark.parametrize(

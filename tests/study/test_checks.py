@@ -49,7 +49,11 @@ WRONG = {
     "image_size: drawn pictures have a multiple of 4": {"image_size": 70, "device": "meta"},
     "n_train: drawn pictures need a number": {"n_train": 0},
     "source 'folder' needs data_root": {"source": "folder"},
-    "notebooks needs exactly one csv": {"source": "folder", "data_root": "notebooks"},
+    "notebooks holds no images": {"source": "folder", "data_root": "notebooks"},
+    "label_column, dermatitis: not read by source synthetic; leave it out, or set source: folder": {
+        "label_column": "dx",
+        "dermatitis": "narrow",
+    },
     "data folder .* does not exist": {"source": "dermnet", "data_root": "nowhere"},
     "model no/such/folder": {"model": "no/such/folder"},
     "llava-1.5-7b: shapes without weights": {"model": "llava-1.5-7b"},

@@ -1,5 +1,7 @@
 """`look` says what a run would read, and the run file that it writes reads just that."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +16,16 @@ from derm_compress.data import load
 from derm_compress.data.request import Request
 from derm_compress.errors import DermError
 from derm_compress.study import params
-from derm_compress.study.look.propose import propose
+from derm_compress.study.look.propose import name_of, propose
 
 ROOT = Path(__file__).parents[2]
 PAD = ROOT.parent / "shared" / "pad-ufes-20"
 
 
 def look(folder, out, **sets):
-    """(page, values of the run file, checked)."""
-    said = propose(folder, sets, out, ROOT)
+    """(page, values of the run file, checked) of a folder that a run would read."""
+    said, runs = propose(folder, sets, out, ROOT)
+    assert runs and "WOULD STOP" not in said, said
     known = params.known_parameters(params.read_notebooks(ROOT))
     return said, params.read_params(out, known)
 
@@ -35,7 +38,7 @@ def test_published_data_sets_are_recognised(name, tmp_path):
     said, values = look(root, tmp_path / f"{name}.yaml")
     assert values["source"] == name and values["run"] == name
     assert "licence" in said and ("UNCHECKED" in said) == (name != "pad-ufes-20")
-    assert "WOULD STOP" not in said and "missing" not in said
+    assert "missing" not in said and re.search("^test +[1-9]", said, re.M)
 
 
 def test_a_folder_of_ones_own(tmp_path):
@@ -46,13 +49,20 @@ def test_a_folder_of_ones_own(tmp_path):
     text = (root / "labels.csv").read_text()
     (root / "labels.csv").write_text(text.replace("image,label", "picture,dx"))
     (root / "03.jpg").unlink()
-    said, values = look(root, tmp_path / "mine.yaml", n_dev="3")
+    told, runs = propose(root, {}, tmp_path / "mine.yaml", ROOT)
+    assert not runs and not (tmp_path / "mine.yaml").exists()
+    assert "unknown 5   wart?# x: y (5)" in told and "none of the eight diseases: nv (5)" in told
+    left = '["wart\\n# x: y"]'
+    said, values = look(root, tmp_path / "mine.yaml", n_dev="3", exclude_labels=left)
     assert values["image_column"] == "picture" and values["label_column"] == "dx"
     assert values["label_map"] == ["mel = melanoma"] and values["n_dev"] == 3
-    assert values["exclude_labels"] == ["nv", "wart\n# x: y"]
+    assert values["exclude_labels"] == ["wart\n# x: y", "nv"]
     assert values["group_columns"] == ["Patient"] and values["subgroup_columns"] == ["sex"]
     assert "5 melanoma: mel (5)" in said and "nv (5)" in said and "Patient: 5 groups" not in said
-    assert "10 of 10 are there" in said and "Patient: 10 groups of at most 1" in said
+    assert (
+        "10 pictures with a wanted label, all there" in said
+        and "Patient: 10 groups of at most 1" in said
+    )
     request = Request.of(values | {"image_size": 24}, project=ROOT)
     dataset, report = load.load_source(request)
     assert len(dataset.items) == 10 and report["groups"] == 10
@@ -80,9 +90,63 @@ def test_what_stops_a_run_and_what_is_missing_are_said(tmp_path):
         lesion=[f"l{i // 2}" for i in range(20)],
     )
     (tmp_path / "03.jpg").unlink()
-    said, _ = look(tmp_path, tmp_path / "mine.yaml", group_columns="lesion")
+    said, runs = propose(tmp_path, {"group_columns": "lesion"}, tmp_path / "mine.yaml", ROOT)
+    assert not runs and not (tmp_path / "mine.yaml").exists()
     assert "WOULD STOP" in said and "'patient' looks like an identity" in said
-    assert "03.jpg: not in the data folder" in said
+    assert "03.jpg: not in the data folder" in said and "1 of them missing" in said
+
+
+def damage(root):
+    for i in range(3):
+        (root / f"{i:02}.jpg").write_bytes((root / f"{i:02}.jpg").read_bytes()[:900])
+
+
+def remove(root):
+    for i in range(3):
+        (root / f"{i:02}.jpg").unlink()
+
+
+def empty_a_class(root):
+    plant(root, label=["melanoma", *["rosacea"] * 19])
+    (root / "00.jpg").unlink()
+
+
+def one_patient(root):
+    plant(root, patient=["p"] * 20)
+
+
+def one_group_of_a_class(root):
+    plant(root, lesion=["a", "b"] + [f"a{i}" if i % 2 else "a" for i in range(2, 20)])
+
+
+STOPS = [  # what is done to 20 pictures, whether seen without opening one, what is said
+    (damage, False, "3 of 20 images cannot be read, more than max_unreadable = 0.05"),
+    (remove, True, "3 of 20 images cannot be read, more than max_unreadable = 0.05"),
+    (empty_a_class, True, "no image left of melanoma: 00.jpg (not in the data folder)"),
+    (one_patient, False, "no image left for the test set: no test image of melanoma"),
+    (one_group_of_a_class, False, ""),
+]
+
+
+@pytest.mark.parametrize(("change", "unopened", "told"), STOPS)
+def test_what_stage_01_would_say_is_said_first(tmp_path, change, unopened, told):
+    root, out = tmp_path / "pictures", tmp_path / "mine.yaml"
+    root.mkdir()
+    change(plant(root))
+    said, runs = propose(root, {}, out, ROOT)
+    flat = " ".join(said.split())
+    if not told:
+        assert runs and "no test image of melanoma: its 10 pictures are one group" in flat
+        return
+    assert propose(root, {}, out, ROOT, quick=True)[1] is not unopened
+    assert not runs
+    known = params.known_parameters(params.read_notebooks(ROOT))
+    values = {name: parameter.default for name, parameter in known.items()}
+    asked = values | {"source": "folder", "data_root": str(root), "n_train": 0, "n_heldout": 0}
+    with pytest.raises(DermError) as caught:
+        load.load_source(Request.of(asked | {"n_dev": 2, "n_test": 4}))
+    assert str(caught.value).startswith(told)
+    assert f"WOULD STOP {' '.join(str(caught.value).split())}" in flat
 
 
 def test_no_file_is_written_over(tmp_path):
@@ -97,11 +161,11 @@ def test_no_file_is_written_over(tmp_path):
     kept.write_text("mine")
     root = tmp_path / "pictures"
     root.mkdir()
-    said = propose(plant(root), {}, None, tmp_path)
+    said, _ = propose(plant(root), {}, None, tmp_path)
     assert "is there already, says it otherwise and stays" in said
     assert kept.read_text() == "mine"
     kept.unlink()
-    assert "written: " in propose(root, {}, None, tmp_path)
+    assert "written: " in propose(root, {}, None, tmp_path)[0]
     assert yaml.safe_load(kept.read_text())["data_root"] == "pictures"  # from the project's root
 
 
@@ -112,28 +176,43 @@ def test_what_cannot_be_guessed_is_asked(tmp_path):
     with pytest.raises(DermError, match="no column of known labels; it has image, kind"):
         propose(tmp_path, {}, None, ROOT)
     (tmp_path / "labels.csv").write_text("a,b\nnowhere.jpg,melanoma\n")
-    with pytest.raises(DermError, match="no column that names pictures"):
+    with pytest.raises(DermError, match=r"such as 00.jpg; it has a .nowhere.jpg., b .mel.*=NAME"):
+        propose(tmp_path, {}, None, ROOT)
+    for path in tmp_path.glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(DermError, match="holds labels.csv and no pictures: name a folder that"):
+        propose(tmp_path, {}, None, ROOT)
+    (tmp_path / "a.jpg").symlink_to("/nowhere/a.jpg")
+    with pytest.raises(DermError, match="no pictures: 1 link to nowhere, such as a.jpg -> /nowh"):
         propose(tmp_path, {}, None, ROOT)
     with pytest.raises(DermError, match="does not exist"):
         propose(tmp_path / "nowhere", {}, None, ROOT)
 
 
-def test_the_command_needs_no_torch(tmp_path):
-    plant(tmp_path)
+def test_the_command_needs_no_torch_and_ends_with_1_where_a_run_would_stop(tmp_path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for root in (good, bad):
+        root.mkdir()
+        plant(root)
+    remove(bad)
     code = (
-        "import sys; from derm_compress.__main__ import main; code = main(sys.argv[1:]);"
-        "sys.exit(code or 'torch' in sys.modules)"
+        "import sys; from derm_compress.__main__ import main;"
+        "codes = [main(['look', root, '--out', f'{root}.yaml']) for root in sys.argv[1:]];"
+        "sys.exit('torch' in sys.modules or codes != [0, 1])"
     )
-    words = ["look", str(tmp_path), "--out", str(tmp_path / "a.yaml")]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    words = [sys.executable, "-c", code, str(good), str(bad)]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "written: " in done.stdout and (tmp_path / "a.yaml").is_file()
+    assert done.stdout.count("written: ") == 1 == done.stdout.count("WOULD STOP")
+    assert [path.name for path in tmp_path.glob("*.yaml")] == ["good.yaml"]
 
 
 @pytest.mark.skipif(not PAD.is_dir(), reason="the sample of pad-ufes-20 is not beside the project")
 def test_the_real_photographs(tmp_path):
     said, values = look(PAD, tmp_path / "pad-ufes-20.yaml")
-    assert values["source"] == "pad-ufes-20" and "86 of 86 are there" in said
+    assert (
+        values["source"] == "pad-ufes-20" and "86 pictures with a wanted label, all there" in said
+    )
     assert "patient_id, lesion_id: 83 groups" in said
 
 
@@ -143,8 +222,63 @@ def test_a_given_column_is_taken_and_labels_that_nobody_knows_are_asked_for(tmp_
     listing = tmp_path / "klinik" / "labels.csv"
     listing.write_text(listing.read_text().replace("image,label", "Bild,Befund"))
     out = tmp_path / "mine.yaml"
-    said = propose(tmp_path / "klinik", {"label_column": "Befund"}, out, ROOT)
-    assert "left out 20" in said and "label_map=['LABEL = DISEASE']" in said and not out.exists()
-    sets = {"label_column": "Befund", "label_map": "['Melanom = melanoma']"}
+    said, runs = propose(tmp_path / "klinik", {"label_column": "Befund"}, out, ROOT)
+    assert "unknown 20  Melanom (10), Ekzem (10)" in said and not runs and not out.exists()
+    assert "--set 'label_map=[Melanom = DISEASE]'" in said
+    sets = {"label_column": "Befund", "label_map": "Melanom = melanoma", "exclude_labels": "*"}
     said, values = look(tmp_path / "klinik", out, **sets)
-    assert "10 melanoma: Melanom (10)" in said and values["exclude_labels"] == ["Ekzem"]
+    assert "10 melanoma: Melanom (10)" in said and "another reason: Ekzem (10)" in said
+    assert values["exclude_labels"] == ["*"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "asked", "out", "run"),
+    [
+        ("Büro Fotos", {}, None, "buro-fotos"),
+        ("Straße.v2", {}, None, "strasse-v2"),
+        ("写真", {}, None, "data"),
+        ("a", {"run": "mine"}, None, "mine"),
+        ("a", {}, "other.yaml", "other"),
+        ("a", {"run": "mine"}, "other.yaml", None),
+    ],
+)
+def test_the_name_of_a_run(tmp_path, folder, asked, out, run):
+    values = asked | {"source": "folder"}
+    if run:
+        assert name_of(values, tmp_path / folder, out and tmp_path / out) == run
+    else:
+        with pytest.raises(DermError, match="run is mine, but --out names another"):
+            name_of(values, tmp_path / folder, tmp_path / out)
+
+
+def test_a_list_of_pictures_is_read_with_its_folder(tmp_path):
+    plant(tmp_path)
+    (tmp_path / "other.csv").write_text("image,label\n")
+    said, values = look(tmp_path / "labels.csv", tmp_path / "mine.yaml", run="mine")
+    assert values["table"] == "labels.csv" and values["data_root"] == str(tmp_path)
+    assert values["run"] == "mine" and "20 pictures with a wanted label" in said
+
+
+def test_marks_in_columns_of_labels_are_recognised_as_people_write_them(tmp_path):
+    plant(tmp_path, MEL=["True", "False"] * 10, NV=["", "x"] * 10, site=["arm"] * 20)
+    listing = tmp_path / "labels.csv"
+    listing.write_text(listing.read_text().replace("label", "kind", 1))
+    said, values = look(tmp_path, tmp_path / "mine.yaml")
+    assert values["onehot_columns"] == ["MEL", "NV"] and "10 melanoma: MEL (10)" in said
+
+
+def test_what_is_given_reads_a_published_data_set_as_a_folder(tmp_path):
+    LAYOUTS["ham10000"](tmp_path)
+    sets = {"label_column": "dx", "exclude_labels": "*"}
+    assert look(tmp_path, tmp_path / "mine.yaml", **sets)[1]["source"] == "folder"
+
+
+def test_a_published_data_sets_run_file_is_named_with_where_its_pictures_lie(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    (tmp_path / "params" / "derm7pt.yaml").write_text("run: derm7pt\nsource: derm7pt\n")
+    root = tmp_path / "my data"
+    LAYOUTS["derm7pt"](root)
+    said, runs = propose(root, {}, None, tmp_path)
+    command = shlex.split(said.splitlines()[-1])
+    assert runs and command[-1] == f"data_root={root}" and command[-3].endswith("derm7pt.yaml")

@@ -77,7 +77,7 @@ def test_a_default_obeys_its_own_rule(line):
         ("blocks: 6.0", ["blocks is 6.0", "int 0..32"]),
         ("blocks: true", ["blocks is True"]),
         ("blocks: -1", ["blocks is -1"]),
-        ("depths: 4", ["depths is 4", "list of int 0..32"]),
+        ("depths: four", ["depths is 'four'", "list of int 0..32"]),
         ("depths: [2, 40]", ["depths is 40"]),
         ("depths: [2, '4']", ["depths is '4'"]),
         ("model: Tiny", ["model is 'Tiny'", "str out of tiny, pico"]),
@@ -105,6 +105,8 @@ def test_a_wrong_file_gets_one_line(tmp_path, schema, text, words):
 
 def test_right_values_take_their_type(tmp_path, schema):
     path = tmp_path / "x.yaml"
+    path.write_text("depths: 4\nfree: a, b\n")  # a bare value is a list of one
+    assert params.read_params(path, schema) == {"depths": [4], "free": ["a, b"]}
     path.write_text("rate: 1\nfree: [a, 1, 2.5]\ndepths: []\n")
     values = params.read_params(path, schema)
     assert (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
+from derm_compress.data.labels import absent, plain
 from derm_compress.data.pictures import Pictures
 from derm_compress.data.preset import FileNames
 from derm_compress.data.request import Request
@@ -20,13 +21,11 @@ SHOWN = 3  # examples of each rule in the report
 
 def survey(request: Request, rules: FileNames) -> Survey:
     """The photographs of the eight diseases; the report says what was left out by which rule."""
-    if request.group_columns or request.subgroup_columns or request.label_map or request.table:
-        columns = "table, label_map, group_columns and subgroup_columns are for a csv"
-        raise DermError(f"source {request.source!r} has none: {columns}")
     pictures = Pictures(request.root)
     top = find_top(pictures, rules)
     known = {name.casefold(): name for name in rules.folders}
-    rows, there = [], set()
+    unwanted = {plain(str(label)) for label in request.exclude_labels}
+    rows, there, met = [], set(), set()
     kept, left = defaultdict(Counter), defaultdict(list)
     for path, file in pictures.files.items():
         name = path.removeprefix(top)
@@ -36,7 +35,8 @@ def survey(request: Request, rules: FileNames) -> Survey:
         folder = known.get(folders[0].casefold(), "")
         there.add(folder)
         disease, rule = classify(folder, file.name, rules, request.dermatitis)
-        if disease and disease not in request.exclude_labels:
+        met |= {disease or rule, rule}
+        if disease and not unwanted & {plain(disease), plain(rule)}:
             key = f"name={folder}/{file.name.casefold()}"
             rows.append(Row(name, file, disease, (key,)))
             kept[disease][rule] += 1
@@ -51,7 +51,8 @@ def survey(request: Request, rules: FileNames) -> Survey:
         },
         "folders_missing": sorted({*rules.folders} - there),
     }
-    return Survey(tuple(rows), told)
+    lost = absent("exclude_labels", [*map(str, request.exclude_labels)], met, "its files")
+    return Survey(tuple(rows), told, tuple(lost))
 
 
 def find_top(pictures: Pictures, rules: FileNames) -> str:

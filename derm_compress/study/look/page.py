@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from derm_compress.data import splits
+from derm_compress.data.labels import plain
+from derm_compress.data.listing import many
 from derm_compress.data.load import FOLDER
 from derm_compress.data.preset import Preset, read_preset
 from derm_compress.data.request import Request
 from derm_compress.data.rows import Survey
+from derm_compress.study.look.guess import every_label
 
 WIDTH, MARGIN, SHOWN = 100, 12, 12  # of a line, of its title, values that are shown of many
 
 
-def page(request: Request, found: Survey) -> str:
-    """What a run of this request would read, group, map and leave out."""
+def page(request: Request, found: Survey, report: Mapping, stops: Sequence[str]) -> str:
+    """What a run of this request would read, group, map, split and leave out.
+
+    report: of the pictures as they are, empty where none was opened; stops: what ends the run.
+    """
     lines = [f"{request.data_root}, read as source {request.source}"]
     if request.source != FOLDER:
         lines += published(read_preset(request.source))
-    lines += [*how(found), *labels(found), *groups(found), *subgroups(found)]
-    lines += paragraph("notes", found.told.get("notes", []))
-    lines += paragraph("WOULD STOP", found.problems)
+    lines += [*how(found), *labels(found), *groups(found, report), *subgroups(found)]
+    lines += opened(found, report)
+    lines += paragraph("notes", report.get("notes", found.told.get("notes", [])))
+    lines += paragraph("WOULD STOP", stops)
     return "\n".join(lines)
 
 
@@ -41,53 +48,81 @@ def how(found: Survey) -> list[str]:
     """The table, its columns and the files that it names."""
     told = found.told.get("read_as", {})
     missing = [row for row in found.rows if row.path is None]
-    there = f"{len(found.rows) - len(missing)} of {len(found.rows)} are there"
-    lines = []
+    lines, column = [], ""
     if told:
         form = f" ({told['form']})" if told["form"] else ""
-        lines += paragraph("table", [f"{told['table']}{form}, {told['rows']} rows"])
-        there = f"{', '.join(told['image'])}: {there}"
-    lines += paragraph("pictures", [there])
+        lines += paragraph("table", [f"{told['table']}{form}, {many(told['rows'], 'row')}"])
+        column = f"{', '.join(told['image'])}: "
+    there = f"{len(missing)} of them missing" if missing else "all there"
+    wanted = many(len(found.rows), "picture")
+    lines += paragraph("pictures", [f"{column}{wanted} with a wanted label, {there}"])
     some = [f"{row.id[:60]}: {row.why}" for row in missing[:SHOWN]]
     return lines + paragraph("missing", [*some, *others(len(missing))])
 
 
 def labels(found: Survey) -> list[str]:
-    """What counts as which disease, and what is left out."""
+    """What counts as which disease, what is left out, and what nobody knows."""
     diseases = Counter(row.disease for row in found.rows)
     lines = []
     for disease, n in diseases.most_common():
         spelled = [f"{name} ({k})" for name, k in found.told["labels"][disease].items()]
         lines.append(f"{n:6} {disease}: {', '.join(spelled)}")
-    out = found.told["excluded"]
-    many = sorted(out.items(), key=lambda item: -item[1])
-    some = [f"{name or '(empty)'} ({n})" for name, n in many[: 2 * SHOWN]]
-    said = [", ".join(some + others(len(out), 2 * SHOWN))] if out else []
-    total = f"left out {sum(out.values())}" if out else ""
-    return paragraph("labels", lines) + paragraph(total, said)
+    out, known = found.told["excluded"], every_label()
+    none = {name: n for name, n in out.items() if known.get(plain(name)) == ""}
+    rest = {name: n for name, n in out.items() if name not in none}
+    said = [f"known, none of the eight diseases: {counts(none)}"] if none else []
+    said += [f"as asked, or for another reason: {counts(rest)}"] if rest else []
+    unknown = sum(found.unknown.values())
+    return [
+        *paragraph("labels", lines),
+        *paragraph(f"left out {sum(out.values())}", said),
+        *paragraph(f"unknown {unknown}", [counts(found.unknown)]),
+    ]
 
 
-def groups(found: Survey) -> list[str]:
-    """Which pictures stay together, those that look alike not counted."""
+def counts(values: Mapping[str, int], shown: int = 2 * SHOWN) -> str:
+    """Values with how often they occur, the most frequent first."""
+    first = sorted(values.items(), key=lambda item: -item[1])
+    some = [f"{name or '(empty)'} ({n})" for name, n in first[:shown]]
+    return ", ".join(some + others(len(values), shown))
+
+
+def groups(found: Survey, report: Mapping) -> list[str]:
+    """Which pictures stay together, by what is written and by how they look."""
     sizes = Counter(splits.join([row.keys for row in found.rows]).tolist()).values()
     by = ", ".join(found.told.get("read_as", {}).get("groups", [])) or "no column"
     if "read_as" not in found.told:
         by = "folder and name"
-    said = f"{by}: {len(sizes)} groups of at most {max(sizes, default=0)}"
-    return paragraph("groups", [f"{said}; pictures that look alike are joined when they are read"])
+    said = f"{by}: {many(len(sizes), 'group')} of at most {max(sizes, default=0)}"
+    alike = "pictures that look alike are joined when they are read"
+    if report:
+        grouped = many(report["groups"], "group")
+        alike = f"with pictures that look alike {grouped} of at most {report['largest_group']}"
+    return paragraph("groups", [f"{said}; {alike}"])
 
 
 def subgroups(found: Survey) -> list[str]:
     lines = []
-    for column, counts in found.told.get("subgroups", {}).items():
-        some = [f"{value} ({n})" for value, n in counts.items()]
+    for column, values in found.told.get("subgroups", {}).items():
+        some = [f"{value} ({n})" for value, n in values.items()]
         if len(some) > SHOWN:
             some = [f"{len(some)} values"]
-        if unknown := len(found.rows) - sum(counts.values()):
+        if unknown := len(found.rows) - sum(values.values()):
             some.append(f"unknown ({unknown})")
         lines.append(f"{column}: {', '.join(some)}")
     unused = found.told.get("read_as", {}).get("not_used", [])
-    return paragraph("subgroups", lines) + paragraph("not used", [", ".join(unused)])
+    return paragraph("subgroups", lines) + paragraph("not used", [", ".join(filter(None, unused))])
+
+
+def opened(found: Survey, report: Mapping) -> list[str]:
+    """What opening the pictures has shown: damaged ones, and how they would be split."""
+    missing = {row.id for row in found.rows if row.path is None}
+    damaged = [bad for bad in report.get("unreadable", ()) if bad["image"] not in missing]
+    some = [f"{bad['image'][:60]}: {bad['reason']}" for bad in damaged[:SHOWN]]
+    lines = paragraph("unreadable", [*some, *others(len(damaged))])
+    for split, values in report.get("counts", {}).items():
+        lines += paragraph(split, [f"{sum(values.values())}: {counts(values)}"])
+    return lines
 
 
 def others(n: int, shown: int = SHOWN) -> list[str]:

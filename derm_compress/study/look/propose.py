@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from derm_compress.data import dialogue
-from derm_compress.data.load import survey
+from derm_compress.data.listing import many
+from derm_compress.data.load import FOLDER, report, survey
 from derm_compress.data.request import Request
+from derm_compress.data.rows import Survey, check_survey, dataset_of
+from derm_compress.data.tables import is_table
 from derm_compress.errors import DermError
 from derm_compress.files import shown, write_text
 from derm_compress.study import params
@@ -18,43 +23,101 @@ from derm_compress.study.look.guess import guess
 from derm_compress.study.look.page import page
 
 LARGE = 600  # pictures from which the usual sizes of all splits fit
-NOTHING = (
-    "no picture has a label that is known; say which disease a label means, by "
-    "--set \"label_map=['LABEL = DISEASE']\"; the diseases are {}"
-)
+RUN = "python -m derm_compress run"
 
 
-def propose(data: Path, sets: Mapping[str, str], out: Path | None, root: Path) -> str:
-    """The page of what would be read; writes the run file, over no file that is there."""
+def propose(
+    data: Path, sets: Mapping[str, str], out: Path | None, root: Path, *, quick: bool = False
+) -> tuple[str, bool]:
+    """(the page of what would be read, whether a run would read it); then the run file is written.
+
+    Pictures are opened as stage 01 does, which is left out if `quick`; no file is written over.
+    """
     if out and out.exists():
         raise DermError(f"{shown(out)} is there already; choose another --out, or remove it")
     known = params.known_parameters(params.read_notebooks(root))
-    asked = params.check_texts(sets, known, "--set")
     folder = data.expanduser().absolute()
+    asked = params.check_texts(sets, known, "--set")
+    if folder.is_file() and is_table(folder.name):
+        asked, folder = {"table": folder.name} | asked, folder.parent
     values = guess(asked | {"data_root": str(folder)})
-    request = Request.of(values)
-    found = survey(request)
-    values |= {"run": params.run_name(out.stem, "--out") if out else name_of(values, folder)}
-    values |= {"data_root": str(relative(folder, root))}
-    file = out or root / "params" / f"{values['run']}.yaml"
+    values["run"] = name_of(values, folder, out)
+    defaults = {name: parameter.default for name, parameter in known.items()}
+    found = survey(Request.of(values))
     values = sizes(len(found.rows)) | values
+    request = Request.of(defaults | values)
+    told, stops = foretold(found, request, quick=quick)
+    told = page(request, found, told, stops)
+    if stops:
+        return f"{told}\n\nno run file is written before that is settled{answers(found)}", False
+    values["data_root"] = str(relative(folder, root))
+    file = out or root / "params" / f"{values['run']}.yaml"
     params.check(values, known, shown(file))
-    told = page(request, found)
-    if not found.rows:
-        return f"{told}\n\nnothing is written: {NOTHING.format(', '.join(dialogue.diseases()))}"
-    then = f"python -m derm_compress run {shown(file)}"
-    text = run_file(order(values), found.told["excluded"], then)
+    return f"{told}\n\n{kept(file, values, found, folder)}", True
+
+
+def foretold(found: Survey, request: Request, *, quick: bool) -> tuple[dict, tuple[str, ...]]:
+    """(the report that stage 01 would write, empty if `quick`; what would stop it)."""
+    if found.problems:
+        return {}, found.problems
+    try:
+        if quick:
+            check_survey(found, request)
+            return {}, ()
+        dataset, told = dataset_of(found, request)
+        return report(dataset, request.sizes, told), ()
+    except DermError as error:
+        return {}, (str(error),)
+
+
+def answers(found: Survey) -> str:
+    """How labels that nobody knows are answered, if there are any."""
+    if not found.unknown:
+        return ""
+    label = quoted(f"{next(iter(found.unknown))} = DISEASE")
+    diseases = ", ".join(dialogue.diseases())
+    return (
+        f"; say what the unknown labels mean, as in\n"
+        f"  --set {shlex.quote(f'label_map=[{label}]')}     {diseases}\n"
+        f'  --set "exclude_labels=*"     leaves out all that are still unknown'
+    )
+
+
+def kept(file: Path, values: Mapping, found: Survey, folder: Path) -> str:
+    """Writes the run file where there is none, and says how to run it."""
+    command = f"{RUN} {shlex.quote(shown(file))}"
+    text = run_file(order(values), found.told["excluded"], command)
     if not file.exists():
         write_text(file, text)
-        return f"{told}\n\nwritten: {shown(file)}; read it, then: {then}"
-    same = "reads it so" if file.read_text(encoding="utf-8") == text else "says it otherwise"
-    return f"{told}\n\n{shown(file)} is there already, {same} and stays; --out PATH writes another"
+        return f"written: {shown(file)}; read it, then: {command}"
+    if file.read_text(encoding="utf-8") == text:
+        return f"{shown(file)} is there already and reads it so: {command}"
+    other = "--out PATH writes another"
+    if values["source"] == FOLDER:
+        return f"{shown(file)} is there already, says it otherwise and stays; {other}"
+    command += f" --set {shlex.quote(f'data_root={folder}')}"
+    return (
+        f"{shown(file)} is there already and stays; {other}; it reads this folder by\n  {command}"
+    )
 
 
-def name_of(values: Mapping, folder: Path) -> str:
-    """The name of a run: its data set's, or its folder's."""
-    name = folder.stem if values["source"] == "folder" else values["source"]
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "data"
+def name_of(values: Mapping, folder: Path, out: Path | None) -> str:
+    """The name of a run: as asked, else its file's, its data set's, or its folder's."""
+    asked = values.get("run")
+    if out:
+        if asked not in (None, out.stem):
+            told = f"run is {asked}, but --out names another"
+            raise DermError(f"{told}: a file's run is its name, so leave one out")
+        return params.run_name(out.stem, "--out")
+    name = folder.stem if folder.is_file() else folder.name
+    return asked or slug(name if values["source"] == FOLDER else values["source"])
+
+
+def slug(name: str) -> str:
+    """A name in ASCII, without case and marks: `Büro Fotos` is buro-fotos."""
+    letters = unicodedata.normalize("NFKD", name.casefold())
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return re.sub(r"[^a-z0-9]+", "-", letters).strip("-") or "data"
 
 
 def relative(folder: Path, root: Path) -> Path:
@@ -96,4 +159,4 @@ def quoted(value: object) -> str:
 
 def counted(value: object, counts: Mapping[str, int]) -> str:
     label = str(value).rpartition(" = ")[0] or str(value)
-    return f"  # {counts[label]} pictures" if label in counts else ""
+    return f"  # {many(counts[label], 'picture')}" if label in counts else ""
