@@ -30,7 +30,7 @@ from derm_compress.errors import DermError
 from derm_compress.evaluate import latency
 from derm_compress.files import atomic, write_json
 from derm_compress.method.finetune import train
-from derm_compress.method.quantization import calibration, grids, scaling
+from derm_compress.method.quantization import calibration, nf4, scaling
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import anatomy, loading, memory, removal, usage
@@ -74,7 +74,7 @@ SMALL = Rig("small", "cpu", 8, 3, 8, 2, 4, 1)
 def nf4_trouble(device: str) -> str:
     """Why bitsandbytes cannot quantize here, in one line; empty where it can."""
     try:
-        grids.NF4Grid(64).rounded(torch.ones(64, 64, dtype=torch.float16, device=device))
+        nf4.NF4Grid(64).rounded(torch.ones(64, 64, dtype=torch.float16, device=device))
     except Exception as error:  # a library that misses its CUDA part may fail in any way
         return f"bitsandbytes does not work here: {type(error).__name__}"
     return ""

@@ -8,6 +8,7 @@ import io
 import json
 import unicodedata
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from derm_compress.evaluate.judges.prompts import judge_prompt
 from derm_compress.files import read_json
 from derm_compress.method.assemble import materialize
 from derm_compress.method.pruning.plan import published_plan, read_plan
+from derm_compress.method.quantization.quantize import quantize_step
 from derm_compress.model import anatomy, loading, prompts, shapes
 from derm_compress.model.recipe import Recipe
 from derm_compress.study import checks, params, run
@@ -222,7 +224,7 @@ def test_a_recipe_is_a_model_or_one_line(data, recipe):
     read = answered(Recipe.from_json, text)
     if read:
         assert answered(Recipe.from_json, read.to_json()) == read
-        answered(materialize, read, Nothing())
+        answered(partial(materialize, quantize=quantize_step), read, Nothing())
 
 
 # What servers and models bring

@@ -9,11 +9,7 @@ from derm_compress.errors import DermError
 from derm_compress.evaluate import latency, metrics, schema
 from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, plan_memory
 from derm_compress.files import Journal
-from derm_compress.method.activation_analysis import (
-    activation_statistics,
-    activation_surface,
-    quantization_errors,
-)
+from derm_compress.method.activation_analysis import activation_statistics, activation_surface
 from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import jobs as jobs_
 from derm_compress.method.finetune import train
@@ -25,6 +21,7 @@ from derm_compress.method.importance.plans import pruning_plans
 from derm_compress.method.pruning.depths import choose_operating_point
 from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.quantization import wanted as wanted_frames
+from derm_compress.method.quantization.block_errors import quantization_errors
 from derm_compress.method.quantization.search import search_scales
 from derm_compress.model import anatomy, loading, processors, removal
 from derm_compress.model import variants as frames

@@ -5,7 +5,7 @@ unseeing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -92,11 +92,16 @@ def answer_variants(
     batch_size: int,
     max_new_tokens: int,
     journal: Journal | None = None,
+    quantize: Callable | None = None,
 ) -> pd.DataFrame:
-    """Answers of every variant to all questions about the items, scored by the rubric."""
+    """Answers of every variant to all questions about the items, scored by the rubric.
+
+    quantize: as assemble.materialize takes it, for quantized ones.
+    """
     how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "journal": journal}
     frames = []
-    for turn in each_model(variants, store, device, "variants answered", wide=True):
+    turns = each_model(variants, store, device, "variants answered", wide=True, quantize=quantize)
+    for turn in turns:
         asked = {"variant": turn.variant} | how
         frames.append(answer(turn.model, turn.processor, items, images, **asked))
     return score_by_rubric(schema.together(frames, schema.ANSWER))

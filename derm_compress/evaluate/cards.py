@@ -40,7 +40,6 @@ DATA = {  # by what stage 01 calls its source
     "folder": "A folder of the maker's own: the maker must know its licence.",
 }
 NO_DATA = "The export does not know the data: see the run's stage 01."
-BITSANDBYTES = ("bitsandbytes", "awq_nf4")  # methods whose packed folders are bitsandbytes' own
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,12 @@ def _stored(artifacts: Path, run: str, stage: str, name: str) -> Path | None:
 
 
 def model_card(
-    recipe: Recipe, left: int, *, packed: bool = False, known: Facts = NOTHING, half: bool = False
+    recipe: Recipe, left: int, *, layout: str = "", known: Facts = NOTHING, half: bool = False
 ) -> str:
-    """README.md of an exported folder with `left` decoder blocks, from recipe and facts."""
+    """README.md of an exported folder with `left` decoder blocks, from recipe and facts.
+
+    layout: of packed weights, as checkpoint.save says; "" for plain ones.
+    """
     from jinja2 import Environment
 
     text = (files("derm_compress.evaluate") / "model_card.md.jinja").read_text("utf-8")
@@ -99,7 +101,6 @@ def model_card(
         recipe=recipe,
         base=base,
         left=left,
-        packed=packed,
         half=half,
         known=known,
         floor=metrics.FLOOR,
@@ -108,8 +109,8 @@ def model_card(
         data=data_terms(known.source),
         question=dialogue.question("name"),
         not_plain=NOT_PLAIN,
-        layout=_layout(recipe, packed),
-        opens=_opens(recipe, packed),
+        layout=layout,
+        opens=_opens(recipe, layout),
     )  # fmt: skip
 
 
@@ -121,19 +122,8 @@ def data_terms(source: str) -> str:
     return f"{preset.title} photographs ({preset.licence}). Name the source: {preset.citation}."
 
 
-def _layout(recipe: Recipe, packed: bool) -> str:
-    """Whose layout the folder's weights are in; "" for plain weights."""
-    if not packed or recipe.absent():
-        return ""
-    step = recipe.steps[-1]
-    if step["method"] in BITSANDBYTES:
-        return "bitsandbytes"
-    mixed = step.get("block_bits") or step["method"] == "hqq"
-    return "autoawq" if step["bits"] == 4 and not mixed else "own"
-
-
-def _opens(recipe: Recipe, packed: bool) -> str:
+def _opens(recipe: Recipe, layout: str) -> str:
     """Who opens the folder."""
     if recipe.absent():
         return "load_base"
-    return "checkpoint" if _layout(recipe, packed) in ("autoawq", "own") else "transformers"
+    return "checkpoint" if layout in ("autoawq", "own") else "transformers"

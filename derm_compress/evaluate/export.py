@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from derm_compress.evaluate import cards
 from derm_compress.files import atomic, check_new
 from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import checkpoint
+from derm_compress.method.quantization.quantize import quantize_step
 from derm_compress.model import removal
 from derm_compress.model.anatomy import blocks, fingerprint
 from derm_compress.model.loading import PARTIAL, config_of, load_base
@@ -37,10 +39,10 @@ def export_model(
     """
     check_new(path, "export")
     recipe = Recipe.from_json(recipe_json)
-    packed = packed and any(step["step"] == "quantize" for step in recipe.steps)
-    model, processor = materialize(recipe, store, "cpu", packed=packed)
+    model, processor = materialize(recipe, store, quantize=partial(quantize_step, packed=packed))
     if half:
         to_half(model)
+    packed = packed and recipe.quantized
     return write_folder(path, model, processor, recipe, packed=packed, known=known, half=half)
 
 
@@ -79,29 +81,30 @@ def write_folder(
     """
     with atomic(Path(path)) as draft:
         draft.mkdir()
-        _save(model, draft, packed)
+        layout = _save(model, draft, packed)
         processor.save_pretrained(draft)
-        text = cards.model_card(recipe, len(blocks(model)), packed=packed, **card)
+        text = cards.model_card(recipe, len(blocks(model)), layout=layout, **card)
         (draft / "README.md").write_text(text, encoding="utf-8")
         for inner in draft.rglob("*"):  # safetensors are written for their owner alone
             inner.chmod(0o755 if inner.is_dir() else 0o644)
     return Path(path)
 
 
-def _save(model, draft: Path, packed: bool) -> None:
+def _save(model, draft: Path, packed: bool) -> str:
+    """Writes weights and config; the layout of packed ones, else ""."""
     absent = removal.lacking(model)
-    if not absent:
-        if packed:
-            checkpoint.save(model, draft)
-        else:
-            model.save_pretrained(draft)
-        return
-    if packed:
+    if absent and packed:
         raise DermError(
             "export: a quantized model without some sublayers has no packed layout; "
             "export the model that it was made of"
         )
-    model.config.absent_sublayers = [str(unit) for unit in absent]
-    model.config.save_pretrained(draft)
-    model.generation_config.save_pretrained(draft)
-    save_model(model, str(draft / PARTIAL))
+    if packed:
+        return checkpoint.save(model, draft)
+    if absent:
+        model.config.absent_sublayers = [str(unit) for unit in absent]
+        model.config.save_pretrained(draft)
+        model.generation_config.save_pretrained(draft)
+        save_model(model, str(draft / PARTIAL))
+    else:
+        model.save_pretrained(draft)
+    return ""

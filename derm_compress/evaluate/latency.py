@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from derm_compress.errors import DermError
 from derm_compress.files import Journal
 from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import packed
+from derm_compress.method.quantization.quantize import quantize_step
 from derm_compress.model import anatomy, devices, prompts, usage
 from derm_compress.model.memory import GIB
 from derm_compress.model.recipe import Recipe
@@ -43,10 +45,11 @@ def time_variants(
     journal = journal or Journal()
     if "bandwidth" not in journal.done:
         journal.add("bandwidth", bandwidth(device))
-    sizes = sorted({1, *batches})
+    sizes, packing = sorted({1, *batches}), partial(quantize_step, packed=True)
     for row in track(list(variants.itertuples()), "latency measured"):
         if row.variant not in journal.done:
-            model, processor = materialize(Recipe.from_json(row.recipe), store, device, packed=True)
+            recipe = Recipe.from_json(row.recipe)
+            model, processor = materialize(recipe, store, device, quantize=packing)
             asked = _requests(processor, items, images, sizes, model.device)
             told = _timed(model, row.variant, asked, speed=journal.done["bandwidth"], **how)
             journal.add(row.variant, told)

@@ -3,7 +3,7 @@
 from derm_compress.faces import face
 
 FACE = {
-    "activation_analysis": ["activation_statistics", "activation_surface", "quantization_errors"],
+    "activation_analysis": ["activation_statistics", "activation_surface"],
     "activations": ["projection_output", "projections", "tap"],
     "assemble": ["materialize"],
     "finetune.jobs": ["Job", "fine_tune_all", "fine_tune_jobs", "loss_curves", "training_costs"],
@@ -22,9 +22,11 @@ FACE = {
     "importance.scoring": ["output_similarity"],
     "pruning.depths": ["choose_operating_point", "plan_depths"],
     "pruning.plan": ["Plan", "read_plan", "read_plans"],
-    "quantization.grids": ["IntegerGrid", "NF4Grid"],
+    "quantization.block_errors": ["quantization_errors"],
+    "quantization.grids": ["IntegerGrid"],
     "quantization.methods": ["METHODS", "Form"],
-    "quantization.quantize": ["quantize"],
+    "quantization.nf4": ["NF4Grid"],
+    "quantization.quantize": ["quantize_step"],
     "quantization.scaling": ["ALPHAS", "InputStatistics", "search_scale"],
     "quantization.search": ["search_scales"],
     "quantization.wanted": ["equal_bytes", "quantized_variants", "wanted_forms"],

@@ -1,4 +1,4 @@
-"""What is measured on every variant: its projections' outputs, and errors of quantizing.
+"""What is measured of every variant's projections: their outputs, and those of Figure 4.
 
 `block` in every frame is the index before pruning.
 """
@@ -12,10 +12,8 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.data.items import Item
-from derm_compress.files import Journal
 from derm_compress.method import activations
-from derm_compress.method.iterate import Source, each_model, joined, without_last
-from derm_compress.model import devices
+from derm_compress.method.iterate import each_model, joined
 from derm_compress.model.variants import paper_depth
 
 SURFACE = ["variant", "block", "projection", "token", "channel", "value"]
@@ -70,31 +68,3 @@ def activation_surface(
 
 def _first_output(model, position: int, projection: str, batches) -> np.ndarray:
     return activations.projection_output(model, next(iter(batches)), position, projection)
-
-
-def quantization_errors(
-    variants: pd.DataFrame,
-    items: Sequence[Item],
-    images: np.ndarray,
-    *,
-    store,
-    device: str,
-    batch_size: int,
-    journal: Journal | None = None,
-) -> pd.DataFrame:
-    """Relative error of each block's output against the model before it was quantized.
-
-    Columns: block, relative_error, variant.
-    """
-    read = {"items": items, "images": images, "batch_size": batch_size}
-    journal = journal or Journal()
-    todo = variants[~variants.variant.isin(journal.done)]
-    whole = Source(store, devices.beside(device))
-    for turn in each_model(todo, store, device, "errors by block"):
-        source, _ = whole.take(without_last(turn.recipe))
-        work = partial(activations.block_errors, source, turn.model)
-        found = turn.original_blocks(pd.DataFrame(turn.calibrated(work, "errors", **read)))
-        journal.add(turn.variant, found.to_dict("records"))
-    whole.let_go()
-    frames = [pd.DataFrame(journal.done.get(name, [])) for name in variants.variant]
-    return joined(frames, ["block", "relative_error", "variant"])

@@ -116,25 +116,3 @@ def projection_output(model, batch, block, projection):
         raise DermError(f"activations: {told}")
     tap(model, [batch], {key: watched[key]}, lambda _, x: seen.append(x.cpu()))
     return torch.cat(seen).numpy()
-
-
-def block_errors(model, changed, batches):
-    """Rows (block, relative_error): ||h' - h|| / ||h|| of every block's output h, real tokens."""
-    full, other = (dict(enumerate(anatomy.blocks(one))) for one in (model, changed))
-    if len(full) != len(other):
-        said = f"models of {len(full)} and {len(other)} blocks; compare equal depths"
-        raise DermError(f"quantize: {said}")
-    errors, sizes, held = dict.fromkeys(full, 0.0), dict.fromkeys(full, 0.0), {}
-
-    def compare(block, x):
-        h = held.pop(block).to(x.device)
-        errors[block] += (x - h).double().square().sum().item()
-        sizes[block] += h.double().square().sum().item()
-
-    for batch in batches:
-        tap(model, [batch], full, held.__setitem__)
-        tap(changed, [batch], other, compare)
-    return [
-        {"block": block, "relative_error": (errors[block] / max(sizes[block], 1e-30)) ** 0.5}
-        for block in full
-    ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from derm_compress.errors import DermError
 from derm_compress.method.finetune.merge import merge_adapter
-from derm_compress.method.quantization import quantize
 from derm_compress.model import removal, usage
 from derm_compress.model.anatomy import META, blocks, fingerprint
 from derm_compress.model.hf import LlavaForConditionalGeneration, LlavaProcessor
@@ -13,9 +14,14 @@ from derm_compress.model.recipe import Recipe
 
 
 def materialize(
-    recipe: Recipe, store, device: str = "cpu", packed: bool = False, dtype=None
+    recipe: Recipe, store, device: str = "cpu", *, dtype=None, quantize: Callable | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The variant of a recipe, adapters merged; `store.resolve(ref)` finds adapters and scales."""
+    """The variant of a recipe, adapters merged; `store.resolve(ref)` finds adapters and scales.
+
+    quantize: quantization.quantize.quantize_step, for recipes that have such a step. It is given,
+    not imported, so that no result without one depends on the quantizers.
+    """
+    check_order(recipe)
     usage.reset_peak(device)  # a GPU has room for one model, and none for what is left of the last
     model, processor = load_base(recipe.base, device, dtype)
     if (found := fingerprint(model)) != recipe.fingerprint:
@@ -25,11 +31,6 @@ def materialize(
         )
     kept, absent = tuple(range(len(blocks(model)))), ()
     for step in recipe.steps:
-        if rounded := quantize.quantized_linears(model)["decoder"]:
-            raise DermError(
-                f"recipe: {step['step']} after a quantize step ({rounded} linears); "
-                "quantize comes last"
-            )
         if device == META and step["step"] in ("adapter", "quantize"):
             continue  # neither changes a shape; formats are planned (memory.plan_weights)
         match step["step"]:
@@ -38,8 +39,18 @@ def materialize(
             case "prune":
                 kept = removal.apply_step(model, step, kept)
                 absent = tuple(step.get("absent", ()))
+            case "quantize" if quantize is None:
+                raise DermError("recipe: it quantizes, and nothing was given that does")
             case "quantize":
-                quantize.apply_step(model, step, store, packed=packed)
+                quantize(model, step, store)
             case unknown:
                 raise DermError(f"recipe: unknown step {unknown!r}; adapter, prune or quantize")
     return model, processor
+
+
+def check_order(recipe: Recipe) -> None:
+    """DermError for a recipe that goes on after it has quantized."""
+    names = [step["step"] for step in recipe.steps]
+    if "quantize" in names[:-1]:
+        after = names[names.index("quantize") + 1]
+        raise DermError(f"recipe: {after} after a quantize step; quantize comes last")

@@ -11,7 +11,6 @@ import pandas as pd
 
 from derm_compress.data.items import Item
 from derm_compress.method.assemble import materialize
-from derm_compress.method.quantization import quantize
 from derm_compress.model import anatomy, devices, oom, prompts, removal, usage
 from derm_compress.model.recipe import Recipe
 from derm_compress.progress import track
@@ -47,15 +46,17 @@ class Turn(NamedTuple):
 class Source:
     """One model at a time, made anew where another recipe is asked for."""
 
-    def __init__(self, store, device: str, *, wide: bool = False):
-        self.store, self.device, self.wide = store, device, wide
+    def __init__(self, store, device: str, *, wide: bool = False, quantize: Callable | None = None):
+        self.store, self.device, self.wide, self.quantize = store, device, wide, quantize
         self.recipe = self.model = self.processor = None
 
     def take(self, recipe: Recipe):
         """(model, processor) of a recipe."""
         if recipe != self.recipe:
             self.let_go()
-            self.model, self.processor = materialize(recipe, self.store, self.device)
+            self.model, self.processor = materialize(
+                recipe, self.store, self.device, quantize=self.quantize
+            )
             self.recipe = recipe
             if self.wide:  # while it has all its blocks
                 devices.spread(self.model)
@@ -68,16 +69,23 @@ class Source:
 
 
 def each_model(
-    variants: pd.DataFrame, store, device: str, what: str, *, wide: bool = False
+    variants: pd.DataFrame,
+    store,
+    device: str,
+    what: str,
+    *,
+    wide: bool = False,
+    quantize: Callable | None = None,
 ) -> Iterator[Turn]:
     """A turn for every row; rows that differ in their last step alone share what is before it.
 
     A model is empty after its turn, before the next one is made; on a GPU it is made anew to be
-    quantized. wide: over all GPUs. Models without values have nothing to say: none is given.
+    quantized. wide: over all GPUs. quantize: as materialize takes it. Models without values have
+    nothing to say: none is given.
     """
     if device == anatomy.META:
         return
-    source = Source(store, device, wide=wide)
+    source = Source(store, device, wide=wide, quantize=quantize)
     for row in track(list(variants.itertuples()), what):
         recipe = Recipe.from_json(row.recipe)
         last = recipe.steps[-1]["step"] if recipe.steps else ""
@@ -86,9 +94,13 @@ def each_model(
             removed = removal.step_units(recipe.steps[-1], source.recipe.kept())
             with removal.without(model, removed):
                 yield Turn(row.variant, recipe, model, processor)
-        elif last == "quantize" and device == "cpu":
+        elif last == "quantize" and quantize and device == "cpu":
             model, processor = source.take(without_last(recipe))
-            model = _quantized(model, recipe, store)
+            if usage.tensor_gib(model) > COPIED:
+                model, _ = materialize(recipe, store, quantize=quantize)
+            else:
+                model = copy.deepcopy(model)
+                quantize(model, recipe.steps[-1], store)
             yield Turn(row.variant, recipe, model, processor)
             devices.let_go(model)
         else:
@@ -99,12 +111,6 @@ def each_model(
 def without_last(recipe: Recipe) -> Recipe:
     """The recipe that another's last step is applied to."""
     return dataclasses.replace(recipe, steps=recipe.steps[:-1])
-
-
-def _quantized(model, recipe: Recipe, store):
-    if usage.tensor_gib(model) > COPIED:
-        return materialize(recipe, store, "cpu")[0]
-    return quantize.apply_step(copy.deepcopy(model), recipe.steps[-1], store)
 
 
 def joined(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:

@@ -48,6 +48,10 @@ class Recipe:
     def _pruning(self) -> dict:
         return next((step for step in reversed(self.steps) if step["step"] == "prune"), {})
 
+    @property
+    def quantized(self) -> bool:
+        return any(step["step"] == "quantize" for step in self.steps)
+
     def pruned(self, kept: Iterable[int], absent: Iterable[Unit | str] = ()) -> Recipe:
         return self.then("prune", kept=list(kept), **_absent(absent))
 

@@ -23,7 +23,7 @@ def sections(recipe, **how):
 
 
 def test_a_card_has_every_section_and_a_readable_head():
-    how = {"packed": True, "known": cards.Facts("tiny", source="synthetic")}
+    how = {"layout": "autoawq", "known": cards.Facts("tiny", source="synthetic")}
     card = cards.model_card(AWQ, 4, **how)
     assert yaml.safe_load(card.split("---")[1]) == {
         "library_name": "transformers",
@@ -46,35 +46,33 @@ def test_a_card_has_every_section_and_a_readable_head():
 
 
 @pytest.mark.parametrize(
-    "recipe, packed, opened",
+    "recipe, layout, opened",
     [
-        (AWQ, True, "checkpoint.load"),
-        (AWQ, False, "AutoProcessor.from_pretrained"),
-        (PRUNED, False, "AutoProcessor.from_pretrained"),
-        (BASE.pruned([0, 1], ["0.attention"]), False, "loading.load_base"),
+        (AWQ, "own", "checkpoint.load"),
+        (AWQ, "", "AutoProcessor.from_pretrained"),
+        (PRUNED, "", "AutoProcessor.from_pretrained"),
+        (BASE.pruned([0, 1], ["0.attention"]), "", "loading.load_base"),
     ],
 )
-def test_a_card_opens_its_folder_with_code_that_parses(recipe, packed, opened):
-    code = sections(recipe, packed=packed)["How to load"]
+def test_a_card_opens_its_folder_with_code_that_parses(recipe, layout, opened):
+    code = sections(recipe, layout=layout)["How to load"]
     lines = re.search(r"```python\n(.+?)```", code, re.S).group(1)
     compile(lines, "card", "exec")
     assert opened in lines and "processor" in lines
 
 
 @pytest.mark.parametrize(
-    "step, words",
+    "layout, words",
     [
-        ({"method": "awq", "bits": 4}, "vLLM and other readers of AWQ take it, which was not"),
-        ({"method": "rtn_symmetric", "bits": 4}, "(a T4) has no int4 kernel"),
-        ({"method": "awq", "bits": 3}, "own layout"),
-        ({"method": "hqq", "bits": 4}, "own layout"),
-        ({"method": "awq_nf4", "bits": 4}, "AVX512-BF16"),
+        ("autoawq", "vLLM and other readers of AWQ take it, which was not"),
+        ("autoawq", "(a T4) has no int4 kernel"),
+        ("own", "own layout"),
+        ("bitsandbytes", "AVX512-BF16"),
     ],
 )
-def test_a_packed_card_says_who_else_reads_it_and_what_is_slow(step, words):
-    recipe = PRUNED.then("quantize", group_size=64, **step)
-    assert words in sections(recipe, packed=True)["How to load"]
-    assert words not in sections(recipe)["How to load"]
+def test_a_packed_card_says_who_else_reads_it_and_what_is_slow(layout, words):
+    assert words in sections(AWQ, layout=layout)["How to load"]
+    assert words not in sections(AWQ)["How to load"]
 
 
 def test_a_models_marks_are_no_rubrics():

@@ -11,12 +11,12 @@ from derm_compress.errors import DermError
 from derm_compress.method.activations import (
     STATISTICS,
     Summary,
-    block_errors,
     projection_output,
     projection_statistics,
     projections,
     tap,
 )
+from derm_compress.method.quantization.block_errors import block_errors
 from derm_compress.model import anatomy
 
 

@@ -21,6 +21,8 @@ def test_recipes_out_of_order_are_refused(recipe, store):
     quantized = recipe.then("quantize", method="rtn", bits=4, group_size=64)
     with pytest.raises(DermError, match="quantize comes last"):
         materialize(quantized.pruned([0, 1]), store)
+    with pytest.raises(DermError, match="nothing was given that does"):
+        materialize(quantized, store)
     with pytest.raises(DermError, match="pruned before"):
         materialize(recipe.pruned([0, 1, 2]).pruned([0, 5]), store)
 

@@ -1,8 +1,11 @@
 """Packed checkpoints: AutoAWQ reads ours and we its; a new process gives the same logits."""
 
+import copy
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from derm_compress.errors import DermError
 from derm_compress.evaluate.export import export_model, prune_folder, to_half
 from derm_compress.method.pruning.plan import published_plan
-from derm_compress.method.quantization import checkpoint, codes, packed
+from derm_compress.method.quantization import checkpoint, codes, grids, methods, packed
 from derm_compress.method.quantization.grids import IntegerGrid
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.packed import PackedLinear
@@ -39,7 +42,7 @@ for argument in sys.argv[1:]:
     with torch.no_grad():
         save_file({"x": model(input_ids=torch.arange(5, 25).view(1, -1)).logits}, path + "/logits")
 """
-FORMS = {  # and whose layout each takes
+FORMS = {  # and who made the layout that each takes
     Form("awq", 4, clip=True): "awq",
     Form("awq", 3): "derm_compress",
     Form("rtn_symmetric", 4): "awq",
@@ -61,7 +64,7 @@ def saved(pico, form, folder):
     model, processor = pico
     scales = search_one(model, [{"input_ids": IDS}], form)[0] if form.searched else None
     quantize(model, form, scales=scales, packed=True)
-    checkpoint.save(model, folder)
+    assert checkpoint.save(model, folder) in ("autoawq", "bitsandbytes", "own")
     processor.save_pretrained(folder)
     packed.use_kernels(model, False)
     return model, json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -193,8 +196,72 @@ def test_incomplete_and_foreign_folders_are_refused(pico, tmp_path):
 def test_what_cannot_be_saved_is_refused(pico, tmp_path):
     with pytest.raises(DermError, match="no linear is packed"):
         checkpoint.save(pico[0], tmp_path)
-    with pytest.raises(DermError, match="LLM.int8"):
+    with pytest.raises(DermError, match="grid 'int8' has no files"):
         checkpoint.save(quantize(pico[0], Form("llm_int8", 8)), tmp_path)
+
+
+@dataclass(frozen=True)
+class Codebook(IntegerGrid):
+    """Made up: 4-bit codes whose values are squares, which no linear kernel knows."""
+
+    kind: ClassVar = "codebook"
+    affine: ClassVar = False
+    layout: ClassVar = "own"
+
+    def levels(self, weight, ends=None):
+        scales = weight.unflatten(-1, (-1, self.group_size)).abs().amax(-1, keepdim=True)
+        scales = scales.half().float()
+        shares = weight.unflatten(-1, (-1, self.group_size)) / scales
+        roots = shares.sign() * shares.abs().sqrt() * 7
+        return (roots.round() + 8).clamp(1, 15), scales, torch.full_like(scales, 8)
+
+    def decode(self, codes, scales, zeros):
+        roots = (codes.unflatten(-1, (-1, self.group_size)).float() - 8) / 7
+        return (roots.sign() * roots.square() * scales.float()[..., None]).flatten(-2)
+
+    def rounded(self, weight, ends=None):
+        return self.decode(*self.encode(weight))
+
+
+@pytest.fixture
+def codebook(monkeypatch):
+    """A method on a grid of its own, as whoever adds one would."""
+    monkeypatch.setitem(grids.GRIDS, "codebook", Codebook)
+    monkeypatch.setattr(methods.Method, "format", lambda *_, **__: memory.Format(4, 64, 4))
+    made = methods.Method("squares", "squares", "codebook", widths=(4,))
+    monkeypatch.setitem(methods.METHODS, "squares", made)
+    return Form("squares")
+
+
+def test_a_grid_that_is_not_linear_goes_the_whole_way(pico, codebook, tmp_path):
+    expected = logits(quantize(copy.deepcopy(pico[0]), codebook))
+    model, told = saved(pico, codebook, tmp_path)
+    packed.use_kernels(model, True)  # it has none, though its width and groups would do
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert packed.kernel_share(model) == 0 and told["quant_method"] == "derm_compress"
+    assert {form["kind"] for form in told["modules"].values()} == {"codebook"}
+    assert torch.equal(logits(checkpoint.load(tmp_path)[0]), logits(model))
+
+
+def test_a_grid_that_is_not_known_is_refused_by_name(pico, codebook, tmp_path, monkeypatch):
+    saved(pico, codebook, tmp_path)
+    monkeypatch.delitem(grids.GRIDS, "codebook")
+    with pytest.raises(DermError, match="is on grid 'codebook'; this package reads integer, hqq"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(DermError, match="grid 'codebook' is not one of integer, hqq, nf4, int8"):
+        checkpoint.save(pico[0], tmp_path / "b")
+    with pytest.raises(DermError, match="squares asks for grid 'codebook'; grids are integer"):
+        quantize(loading.load_base("pico")[0], codebook)
+
+
+def test_a_grid_says_for_itself_what_it_is():
+    with pytest.raises(TypeError, match="grid Silent does not say its kind, affine, layout"):
+
+        class Silent(IntegerGrid):
+            """Inherits a linear decode that it may not have."""
+
+    with pytest.raises(DermError, match="quantizer q: how grid 'codebook' is stored"):
+        methods.Method("q", "q", "codebook")
 
 
 def test_counts_by_part_are_checked_on_loading(pico, tmp_path):

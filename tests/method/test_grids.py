@@ -8,7 +8,8 @@ from torch import nn
 
 from derm_compress.method.quantization import packed
 from derm_compress.method.quantization.codes import pack, unpack
-from derm_compress.method.quantization.grids import HQQGrid, Int8Grid, IntegerGrid, NF4Grid
+from derm_compress.method.quantization.grids import HQQGrid, Int8Grid, IntegerGrid
+from derm_compress.method.quantization.nf4 import NF4Grid
 
 INTEGER = [IntegerGrid(bits, 32, symmetric) for bits in (2, 3, 4, 8) for symmetric in (0, 1)]
 

@@ -6,15 +6,13 @@ import torch
 
 from derm_compress.errors import DermError
 from derm_compress.method import iterate
-from derm_compress.method.activation_analysis import (
-    activation_statistics,
-    activation_surface,
-    quantization_errors,
-)
+from derm_compress.method.activation_analysis import activation_statistics, activation_surface
 from derm_compress.method.assemble import materialize
 from derm_compress.method.iterate import each_model
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization import search
+from derm_compress.method.quantization.block_errors import quantization_errors
+from derm_compress.method.quantization.quantize import quantize_step
 from derm_compress.method.quantization.search import search_scales
 from derm_compress.method.quantization.wanted import asked, quantized_variants
 from derm_compress.model import anatomy
@@ -65,7 +63,7 @@ def test_a_model_is_let_go_before_the_next_is_made(variants, store, monkeypatch,
     monkeypatch.setattr(iterate, "COPIED", 0)  # quantized models are made anew, as large ones are
     wanted = asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], [4], 64)
     rounded = quantized_variants(variants, wanted, "")
-    assert len(list(each_model(rounded, store, "cpu", "x"))) == 3
+    assert len(list(each_model(rounded, store, "cpu", "x", quantize=quantize_step))) == 3
     assert alive == [0, 0, 1, 1, 1]  # beside the source that they share
 
 
@@ -84,7 +82,7 @@ def test_quantized_variants_run_from_search_to_errors(variants, store, how, tmp_
     assert errors.groupby("variant").size().tolist() == [8, 8, 7, 7]
     assert (errors.relative_error > 0).all()
     recipe = Recipe.from_json(quantized.set_index("variant").recipe["original|awq3"])
-    one, two = (materialize(recipe, store)[0] for _ in range(2))
+    one, two = (materialize(recipe, store, quantize=quantize_step)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 

@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from small_llava import batch, loud_llava, small_llava
 
 from derm_compress.errors import DermError
-from derm_compress.method.activations import block_errors
 from derm_compress.method.quantization import scaling
+from derm_compress.method.quantization.block_errors import block_errors
 from derm_compress.method.quantization.methods import METHODS, Form
 from derm_compress.method.quantization.packed import PackedLinear, use_kernels
 from derm_compress.method.quantization.quantize import (
-    apply_step,
     fold_scales,
     quantize,
+    quantize_step,
     quantized_linears,
     scale_groups,
     targets,
@@ -113,7 +113,7 @@ def test_a_recipes_step_reads_its_scales(model, scales, tmp_path):
     save_file(scales["awq4"], tmp_path / "scales.safetensors")
     store = SimpleNamespace(resolve=lambda ref: tmp_path / ref)
     step = {"step": "quantize"} | Form("awq").step | {"ref": "scales.safetensors"}
-    found = apply_step(copy.deepcopy(model), step, store).state_dict()
+    found = quantize_step(copy.deepcopy(model), step, store).state_dict()
     expected = quantize(copy.deepcopy(model), Form("awq"), scales=scales["awq4"]).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 

@@ -11,10 +11,11 @@ import torch
 from small_llava import asked, batch, collect_all, loud_llava, small_llava
 
 from derm_compress.errors import DermError
-from derm_compress.method.activations import block_errors
-from derm_compress.method.quantization import calibration, grids, scaling
-from derm_compress.method.quantization.grids import IntegerGrid, NF4Grid
+from derm_compress.method.quantization import calibration, groups, scaling
+from derm_compress.method.quantization.block_errors import block_errors
+from derm_compress.method.quantization.grids import IntegerGrid
 from derm_compress.method.quantization.methods import Form
+from derm_compress.method.quantization.nf4 import NF4Grid
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.method.quantization.scaling import InputStatistics
 from derm_compress.method.quantization.search import search_forms, search_one
@@ -137,7 +138,7 @@ def test_clipping_lowers_every_rows_loss_or_leaves_it(grid):
     weight[::2, 7] *= 8
     inputs = InputStatistics.of(random(500, 128, seed=1))
     index = scaling.search_clip(weight, s, inputs, grid)
-    ends = grids.clip_ends(index, grid.bits, "cpu")
+    ends = groups.clip_ends(index, grid.bits, "cpu")
     plain = inputs.row_errors(grid.rounded(weight) - weight)
     found = inputs.row_errors(grid.rounded(weight, ends) - weight)
     assert (found <= plain * 1.0001).all() and found.sum() < 0.97 * plain.sum()

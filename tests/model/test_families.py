@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import families
@@ -23,7 +24,7 @@ from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.quantization import checkpoint, quantize, search
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.packed import use_kernels
-from derm_compress.method.quantization.quantize import quantized_linears
+from derm_compress.method.quantization.quantize import quantize_step, quantized_linears
 from derm_compress.model import anatomy, devices, loading, prompts, removal, shapes
 from derm_compress.model.generation import generate
 from derm_compress.model.reading import Prompts
@@ -183,7 +184,7 @@ def test_a_pruned_and_quantized_model_is_exported_and_read_again(
     for form, packed, plain in FORMS:
         ref = {"ref": store.ref("scales.safetensors")} if form.searched else {}
         recipe = whole.then("quantize", **form.step, **ref)
-        made, _ = materialize(recipe, store, packed=packed)
+        made, _ = materialize(recipe, store, quantize=partial(quantize_step, packed=packed))
         folder = tmp_path / f"{form.name}-{packed}"
         write_folder(folder, made, processor, recipe, packed=packed)
         again, read = checkpoint.load(folder)

@@ -56,6 +56,8 @@ def keys_and_views(root: Path) -> tuple[dict, dict]:
         ("model/prompts.py", STAGES[1:]),
         ("method/finetune/train.py", STAGES[1:]),
         ("method/importance/criteria.py", STAGES[2:]),
+        ("method/quantization/grids.py", STAGES[6:]),
+        ("method/quantization/methods.py", STAGES[6:]),
         ("method/quantization/scaling.py", STAGES[6:]),
         ("evaluate/latency.py", STAGES[7:]),
         ("report/results.py", []),

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
-from derm_compress.method.quantization.methods import Form
-from derm_compress.method.quantization.quantize import quantize
+from derm_compress.method.quantization import nf4
 from derm_compress.model import anatomy, memory, oom, shapes
 from derm_compress.model.prompts import collate, encode
 from derm_compress.progress import track
@@ -90,7 +89,7 @@ def attach(model, training: Training):
     """NF4 for the decoder's linears, fp32 adapters on them and nowhere else."""
     from peft import LoraConfig, get_peft_model  # three seconds that only training needs
 
-    quantize(model, Form("bitsandbytes", 4, group_size=64), packed=True)
+    nf4.freeze(model)
     config = LoraConfig(
         r=training.rank, lora_alpha=training.alpha, target_modules=TARGETS, lora_dropout=0.0
     )

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from derm_compress.errors import DermError
 from derm_compress.method.quantization.codes import from_gemm, to_gemm
-from derm_compress.method.quantization.grids import HQQGrid, IntegerGrid, NF4Grid
+from derm_compress.method.quantization.grids import GRIDS, IntegerGrid
+from derm_compress.method.quantization.nf4 import NF4Grid
 from derm_compress.method.quantization.packed import PackedLinear
 from derm_compress.method.quantization.quantize import quantized_linears
 from derm_compress.model import anatomy, devices, loading
@@ -45,42 +46,63 @@ UNTOUCHED = [  # modules_to_not_convert in every reader's words
     "multi_modal_projector",
     "vision_tower",
 ]
-KINDS = {"integer": IntegerGrid, "hqq": HQQGrid}
 
 
 def save(model, folder):
-    """Write a packed model's weights and config into a folder."""
+    """Write a packed model's weights and config into a folder; returns the layout."""
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "grid")}
-    if not packed:
-        raise DermError("export: no linear is packed; export the model unpacked")
-    grids = {module.grid for module in packed.values()}
-    if not all(isinstance(grid, IntegerGrid | NF4Grid) for grid in grids):
-        said = (
-            "LLM.int8 quantizes while it runs and has no files; export the model before this step"
-        )
-        raise DermError(f"export: {said}")
+    layout = layout_of(packed.values())
     state = model.state_dict()
     if anatomy.tied(model):
         del state[anatomy.HEAD]  # readers make it of the embedding
-    if all(isinstance(grid, NF4Grid) for grid in grids):
-        config = _bitsandbytes_config(model, next(iter(grids)))
-    elif len(grids) == 1 and _fits_gemm(packed):
-        config = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
-        config |= {"group_size": next(iter(grids)).group_size}
-        for name, module in packed.items():
-            for own in ("codes", "scales", "zeros"):
-                state.pop(f"{name}.{own}", None)
-            made = to_gemm(*module.encoded())
-            state |= {f"{name}.{key}": tensor for key, tensor in made.items()}
-    else:
-        modules = {_hub_name(name): _described(module) for name, module in packed.items()}
-        config = {"quant_method": OWN, "format": 1, "modules": modules}
-    if config["quant_method"] != "bitsandbytes":
+    match layout:
+        case "bitsandbytes":
+            config = _bitsandbytes_config(model, packed)
+        case "autoawq":
+            config = _to_gemm(state, packed)
+        case _:
+            modules = {_hub_name(name): _described(module) for name, module in packed.items()}
+            config = {"quant_method": OWN, "format": 1, "modules": modules}
+    if layout != "bitsandbytes":
         config["modules_to_not_convert"] = UNTOUCHED
     named = {_hub_name(name): tensor.contiguous().cpu() for name, tensor in state.items()}
-    pattern = {"filename_pattern": FILES} if config["quant_method"] == OWN else {}
+    pattern = {"filename_pattern": FILES} if layout == "own" else {}
     save_torch_state_dict(named, folder, **pattern)
     _save_config(model, config, Path(folder))
+    return layout
+
+
+def layout_of(modules):
+    """The layout of packed modules in files; DermError where they have none."""
+    grids = {module.grid for module in modules}
+    if not grids:
+        raise DermError("export: no linear is packed; export the model unpacked")
+    for grid in grids:
+        if GRIDS.get(grid.kind) is not type(grid):
+            said = f"grid {grid.kind!r} is not one of {', '.join(GRIDS)}, so nobody could read it"
+            raise DermError(f"export: {said}; export the model unpacked")
+        if not grid.layout:
+            said = f"grid {grid.kind!r} has no files, as it quantizes while it runs"
+            raise DermError(f"export: {said}; export the model before this step")
+    layouts = {grid.layout for grid in grids}
+    if layouts == {"bitsandbytes"}:
+        return "bitsandbytes"
+    if "bitsandbytes" in layouts:
+        kinds = ", ".join(sorted({grid.kind for grid in grids}))
+        raise DermError(f"export: no layout holds {kinds} together; export the model unpacked")
+    eights = all(module.out_features % 8 == 0 for module in modules)
+    return "autoawq" if layouts == {"autoawq"} and len(grids) == 1 and eights else "own"
+
+
+def _to_gemm(state, packed):
+    """Puts AutoAWQ's tensors into a model's state in place of the packed ones; its config."""
+    for name, module in packed.items():
+        for own in ("codes", "scales", "zeros"):
+            state.pop(f"{name}.{own}", None)
+        state |= {f"{name}.{key}": tensor for key, tensor in to_gemm(*module.encoded()).items()}
+    size = module.grid.group_size
+    config = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
+    return config | {"group_size": size}
 
 
 def _save_config(model, quantization, folder):
@@ -106,7 +128,8 @@ def _memory_name(name):
     return name
 
 
-def _bitsandbytes_config(model, grid):
+def _bitsandbytes_config(model, packed):
+    grid = next(iter(packed.values())).grid
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -117,15 +140,8 @@ def _bitsandbytes_config(model, grid):
     return json.loads(config.to_json_string(use_diff=False))
 
 
-def _fits_gemm(packed):
-    modules = packed.values()
-    plain = all(type(module.grid) is IntegerGrid and module.grid.bits == 4 for module in modules)
-    return plain and all(module.out_features % 8 == 0 for module in modules)
-
-
 def _described(module):
-    kind = "hqq" if isinstance(module.grid, HQQGrid) else "integer"
-    return {"kind": kind} | asdict(module.grid) | {"shape": list(module.shape)}
+    return {"kind": module.grid.kind} | asdict(module.grid) | {"shape": list(module.shape)}
 
 
 def load(path, device="cpu"):
@@ -172,7 +188,7 @@ def _load_bitsandbytes(path, device):
             weight.data = weight.data.to(dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # as grids.NF4Grid.packed says
+            module.support_avx512bf16_for_cpu = False  # as nf4.NF4Grid.packed says
             module.compute_dtype, module.compute_type_is_set = dtype, True
             state = getattr(module.weight, "quant_state", None)  # none: there are no codes for it
             module.grid = state and NF4Grid(state.blocksize, state.nested)
@@ -230,10 +246,15 @@ def _own_modules(told, tensors):
     made = {}
     for hub, form in told["modules"].items():
         name = _memory_name(hub)
-        grid = KINDS[form["kind"]](form["bits"], form["group_size"], form["symmetric"])
+        fields = dict(form)
+        kind, shape = fields.pop("kind"), fields.pop("shape")
+        known = [name for name, grid in GRIDS.items() if hasattr(grid, "decode")]
+        if kind not in known:
+            said = f"{name} is on grid {kind!r}; this package reads {', '.join(known)}"
+            raise DermError(f"model: {said}")
         held = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales")
         zeros = tensors.pop(f"{name}.zeros", None)
-        made[name] = PackedLinear(grid, form["shape"], *held, zeros)
+        made[name] = PackedLinear(GRIDS[kind](**fields), shape, *held, zeros)
     return made
 
 

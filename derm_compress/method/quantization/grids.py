@@ -1,25 +1,25 @@
 """Grids: which numbers a quantized weight may take (Eq. 1), and how a linear holds them packed.
 
 Integer codes are chosen against scales already rounded to fp16, so that packed or not they are the
-same numbers. `ends` of a group are the shares of its lowest and of its highest weight to which it
-is clipped.
+same numbers.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from derm_compress.errors import DermError
+from derm_compress.method.quantization.groups import Grid, clipped, group_range
+from derm_compress.method.quantization.nf4 import NF4Grid
 
 FP16_MIN, FP16_MAX = 2.0**-24, 65504.0
 
 
 @dataclass(frozen=True)
-class IntegerGrid:
+class IntegerGrid(Grid):
     """Integers of `bits` bits in groups along the input dimension: weight = (code - zero) * scale.
 
     Symmetric: Eq. 1, Delta = max|w| / 2^(N-1), codes within -2^(N-1) .. 2^(N-1) - 1. Asymmetric:
@@ -30,6 +30,17 @@ class IntegerGrid:
     group_size: int
     symmetric: bool = False
     zeros: ClassVar = torch.uint8  # as they are held
+    kind: ClassVar = "integer"
+    affine: ClassVar = True
+
+    @property
+    def layout(self):
+        return "autoawq" if self.bits == 4 else "own"
+
+    @classmethod
+    def of(cls, form, bits):
+        """The grid of a form's blocks at one of its widths."""
+        return cls(bits, form.group_size, form.kind.symmetric)
 
     def levels(self, weight, ends=None):
         """Weight [..., in] -> codes [..., in / g, g], scales, zeros [..., in / g, 1], float32."""
@@ -73,6 +84,9 @@ class HQQGrid(IntegerGrid):
     """Integers with a fractional zero: hqq fits it and the scale to the weights alone."""
 
     zeros: ClassVar = torch.float16
+    kind: ClassVar = "hqq"
+    affine: ClassVar = True
+    layout: ClassVar = "own"
 
     def levels(self, weight, ends=None):
         """As IntegerGrid's; the zero [..., in / g, 1] that hqq finds is no whole number."""
@@ -91,53 +105,20 @@ class HQQGrid(IntegerGrid):
 
 
 @dataclass(frozen=True)
-class NF4Grid:
-    """The NF4 codebook in blocks along the input dimension, through bitsandbytes.
-
-    A block has an fp32 absmax; `double` holds 256 of them in 8 bits each with an fp32 constant.
-    """
-
-    group_size: int
-    double: bool = False
-    bits: int = 4
-
-    @property
-    def _format(self):
-        form = {"quant_type": "nf4", "compress_statistics": self.double}
-        return form | {"blocksize": self.group_size}
-
-    def rounded(self, weight, ends=None):
-        """Weight [..., in] on the grid, in its own dtype."""
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        weight = clipped(weight, ends, self.group_size)
-        flat = weight.flatten(0, -2).contiguous()
-        return dequantize_4bit(*quantize_4bit(flat, **self._format)).view(weight.shape)
-
-    def packed(self, linear, ends=None):
-        """The linear as bitsandbytes' Linear4bit."""
-        from bitsandbytes.nn import Linear4bit, Params4bit
-
-        made = Linear4bit(linear.in_features, linear.out_features, bias=False, device="meta")
-        weight = clipped(linear.weight.data, ends, self.group_size)
-        made.weight = Params4bit(weight, **self._format).to(linear.weight.device)
-        # not by module=made: a cycle, which holds memory until it is collected
-        made.quant_state = made.weight.quant_state
-        made.bias = linear.bias
-        made.compute_dtype = linear.weight.dtype
-        made.compute_type_is_set = True
-        # On AVX512-BF16 CPUs its first forward would repack the weight in place and compute in
-        # bfloat16: other numbers, and no way to save them afterwards.
-        made.support_avx512bf16_for_cpu = False
-        return made
-
-
-@dataclass(frozen=True)
-class Int8Grid:
+class Int8Grid(Grid):
     """LLM.int8 through bitsandbytes, packed alone: it rounds each row of weights and the inputs."""
 
     threshold: float = 6.0  # a channel with a larger input is multiplied in full precision
     bits: int = 8
+    group_size: ClassVar = 1  # rows are groups, whatever their length
+    kind: ClassVar = "int8"
+    affine: ClassVar = False
+    layout: ClassVar = ""
+
+    @classmethod
+    def of(cls, form, bits):
+        """The same for every form."""
+        return cls()
 
     def packed(self, linear, ends=None):
         """The linear as bitsandbytes' Linear8bitLt."""
@@ -153,52 +134,16 @@ class Int8Grid:
         return made
 
 
+GRIDS = {grid.kind: grid for grid in (IntegerGrid, HQQGrid, NF4Grid, Int8Grid)}
+
+
 def grid_of(form, block=None):
     """The grid of a block's linears in a form (methods.Form)."""
-    bits = form.block_bits.get(block, form.bits)
-    match form.kind.grid:
-        case "integer":
-            return IntegerGrid(bits, form.group_size)
-        case "symmetric":
-            return IntegerGrid(bits, form.group_size, symmetric=True)
-        case "hqq":
-            return HQQGrid(bits, form.group_size)
-        case "nf4":
-            return NF4Grid(form.group_size, form.double)
-        case "int8":
-            return Int8Grid()
-    raise AssertionError(f"no grid of kind {form.kind.grid}")
-
-
-def group_range(groups, ends=None):
-    """Lowest and highest value [..., 1] of groups [..., g] and 0, or the shares `ends` of them."""
-    low = groups.amin(-1, keepdim=True).clamp_(max=0)
-    high = groups.amax(-1, keepdim=True).clamp_(min=0)
-    return (low, high) if ends is None else (low * ends[..., :1], high * ends[..., 1:])
-
-
-def clipped(weight, ends, group_size):
-    """Weight [..., in] with each group within the shares `ends` [..., in / g, 2] of its range."""
-    if ends is None:
-        return weight
-    groups = weight.unflatten(-1, (-1, group_size))
-    low, high = group_range(groups, ends)
-    return groups.maximum(low).minimum(high).flatten(-2)
-
-
-@functools.cache
-def clip_shares(bits, device):
-    """Shares [16, 2] of a group's lowest and highest weight to try; the first changes nothing."""
-    step = 0.1 if bits > 3 else 0.15  # the fewer levels, the more a narrower range helps
-    shares = 1 - step * torch.arange(4, device=device)
-    return torch.cartesian_prod(shares, shares)
-
-
-def clip_ends(found, bits, device):
-    """Shares [out, in / g, 2] of a search's clip tensor: indices into clip_shares, or shares."""
-    if found.is_floating_point():
-        return found.to(device, torch.float32)
-    return clip_shares(bits, device)[found.to(device).long()]
+    kind = form.kind.grid
+    if kind not in GRIDS:
+        said = f"{form.method} asks for grid {kind!r}; grids are {', '.join(GRIDS)}"
+        raise DermError(f"quantize: {said}")
+    return GRIDS[kind].of(form, form.block_bits.get(block, form.bits))
 
 
 def _as_fp16(scales):

@@ -21,8 +21,8 @@ MIXED = "mixed"  # how names end where blocks have several widths
 class Method:
     """A quantization method, and what may be asked of it.
 
-    grid: a kind that grids.grid_of knows. scaling: who chooses the scales: "search" (Eqs. 6-8),
-    "autoawq", or nobody. group_sizes: empty for any. in_paper: of the paper's Tables 3 and 5.
+    grid: a kind of grids.GRIDS, symmetric or not. scaling: who chooses the scales: "search" (Eqs.
+    6-8), "autoawq", or nobody. group_sizes: empty for any. in_paper: of the paper's Tables 3 and 5.
     """
 
     name: str
@@ -34,21 +34,25 @@ class Method:
     options: tuple[str, ...] = ()
     in_paper: bool = False
     citation: str = ""
+    symmetric: bool = False
+
+    def __post_init__(self):
+        self.format(self.widths[0], 64)  # a grid that has none is told before any work
 
     def format(self, bits: float, group_size: int, *, double: bool = False) -> Format:
         """How its weights are stored; the scales and zero points that a group shares, in bytes."""
         match self.grid:
+            case "integer" if self.symmetric:
+                return Format(bits, group_size, FP16)
             case "integer":  # a zero point of as many bits as a weight
                 return Format(bits, group_size, FP16 + bits / 8)
-            case "symmetric":
-                return Format(bits, group_size, FP16)
             case "hqq":  # its zero point is no whole number
                 return Format(bits, group_size, 2 * FP16)
             case "nf4":  # an fp32 absmax; double: a byte, and an fp32 constant for 256 of them
                 return Format(bits, group_size, 1 + FP32 / 256 if double else FP32)
             case "int8":  # a row's scale
                 return Format(bits, 0, FP32)
-        raise AssertionError(f"no format of grid {self.grid}")
+        raise DermError(f"quantizer {self.name}: how grid {self.grid!r} is stored is not known")
 
     def check_options(self, options: Iterable[str]) -> None:
         """DermError for an option that it has not."""
@@ -74,7 +78,14 @@ _ALL = (
     Method("awq", "AWQ", "integer", "search", options=SEARCHED, in_paper=True, citation=AWQ),
     Method("autoawq", "AutoAWQ", "integer", "autoawq", (4,), options=SEARCHED, citation=AWQ),
     Method("rtn", "round-to-nearest", "integer", options=CLIP, in_paper=True),
-    Method("rtn_symmetric", "symmetric round-to-nearest", "symmetric", options=CLIP, in_paper=True),
+    Method(
+        "rtn_symmetric",
+        "symmetric round-to-nearest",
+        "integer",
+        options=CLIP,
+        in_paper=True,
+        symmetric=True,
+    ),
     Method("bitsandbytes", "bitsandbytes", "nf4", "", (4,), BLOCKS, ("double",), True, QLORA),
     Method("awq_nf4", "AWQ-NF4", "nf4", "search", (4,), BLOCKS, (*SEARCHED, "double")),
     Method("hqq", "HQQ", "hqq", citation="https://mobiusml.github.io/hqq_blog"),

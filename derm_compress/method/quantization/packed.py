@@ -21,8 +21,9 @@ TILE = (8, 16 * INNER_TILES)  # outputs and inputs of its tiles
 class PackedLinear(nn.Module):
     """A linear holding packed codes, fp16 scales [out, in / g] and, if asymmetric, zeros.
 
-    Without torch's int4 kernel (other widths, long inputs, older GPUs, `kernels` off) the forward
-    decodes the whole weight: the same numbers as an unpacked model, on any device, and no faster.
+    Without torch's int4 kernel (other grids or widths, long inputs, older GPUs, `kernels` off) the
+    forward decodes the whole weight: the same numbers as an unpacked model, on any device, and no
+    faster.
     The kernel computes in bfloat16, and keeps 4 / g bytes a weight more.
     """
 
@@ -109,7 +110,7 @@ def kernel_share(model):
 
 def has_kernel(grid, shape, device):
     """Whether torch has an int4 kernel for such a linear here; on CUDA from capability 8.0 on."""
-    if grid.bits != 4 or grid.group_size not in KERNEL_GROUPS:
+    if not grid.affine or grid.bits != 4 or grid.group_size not in KERNEL_GROUPS:
         return False
     if device.type == "cpu":
         return shape[0] % 64 == 0 and cpu_block() > 0

@@ -4,7 +4,8 @@ import torch
 from safetensors.torch import load_file
 
 from derm_compress.errors import DermError
-from derm_compress.method.quantization.grids import Int8Grid, clip_ends, grid_of
+from derm_compress.method.quantization.grids import Int8Grid, grid_of
+from derm_compress.method.quantization.groups import check_linear, clip_ends
 from derm_compress.method.quantization.methods import Form
 from derm_compress.model import anatomy
 
@@ -18,18 +19,9 @@ def targets(model, form):
     for index, block in enumerate(blocks):
         grid = grid_of(form, index)
         for name, linear in anatomy.linears(block).items():
-            _check(linear, f"block {index} {name}", getattr(grid, "group_size", 1))
+            check_linear(linear, f"block {index} {name}", grid.group_size)
             found[f"{index}.{name}"] = block, name, grid
     return found
-
-
-def _check(linear, where, size):
-    if not anatomy.finite(linear.weight):
-        told = f"weights of {where} are NaN, infinite or both; check the model's files"
-        raise DermError(f"quantize: {told}")
-    if size < 1 or linear.in_features % size:
-        told = f"group size {size} does not divide the {linear.in_features} inputs of {where}"
-        raise DermError(f"quantize: {told}; use a divisor")
 
 
 @torch.no_grad()
@@ -77,7 +69,7 @@ def quantized_linears(model):
     return {name: sum(hasattr(m, "grid") for m in part.modules()) for name, part in parts.items()}
 
 
-def apply_step(model, step, store, *, packed=False):
+def quantize_step(model, step, store, *, packed=False):
     """Apply a recipe's step: a form's fields and, where it was searched, `ref` to its scales."""
     scales = load_file(store.resolve(step["ref"])) if step.get("ref") else None
     return quantize(model, Form.of(step), scales=scales, packed=packed)

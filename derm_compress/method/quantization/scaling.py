@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from derm_compress.method.quantization import quantize
-from derm_compress.method.quantization.grids import clip_shares, grid_of
+from derm_compress.method.quantization.grids import grid_of
+from derm_compress.method.quantization.groups import clip_shares
 from derm_compress.model import anatomy
 
 ALPHAS = tuple(i / 20 for i in range(20))  # Eq. 8's exponents
