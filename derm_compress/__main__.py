@@ -113,7 +113,7 @@ def export(
 
 @app.command()
 def prune(
-    model: Annotated[str, typer.Argument(help="a model folder, a hub id, or tiny")],
+    model: Annotated[str, typer.Argument(help="tiny, small, a model folder or a hub id")],
     plan: Annotated[str, typer.Argument(help="published, or a plan's JSON file")],
     count: Annotated[int, typer.Argument(help="how many of the plan's units go")],
     path: Path,

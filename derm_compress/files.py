@@ -27,6 +27,7 @@ CLOSED = (
     errno.ENOTEMPTY,
     errno.ENAMETOOLONG,
 )
+MODELS = "DERM_COMPRESS_MODELS"  # names the folder of models that the package makes
 CHECKSUM = "checksum"  # of all else that a note says
 _HELD: dict[Path, FileLock] = {}  # a second lock on one file would wait for this process's own
 _NAMED: set[Path] = set()  # notes whose damage has been said

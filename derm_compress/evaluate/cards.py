@@ -13,6 +13,7 @@ from derm_compress.data import dialogue
 from derm_compress.data.preset import preset_names, read_preset
 from derm_compress.evaluate import metrics
 from derm_compress.files import artifact, read_note
+from derm_compress.model import small
 from derm_compress.model.recipe import Recipe
 
 NOT_PLAIN = (
@@ -24,6 +25,7 @@ WEIGHTS = {  # licence of a base, by its name: the tag that the hub knows, and w
         "apache-2.0",
         "The base is the tiny model of derm_compress, under Apache-2.0 like its code.",
     ),
+    "small": ("apache-2.0", small.ATTRIBUTION),
     "pico": ("apache-2.0", "The base has random weights; nobody's licence binds them."),
     "llava-1.5-7b-hf": (
         "llama2",

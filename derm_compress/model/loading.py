@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from derm_compress.errors import DermError, first_line
-from derm_compress.model import anatomy, prompts, removal, shapes
+from derm_compress.model import anatomy, prompts, removal, shapes, small
 from derm_compress.model.anatomy import META, blocks, has_values
 from derm_compress.model.devices import half
 from derm_compress.model.hf import (
@@ -24,6 +24,7 @@ from derm_compress.model.hf import logging as transformers_logging
 from derm_compress.model.processors import read_processor
 
 TINY = Path(__file__).parent / "tiny_llava"
+PACKAGED = {"tiny": TINY, "small": small.SMALL, "pico": TINY}  # at least their configs
 PICO_BLOCKS = 8  # random ones on the tiny model's shapes
 SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
 PARTIAL = "derm_compress.safetensors"  # of a model that lacks sublayers, for this loader alone
@@ -39,7 +40,7 @@ transformers_logging.disable_progress_bar()
 def load_base(
     name: str, device: str = "cpu", dtype=None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load `tiny`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU.
+    """Load `tiny`, `small`, `pico`, a model folder or a hub id; fp32 on the CPU, fp16 on a GPU.
 
     What does not fit is refused before a weight is read. On the meta device: the model's shapes,
     and no processor, as nothing can be asked.
@@ -72,7 +73,7 @@ def check_model(name: str) -> tuple:
             f"model {name}: shapes without weights; set device: meta, or model: llava-hf/{name}-hf"
         )
     config = _read_config(name)
-    return config, read_processor(name, _source(name), config)
+    return config, read_processor(name, _whole(name), config)
 
 
 def with_values(model, processor) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -90,11 +91,16 @@ def config_of(name: str):
 
 def _source(name: str) -> str:
     """A model folder, from the project's root as data_root is; anything else is a hub id."""
-    if name in ("tiny", "pico"):
-        return str(TINY)
+    if name in PACKAGED:
+        return str(PACKAGED[name])
     root = Path(os.environ.get("DERM_COMPRESS_ROOT") or Path(__file__).parents[2])
     inside = root / Path(name).expanduser()
     return str(inside) if inside.is_dir() else name
+
+
+def _whole(name: str) -> str:
+    """Where all of a model is; the small one is made first."""
+    return str(small.model_folder()) if name == "small" else _source(name)
 
 
 def _read_config(name: str):
@@ -107,7 +113,8 @@ def _read_config(name: str):
         elif HUB_ID.fullmatch(name):
             said = f"no folder has this name, nor a model that the hub gives ({first_line(error)})"
         else:
-            said = "there is no such folder; a model is tiny, pico, a folder or a hub's OWNER/NAME"
+            known = ", ".join(PACKAGED)
+            said = f"there is no such folder; a model is {known}, a folder or a hub's OWNER/NAME"
         raise DermError(f"model {name}: {said}") from error
     if config.model_type != "llava":
         raise DermError(
@@ -138,7 +145,7 @@ def _pico(config) -> LlavaForConditionalGeneration:
 
 def _stored(name: str, config, dtype) -> LlavaForConditionalGeneration:
     """A checkpoint; DermError where a weight would be left random or unused."""
-    source = _source(name)
+    source = _whole(name)
     absent = getattr(config, "absent_sublayers", ())
     try:
         partial = load_file(Path(source) / PARTIAL) if absent else None

@@ -81,8 +81,7 @@ def _check_tokens(processor: LlavaProcessor, config) -> None:
 def _check_template(processor: LlavaProcessor, config) -> None:
     """A conversation shows its picture, and ends each answer with one token."""
     if not _shows_picture(processor):
-        image = json.dumps(f"{processor.image_token}\n")
-        processor.chat_template = JOINED.replace("IMAGE", image) + processor.chat_template
+        processor.chat_template = in_parts(processor.chat_template, processor.image_token)
         if not _shows_picture(processor):
             said = "takes neither parts nor texts, or leaves out what is asked"
             raise DermError(f"its chat template {said}: mend chat_template.jinja")
@@ -94,6 +93,11 @@ def _check_template(processor: LlavaProcessor, config) -> None:
             f"its chat template ends an answer with {end!r}, which its tokenizer splits: "
             "add it as a special token"
         )
+
+
+def in_parts(template: str, image: str) -> str:
+    """A template of texts as one of parts, which shows a picture on a line of its own."""
+    return JOINED.replace("IMAGE", json.dumps(f"{image}\n")) + template
 
 
 def _turn(kind: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ def check(plan) -> None:
     p, todo = plan.values, {s[:2] for s, key in plan.keys.items() if not plan.store.ready(s, key)}
     if not todo:
         return
+    plan.settle_models()
     check_device(p)
     if "01" in todo:
         check_source(p, plan.root)

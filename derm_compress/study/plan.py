@@ -72,6 +72,10 @@ class Plan:
         mounted = filter(None, os.environ.get("DERM_COMPRESS_STORES", "").split(os.pathsep))
         return Store(self.artifacts / "store", self.notebooks, map(Path, mounted))
 
+    def settle_models(self) -> None:
+        """Says where this process and those it starts keep models that they make, if none has."""
+        os.environ[files.MODELS] = os.environ.get(files.MODELS) or str(self.artifacts / "models")
+
     def adopt(self) -> None:
         """Copies what mounted stores have of this run, which then needs its own store alone."""
         for stage, key in self.keys.items():
@@ -226,6 +230,7 @@ def find_recipe(model: str, *, root: Path | None = None) -> tuple[str, Store]:
     """The recipe (JSON) of RUN/STAGE[/NAME], without NAME of the operating point; and its store."""
     run, stage, name = [*model.split("/", 2), "", ""][:3]
     plan = find_plan(run, root)
+    plan.settle_models()
     stage = select(stage, plan.notebooks)[0]
     folder = plan.made(stage)
     if (folder / "recipe.json").exists() and not name:

@@ -278,6 +278,7 @@ def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stag
         raise DermError(f"no notebooks/{name}.ipynb; {nearest(name, notebooks)}")
     plan = make_plan(root, notebooks, resolve(name, namespace, notebooks))
     plan.adopt()
+    plan.settle_models()
     stage = Stage(name, plan, namespace.get("In", []))
     print(stage.provenance(), flush=True)
     if plan.values.get("device") == "cuda" and not stage.finished:
