@@ -85,6 +85,12 @@ def fields_of(*known, refusal=openai_refusal, answer=None):
     return answering
 
 
+def answer_in(body) -> str:
+    """What the judge is asked about, as it stands in a request."""
+    asked = body["messages"][1]["content"].split("Answer of the model: ")[1]
+    return asked.split("Reply with")[0]
+
+
 class Server:
     """`answer(body)` gives what `completion` takes, or (status, body) of a refusal.
 

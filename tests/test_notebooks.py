@@ -125,6 +125,13 @@ def test_a_judge_that_cannot_work_is_refused_before_anything_is_answered():
     assert "answer_variants" in "".join(code[judge + 1 :])
 
 
+def test_the_judge_has_every_parameter_that_names_it():
+    code = "".join(text for kind, text, _ in cells(PATHS[-1]) if kind == "code")
+    schema = params.read_notebooks(ROOT)[STAGES[-1]].schema
+    named = [name for name in schema if name.startswith("judge")]
+    assert len(named) == 6 and all(f"=stage.p.{name}," in code for name in named[1:])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_run_file_is_valid_named_by_its_stem_and_says_its_command(path):
     known = params.known_parameters(params.read_notebooks(ROOT))

@@ -5,7 +5,7 @@ FACE = {
     "metrics": ["depth_scores", "paired_difference", "score_interval", "score_table"],
     "schema": ["read_answers"],
     "judges.rubric": ["rate", "score_by_rubric", "stated"],
-    "judges.judge": ["choose_judge", "judge_all"],
+    "judges.judge": ["choose_judge", "judge_all", "unread"],
     "judges.prompts": ["judge_prompt"],
     "judges.controls": ["judge_controls", "controls_table", "judge_quality"],
     "secondary": ["predictions"],

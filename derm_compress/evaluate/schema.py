@@ -27,6 +27,7 @@ REPLY = {  # a judging model: mark on its own scale, what it said, why there is 
     "reply": "str",
     "error": "str",
     "served": "str",
+    "without": "str",  # fields of the request that its server refuses
 }
 KEY = ["variant", "item", "question"]  # one answer
 ANSWERING = ("02_finetune", "04_pruning", "05_sft", "07_quantization")  # stages before the last

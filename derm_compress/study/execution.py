@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from derm_compress.study import keys
 from derm_compress.study.plan import ARITHMETIC, Plan
 
 SILENCE = 30  # seconds after which a stage that says nothing is told to be alive
+PATIENCE = 30  # seconds that a stage has for its end when it is told to stop
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PARAMETERS = "parameters.yaml"  # all of a run's: by these a kernel finds the keys of its inputs
 KERNEL = {  # waiting threads cost more than they give; progress bars print hundreds of lines
@@ -240,16 +242,24 @@ def told(error: dict, count: int) -> str:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    """Ends workers with their kernels (in sessions of their own) and all of their children."""
+    """Ends workers with their kernels (in sessions of their own) and all of their children.
+
+    Kernels are interrupted and have time to keep what they wait for, such as a judge's replies.
+    """
     import psutil
 
-    family = []
+    workers, family = [], []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(process.pid)
-            family += [parent, *parent.children(recursive=True)]
-            parent.terminate()  # papermill then saves the notebook and ends the kernel
-    _, alive = psutil.wait_procs(family, timeout=5)
-    for process in alive:
+            worker = psutil.Process(process.pid)
+            kernels = worker.children()
+            family += [worker, *worker.children(recursive=True)]
+            workers.append(worker)
+            for kernel in kernels:
+                kernel.send_signal(signal.SIGINT)  # papermill then saves the notebook and ends
+            if not kernels:
+                worker.terminate()
+    psutil.wait_procs(workers, timeout=PATIENCE)
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

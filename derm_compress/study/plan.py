@@ -141,8 +141,9 @@ class Plan:
             "upstream": {earlier: self.keys[earlier] for earlier in self.graph[stage]},
             "view": self.view(stage),
         }
-        made = self.store.manifest(stage, self.keys[stage])["made"]
-        write_note(self.folder / f"{stage}.json", made | note)
+        manifest = self.store.manifest(stage, self.keys[stage])
+        note |= {"results": manifest["results"]}
+        write_note(self.folder / f"{stage}.json", manifest["made"] | note)
 
     def made(self, stage: str) -> Path:
         """The folder of what this run last noted for a stage, whatever its key is today."""

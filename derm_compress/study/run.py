@@ -81,6 +81,8 @@ def list_stages(plan: Plan, stages: list[str]) -> None:
         fault = plan.store.fault(stage, plan.keys[stage])
         state = f"to compute ({fault})" if fault else "cached"
         state = "to compute" if fault == "absent" else state
+        if not fault and plan.store.lacking(stage, plan.keys[stage]):
+            state = "cached, but lacking: asked again"
         print(f"{plan.run}  {stage:<24} {plan.keys[stage][:12]}  {state}")
 
 
@@ -147,7 +149,8 @@ def outdated(plan: Plan, stages: list[str]) -> list[str]:
     for stage in plan.notebooks:
         complete = stage in needed.union(stages) and plan.store.ready(stage, plan.keys[stage])
         if stage in stages:
-            if not (complete and shows(plan.pointer(stage), plan, stage, plan.folder)):
+            final = complete and not plan.store.lacking(stage, plan.keys[stage])
+            if not (final and shows(plan.pointer(stage), plan, stage, plan.folder)):
                 stale.append(stage)
         elif stage in needed and not complete:
             advice = f"add --from {stage[:2]} to compute it, too"
@@ -157,13 +160,16 @@ def outdated(plan: Plan, stages: list[str]) -> list[str]:
 
 def shows(pointer: dict, plan: Plan, stage: str, folder: Path) -> bool:
     """Whether a run's folder has the notebook of this result, with today's text and figures."""
-    same = pointer.get("key") == plan.keys[stage] and pointer.get("view") == plan.view(stage)
-    return same and whole(folder / "notebooks" / f"{stage}.ipynb")
+    key = plan.keys[stage]
+    results = plan.store.manifest(stage, key)["results"]
+    now = {"key": key, "results": results, "view": plan.view(stage)}
+    return now.items() <= pointer.items() and whole(folder / "notebooks" / f"{stage}.ipynb")
 
 
 def borrow(plan: Plan, stage: str) -> bool:
     """Takes a finished stage's executed notebook from another run that shares it; no kernel."""
-    if not plan.store.ready(stage, plan.keys[stage]):
+    key = plan.keys[stage]
+    if not plan.store.ready(stage, key) or plan.store.lacking(stage, key):
         return False
     for path in sorted((plan.artifacts / "runs").glob(f"*/{stage}.json")):
         if shows(read_note(path), plan, stage, path.parent):

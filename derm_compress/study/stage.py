@@ -47,6 +47,7 @@ class Stage:
         values = plan.parameters(name)
         self.p = namedtuple("Parameters", values)(**values)  # noqa: PYI024
         self._folder, self.finished = self.store.begin(name, self.key)
+        self._lacking: dict[str, int] = {}
 
     def input(self, stage: str) -> Path:
         """The folder of an earlier stage's finished artifact, of this run; name it literally."""
@@ -71,13 +72,22 @@ class Stage:
         """How a recipe refers to a file or folder of this stage: stage/key/name."""
         return f"{self.name}/{self.key}/{name}"
 
-    def frame(self, name: str, make, *args, **kwargs):
-        """make(*args, **kwargs) -> DataFrame, kept as <name>.parquet without index, read back."""
+    def frame(self, name: str, make, *args, lacking=None, **kwargs):
+        """make(*args, **kwargs) -> DataFrame, kept as <name>.parquet without index, read back.
+
+        lacking: counts what a kept frame lacks; while there is any, every run makes it anew, even
+        of a finished stage.
+        """
+        path = self._folder / f"{name}.parquet"
 
         def write(path):
             write_frame(path, make(*args, **self._given(name, make, kwargs)))
 
-        return read_frame(self._keep(f"{name}.parquet", write))
+        anew = lacking and not self.finished and path.exists() and lacking(read_frame(path))
+        frame = read_frame(self._keep(path.name, write, anew=bool(anew)))
+        if lacking:
+            self._lacking[name] = lacking(frame)
+        return frame
 
     def json(self, name: str, make, *args, **kwargs):
         """The same for JSON values, kept as <name>.json."""
@@ -109,9 +119,9 @@ class Stage:
                 found[key] = known[key]
         return found | kwargs
 
-    def _keep(self, file: str, make) -> Path:
+    def _keep(self, file: str, make, *, anew: bool = False) -> Path:
         path = self._folder / file
-        if not path.exists():
+        if anew or not path.exists():
             self._check_own(file)
             begun = time.monotonic()
             make(path)
@@ -183,6 +193,8 @@ class Stage:
                 "git": git_state(self.root),
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             }
+            if lacking := {name: count for name, count in self._lacking.items() if count}:
+                made["lacking"] = lacking
             self.store.commit(self.name, self.key, made)
             self._folder, self.finished = self.store.entry(self.name, self.key), True
         self._plan.point(self.name, cached=cached)

@@ -123,18 +123,32 @@ class Store:
             )
         return path
 
+    def lacking(self, stage: str, key: str) -> bool:
+        """Whether a finished artifact lacks what may still come: it serves, and is asked again.
+
+        False where nothing can be written.
+        """
+        made = self.manifest(stage, key)["made"]
+        return bool(made.get("lacking")) and os.access(self.root, os.W_OK)
+
+    def final(self, stage: str, key: str) -> bool:
+        """`complete`, and lacking nothing."""
+        return self.complete(stage, key) and not self.lacking(stage, key)
+
     def begin(self, stage: str, key: str) -> tuple[Path, bool]:
-        """An artifact's folder and True; if unfinished, its work folder, now locked, and False."""
-        if not self.complete(stage, key):
+        """A final artifact's folder and True; else a work folder, now locked, and False."""
+        if not self.final(stage, key):
             waiting = f"{stage}: another process computes the same; waiting for it"
             hold(self.lock(stage, key), waiting=waiting)
-            if not self.complete(stage, key):
+            if not self.final(stage, key):
                 return self._begun(stage, key), False
             release(self.lock(stage, key))
         return self.entry(stage, key), True
 
     def _begun(self, stage: str, key: str) -> Path:
-        work = self.work(stage, key)
+        work, entry = self.work(stage, key), self.entry(stage, key)
+        if entry.is_dir() and not work.exists():  # finished, but lacking something
+            copy(entry, work)
         self._go_on(stage, key)
         with disk_guard(work):
             work.mkdir(parents=True, exist_ok=True)
@@ -171,7 +185,8 @@ class Store:
             files[name] = {"sha256": file_digest(path), "size": path.stat().st_size}
         sync(*work.rglob("*"))
         write_note(work / MANIFEST, {"files": files, "results": results(files), "made": made})
-        if not self.complete(stage, key):  # without locks another process may have been first
+        if not self.final(stage, key):  # without locks another process may have been first
+            self._set_aside(stage, key)
             os.rename(work, own)
             sync(own.parent)
         remove(work)
@@ -189,7 +204,7 @@ class Store:
         release(self.lock(stage, key))
 
     def _set_aside(self, stage: str, key: str) -> None:
-        """Keeps a damaged or unwanted artifact until there is a new one."""
+        """Keeps a damaged, unwanted or lacking artifact until there is a new one."""
         own, aside = self.own(stage, key), self._aside(stage, key)
         self._verified.discard((stage, key))
         remove(aside)

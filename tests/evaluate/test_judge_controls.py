@@ -1,7 +1,7 @@
 """Answers whose worth is known: what they are, and what is said of a judge that gets them wrong."""
 
 import pytest
-from judge_server import Server, answers, model_judge, verdict
+from judge_server import Server, answers, fields_of, model_judge, verdict
 
 from derm_compress.data import dialogue
 from derm_compress.evaluate.judges import controls
@@ -73,6 +73,15 @@ def test_a_judge_that_can_be_talked_to_is_found_out(dataset, tmp_path):
     assert told.repeated[chosen.name, "controls"] == 1
     assert (final.score.tolist(), final.rubric.tolist()) == ([2], [4])
     assert "1 of 20 injections" in findings(frame, final)[1]
+
+
+def test_what_a_server_refuses_is_said(dataset):
+    with Server(fields_of("max_tokens", "response_format", "seed")) as server:
+        frame = controls.judge_controls(dataset.of("test"), model_judge(server, timeout=10.0))
+    asked = len(frame[(frame["round"] == 0) & frame.judge.ne("rubric")])
+    said = findings(frame)[2]
+    assert f"100.0 % of {asked} replies could be read, {asked} were made without temp" in said
+    assert "temperature, which its server refuses" in said
 
 
 def test_a_judge_that_cannot_be_read_is_not_said_to_judge_well(dataset):

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from judge_server import (
     KEY,
     Server,
+    answer_in,
     answers,
     fields_of,
     model_judge,
@@ -112,8 +115,7 @@ def rude(*words):
     """A server that cannot be read where the answer has one of these words."""
 
     def answering(body):
-        answer = body["messages"][1]["content"].split("Answer of the model: ")[1]
-        wild = any(word in answer.split("Reply with")[0] for word in words)
+        wild = any(word in answer_in(body) for word in words)
         return f"\x1b[31mI\u202e give it a 4.\n{'x' * 500}" if wild else verdict(3)
 
     return answering
@@ -155,6 +157,28 @@ def test_a_few_that_can_never_be_read_do_not_stop_a_later_run(tmp_path):
         for turn in (1, 2):
             told = model_judge(server, tmp_path, concurrency=1).judged(frame)
             assert told.score.notna().sum() == 7 and len(server.bodies) == 7 + 7 * turn
+
+
+@pytest.mark.parametrize("stopped", [DermError, KeyboardInterrupt])
+def test_what_arrives_after_the_end_is_kept(stopped, tmp_path):
+    """Three replies are under way when five others, or Ctrl-C, end the run."""
+
+    def slow_where_it_can_be_read(body):
+        if "good" in answer_in(body):
+            time.sleep(0.4)
+            return verdict(3)
+        if stopped is KeyboardInterrupt:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return "I give it a 4."
+
+    frame = answers(*(f"good {n}" for n in range(3)), *(f"bad {n}" for n in range(9)))
+    with Server(slow_where_it_can_be_read) as server:
+        with pytest.raises(stopped):
+            model_judge(server, tmp_path, timeout=5.0).judged(frame)
+        server.answer = lambda body: verdict(4)
+        server.bodies.clear()
+        told = model_judge(server, tmp_path).judged(frame)
+    assert told.score.tolist() == [3] * 3 + [4] * 9 and len(server.bodies) == 9
 
 
 def test_an_older_journal_is_read_and_its_unreadable_replies_with_new_eyes(tmp_path):
@@ -201,6 +225,53 @@ def test_fields_that_a_server_refuses_are_left_out_once_and_told(known, refusal,
         asked = len(server.bodies)
         judge.judged(answers("another"))  # remembered for the run
         assert len(server.bodies) == asked + 1 and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("seed", "Unrecognized request argument supplied: seed"),
+        ("temperature", "`temperature` is deprecated for this model, see max_tokens and seed"),
+        ("seed", 'Invalid JSON payload. Unknown name "seed": Cannot find field; temperature is 0'),
+        ("response_format", "This response_format type is unavailable now"),
+        ("seed", "this model takes temperature, max_tokens; seed isn't supported"),
+        ("temperature", "temperature does not currently accept 0"),
+    ],
+)
+def test_a_refusal_without_a_param_is_told_by_its_words(field, said):
+    def refusing(body):
+        return (400, {"error": {"message": said, "param": None}}) if field in body else verdict(3)
+
+    with Server(refusing) as server:
+        assert model_judge(server).judged(answers("x")).score.tolist() == [3]
+    assert len(server.bodies) == 2 and server.bodies[0].keys() - server.bodies[1].keys() == {field}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "the prompt with temperature and seed is too long", "param": None},
+        {"message": "seed: 0, temperature: 0. " + "x" * 60 + " is not allowed", "param": None},
+        {"message": "temperature failed", "type": "invalid_request_error"},
+        {"message": "temperature is not supported with this key", "param": "model"},
+        {"message": "you have no seed money left"},
+        "temperature",
+    ],
+)
+def test_a_fault_that_only_names_a_field_refuses_none(error):
+    with Server(lambda body: (400, {"error": error})) as server:
+        told = model_judge(server).judged(answers("x", "y"))
+    assert told.error.eq("status 400").all() and len(server.bodies) == 2
+    assert all({"temperature", "seed", "max_tokens"} <= set(body) for body in server.bodies)
+
+
+def test_a_reply_says_what_it_was_made_without_also_later(tmp_path):
+    with Server(fields_of("max_completion_tokens", "response_format")) as server:
+        first = model_judge(server, tmp_path).judged(answers("a"))
+    with Server() as server:
+        told = model_judge(server, tmp_path).judged(answers("a", "b"))
+    assert first.without.tolist() == ["temperature seed"]
+    assert told.without.tolist() == ["temperature seed", ""] and len(server.bodies) == 1
 
 
 def test_a_longer_limit_is_sent_and_asks_nothing_twice(tmp_path):

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import httpx2  # what the client library speaks through
@@ -19,7 +19,7 @@ import openai
 from derm_compress.errors import DermError
 from derm_compress.evaluate.judges.prompts import JudgePrompt
 from derm_compress.evaluate.judges.replies import Reply, content_text, storable
-from derm_compress.evaluate.judges.server import KEYS, ChatServer, here, key_for
+from derm_compress.evaluate.judges.server import KEYS, ChatServer, here, key_for, unsent
 from derm_compress.progress import say
 
 SIZE = 2**20  # bytes of a response that are read
@@ -32,6 +32,12 @@ REFUSALS = {
     openai.NotFoundError: "no such address or model",
 }
 CALLED = {"response_format": r"response.?format|json.?schema|structured.?output"}  # else by name
+DENIED = re.compile(  # what servers say of a field that they do not take
+    r"\b(?:unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|unavailable|deprecated)\b"
+    r"|(?:\bnot|n't|\bno longer)\s+(?:\w+\s+)?(?:support|allow|permit|accept|recogni[sz]|valid)",
+    re.IGNORECASE,
+)
+BESIDE = 60  # characters between a field's name and such a word, at most
 _REFUSING = threading.Lock()
 
 
@@ -56,18 +62,30 @@ class Bounded(httpx2.SyncByteStream):
 
 
 def replies(
-    server: ChatServer, todo: dict[str, list], prompt: JudgePrompt
+    server: ChatServer,
+    todo: dict[str, list],
+    prompt: JudgePrompt,
+    keep: Callable[[str, Reply], None],
 ) -> Iterator[tuple[str, Reply]]:
     """(key, Reply) of each {key: messages} as it comes, an error where no try brought one.
 
-    Raises DermError where the server refuses the key or the model.
+    keep(key, reply) is called, by one thread at a time, with each that arrives: also with those
+    that are under way when nobody asks for more. Raises DermError where the server refuses the key
+    or the model.
     """
-    secret = key_for(server.url)
+    secret, keeping = key_for(server.url), threading.Lock()
+
+    def answered(key: str) -> Reply:
+        reply = storable_reply(ask(api, server, todo[key], prompt), secret)
+        with keeping:
+            keep(key, reply)
+        return reply
+
     with connect(server, secret) as api, ThreadPoolExecutor(server.concurrency) as pool:
-        asked = {pool.submit(ask, api, server, todo[key], prompt): key for key in todo}
+        asked = {pool.submit(answered, key): key for key in todo}
         try:
             for future in as_completed(asked):
-                yield asked[future], storable_reply(future.result(), secret)
+                yield asked[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -112,7 +130,7 @@ def ask(api: openai.OpenAI, server: ChatServer, messages: list[dict], prompt: Ju
         told = api.chat.completions.with_raw_response.create(
             model=server.model, messages=messages, **fields
         )
-        return completion(told.content)
+        return completion(told.content)._replace(without=unsent(fields))
     except tuple(REFUSALS) as error:
         raise DermError(
             f"judge at {server.url} answered {error.status_code} ({REFUSALS[type(error)]}): "
@@ -139,14 +157,31 @@ def body_of(error: openai.APIStatusError) -> str:
 
 
 def refused_field(error: openai.APIStatusError, fields: dict) -> str | None:
-    """The field that a server's refusal names, the first where it names several; None for none."""
-    said = (error.param if isinstance(error.param, str) else "") or body_of(error)
-    found = {}
+    """The field that a server refuses; None where that is not what it says.
+
+    It is the error's `param` or, without one, the name that stands closest to a word of DENIED.
+    """
+    if isinstance(error.param, str) and error.param:
+        return next((name for name in fields if places(name, error.param)), None)
+    said = body_of(error)
+    denials = [match.span() for match in DENIED.finditer(said)]
+    apart = {}
     for name in fields:
-        match = re.search(rf"\b(?:{CALLED.get(name, name)})\b", said, re.IGNORECASE)
-        if match:
-            found[name] = match.start()
-    return min(found, key=found.get, default=None)
+        gaps = [gap(one, other) for one in places(name, said) for other in denials]
+        apart[name] = min(gaps, default=BESIDE + 1)
+    closest = min(apart, key=apart.get, default=None)
+    return closest if closest and apart[closest] <= BESIDE else None
+
+
+def places(name: str, text: str) -> list[tuple[int, int]]:
+    """Where a text names a field."""
+    called = re.compile(rf"\b(?:{CALLED.get(name, name)})\b", re.IGNORECASE)
+    return [match.span() for match in called.finditer(text)]
+
+
+def gap(one: tuple[int, int], other: tuple[int, int]) -> int:
+    """Characters between two places in a text."""
+    return max(one[0] - other[1], other[0] - one[1], 0)
 
 
 def leave_out(field: str, server: ChatServer) -> None:

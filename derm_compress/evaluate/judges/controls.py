@@ -37,7 +37,8 @@ TABLE = [
     "highest",
     "as_expected",
 ]
-QUALITY = ["judge", "n", "parse_rate", "repeated", "on", "kappa", "kappa_lo", "kappa_hi", "pairs"]
+QUALITY = ["judge", "n", "parse_rate", "without", "repeated", "on"]
+QUALITY += ["kappa", "kappa_lo", "kappa_hi", "pairs"]
 
 
 def control_answers(items: Sequence[Item]) -> pd.DataFrame:
@@ -107,7 +108,8 @@ def judge_controls(items: Sequence[Item], chosen: Judge) -> pd.DataFrame:
     judges = {judge.name: judge for judge in (RubricJudge(), chosen)}.values()
     every = pd.concat([judge.judged(twice) for judge in judges], ignore_index=True)
     every = every.reindex(columns=[*CONTROL, "round", *schema.SCORE, *schema.REPLY])
-    return every.astype({"reply": object, "error": object, "served": object})  # the rubric has none
+    texts = ("reply", "error", "served", "without")  # the rubric has none
+    return every.astype(dict.fromkeys(texts, object))
 
 
 def gains(frame: pd.DataFrame) -> pd.DataFrame:
@@ -137,7 +139,7 @@ def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge_quality(frame: pd.DataFrame, answers: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One row a judge and set (QUALITY): replies read, scores repeated, agreement with the rubric.
+    """How a judge replies and agrees with the rubric, one row a judge and set (QUALITY).
 
     The sets are the controls and, where a model judged them, the run's `answers`.
     """
@@ -150,9 +152,18 @@ def judge_quality(frame: pd.DataFrame, answers: pd.DataFrame | None = None) -> p
         same = float((part.score == repeated)[both].mean())
         compared = part.assign(rubric=None if judge == RubricJudge.name else by_rubric)
         kappa = metrics.weighted_kappa(compared, "score", "rubric")
-        rows.append((judge, len(part), parse_rate(part), same, "controls", *kappa[:4]))
+        read = len(part), parse_rate(part), unsent_fields(part)
+        rows.append((judge, *read, same, "controls", *kappa[:4]))
     if answers is not None and "rubric" in answers:
         kappa = metrics.weighted_kappa(answers, "score", "rubric")
-        judge = answers.judge.iloc[0]
-        rows.append((judge, len(answers), parse_rate(answers), None, "answers", *kappa[:4]))
+        read = len(answers), parse_rate(answers), unsent_fields(answers)
+        rows.append((answers.judge.iloc[0], *read, None, "answers", *kappa[:4]))
     return pd.DataFrame(rows, columns=QUALITY).astype({"repeated": float})
+
+
+def unsent_fields(judged: pd.DataFrame) -> dict[str, int]:
+    """{fields that the judge's server refuses: replies made without them}."""
+    if "without" not in judged:
+        return {}
+    fields = judged.without.dropna()
+    return {name.replace(" ", ", "): n for name, n in fields[fields.ne("")].value_counts().items()}

@@ -23,7 +23,7 @@ from derm_compress.evaluate.judges.replies import Reply, Verdict, quoted
 from derm_compress.evaluate.judges.rubric import score_by_rubric
 from derm_compress.evaluate.judges.server import ChatServer
 from derm_compress.files import Journal, digest, hold, public, release
-from derm_compress.progress import track
+from derm_compress.progress import say, track
 
 PATIENCE = 5  # replies in a row without a score: then something is wrong, and the run says so
 UNREAD = " unread"  # behind a key: a reply that gave no score, kept apart from any that does
@@ -88,12 +88,17 @@ class ModelJudge:
         from derm_compress.evaluate.judges.client import replies
 
         again = {key for key in todo if known[key]}
+        if again:
+            say(f"{self.name}: {len(again)} replies that could not be read are asked for again")
         works, row = len(todo) < len(tasks), 0
-        with contextlib.closing(replies(self.server, todo, self.prompt)) as asking:
+
+        def keep(key: str, reply: Reply) -> None:
+            known[key] = self.prompt.read(reply, tasks[key].answer)
+            if not reply.error:
+                journal.add(key if scored(known[key]) else key + UNREAD, list(reply))
+
+        with contextlib.closing(replies(self.server, todo, self.prompt, keep)) as asking:
             for key, reply in track(asking, f"judged by {self.name}", total=len(todo)):
-                known[key] = self.prompt.read(reply, tasks[key].answer)
-                if not reply.error:
-                    journal.add(key if scored(known[key]) else key + UNREAD, list(reply))
                 if scored(known[key]):
                     works, row = True, 0
                 elif reply.error or key not in again or not works:
@@ -171,6 +176,11 @@ def judge_all(answers: pd.DataFrame, folders: dict[str, Path], chosen: Judge) ->
         return answers
     every = schema.latest([*schema.read_answers(folders).values(), answers])
     return chosen.judged(every.assign(rubric=every.score, rubric_why=every.why))
+
+
+def unread(judged: pd.DataFrame) -> int:
+    """How many answers a model was asked to judge and gave no score; the rubric leaves none."""
+    return int(judged.error.fillna("").ne("").sum()) if "error" in judged else 0
 
 
 def parse_rate(judged: pd.DataFrame) -> float:

@@ -86,10 +86,12 @@ class JudgePrompt:
             told = object_with(self.marks, reply.text, (self.user, answer[:LIMIT]))
             marks = [self._mark(told, name) for name in self.marks]
         except ValueError as error:
-            return Verdict(None, None, "", storable(str(error)), reply.text, reply.served)
+            told = None, None, "", storable(str(error))
+            return Verdict(*told, reply.text, reply.served, reply.without)
         value = sum(marks) / len(marks)
         why = storable(str(told.get("reason", "")))[:LIMIT]
-        return Verdict(self.score(value), value, why, "", reply.text, reply.served)
+        told = self.score(value), value, why, ""
+        return Verdict(*told, reply.text, reply.served, reply.without)
 
     def _mark(self, told: dict, name: str) -> int:
         """A mark out of a reply's object; ValueError for any that was not asked for."""

@@ -24,10 +24,11 @@ class Reply(NamedTuple):
     error: str = ""
     served: str = ""  # the model's name by its server
     finish: str = ""  # why it ended, by its server
+    without: str = ""  # fields that the request lacked, which the server refuses
 
     @classmethod
     def kept(cls, row) -> Reply | None:
-        """A reply out of a journal, older ones without `finish`; None for what is no reply."""
+        """A reply out of a journal, older ones without the last; None for what is no reply."""
         texts = isinstance(row, list) and all(isinstance(part, str) for part in row)
         return cls(*row) if texts and 0 < len(row) <= len(cls._fields) else None
 
@@ -41,6 +42,7 @@ class Verdict(NamedTuple):
     error: str
     reply: str
     served: str
+    without: str
 
 
 def storable(text: str) -> str:

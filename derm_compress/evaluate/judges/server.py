@@ -19,6 +19,7 @@ from derm_compress.evaluate.judges.prompts import JudgePrompt
 KEYS = ("DERM_COMPRESS_JUDGE_KEY", "OPENAI_API_KEY")  # where a server's key is looked for
 ALLOWED = "allowed: http(s)://host[:port]/path, mostly ending in /v1"
 KEYED = {"temperature": 0, "max_tokens": 400}  # of every reply kept; a whole one has no other limit
+SHAPING = ("temperature", "seed", "response_format")  # fields by which a whole reply may differ
 
 
 def address(url: str) -> None:
@@ -85,7 +86,8 @@ class ChatServer:
     def identity(self) -> dict:
         """What a reply is kept by beside its messages; neither address nor limits are part of it.
 
-        Replies of every version are found by it.
+        Replies of every version are found by it. What was refused and so left out when one was
+        made stands in the reply itself.
         """
         return {"kind": "openai", "model": self.model, "seed": self.seed} | KEYED
 
@@ -100,3 +102,8 @@ class ChatServer:
             limit: self.max_tokens,
         }
         return {name: value for name, value in told.items() if name not in self.refused}
+
+
+def unsent(fields: dict) -> str:
+    """Those of SHAPING that a request goes without, as a reply to it keeps them."""
+    return " ".join(name for name in SHAPING if name not in fields)
