@@ -63,12 +63,16 @@ def misbehave(mode, journal):
         os.kill(os.getpid(), 9)
     if mode == "slow":
         subprocess.Popen(["sleep", "99"])
-    for item in range(12 if mode == "slow" else 2):
-        if str(item) not in journal.done:
-            journal.add(str(item), item)
-            if mode == "slow":
-                say(f"item {item}")
-                time.sleep(3 if item == 6 else 0.1)
+    try:
+        for item in range(12 if mode == "slow" else 2):
+            if str(item) not in journal.done:
+                journal.add(str(item), item)
+                if mode == "slow":
+                    say(f"item {item}")
+                    time.sleep(3 if item == 6 else 0.1)
+    except KeyboardInterrupt:
+        Path("kept.txt").touch()
+        raise
     return {"items": len(journal.done)}
 '''
 WORDS = """\

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import toy
 
-from derm_compress import progress
+from derm_compress import files, progress
 from derm_compress.errors import DermError
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import variant
@@ -107,6 +107,61 @@ def test_a_step_is_given_what_it_asks_for_by_keyword(root):
     assert stage.journal("j").done == {"a": 1}
     stage.folder("d", fill)
     assert asked["scratch"] == stage.scratch("d")
+
+
+def lacking(frame):
+    return int(frame.reply.isna().sum())
+
+
+def asks(root, replies, **values):
+    """Stage 01 begun, with one step that others need nothing of and one that needs replies."""
+    stage = begin(root, "01_data", **values)
+    stage.frame("before", lambda: pd.DataFrame({"asked": [str(replies)]}))
+    frame = stage.frame("asked", lambda: pd.DataFrame({"reply": replies}), lacking=lacking)
+    return stage, frame.reply.fillna("").tolist()
+
+
+def test_what_a_finished_stage_lacks_is_asked_again_until_it_has_all(root):
+    for replies in ([None, None], ["a", None], ["a", "b"]):
+        stage, told = asks(root, replies)
+        assert told == [reply or "" for reply in replies] and not stage.finished
+        stage.finish()
+    assert asks(root, ["c"])[1] == ["a", "b"] and begin(root, "01_data").finished
+    own = stage.store.own("01_data", stage.key)
+    assert [path.name for path in own.parent.iterdir()] == [stage.key]
+    assert pd.read_parquet(own / "before.parquet").asked.tolist() == ["[None, None]"]
+
+
+def test_a_result_that_lacks_something_serves_until_there_is_a_better_one(root):
+    stage, _ = asks(root, ["a", None])
+    stage.finish()
+    with pytest.raises(ZeroDivisionError):
+        asks(root, ["a", 1 / 0])
+    assert begin(root, "02_left").input("01_data") == stage.store.own("01_data", stage.key)
+    later, told = asks(root, ["b", None])  # the one that failed had begun, and left no reply
+    assert told == ["b", ""] and later.store.complete("01_data", later.key)
+    assert "a" in pd.read_parquet(stage.store.own("01_data", stage.key) / "asked.parquet").values
+
+
+def test_the_runner_asks_again_and_tells_the_runs_that_share_a_result(root, capsys):
+    notebooks, stages = params.read_notebooks(root), ["01_data"]
+    one, other = (plan.make_plan(root, notebooks, {"run": name}) for name in ("one", "other"))
+
+    def finish(replies, name):
+        asks(root, replies, run=name)[0].finish()
+        for each in (one, other):
+            each.executed("01_data").parent.mkdir(parents=True, exist_ok=True)
+            each.executed("01_data").write_text('{"cells": []}')
+
+    finish(["a", None], "one")
+    finish(["a", None], "other")
+    assert run.outdated(one, stages) == run.outdated(other, stages) == stages
+    assert not run.borrow(other, "01_data")  # of what lacks something nothing is shown as it is
+    run.list_stages(one, stages)
+    assert capsys.readouterr().out.endswith("  cached, but lacking: asked again\n")
+    finish(["a", "b"], "one")
+    assert run.outdated(one, stages) == [] and run.outdated(other, stages) == stages
+    assert run.borrow(other, "01_data") and run.outdated(other, stages) == []
 
 
 def test_no_progress_bar_asks_for_widgets(root):
@@ -533,6 +588,7 @@ def test_however_a_run_ends_its_kernels_end_and_the_same_command_goes_on(copy, s
     process.send_signal(sent)
     said = process.communicate(timeout=60)[0]
     assert not psutil.wait_procs(family, timeout=10)[1]
+    assert (copy / "kept.txt").exists() == (sent == signal.SIGINT)  # it had time for that
     if sent == signal.SIGINT:
         assert process.returncode == 130
         assert said.splitlines()[-1].startswith("stopped; what was finished is kept")
@@ -589,6 +645,10 @@ def read_only(*folders):
 
 
 def test_a_finished_store_that_is_read_only_serves(copy):
+    manifest = next((copy / "artifacts" / "store" / "03_right").glob("*/manifest.json"))
+    told = files.read_note(manifest)
+    told["made"]["lacking"] = {"scaled": 1}  # it cannot be asked again
+    files.write_note(manifest, told)
     read_only(copy / "artifacts")
     again = toy.call(copy, "run", "params/tiny.yaml")
     assert (again.returncode, again.stderr) == (0, "") and "nothing has changed" in again.stdout
