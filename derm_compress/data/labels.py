@@ -17,6 +17,7 @@ LEAST_WEIGHT = 0.5  # of a label in a dict of them; also what counts as 1 in a c
 UNDECIDED = ("no label", "several labels", "no label of half the weight")
 UNKNOWN = {"", "-", "--", "-1", "?", "missing", "n/a", "na", "nan", "none", "none identified"}
 UNKNOWN |= {"none selected", "not available", "null", "unk", "unknown", "unspecified"}
+UNKNOWN |= {"anonymous", "desconhecido", "desconocido", "inconnu", "sconosciuto", "unbekannt"}
 YES, NO = {"ja", "t", "true", "wahr", "x", "y", "yes"}, {"f", "falsch", "false", "n", "nein", "no"}
 SHOWN = 8  # labels that an error names
 

@@ -82,6 +82,8 @@ class Listing:
         self.once(number, key)
         groups = known(cells, self.layout.group_columns)
         keys = tuple(f"{column}={folded(value)}" for column, value in groups.items())
+        if len(self.layout.image_columns) > 1:
+            keys += (f"row={number}",)
         before = self.rows.get(key)
         if before is None:
             path = self.pictures.files.get(file)
@@ -99,7 +101,7 @@ class Listing:
         for key in torn:
             del self.rows[key], self.cells[key]
         excluded = self.excluded + Counter({"several labels": len(torn)})
-        looks, problems = self.overlooked()
+        looks, problems = self.identities()
         if self.unknown:
             problems.insert(0, self.not_understood())
         told = {
@@ -122,23 +124,17 @@ class Listing:
             f"{said}; map them in label_map to {names}, or name them in exclude_labels (* is all)"
         )
 
-    def overlooked(self) -> tuple[list[str], list[str]]:
-        """(notes, problems) of columns that look like identities and keep nothing together."""
-        groups = splits.join([row.keys for row in self.rows.values()])
-        notes, problems = [], []
-        for column in self.unused():
-            values = [cells[column] for cells in self.cells.values()]
-            shared = identities.crossing(values, groups)
-            told = f"column {column!r} looks like an identity of several pictures"
-            if shared and identities.names_owner(column):
-                told = (
-                    f"{self.table.name}: {told}, and {shared} of its values could lie in two splits"
-                )
-                advice = "name it in group_columns, or in subgroup_columns if it is none"
-                problems.append(f"{told}; {advice}")
-            elif shared and identities.looks_like_identity(column, values):
-                notes.append(f"{told} and is not used; group_columns would keep them together")
-        return notes, problems
+    def identities(self) -> tuple[list[str], list[str]]:
+        """(notes, problems) of what keeps pictures together, and of what does not but could."""
+        groups = splits.join([row.keys for row in self.rows.values()]).tolist()
+        used, unused = self.cells_of(self.layout.group_columns), self.cells_of(self.unused())
+        notes, problems = identities.overlooked(used, unused, groups)
+        more, chains = identities.chained(used, groups)
+        found = [f"{self.table.name}: {problem}" for problem in [*chains, *problems]]
+        return [*identities.unowned(used), *more, *notes], found
+
+    def cells_of(self, columns: Sequence[str]) -> dict[str, list[str]]:
+        return {column: [cells[column] for cells in self.cells.values()] for column in columns}
 
     def unused(self) -> list[str]:
         layout = self.layout

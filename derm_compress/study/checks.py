@@ -61,11 +61,17 @@ def check_device(p: dict) -> None:
 
 
 def check_source(p: dict, root) -> None:
-    """The folder of photographs, its table and labels; no picture is opened."""
+    """The folder of photographs, its table and labels, and what is to be known of them.
+
+    No picture is opened.
+    """
     request = Request.of(p, project=root)
     load.check_request(request)
     if request.source != load.DRAWN:
-        check_survey(load.survey(request), request)
+        survey = load.survey(request)
+        check_survey(survey, request)
+        for note in survey.told.get("notes", ()):
+            print(f"{p['run']}: note: {note}", flush=True)
     elif request.n_train < 2:
         raise DermError("n_train: drawn pictures need a number, 2 at least")
     elif request.image_size % 4:

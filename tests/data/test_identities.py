@@ -75,11 +75,11 @@ def test_an_identity_by_its_values_is_named_in_the_report(tmp_path):
         tmp_path, 40, exam=exams, age=ages, date=dates, dose=[f"{i // 3}.5" for i in range(40)]
     )
     notes = read(root)[1]["notes"]
-    assert [note for note in notes if "looks like" in note] == [
-        "column 'exam' looks like an identity of several pictures and is not used; "
-        "group_columns would keep them together"
+    assert [note for note in notes if "identity" in note] == [
+        "column 'exam' may be an identity of several pictures, is not used, and 10 of its values "
+        "could lie in two splits; `group_columns: [exam]` would keep them together"
     ]
-    assert not [note for note in read(root, group_columns=["exam"])[1]["notes"] if "looks" in note]
+    assert read(root, group_columns=["exam"])[1]["notes"] == []
 
 
 @pytest.mark.parametrize(
@@ -92,34 +92,68 @@ def test_unknown_patients_are_not_one_group(tmp_path, nobody):
     assert "37 pictures without a known patient" in report["notes"]
 
 
-def test_names_say_whose_the_pictures_are():
-    for column in (
-        "patient",
-        "Patient ID",
-        "anon_patient_id",
-        "lesionId",
-        "case_num",
-        "subject no",
-    ):
-        assert identities.names_owner(column), column
-    for column in ("age_group", "patient_sex", "lesion_type", "id", "", "casein", "control group"):
-        assert not identities.names_owner(column), column
+RNG = np.random.default_rng(0)
+SOME = [str(i // 3) for i in range(200)]  # short numbers, three pictures each
 
 
-@pytest.mark.parametrize("each", [2, 5])
-def test_codes_of_few_pictures_look_like_identities_and_measures_do_not(each):
-    rng = np.random.default_rng(0)
-    codes = [f"x{i // each:05}" for i in range(200)]
-    assert identities.looks_like_identity("anything", codes)
-    assert identities.looks_like_identity("visit_id", [str(i // each) for i in range(200)])
-    for values in (
-        [f"x{i:05}" for i in range(200)],  # of one picture each
-        ["a1b2"] * 100 + ["c3d4"] * 100,  # of half of them
-        rng.integers(20, 90, 200).astype(str).tolist(),
-        rng.choice(["back", "face", "arm", "leg"], 200).tolist(),
-        rng.normal(5, 1, 200).round(1).astype(str).tolist(),
-    ):
-        assert not identities.looks_like_identity("anything", values), values[:3]
+@pytest.mark.parametrize(
+    ("column", "values", "may"),
+    [
+        ("anything", [f"x{i // 2:05}" for i in range(200)], True),
+        ("anything", [f"x{i // 20:05}" for i in range(200)], True),
+        ("anything", [f"x{i:05}" for i in range(200)], False),  # of one picture each
+        ("anything", ["a1b2", "c3d4"] * 100, False),  # of half of them
+        ("visit_id", [str(i // 20) for i in range(200)], True),
+        ("visit", [str(i // 20) for i in range(200)], False),
+        ("visit", SOME, True),
+        ("visit", RNG.permutation(SOME).tolist(), True),
+        ("owner", [f"{'ABCDEFGHIJ'[i % 10]}. {'KLMNOPQRST'[i % 7]}." for i in range(200)], True),
+        ("age", SOME, False),
+        ("orig_width", SOME, False),
+        ("age group", [f"{i // 3}-{i // 3 + 1}" for i in range(200)], False),
+        ("where", RNG.choice(["back", "face", "arm", "leg"], 200).tolist(), False),
+        ("dose", [f"{i // 3}.5" for i in range(200)], False),
+        ("seen", [f"2019-{1 + i // 90:02}-{1 + i // 3 % 28:02}" for i in range(200)], False),
+    ],
+)
+def test_values_of_few_pictures_each_may_be_identities_and_measures_are_none(column, values, may):
+    assert identities.may_be_identity(column, values) is may
+
+
+@pytest.mark.parametrize(
+    "column", ["Patienten-Nr", "patients", "Patient Name", "MRN", "pid", "paciente", "Fall-Nr"]
+)
+def test_short_numbers_under_an_identitys_name_are_kept_together_or_stop_the_run(tmp_path, column):
+    numbers = [str(1 + i // 4) for i in range(40)]
+    exams = [f"{i // 2}" for i in range(40)]
+    root = plant(tmp_path, 40, exam=exams, **{column: numbers})
+    dataset, report = read(root)
+    assert report["read_as"]["groups"] == [column] and report["groups"] == 10
+    assert all(len(splits) == 1 for splits in homes(dataset, numbers).values())
+    with pytest.raises(DermError) as caught:
+        read(root, group_columns=["exam"])
+    said = "`group_columns: [exam, {0}]`, or `subgroup_columns: [{0}]` if it is none"
+    assert said.format(column) in str(caught.value) and "10 of its values" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("case", ["case", "control"] * 20),
+        ("patient", ["yes", "no", "", "yes"] * 10),
+        ("lesion_code", ["benign", "malignant"] * 20),
+        ("number_of_lesions", ["1", "2", "3", "4"] * 10),
+        ("age", [str(30 + i // 2) for i in range(40)]),
+        ("sex", ["f", "m"] * 20),
+        ("site", ["back", "face", "arm", "leg", "hand"] * 8),
+        ("file_name", [f"{i:02}.jpg" for i in range(40)]),
+    ],
+)
+def test_what_is_no_identity_stops_no_run(tmp_path, column, values):
+    root = plant(tmp_path, 42, exam=[f"{i // 2}" for i in range(42)], **{column: [*values, "", ""]})
+    _, report = read(root, group_columns=["exam"])
+    assert column in report["read_as"]["not_used"] and report["groups"] == 21
+    assert not [note for note in report["notes"] if column in note]
 
 
 def test_subgroups_survive_the_disk_without_unknown_ones(tmp_path):
@@ -139,3 +173,90 @@ def test_a_class_without_test_pictures_says_why(tmp_path):
     notes = read(plant(tmp_path, 40, label=labels, patient=patients), n_test=6)[1]["notes"]
     (told,) = [note for note in notes if "melanoma" in note]
     assert told.startswith("no test image of melanoma: its 6 pictures are one group")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "may"),
+    [
+        ("lesion", [str(i // 50) for i in range(200)], True),  # a study of few lesions over time
+        ("lesion", [f"L{i // 100}" for i in range(200)], True),
+        ("lesion", [f"{'ABCDEFGHIJKLMNOPQRST'[i // 10]}" for i in range(200)], True),
+        ("lesion", RNG.choice(["flat", "raised", "open"], 200).tolist(), False),
+        ("lesion", ["flat", "raised"] * 5, False),
+        ("patient", ["Ann", "Bob"] * 100, True),
+        ("patient", ["yes", "no"] * 100, False),
+        ("exam", [str(i // 4) for i in range(200)], False),  # its name says nothing
+    ],
+)
+def test_values_are_those_that_an_identity_of_the_columns_name_has(column, values, may):
+    assert identities.repeats(column, values) is may
+
+
+NUMBERED = ["1", "1", "2", "3"] * 10  # lesions 1 to 3 of each of ten patients
+TEN = [f"p{i // 4}" for i in range(40)]
+
+
+def test_lesions_numbered_within_patients_are_left_and_the_patient_is_taken(tmp_path):
+    root = plant(tmp_path, 40, patient_id=TEN, lesion=NUMBERED)
+    for asked in ({}, {"group_columns": ["patient"]}):
+        dataset, report = read(root, **asked)
+        assert report["read_as"]["groups"] == ["patient_id"] and report["groups"] == 10
+        assert all(len(splits) == 1 for splits in homes(dataset, TEN).values())
+        (note,) = [note for note in report["notes"] if "'lesion'" in note]
+        assert note.startswith("column 'lesion' is numbered anew in each 'patient_id'")
+    with pytest.raises(
+        DermError, match=r"40 of 40 pictures are one group.*numbered anew"
+    ) as caught:
+        read(root, group_columns=["patient", "lesion"])
+    assert "set `group_columns: [patient_id]`" in str(caught.value)
+    with pytest.raises(DermError, match=r"'patient_id' looks like an identity") as caught:
+        read(root, group_columns=["lesion"])
+    assert "set `group_columns: [patient_id]`" in str(caught.value)  # with lesion it would chain
+
+
+def test_a_chain_that_leaves_something_to_split_is_a_warning(tmp_path):
+    lesions = [number if i < 20 else f"L{i}" for i, number in enumerate(NUMBERED)]
+    inner = [number if i < 20 else "" for i, number in enumerate(NUMBERED)]
+    root = plant(tmp_path, 40, patient=TEN, lesion=inner, other=lesions)
+    _, report = read(root, group_columns=["patient", "lesion"])
+    assert report["largest_group"] == 20
+    assert "set `group_columns: [patient]`" in "".join(report["notes"])
+    assert read(root, group_columns=["patient", "other"])[1]["largest_group"] == 20
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "within"),
+    [
+        (("lesion", NUMBERED), ("patient", TEN), True),
+        (("lesion", ["1"] * 40), ("patient", TEN), True),
+        (("visit", NUMBERED), ("exam", TEN), True),
+        (("patient", TEN), ("lesion", NUMBERED), False),
+        (("lesion", LESIONS), ("patient", PATIENTS), False),
+        (("lesion", [*LESIONS[:-1], "L0"]), ("patient", PATIENTS), False),  # one was misspelt
+        (("hospital", [f"h{i // 20}" for i in range(40)]), ("patient", TEN), False),
+        (("case_id", [f"case-{i // 8}" for i in range(40)]), ("patient", TEN), False),
+        (("group", [f"{i // 8}" for i in range(40)]), ("patient", TEN), False),
+    ],
+)
+def test_numbers_within_another_identity_are_told_from_identities(inner, outer, within):
+    assert identities.is_within(inner[0], outer[0], dict([inner, outer])) is within
+
+
+def test_one_group_of_nearly_all_is_refused(tmp_path):
+    with pytest.raises(DermError, match=r"38 of 40 pictures are one group.*`subgroup_columns: \["):
+        read(plant(tmp_path, 40, patient=["p"] * 38 + ["q", "r"]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({}, "nothing but likeness keeps these together"),
+        ({"patient": ["unknown"] * 40}, "nothing but likeness keeps these together"),
+        ({"lesion_id": LESIONS}, "pictures of one lesion_id are kept together, others"),
+        ({"patient": TEN, "lesion": LESIONS}, ""),
+    ],
+)
+def test_what_keeps_no_patient_together_is_said(tmp_path, columns, said):
+    notes = read(plant(tmp_path, 40, **columns))[1]["notes"]
+    told = [note for note in notes if "no column says which pictures are of one patient" in note]
+    assert len(told) == bool(said) and said in "".join(told)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import toy
+from blotches import plant
 
 from derm_compress.errors import DermError
 from derm_compress.method.importance import embedder
@@ -99,6 +100,13 @@ def test_the_same_on_the_command_line_starts_no_kernel(tmp_path):
     assert done.returncode == 2 and " starts" not in done.stdout
     assert done.stderr == "n_train: drawn pictures need a number, 2 at least\n"
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_what_is_to_be_known_of_photographs_is_said_before_any_kernel(tmp_path, capsys):
+    plant(tmp_path)
+    checks.check_source({"run": "mine", "source": "folder", "data_root": str(tmp_path)}, ROOT)
+    said = capsys.readouterr().out
+    assert said.startswith("mine: note: no column says which pictures are of one patient")
 
 
 def test_later_stages_are_checked_where_the_data_is_there_already(tmp_path, monkeypatch):

@@ -93,7 +93,18 @@ def test_what_stops_a_run_and_what_is_missing_are_said(tmp_path):
     said, runs = propose(tmp_path, {"group_columns": "lesion"}, tmp_path / "mine.yaml", ROOT)
     assert not runs and not (tmp_path / "mine.yaml").exists()
     assert "WOULD STOP" in said and "'patient' looks like an identity" in said
+    assert "`group_columns: [lesion, patient]`" in " ".join(said.split())
     assert "03.jpg: not in the data folder" in said and "1 of them missing" in said
+
+
+def test_what_describes_a_person_is_no_identity_and_numbers_within_a_patient_are_none(tmp_path):
+    patients, lesions = [f"p{i // 4}" for i in range(20)], ["1", "1", "2", "3"] * 5
+    skin = [f"s{i // 2}" for i in range(20)]
+    plant(tmp_path, patient=patients, lesion=lesions, skin_lesion_id=skin, skin_type=["2"] * 20)
+    said, values = look(tmp_path, tmp_path / "mine.yaml")
+    assert values["group_columns"] == ["patient", "skin_lesion_id"]
+    assert values["subgroup_columns"] == ["skin_type"]
+    assert "column 'lesion' is numbered anew in each 'patient'" in " ".join(said.split())
 
 
 def damage(root):
@@ -115,6 +126,10 @@ def one_patient(root):
     plant(root, patient=["p"] * 20)
 
 
+def two_patients(root):
+    plant(root, patient=["p", "p", "q", "q"] * 5)
+
+
 def one_group_of_a_class(root):
     plant(root, lesion=["a", "b"] + [f"a{i}" if i % 2 else "a" for i in range(2, 20)])
 
@@ -123,7 +138,8 @@ STOPS = [  # what is done to 20 pictures, whether seen without opening one, what
     (damage, False, "3 of 20 images cannot be read, more than max_unreadable = 0.05"),
     (remove, True, "3 of 20 images cannot be read, more than max_unreadable = 0.05"),
     (empty_a_class, True, "no image left of melanoma: 00.jpg (not in the data folder)"),
-    (one_patient, False, "no image left for the test set: no test image of melanoma"),
+    (one_patient, True, "labels.csv: 20 of 20 pictures are one group"),
+    (two_patients, False, "no image left for the test set: no test image of melanoma"),
     (one_group_of_a_class, False, ""),
 ]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from derm_compress.data import dialogue, identities
+from derm_compress.data.identity_names import owner
 from derm_compress.data.labels import Labels, absent, read_map
 from derm_compress.data.listing import Listing, many
 from derm_compress.data.pictures import SUFFIXES, Pictures, is_picture
@@ -138,8 +139,9 @@ def settled(layout: Layout, table: Table, request: Request) -> Layout:
     }
     taken = {*update["image_columns"], *update["subgroup_columns"], update["label_column"]}
     if not request.group_columns:
-        owners = filter(identities.names_owner, table.columns)
-        groups += tuple(column for column in owners if column not in taken)
+        used = {column: table.values(column) for column in named(table, groups)}
+        free = [column for column in table.columns if owner(column) and column not in taken]
+        groups += identities.chosen({column: table.values(column) for column in free}, used)
     return layout.model_copy(update=update | {"group_columns": named(table, groups)})
 
 

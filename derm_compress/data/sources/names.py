@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
+from derm_compress.data import identities
 from derm_compress.data.labels import absent, plain
 from derm_compress.data.pictures import Pictures
 from derm_compress.data.preset import FileNames
@@ -50,6 +51,7 @@ def survey(request: Request, rules: FileNames) -> Survey:
             why: names[:: max(1, len(names) // SHOWN)][:SHOWN] for why, names in left.items()
         },
         "folders_missing": sorted({*rules.folders} - there),
+        "notes": identities.unowned({}),
     }
     lost = absent("exclude_labels", [*map(str, request.exclude_labels)], met, "its files")
     return Survey(tuple(rows), told, tuple(lost))

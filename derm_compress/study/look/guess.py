@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from derm_compress.data import dialogue
-from derm_compress.data.identities import words
+from derm_compress.data.identity_names import owner, words
 from derm_compress.data.labels import UNDECIDED, is_known, is_marked, plain, weightiest
 from derm_compress.data.listing import many
 from derm_compress.data.load import FOLDER, ignored, survey
@@ -34,7 +34,7 @@ def guess(parameters: Mapping) -> dict:
         found |= picture_column(table, pictures)
     if not (found.get("label_column") or found.get("onehot_columns")):
         found |= label_columns(table)
-    people = [column for column in table.columns if PERSONS & set(words(column))]
+    people = [c for c in table.columns if PERSONS & set(words(c)) and not owner(c)]
     found.setdefault("subgroup_columns", people)
     excluded = [*found.get("exclude_labels", [])]
     told = survey(Request.of(found | {"exclude_labels": [*excluded, "*"]})).told
