@@ -44,6 +44,8 @@ def ignored(source: str) -> tuple[str, ...]:
 def survey(request: Request) -> Survey:
     """What a source of photographs would read, before one is opened."""
     check_request(request)
+    if request.source == DRAWN:
+        raise DermError(f"source {DRAWN} draws its pictures: there is no folder to look at")
     if request.source == FOLDER:
         return folder.survey(request)
     preset = read_preset(request.source)

@@ -58,8 +58,7 @@ class Request:
     def asks(self, name: str) -> bool:
         """Whether a field is not as it would be if nobody had named it."""
         value = getattr(self, name)
-        default = type(self).__dataclass_fields__[name].default
-        return (tuple(value) if isinstance(value, list) else value) != default
+        return (tuple(value) if isinstance(value, list) else value) != getattr(Request, name)
 
     @property
     def root(self) -> Path:

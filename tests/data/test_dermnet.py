@@ -96,6 +96,12 @@ def test_classes_are_balanced_and_the_test_list_is_the_seeds(tree):
 
 def test_the_folder_is_found_below_the_mount_and_others_are_refused(tree, tmp_path):
     assert names.find_top(Pictures(tree.parent), RULES) == "dermnet/"
+    (tmp_path / "Train" / ACNE).mkdir(parents=True)
+    (tmp_path / "TEST" / ACNE.upper()).mkdir(parents=True)
+    draw(tmp_path / "Train" / ACNE / "rosacea-1.jpg", 1)
+    draw(tmp_path / "TEST" / ACNE.upper() / "rosacea-2.jpg", 2)
+    assert len(load.survey(Request("dermnet", tmp_path)).rows) == 2  # in any case
+    shutil.rmtree(tmp_path / "Train")
     (tmp_path / "train" / "cats").mkdir(parents=True)
     (tmp_path / "test").mkdir()
     with pytest.raises(DermError, match="23 folders"):

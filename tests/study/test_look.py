@@ -295,6 +295,7 @@ def test_a_published_data_sets_run_file_is_named_with_where_its_pictures_lie(tmp
     (tmp_path / "params" / "derm7pt.yaml").write_text("run: derm7pt\nsource: derm7pt\n")
     root = tmp_path / "my data"
     LAYOUTS["derm7pt"](root)
-    said, runs = propose(root, {}, None, tmp_path)
+    said, runs = propose(root, {"phash_distance": "2"}, None, tmp_path)
     command = shlex.split(said.splitlines()[-1])
-    assert runs and command[-1] == f"data_root={root}" and command[-3].endswith("derm7pt.yaml")
+    assert runs and command[-1] == f"data_root={root}" and command[-5].endswith("derm7pt.yaml")
+    assert command[-3] == "phash_distance=2"

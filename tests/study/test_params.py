@@ -128,6 +128,14 @@ def test_a_rule_of_the_package_is_asked_before_anything_runs(value):
         parameter.check(["last", value], "here")
 
 
+def test_a_rule_that_names_its_parameter_names_it_once():
+    line = "label_map: list = []  # how [data.labels.read_map]"
+    parameter = params.read_schema(line, "cell")["label_map"]
+    assert parameter.check("x = melanoma", "here") == ["x = melanoma"]
+    with pytest.raises(DermError, match="^here: label_map: write `spelling = disease`"):
+        parameter.check("x", "here")
+
+
 def test_the_studys_defaults_obey_their_rules():
     known = params.known_parameters(params.read_notebooks(Path(__file__).parents[2]))
     ruled = [parameter for parameter in known.values() if parameter.rule]

@@ -382,6 +382,9 @@ def test_set_takes_several_and_values_with_spaces():
     words = ["a=1 b=two words c=[1, 2]", "d=x=y"]
     assert params.assignments(words) == {"a": "1", "b": "two words", "c": "[1, 2]", "d": "x=y"}
     assert params.assignments([]) == params.assignments([""]) == {}
+    words = ["m=['a b=c d', 'e f=g'] n=[1]", "o=[2, 3] p=x q=y=z"]  # a list is not torn
+    found = {"m": "['a b=c d', 'e f=g']", "n": "[1]", "o": "[2, 3]", "p": "x", "q": "y=z"}
+    assert params.assignments(words) == found
 
 
 def test_every_process_of_a_run_has_the_same_arithmetic(root, monkeypatch, capsys):
@@ -671,7 +674,8 @@ def test_a_project_that_is_read_only_is_one_line(root):
     ("place", "words"),
     [
         ("''", "artifact_root is empty"),
-        ("params/tiny.yaml", "cannot write params/tiny.yaml/runs/tiny/.lock: "),
+        ("params/tiny.yaml", "artifact_root: params/tiny.yaml is a file: name a folder"),
+        ("params/tiny.yaml/x/y", "artifact_root: params/tiny.yaml is a file: name a folder"),
         ("inputs/results", "artifact_root lies in data_root"),
         ("/proc/no", "/proc/no"),
     ],
@@ -684,6 +688,9 @@ def test_a_place_that_cannot_take_artifacts_is_one_line(root, place, words):
     result = toy.call(root, "run", "params/tiny.yaml", "--only", "01")
     assert (result.returncode, result.stdout) == (2, "")
     assert words in result.stderr and result.stderr.count("\n") == 1
+    if "tiny.yaml" in place:
+        listed = toy.call(root, "run", "params/tiny.yaml", "--list")
+        assert (listed.returncode, listed.stderr) == (2, result.stderr)
 
 
 @pytest.mark.parametrize("place", [".", "../elsewhere"])

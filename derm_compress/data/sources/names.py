@@ -31,7 +31,7 @@ def survey(request: Request, rules: FileNames) -> Survey:
     for path, file in pictures.files.items():
         name = path.removeprefix(top)
         split, *folders = name.split("/")[:-1]
-        if not path.startswith(top) or split not in SPLITS or not folders:
+        if not path.startswith(top) or split.casefold() not in SPLITS or not folders:
             continue
         folder = known.get(folders[0].casefold(), "")
         there.add(folder)
@@ -64,8 +64,8 @@ def find_top(pictures: Pictures, rules: FileNames) -> str:
     for name in pictures.files:
         parts = name.split("/")
         for depth, (split, folder) in enumerate(zip(parts[:-2], parts[1:-1], strict=True)):
-            if split in SPLITS and folder.casefold() in known:
-                found["".join(f"{part}/" for part in parts[:depth])].add(split)
+            if split.casefold() in SPLITS and folder.casefold() in known:
+                found["".join(f"{part}/" for part in parts[:depth])].add(split.casefold())
     whole = [top for top, splits in found.items() if len(splits) == len(SPLITS)]
     if not whole:
         raise DermError(

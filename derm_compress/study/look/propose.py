@@ -37,6 +37,7 @@ def propose(
         raise DermError(f"{shown(out)} is there already; choose another --out, or remove it")
     known = params.known_parameters(params.read_notebooks(root))
     folder = data.expanduser().absolute()
+    folder = folder.resolve() if ".." in folder.parts else folder
     asked = params.check_texts(sets, known, "--set")
     if folder.is_file() and is_table(folder.name):
         asked, folder = {"table": folder.name} | asked, folder.parent
@@ -45,15 +46,17 @@ def propose(
     defaults = {name: parameter.default for name, parameter in known.items()}
     found = survey(Request.of(values))
     values = sizes(len(found.rows)) | values
-    request = Request.of(defaults | values)
+    file = out or root / "params" / f"{values['run']}.yaml"
+    there = params.read_params(file, known) if file.exists() and values["source"] != FOLDER else {}
+    request = Request.of(defaults | values | there | asked | {"data_root": str(folder)})
     told, stops = foretold(found, request, quick=quick)
     told = page(request, found, told, stops)
     if stops:
         return f"{told}\n\nno run file is written before that is settled{answers(found)}", False
     values["data_root"] = str(relative(folder, root))
-    file = out or root / "params" / f"{values['run']}.yaml"
     params.check(values, known, shown(file))
-    return f"{told}\n\n{kept(file, values, found, folder)}", True
+    over = dict(sets) | {"data_root": str(folder)}
+    return f"{told}\n\n{kept(file, values, found, over)}", True
 
 
 def foretold(found: Survey, request: Request, *, quick: bool) -> tuple[dict, tuple[str, ...]]:
@@ -83,8 +86,11 @@ def answers(found: Survey) -> str:
     )
 
 
-def kept(file: Path, values: Mapping, found: Survey, folder: Path) -> str:
-    """Writes the run file where there is none, and says how to run it."""
+def kept(file: Path, values: Mapping, found: Survey, over: Mapping[str, str]) -> str:
+    """Writes the run file where there is none, and says how to run it.
+
+    over: what a published data set's own run file needs beside it.
+    """
     command = f"{RUN} {shlex.quote(shown(file))}"
     text = run_file(order(values), found.told["excluded"], command)
     if not file.exists():
@@ -95,7 +101,8 @@ def kept(file: Path, values: Mapping, found: Survey, folder: Path) -> str:
     other = "--out PATH writes another"
     if values["source"] == FOLDER:
         return f"{shown(file)} is there already, says it otherwise and stays; {other}"
-    command += f" --set {shlex.quote(f'data_root={folder}')}"
+    for name, text in over.items():
+        command += f" --set {shlex.quote(f'{name}={text}')}"
     return (
         f"{shown(file)} is there already and stays; {other}; it reads this folder by\n  {command}"
     )
