@@ -13,7 +13,7 @@ from derm_compress.method.activation_analysis import activation_statistics, acti
 from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import jobs as jobs_
 from derm_compress.method.finetune import train
-from derm_compress.method.finetune.jobs import Job, fine_tune_all
+from derm_compress.method.finetune.jobs import fine_tune_all, fine_tune_jobs
 from derm_compress.method.importance import measure
 from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.importance.embedder import Embedder
@@ -77,8 +77,8 @@ def variants_of(recipe, store):
     folder = store.root
     known = pruned(recipe, [published_plan()], [2, 4, 6, 7, 8, 9, 10])
     training = train.Training(rank=16, alpha=8, learning_rate=1e-3, steps=2, batch_size=2, seed=0)
-    sources = to_heal(known, {"operating": 6, "deeper": 9})
-    jobs = [Job(row.adapter, row.recipe, training, anatomy.META) for row in sources.itertuples()]
+    sources = to_heal(known, {"criterion": "published", "operating": 6, "deeper": 9})
+    jobs = fine_tune_jobs(sources, training, anatomy.META)
     (folder / "scratch").mkdir()
     (folder / "adapters").mkdir()
     fine_tune_all(
@@ -121,7 +121,7 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     search_scales(tmp_path, wanted, sources, batch_size=1, **how)
     assert pd.read_parquet(tmp_path / "search.parquet").empty
     timed = latency.time_variants(variants, **ask)
-    training = jobs_.training_costs(tmp_path / "scratch", [job.variant for job in jobs])
+    training = jobs_.training_costs(tmp_path / "scratch", jobs)
     assert training.seconds.isna().all() and (training.train_peak_gib > 4).all()
     results = Results(
         scores=scores, plans=plans, choice=choice, variants=variants, answers=answers,

@@ -20,7 +20,7 @@ from derm_compress.model import anatomy, devices, loading, memory, oom, shapes
 from derm_compress.model import variants as variants_of
 from derm_compress.model.generation import generate
 from derm_compress.model.prompts import prepare, prompt
-from derm_compress.model.variants import HEALED, ORIGINAL
+from derm_compress.model.variants import ORIGINAL
 from derm_compress.progress import track
 
 
@@ -146,12 +146,13 @@ def shuffled_rows(items: Sequence[Item], seed: int) -> list[int]:
 
 def table_variants(variants: pd.DataFrame, choice: dict) -> pd.DataFrame:
     """The variants of Tables 4 and 5, and the healed control beside them."""
-    role = variants_of.roles(choice)
-    pruned, full, rival = role["operating"], role["operating"] + HEALED, role["rival"] + HEALED
-    wanted = [(source, "") for source in (ORIGINAL, pruned, full, ORIGINAL + HEALED)]
+    plain = variants_of.roles(variants, choice)
+    healed = variants_of.roles(variants, choice, healed=True)
+    pruned, full = plain["operating"], healed["operating"]
+    wanted = [(source, "") for source in (ORIGINAL, pruned, full, healed["unpruned"])]
     wanted += [(source, "awq") for source in (ORIGINAL, pruned, full)]
     wanted += [(full, quantizer) for quantizer in ("bitsandbytes", "rtn", "rtn_symmetric")]
-    wanted += [(rival, "awq")]
+    wanted += [(healed.get("rival"), "awq")]
     four = variants[variants.bits.eq(4) | variants.quantizer.eq("")]
     frames = [four[four.source.eq(source) & four.quantizer.eq(name)] for source, name in wanted]
     return pd.concat(frames, ignore_index=True)

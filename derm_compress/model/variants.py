@@ -13,6 +13,7 @@ from derm_compress.errors import DermError
 from derm_compress.model.recipe import Recipe
 
 ORIGINAL, HEALED = "original", "+sft"
+RIVAL = "magnitude"  # the criterion that the study's own is compared with, healed and quantized
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,35 @@ def pruned(
     return pd.DataFrame(rows)
 
 
+def half_up(depth: float) -> int:
+    """A number of blocks, rounded as everywhere in the study."""
+    return int(depth + 0.5)
+
+
 def paper_depth(removed: int, blocks: int, of: int = 32) -> int:
     """The same fraction of another model's blocks, rounded half up; at least one where any goes."""
-    return max(min(removed, 1), int(removed * blocks / of + 0.5))
+    return max(min(removed, 1), half_up(removed * blocks / of))
+
+
+def find(known: pd.DataFrame, removed: int, criterion: str, *, healed: bool = False) -> str | None:
+    """The unquantized variant without so many blocks by a criterion, of the first SFT seed."""
+    wanted = {"blocks_removed": removed, "criterion": criterion if removed else ""}
+    wanted |= {"healed": healed, "sft_seed": 0, "quantizer": ""}
+    rows = known[(known[list(wanted)] == list(wanted.values())).all(axis=1)]
+    return rows.variant.iloc[0] if len(rows) else None
+
+
+def roles(known: pd.DataFrame, choice: dict, *, healed: bool = False) -> dict[str, str]:
+    """Variants by role as far as there are such: unpruned, operating, deeper, and the rival.
+
+    The rival has as many blocks as the operating point; its criterion is another than the study's.
+    """
+    own, depth = choice["criterion"], choice["operating"]
+    places = {"unpruned": (0, own), "operating": (depth, own), "deeper": (choice["deeper"], own)}
+    if own != RIVAL:
+        places["rival"] = depth, RIVAL
+    found = {role: find(known, *place, healed=healed) for role, place in places.items()}
+    return {role: name for role, name in found.items() if name}
 
 
 def to_heal(
@@ -86,18 +113,23 @@ def to_heal(
     """What SFT is given: the model of every role, and the study's own plan at further `depths`.
 
     `depths` are of 32; `seeds`: trainings of the operating point and of its control. Adds
-    `sft_seed` (0 for the first) and `adapter`, the name of the folder to train into. DermError
-    where stage 04 has no model of a depth.
+    `sft_seed` (0 for the first), `adapter`, the name of the folder to train into, and
+    `healed_variant`, what it makes. DermError where stage 04 has no model of a depth.
     """
-    role, blocks = roles(choice), recipe_of(known, ORIGINAL).blocks
-    names = [name for name in role.values() if name in set(known.variant)]
-    names += [f"pruned-{paper_depth(n, blocks)}" for n in depths]
+    role, blocks = roles(known, choice), recipe_of(known, ORIGINAL).blocks
+    names = list(role.values())
+    for depth in (paper_depth(n, blocks) for n in depths):
+        names.append(find(known, depth, choice["criterion"]))
+        if names[-1] is None:
+            said = f"no model without {depth} blocks was made; add its depth to depths"
+            raise DermError(f"sft_depths: {said}")
     first = named(known, names).assign(sft_seed=0)
     more = named(first, [role["unpruned"], role["operating"]])
     again = [more.assign(sft_seed=seed) for seed in range(1, seeds)]
     frame = pd.concat([first, *again], ignore_index=True)
     marks = [f"~{seed}" if seed else "" for seed in frame.sft_seed]
-    return frame.assign(adapter=frame.variant + marks)
+    names = {"adapter": frame.variant + marks, "healed_variant": frame.variant + HEALED + marks}
+    return frame.assign(**names)
 
 
 def to_quantize(known: pd.DataFrame, choice: dict) -> tuple[list[str], list[str]]:
@@ -106,16 +138,9 @@ def to_quantize(known: pd.DataFrame, choice: dict) -> tuple[list[str], list[str]
     The first: the original, the operating point, and that one healed. The others, as far as there
     are such: the deeper model and the rival, healed.
     """
-    role = roles(choice)
-    main = [ORIGINAL, role["operating"], role["operating"] + HEALED]
-    further = [role["deeper"] + HEALED, role["rival"] + HEALED]
-    return main, [name for name in further if name in set(known.variant)]
-
-
-def healed_name(adapter: str) -> str:
-    """The variant that an adapter makes: pruned-6+sft~1 of pruned-6~1."""
-    source, mark, seed = adapter.partition("~")
-    return source + HEALED + mark + seed
+    plain, healed = roles(known, choice), roles(known, choice, healed=True)
+    main = [plain["unpruned"], plain["operating"], healed["operating"]]
+    return main, [healed[role] for role in ("deeper", "rival") if role in healed]
 
 
 def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
@@ -125,7 +150,7 @@ def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
         folder = row["adapter"]
         recipe = Recipe.from_json(row["recipe"]).with_adapter(f"{ref}/{folder}", adapters / folder)
         known = {key: row[key] for key in ("criterion", "sft_seed")}
-        rows.append(variant(healed_name(folder), recipe, healed=True, **known))
+        rows.append(variant(row["healed_variant"], recipe, healed=True, **known))
     return pd.DataFrame(rows)
 
 
@@ -150,15 +175,5 @@ def read_variants(*folders: Path) -> pd.DataFrame:
 
 
 def read_choice(folder: Path) -> dict:
-    """Operating and deeper depth, as stage 04 chose them."""
+    """Criterion, operating and deeper depth, as stage 04 chose them."""
     return json.loads((Path(folder) / "choice.json").read_text("utf-8"))
-
-
-def roles(choice: dict, rival: str = "magnitude") -> dict[str, str]:
-    """Variant names by role: unpruned, operating, deeper, and the rival at the operating depth."""
-    return {
-        "unpruned": ORIGINAL,
-        "operating": f"pruned-{choice['operating']}",
-        "deeper": f"pruned-{choice['deeper']}",
-        "rival": f"pruned-{choice['operating']}-{rival}",
-    }

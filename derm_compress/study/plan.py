@@ -253,7 +253,7 @@ def operating(plan: Plan, stage: str) -> dict:
     from derm_compress.model.variants import named, read_choice, read_variants, roles
 
     folder = plan.made("04_pruning")
-    name = roles(read_choice(folder))["operating"]
+    name = roles(read_variants(folder), read_choice(folder))["operating"]
     pruned = named(read_variants(folder), [name]).iloc[0]
     plain = {"healed": False, "sft_seed": 0, "quantizer": ""}
     return {column: pruned[column] for column in CUT} | plain | OPERATING.get(stage, {})

@@ -1,5 +1,6 @@
 import gc
 import weakref
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import jobs, train
 from derm_compress.method.finetune.jobs import Job
 from derm_compress.method.finetune.merge import merge_adapter
+from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.method.quantization import quantize
 from derm_compress.model import anatomy, loading, prompts, usage
 from derm_compress.model.recipe import adapter_digest
@@ -185,7 +187,9 @@ def test_an_adapter_of_other_blocks_or_other_bytes_is_refused(dataset, tmp_path,
         merge_adapter(pico[0], tmp_path / "a", step | {"sha256": "0" * 64}, kept=BLOCKS)
 
 
-def test_fine_tunes_run_side_by_side_and_finished_ones_are_kept(dataset, recipe, store, tmp_path):
+def test_a_fine_tune_elsewhere_is_the_same_and_finished_ones_are_kept(
+    dataset, recipe, store, tmp_path
+):
     data, scratch, out = (tmp_path / name for name in ("data", "scratch", "out"))
     for folder in (data, scratch, out):
         folder.mkdir()
@@ -193,17 +197,17 @@ def test_fine_tunes_run_side_by_side_and_finished_ones_are_kept(dataset, recipe,
     short = train.Training(rank=2, alpha=2, learning_rate=1e-3, steps=1, batch_size=2, seed=0)
     pruned = recipe.then("prune", kept=[0, 1, 2, 7])
     recipes = {"original": recipe, "again": recipe, "pruned-4": pruned}
-    names, asked = [*recipes], [Job(name, one.to_json(), short) for name, one in recipes.items()]
+    asked = [Job(name, f"{name}+sft", one.to_json(), short) for name, one in recipes.items()]
     where = {"data": data, "store": store, "scratch": scratch}
-    jobs.fine_tune_all(tmp_path / "first", asked[:1], **where, processes=1)
-    before = (scratch / "original" / "curve.parquet").stat().st_mtime_ns
-    jobs.fine_tune_all(out, asked, **where, processes=2)  # the other two, each in its own
-    assert (scratch / "original" / "curve.parquet").stat().st_mtime_ns == before
+    side_by_side(partial(jobs.fine_tune, **where), asked[1:2], processes=1)  # in one of its own
+    before = (scratch / "again" / "curve.parquet").stat().st_mtime_ns
+    jobs.fine_tune_all(out, asked, **where, processes=1)
+    assert (scratch / "again" / "curve.parquet").stat().st_mtime_ns == before
     assert weights_of(out / "original") == weights_of(out / "again")
-    curves = jobs.loss_curves(out, names)
-    assert curves.groupby("variant").size().to_dict() == dict.fromkeys(names, 1)
-    told = jobs.training_costs(scratch, names)
-    assert told.variant.tolist() == [f"{name}+sft" for name in names]
+    curves = jobs.loss_curves(out, asked)
+    assert curves.groupby("variant").size().to_dict() == dict.fromkeys(recipes, 1)
+    told = jobs.training_costs(scratch, asked)
+    assert told.variant.tolist() == [f"{name}+sft" for name in recipes]
     assert told.skipped.tolist() == [0, 0, 0] and (told.measured_peak_gib > 0.1).all()
     small, same, smaller = told.train_peak_gib  # planned: tensors of a pico model, not the process
     assert 0.1 > small == same > smaller > 0
@@ -211,8 +215,20 @@ def test_fine_tunes_run_side_by_side_and_finished_ones_are_kept(dataset, recipe,
     assert len(anatomy.blocks(materialize(healed, store)[0])) == 4
 
 
+def test_several_fine_tunes_on_a_cpu_go_side_by_side(recipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(jobs, "side_by_side", lambda work, todo, processes: seen.append(todo))
+    monkeypatch.setattr(jobs.shutil, "copytree", lambda *_: None)
+    asked = [Job(name, name, recipe.to_json(), TRAINING) for name in ("a", "b", "c")]
+    (tmp_path / "a").mkdir()  # finished before
+    where = {"data": tmp_path, "store": None, "scratch": tmp_path}
+    jobs.fine_tune_all(tmp_path / "out", asked, **where, processes=2)
+    assert seen == [asked[1:]]
+
+
 def test_further_seeds_train_with_other_seeds():
     sources = pd.DataFrame({"adapter": ["a", "a~1"], "recipe": ["{}", "{}"], "sft_seed": [0, 1]})
+    sources["healed_variant"] = ["a+sft", "a+sft~1"]
     settings = train.Training(rank=2, alpha=2, learning_rate=1e-3, steps=1, batch_size=2, seed=5)
     made = jobs.fine_tune_jobs(sources, settings, "cpu")
-    assert [(job.variant, job.training.seed) for job in made] == [("a", 5), ("a~1", 6)]
+    assert [(job.makes, job.training.seed) for job in made] == [("a+sft", 5), ("a+sft~1", 6)]

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from derm_compress.errors import DermError
+from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization import methods, wanted
 from derm_compress.method.quantization.grids import grid_of
 from derm_compress.method.quantization.methods import METHODS, Form, quantizers
@@ -13,9 +14,9 @@ from derm_compress.model import memory
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.shapes import llava_7b
-from derm_compress.model.units import Unit
 
 ORDER = list(range(30, 1, -1))  # 0, 1 and 31 are never removed
+PLAN = Plan("angular", tuple(ORDER), (0, 1, 31), 32)
 SCALES = f"07_quantization/{'a' * 64}/scales"
 
 
@@ -112,7 +113,7 @@ def test_calibrations_are_what_needs_a_search_by_what_it_reads():
 
 
 def test_main_models_get_all_that_is_asked_and_further_ones_the_papers_methods():
-    shared = wanted.equal_bytes(known(), ORDER, [8], [3], group_size=64)
+    shared = wanted.equal_bytes(known(), PLAN, [8], [3], group_size=64)
     frame = wanted.wanted_forms(["original"], ["pruned-8"], ["awq", "hqq"], [4, 3], 64, shared)
     asked = frame.groupby("source").form.agg(list)
     assert asked["original"] == ["awq4", "awq3", "hqq4", "hqq3", "awq2-mixed"]
@@ -132,7 +133,7 @@ def test_variants_know_their_source_and_where_their_scales_are():
 
 
 def test_equal_bytes_are_equal_to_two_percent():
-    asked = wanted.equal_bytes(known(), ORDER, [15, 7, 8], [3, 2], group_size=64)
+    asked = wanted.equal_bytes(known(), PLAN, [15, 7, 8], [3, 2], group_size=64)
     made = wanted.quantized_variants(known(), asked, SCALES).assign(budget=asked.budget)
     shapes = llava_7b()
     made["gib"] = memory.plan_variants(made, shapes, shapes).vram_gib_7b
@@ -155,10 +156,7 @@ def test_equal_bytes_are_equal_to_two_percent():
 
 
 def test_what_the_plan_removes_last_gets_the_wider_codes():
-    order = [Unit.of(block) for block in ORDER]  # as plans have it
-    asked = wanted.equal_bytes(known(), order, [8], [3], group_size=64).set_index(
-        ["source", "form"]
-    )
+    asked = wanted.equal_bytes(known(), PLAN, [8], [3], group_size=64).set_index(["source", "form"])
     step = json.loads(asked.step["original", "awq2-mixed"])
     assert step["bits"] == 2 and set(step["block_bits"].values()) == {4}
     assert {int(block) for block in step["block_bits"]} == {0, 1, 31, *ORDER[-13:]}
@@ -169,8 +167,8 @@ def test_what_the_plan_removes_last_gets_the_wider_codes():
 @pytest.mark.parametrize(
     ("depths", "widths", "gone", "said"),
     [
-        ([9], [3], [], "no pruned-9; add its depth to depths"),
-        ([8], [3], ["pruned-8+sft"], "no pruned-8\\+sft; add its depth to sft_depths"),
+        ([9], [3], [], "no model without 9 blocks; add its depth to depths"),
+        ([8], [3], ["pruned-8+sft"], "no model without 8 blocks; add its depth to sft_depths"),
         ([8], [], [], "set bits to several"),
         ([8], [8], [], "set bits to several"),
     ],
@@ -178,12 +176,12 @@ def test_what_the_plan_removes_last_gets_the_wider_codes():
 def test_equal_bytes_that_would_lack_models_name_the_parameter(depths, widths, gone, said):
     there = known()
     with pytest.raises(DermError, match=said):
-        wanted.equal_bytes(there[~there.variant.isin(gone)], ORDER, depths, widths, group_size=64)
+        wanted.equal_bytes(there[~there.variant.isin(gone)], PLAN, depths, widths, group_size=64)
 
 
 def test_equal_bytes_of_what_there_is():
-    assert wanted.equal_bytes(known(), ORDER, [], [3, 2], group_size=64).empty
+    assert wanted.equal_bytes(known(), PLAN, [], [3, 2], group_size=64).empty
     unhealed = known().query("not healed")
-    found = wanted.equal_bytes(unhealed, ORDER, [8], [3], group_size=64)
+    found = wanted.equal_bytes(unhealed, PLAN, [8], [3], group_size=64)
     assert set(found.source) == {"original", "pruned-8"}
     assert wanted.widths(3, 32, 17, 64) == []  # 4 bits leave bytes over

@@ -67,7 +67,7 @@ def test_fine_tuning_gives_the_same_bytes_whatever_the_unseen_pictures_are(
     dataset, recipe, store, tmp_path
 ):
     training = train.Training(rank=2, alpha=2, learning_rate=1e-2, steps=2, batch_size=4, seed=0)
-    job, made = jobs.Job("original", recipe.to_json(), training), []
+    job, made = jobs.Job("original", "original", recipe.to_json(), training), []
     for name, version in (("a", dataset), ("b", scrambled(dataset))):
         folder, scratch, kept = (tmp_path / name / part for part in ("out", "scratch", "data"))
         for path in (folder, scratch, kept):

@@ -15,7 +15,7 @@ from derm_compress.model.units import Unit, left
 
 ORIGINAL = Recipe("pico", "f" * 16, 8)
 KEY = "a" * 64
-CHOICE = {"operating": 2, "deeper": 3}
+CHOICE = {"criterion": "angular", "operating": 2, "deeper": 3}
 UNITS = st.builds(Unit, st.integers(0, 40), st.sampled_from(["", "attention", "mlp"]))
 
 
@@ -107,6 +107,7 @@ def test_further_depths_and_seeds_are_healed_beside_the_roles(known, tmp_path):
     names = ["original", "pruned-2", "pruned-3", "pruned-1"]
     more = ["original~1", "pruned-2~1", "original~2", "pruned-2~2"]
     assert asked.adapter.tolist() == names + more
+    assert asked.healed_variant.iloc[-1] == "pruned-2+sft~2"
     assert asked.sft_seed.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
     for name in asked.adapter:
         (tmp_path / name).mkdir()
@@ -121,8 +122,23 @@ def test_further_depths_and_seeds_are_healed_beside_the_roles(known, tmp_path):
     assert last["kept"] == [0, 1, 4, 5, 6, 7]
 
 
+def test_roles_are_found_by_what_was_removed_and_how(known):
+    def row(name, n, **more):
+        recipe = ORIGINAL.pruned([0, 1, *range(2 + n, 8)])
+        return variants_of.variant(name, recipe, **{"criterion": "magnitude"} | more)
+
+    more = [row("rival", 2), row("x", 2, healed=True), row("y", 2, sft_seed=1, healed=True)]
+    more += [row("z", 3, criterion="angular", quantizer="rtn", bits=4)]
+    every = pd.concat([pd.DataFrame(more), known])  # whatever comes first
+    names = {"unpruned": "original", "operating": "pruned-2", "deeper": "pruned-3"}
+    assert variants_of.roles(every, CHOICE) == names | {"rival": "rival"}
+    assert variants_of.roles(every, CHOICE, healed=True) == {"rival": "x"}
+    own = CHOICE | {"criterion": "magnitude"}  # then the study's own is no rival
+    assert variants_of.roles(every, own) == {"unpruned": "original", "operating": "rival"}
+
+
 def test_a_depth_that_was_not_pruned_is_refused(known):
-    with pytest.raises(DermError, match="pruned-5"):
+    with pytest.raises(DermError, match="sft_depths: no model without 5 blocks was made"):
         variants_of.to_heal(known, CHOICE, depths=[20])
 
 

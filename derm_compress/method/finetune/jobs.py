@@ -20,14 +20,14 @@ from derm_compress.method.finetune.train import Training, planned_peak, train
 from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.model import anatomy, loading, memory, shapes, usage
 from derm_compress.model.recipe import Recipe
-from derm_compress.model.variants import healed_name
 
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tune: the variant trained on (its adapter's folder), its recipe, the settings."""
+    """One fine-tune: its adapter's folder, the variant that it makes, what of, and the settings."""
 
-    variant: str
+    adapter: str
+    makes: str
     recipe: str
     training: Training
     device: str = "cpu"
@@ -36,7 +36,13 @@ class Job:
 def fine_tune_jobs(sources: pd.DataFrame, training: Training, device: str) -> list[Job]:
     """A job for each row of variants.to_heal(); further seeds count on from the training's."""
     return [
-        Job(row.adapter, row.recipe, replace(training, seed=training.seed + row.sft_seed), device)
+        Job(
+            row.adapter,
+            row.healed_variant,
+            row.recipe,
+            replace(training, seed=training.seed + row.sft_seed),
+            device,
+        )
         for row in sources.itertuples()
     ]
 
@@ -44,12 +50,12 @@ def fine_tune_jobs(sources: pd.DataFrame, training: Training, device: str) -> li
 def fine_tune_all(
     folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Path, processes: int = 1
 ) -> None:
-    """Runs jobs into folder/<variant>, one thread each; finished ones wait in `scratch`."""
+    """Runs jobs into folder/<adapter>, one thread each; finished ones wait in `scratch`."""
     if jobs[0].device == anatomy.META:
         for job in jobs:
-            plan_only(folder / job.variant, job, scratch=scratch)
+            plan_only(folder / job.adapter, job, scratch=scratch)
         return
-    todo = [job for job in jobs if not (scratch / job.variant).exists()]
+    todo = [job for job in jobs if not (scratch / job.adapter).exists()]
     work = partial(fine_tune, data=data, store=store, scratch=scratch)
     if processes == 1 or len(todo) < 2 or todo[0].device != "cpu":  # a GPU has room for one
         for job in todo:
@@ -57,26 +63,26 @@ def fine_tune_all(
     else:
         side_by_side(work, todo, processes=processes)
     for job in jobs:
-        shutil.copytree(scratch / job.variant, folder / job.variant)
+        shutil.copytree(scratch / job.adapter, folder / job.adapter)
 
 
 def fine_tune(job: Job, *, data: Path, store, scratch: Path) -> None:
-    """Leaves scratch/<variant>, adapter and curve.parquet, and <variant>.json, its costs."""
+    """Leaves scratch/<adapter>, adapter and curve.parquet, and <adapter>.json, its costs."""
     torch.set_num_threads(1)
     dataset, recipe = load_dataset(data), Recipe.from_json(job.recipe)
     model, processor = materialize(recipe, store, job.device)
     asked = dataset.of("train"), dataset.images, job.training
     planned = planned_peak(model, processor, *asked)
-    checkpoint = scratch / f"{job.variant}.safetensors"
-    what = f"fine-tuning {job.variant}"
+    checkpoint = scratch / f"{job.adapter}.safetensors"
+    what = f"fine-tuning {job.adapter}"
     tuned, curve, told = train(model, processor, *asked, checkpoint=checkpoint, what=what)
-    with atomic(scratch / job.variant) as draft:
+    with atomic(scratch / job.adapter) as draft:
         tuned.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)  # peft's card; the export writes ours
         name_base(draft / "adapter_config.json", recipe.base)
         curve.to_parquet(draft / "curve.parquet", index=False)
         told |= {"train_peak_gib": planned, "measured_peak_gib": usage.peak_gib(job.device)}
-        (scratch / f"{job.variant}.json").write_text(json.dumps(told))
+        (scratch / f"{job.adapter}.json").write_text(json.dumps(told))
 
 
 def name_base(config: Path, base: str) -> None:
@@ -100,22 +106,22 @@ def plan_only(folder: Path, job: Job, *, scratch: Path) -> None:
         checkpointing=True,
     )
     told = {"seconds": None, "train_peak_gib": sum(plan.values())}
-    (scratch / f"{job.variant}.json").write_text(json.dumps(told))
+    (scratch / f"{job.adapter}.json").write_text(json.dumps(told))
 
 
-def loss_curves(folder: Path, variants: Sequence[str]) -> pd.DataFrame:
-    """Loss curves of fine-tunes kept as folder/<variant>: variant, step, loss."""
+def loss_curves(folder: Path, jobs: Sequence[Job]) -> pd.DataFrame:
+    """Loss curves of fine-tunes kept as folder/<adapter>: variant (the adapter's), step, loss."""
     frames = [
-        pd.read_parquet(Path(folder) / name / "curve.parquet").assign(variant=name)
-        for name in variants
+        pd.read_parquet(Path(folder) / job.adapter / "curve.parquet").assign(variant=job.adapter)
+        for job in jobs
     ]
     return pd.concat(frames, ignore_index=True)[["variant", "step", "loss"]]
 
 
-def training_costs(scratch: Path, variants: Sequence[str]) -> pd.DataFrame:
-    """variant (as healed), seconds, skipped, train_peak_gib (planned), measured_peak_gib."""
+def training_costs(scratch: Path, jobs: Sequence[Job]) -> pd.DataFrame:
+    """variant (that it makes), seconds, skipped, train_peak_gib (planned), measured_peak_gib."""
     rows = []
-    for name in variants:
-        told = json.loads((scratch / f"{name}.json").read_text())
-        rows.append({"variant": healed_name(name)} | told)
+    for job in jobs:
+        told = json.loads((scratch / f"{job.adapter}.json").read_text())
+        rows.append({"variant": job.makes} | told)
     return pd.DataFrame(rows).astype({"seconds": float})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from derm_compress.errors import DermError
 from derm_compress.method.pruning.plan import Plan
-from derm_compress.model.variants import paper_depth
+from derm_compress.model.variants import half_up, paper_depth
 from derm_compress.progress import say
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def choose_operating_point(
 
 def _beside(depth: int, plan: Plan, why: str) -> dict:
     """A depth and one half as deep again."""
-    deeper = min(int(1.5 * depth + 0.5), plan.most)
+    deeper = min(half_up(1.5 * depth), plan.most)
     return {"criterion": plan.criterion, "operating": depth, "deeper": deeper, "why": why}
 
 

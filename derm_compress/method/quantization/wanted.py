@@ -14,10 +14,10 @@ from dataclasses import asdict
 import pandas as pd
 
 from derm_compress.errors import DermError
+from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization.methods import IN_PAPER, METHODS, Form, forms
 from derm_compress.model.recipe import Recipe
-from derm_compress.model.units import Unit
-from derm_compress.model.variants import HEALED, ORIGINAL, named, paper_depth, recipe_of, variant
+from derm_compress.model.variants import ORIGINAL, find, named, paper_depth, recipe_of, variant
 
 COLUMNS = ["source", "form", "quantizer", "text", "step"]
 METHOD, WIDEST, NARROWEST = "awq", 4, 2  # of budgets
@@ -99,7 +99,7 @@ def quantized_variants(sources: pd.DataFrame, wanted: pd.DataFrame, ref: str) ->
 
 def equal_bytes(
     known: pd.DataFrame,
-    order: Sequence[Unit | int],
+    plan: Plan,
     depths: Sequence[int],
     budgets: Sequence[int],
     *,
@@ -107,16 +107,16 @@ def equal_bytes(
 ) -> pd.DataFrame:
     """What the table of equal bytes quantizes: wanted_forms() rows with their `budget`.
 
-    depths: blocks removed, of 32, by the study's own plan, whose `order` says what matters least.
+    depths: blocks removed, of 32, by the study's own plan, whose order says what matters least.
     """
     check_budgets(depths, budgets)
     blocks = recipe_of(known, ORIGINAL).blocks
     removed = sorted({paper_depth(n, blocks) for n in depths})
-    order = [Unit.of(unit).plain for unit in order]  # blocks by their number
+    order = [unit.plain for unit in plan.order]  # blocks by their number
     frames = [frame(()).assign(budget=None)]
     for budget in budgets:
         for n in [0, *removed] if removed else []:
-            for source in _sources(known, n):
+            for source in _sources(known, n, plan.criterion):
                 kept = Recipe.from_json(source.recipe).kept()
                 forms = []
                 for wide, narrow, count in widths(budget, blocks, len(kept), group_size):
@@ -135,15 +135,16 @@ def check_budgets(depths: Sequence[int], budgets: Sequence[int]) -> None:
         raise DermError(f"equal_bytes: {said}")
 
 
-def _sources(known: pd.DataFrame, n: int) -> list:
+def _sources(known: pd.DataFrame, n: int, criterion: str) -> list:
     """The model without n blocks, before and (where the original is known after it) after SFT."""
-    plain, there = f"pruned-{n}" if n else ORIGINAL, set(known.variant)
-    asked = [plain, plain + HEALED] if ORIGINAL + HEALED in there else [plain]
-    for name, parameter in zip(asked, ("depths", "sft_depths"), strict=False):
-        if name not in there:
-            said = f"there is no {name}; add its depth to {parameter}, or leave it out here"
-            raise DermError(f"equal_bytes: {said}")
-    return list(named(known, asked).itertuples())
+    found = {"depths": find(known, n, criterion)}
+    if find(known, 0, criterion, healed=True):
+        found["sft_depths"] = find(known, n, criterion, healed=True)
+    for parameter, name in found.items():
+        if name is None:
+            said = f"there is no model without {n} blocks; add its depth to {parameter}"
+            raise DermError(f"equal_bytes: {said}, or leave it out here")
+    return list(named(known, found.values()).itertuples())
 
 
 def widths(budget: int, blocks: int, kept: int, group_size: int) -> list[tuple[int, int, int]]:
