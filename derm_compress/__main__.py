@@ -82,9 +82,9 @@ def look(
     ] = False,
 ) -> None:
     """Say what a run would read of photographs, and write its run file; 1 where it would stop."""
+    from derm_compress.files import project_root
     from derm_compress.study.look.propose import propose
     from derm_compress.study.params import assignments
-    from derm_compress.study.plan import project_root
 
     told, runs = propose(data, assignments(sets or []), out, project_root(), quick=quick)
     print(told)
@@ -139,8 +139,9 @@ def tell_written(model: str, path: Path) -> None:
 @app.command()
 def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...")]) -> None:
     """Render reports/RUN again from what is stored."""
+    from derm_compress.files import project_root
     from derm_compress.report.render import render, render_index
-    from derm_compress.study.plan import find_plan, project_root
+    from derm_compress.study.plan import find_plan
 
     for name in runs:
         plan = find_plan(name)
@@ -151,8 +152,8 @@ def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...")]) -> None
 @app.command()
 def paper() -> None:
     """Write docs/paper.md: where the paper disagrees with itself."""
+    from derm_compress.files import project_root
     from derm_compress.report.paper.page import write
-    from derm_compress.study.plan import project_root
 
     print(write(project_root()))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -16,21 +17,12 @@ from filelock import FileLock, Timeout
 from derm_compress.errors import DermError
 from derm_compress.progress import say
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ENOTEMPTY,
-    errno.ENAMETOOLONG,
-)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
+CLOSED += (errno.ENOTEMPTY, errno.ENAMETOOLONG)
+PACKAGE = Path(__file__).resolve().parent
 MODELS = "DERM_COMPRESS_MODELS"  # names the folder of models that the package makes
 CHECKSUM = "checksum"  # of all else that a note says
 _HELD: dict[Path, FileLock] = {}  # a second lock on one file would wait for this process's own
-_NAMED: set[Path] = set()  # notes whose damage has been said
 STAGE, KEY = re.compile(r"[0-9]{2}_[a-z0-9_]+"), re.compile(r"[0-9a-f]{64}")
 
 
@@ -73,7 +65,7 @@ def disk_guard(path: Path):
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        if number in FULL or "No space left" in str(error):
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             advice = "free some space and run again, what was finished is kept"
             raise DermError(f"the disk is full while writing {shown(path)}: {advice}") from error
         named = Path(getattr(error, "filename", None) or path)
@@ -99,25 +91,12 @@ def atomic(path: Path):
         remove(part)
 
 
-def copy(folder: Path, path: Path) -> None:
-    """The folder as `path`: whole or not at all, writable, and without links to anywhere."""
-    with atomic(path) as part:
-        shutil.copytree(folder, part, copy_function=shutil.copyfile, ignore=passing)
-        for inner in [part, *part.rglob("*")]:
-            inner.chmod(0o755 if inner.is_dir() else 0o644)
-
-
 def check_new(path: Path, what: str) -> None:
     """DermError for a path that is a file, or a folder that holds something."""
     if path.is_dir() and any(path.iterdir()):
         raise DermError(f"{what}: {path} exists and is not empty; name a new folder")
     if os.path.lexists(path) and not path.is_dir():
         raise DermError(f"{what}: {path} is a file; name a new folder")
-
-
-def passing(folder: str, names: list[str]) -> list[str]:
-    """What copytree shall leave out: links to anywhere, and what a kill left half written."""
-    return [n for n in names if n.startswith(".part-") or Path(folder, n).is_symlink()]
 
 
 def write_json(path: Path, value) -> None:
@@ -146,6 +125,7 @@ def plain(value):
 
 def write_note(path: Path, note: dict) -> None:
     """A JSON object with the checksum by which `checked` notices damage."""
+    note = json.loads(json.dumps(note, default=plain))  # as it will be read
     write_json(path, note | {CHECKSUM: digest(note)})
 
 
@@ -160,11 +140,10 @@ def read_note(path: Path) -> dict:
         return {}
 
 
+@functools.cache
 def name_damaged(path: Path) -> None:
     """Says, once, that a file cannot be used."""
-    if path not in _NAMED:
-        say(f"damaged: {shown(path)}: it is not used, and made anew")
-        _NAMED.add(path)
+    say(f"damaged: {shown(path)}: it is not used, and made anew")
 
 
 def checked(note: dict) -> dict:
@@ -224,17 +203,16 @@ def release(path: Path) -> None:
 def artifact(store: Path, stage: str, key: str) -> Path:
     """Where a store keeps a stage's result; DermError for what can be no stage and key."""
     if not STAGE.fullmatch(str(stage)) or not KEY.fullmatch(str(key)):
-        raise DermError(
-            f"{stage}/{key} names no artifact: NN_stage and a key of 64 digits are wanted"
-        )
+        wanted = "NN_stage and a key of 64 digits"
+        raise DermError(f"{stage}/{key} names no artifact: {wanted} are wanted")
     return store / stage / key
 
 
 class Journal:
     """An append-only log of finished items, a line each: [key, row, checksum of both].
 
-    `done` maps each key (str) to its row (JSON value). Without a path it lives in memory only. A
-    line that a kill cut short is dropped on opening; a damaged one too, and said.
+    `done`: {key: row}; without a path in memory alone. A line that a kill cut short is dropped on
+    opening; a damaged one too, and said.
     """
 
     def __init__(self, path: Path | None = None):
@@ -297,9 +275,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def located(root: Path, value: str) -> Path:
-    """A path that a person wrote: below `root` unless it is absolute, ~ is their home."""
-    return root / Path(value).expanduser()
+def project_root(root: Path | None = None) -> Path:
+    """The folder of notebooks/ and params/: `root`, DERM_COMPRESS_ROOT or that of the package."""
+    return Path(root or os.environ.get("DERM_COMPRESS_ROOT") or PACKAGE.parent).resolve()
+
+
+def located(value: str, root: Path | None = None) -> Path:
+    """A path that a person wrote: below the project unless it is absolute, ~ is their home."""
+    return project_root(root) / os.path.expanduser(value)
 
 
 def walk(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -316,20 +299,3 @@ def walk(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield f"{name}{path.name}", path
             elif path.is_dir() and (real := os.path.realpath(path)) not in above:
                 todo.append((path, f"{name}{path.name}/", (*above, real)))
-
-
-def fingerprint(path: Path) -> str:
-    """Digest of a file, or of all files in a folder, by name, size and time: what changed is new.
-
-    Links are followed. Of Kaggle's read-only inputs names and sizes alone: their times may differ
-    in every session.
-    """
-    inputs = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"), "input").resolve()
-    on_kaggle, listing = inputs.is_dir(), {}
-    for name, file in walk(path) if path.is_dir() else [("", path)]:
-        stat = file.stat()
-        times = [stat.st_mtime_ns]
-        if on_kaggle and file.resolve().is_relative_to(inputs):
-            times = []
-        listing[name] = [stat.st_size, *times]
-    return digest(listing)

@@ -77,16 +77,6 @@ def test_frames_and_json_come_back_as_they_were(tmp_path):
     assert (tmp_path / "j.json").read_text() == json.dumps({"a": 1, "b": [1, 2]}, indent=1) + "\n"
 
 
-def test_a_copy_is_writable_and_follows_no_link(tmp_path):
-    (tmp_path / "from" / "inner").mkdir(parents=True)
-    (tmp_path / "from" / "inner" / "x").write_text("x")
-    (tmp_path / "from" / "leads out").symlink_to("/etc")
-    (tmp_path / "from" / "inner").chmod(0o555)
-    files.copy(tmp_path / "from", tmp_path / "to")
-    (tmp_path / "to" / "inner" / "y").touch()
-    assert sorted(path.name for path in (tmp_path / "to").rglob("*")) == ["inner", "x", "y"]
-
-
 # Notes and journals
 
 
@@ -108,6 +98,11 @@ def test_a_note_with_any_changed_byte_is_named_once_and_empty(tmp_path, capsys):
     for other in ("[]", "null", '"text"', "{"):
         path.write_text(other)
         assert read_note(path) == {}
+
+
+def test_a_note_is_whole_whatever_its_keys_are(tmp_path):
+    write_note(tmp_path / "n.json", {"bits": {4: (1, 2)}, 7: pd.Series([0.5]).to_numpy()})
+    assert read_note(tmp_path / "n.json") == {"bits": {"4": [1, 2]}, "7": [0.5]}
 
 
 def rows(count):

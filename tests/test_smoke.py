@@ -128,8 +128,7 @@ def test_the_report_names_its_stages_and_no_path_of_this_machine(study):
 
 def test_any_ranking_may_be_the_studys_own(study):
     """Notebooks 03 and 04 with another criterion first, on the stages before them as they are."""
-    more = "run=other rankings=[perplexity, magnitude] depths=[8] rival_depths=[8] "
-    more += "sft_depths=[8] equal_bytes=[8]"
+    more = "run=other rankings=[perplexity, magnitude] depths=[8] rival_depths=[8]"
     made = []
     for stage in ("03_layer_importance", "04_pruning"):
         done = command(study, "run", "params/smoke.yaml", "--only", stage, "--set", more)

@@ -46,7 +46,7 @@ class Request:
         names = {field.name for field in fields(cls)} & set(parameters)
         asked = {name: parameters[name] for name in names} | others
         if asked.get("data_root"):
-            asked["data_root"] = located(project, str(asked["data_root"]))
+            asked["data_root"] = located(str(asked["data_root"]), project)
         return cls(**asked)
 
     @property

@@ -15,7 +15,7 @@ from derm_compress.files import (
     atomic,
     check_new,
     file_digest,
-    passing,
+    project_root,
     read_json,
     remove,
     write_json,
@@ -23,7 +23,8 @@ from derm_compress.files import (
 )
 from derm_compress.kaggle.setup import HOURS, contents
 from derm_compress.study.params import read_notebooks
-from derm_compress.study.plan import find_plan, project_root
+from derm_compress.study.plan import find_plan
+from derm_compress.study.store import passing
 
 NAME, DERMNET = "derm-compress", "shubhamgoel27/dermnet"
 NOBODY = "INSERT_USERNAME_HERE"  # as the Kaggle client writes it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from pathlib import Path, PurePath
 
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from derm_compress.errors import DermError, first_line
+from derm_compress.files import located
 from derm_compress.model import anatomy, prompts, removal, shapes, small
 from derm_compress.model.anatomy import META, blocks, has_values
 from derm_compress.model.devices import half
@@ -93,8 +93,7 @@ def _source(name: str) -> str:
     """A model folder, from the project's root as data_root is; anything else is a hub id."""
     if name in PACKAGED:
         return str(PACKAGED[name])
-    root = Path(os.environ.get("DERM_COMPRESS_ROOT") or Path(__file__).parents[2])
-    inside = root / Path(name).expanduser()
+    inside = located(name)
     return str(inside) if inside.is_dir() else name
 
 

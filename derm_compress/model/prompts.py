@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.errors import DermError, first_line
+from derm_compress.model.bounded import bounded
 
 IGNORED = -100  # the label that the loss leaves out
 TODAY = datetime(2024, 7, 26)  # for templates that tell the date: a prompt is the same every day
@@ -70,7 +71,8 @@ def _by_template(processor, told: list[dict], **how) -> str:
     if "strftime_now" in processor.chat_template:
         how["strftime_now"] = TODAY.strftime
     try:
-        return processor.apply_chat_template(told, **how)
+        with bounded():
+            return processor.apply_chat_template(told, **how)
     except Exception as error:  # a template is somebody else's program
         raise DermError(f"chat template: {first_line(error)}") from error
 

@@ -20,6 +20,7 @@ from derm_compress.files import (
     disk_guard,
     file_digest,
     hold,
+    located,
     name_damaged,
     read_json,
     read_note,
@@ -53,8 +54,7 @@ _WHOLE: set[Path] = set()  # folders that this process has looked at
 
 def home() -> Path:
     """Where made models are kept: what a run says, or the project's artifacts/models."""
-    root = Path(os.environ.get("DERM_COMPRESS_ROOT") or Path(__file__).parents[2])
-    return Path(os.environ.get(MODELS) or root / "artifacts" / "models")
+    return Path(os.environ.get(MODELS) or located("artifacts/models"))
 
 
 def model_folder() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Collection
 from importlib.util import find_spec
 
 from derm_compress.data import load
@@ -21,18 +22,16 @@ from derm_compress.model.units import Unit
 from derm_compress.model.variants import paper_depth
 
 
-def check(plan) -> None:
-    """DermError for parameters (of a plan.Plan) with which a stage yet to be computed must fail."""
-    p, todo = plan.values, {s[:2] for s, key in plan.keys.items() if not plan.store.ready(s, key)}
-    if not todo:
-        return
+def check(plan, stages: Collection[str]) -> None:
+    """DermError for parameters (of a plan.Plan) with which one of these stages must fail."""
+    p, todo = plan.values, {stage[:2] for stage in stages}
     plan.settle_models()
-    check_device(p)
     if "01" in todo:
         check_source(p, plan.root)
     if "08" in todo:
         check_judge(p)
     if todo - {"01"}:
+        check_device(p)
         from derm_compress.model import loading
 
         config = loading.config_of(p["model"])
@@ -41,15 +40,15 @@ def check(plan) -> None:
             check_base(p, config)
         if "03" in todo:
             check_rankings(p, arch.blocks)
-            check_embedder(plan)
+            check_embedder(p)
         if todo & {"04", "05", "07"}:
-            check_depths(p, arch.blocks)
+            check_depths(p, arch.blocks, todo)
         if "06" in todo:
             check_projection(p, arch)
         if "07" in todo:
             check_forms(p, arch)
         if p["device"] == "cuda":
-            check_memory(p, arch)
+            check_memory(p, arch, stages)
 
 
 def check_device(p: dict) -> None:
@@ -100,25 +99,24 @@ def check_rankings(p: dict, blocks: int) -> None:
         raise DermError(f"protected {wrong}: {known}")
     if p["device"] == "meta":
         check_weights(rankings(p["rankings"]))
+    own_plan(p, blocks)
     if PUBLISHED.name in p["rankings"] and blocks != published_plan().blocks:
         said = f"published is an order of {published_plan().blocks} blocks"
         raise DermError(f"rankings: {said}, and {p['model']} has {blocks}; leave it out")
 
 
-def check_embedder(plan) -> None:
+def check_embedder(p: dict) -> None:
     """The sentence transformer, which some rankings ask; the packaged one is there."""
-    p, name = plan.values, plan.values["embedder"]
     ranked = rankings(p["rankings"])
     asked = any(ranking.criterion.name == "output_similarity" for ranking in ranked)
-    if asked and name != "packaged" and p["device"] != "meta":
+    if asked and p["embedder"] != "packaged" and p["device"] != "meta":
         from derm_compress.method.importance.embedder import Embedder
 
-        folder = plan.root / name  # stages run in the project's root
-        Embedder(str(folder) if folder.is_dir() else name)("any text")
+        Embedder(p["embedder"])("any text")
 
 
-def check_depths(p: dict, blocks: int) -> None:
-    """Depths that the study's own plan reaches, and those of later stages among them."""
+def check_depths(p: dict, blocks: int, todo: set[str]) -> None:
+    """Depths that the study's own plan reaches; those of 05 and 07 among them, of 07 healed."""
     plan = own_plan(p, blocks)
     with contextlib.redirect_stdout(io.StringIO()):  # what it leaves out is said by stage 04
         depths = set(plan_depths(p["depths"], plan))
@@ -127,14 +125,16 @@ def check_depths(p: dict, blocks: int) -> None:
     if p["operating_blocks"]:
         told = choose_operating_point(None, plan, p["operating_blocks"])
         chosen = {told["operating"], told["deeper"]}
-    named = {"sft_depths": depths | chosen, "equal_bytes": depths | chosen}
-    for name, known in named.items():
-        if missing := [n for n in p[name] if paper_depth(n, blocks) not in known]:
+    for stage, name in (("05", "sft_depths"), ("07", "equal_bytes")):
+        missing = [n for n in p[name] if paper_depth(n, blocks) not in depths | chosen]
+        if stage in todo and missing:
             raise DermError(f"{name}: {missing} of 32 are not among depths; add them there, too")
+    if "07" not in todo or not p["equal_bytes"]:
+        return
     healed = {paper_depth(n, blocks) for n in p["sft_depths"]} | chosen
     if missing := [n for n in p["equal_bytes"] if paper_depth(n, blocks) not in healed]:
         raise DermError(f"equal_bytes: {missing} of 32 are not healed; add them to sft_depths, too")
-    if p["equal_bytes"] and plan.starts:
+    if plan.starts:
         said = "the first ranking takes runs of blocks and orders none; name another first"
         raise DermError(f"equal_bytes: {said}")
 
@@ -206,9 +206,9 @@ def check_judge(p: dict) -> None:
         server.key_for(p["judge_url"])
 
 
-def check_memory(p: dict, arch: Architecture) -> None:
+def check_memory(p: dict, arch: Architecture, stages: Collection[str]) -> None:
     from derm_compress.study import preflight
 
     machine = preflight.here()
-    if said := preflight.faults(p, arch, machine):
+    if said := preflight.faults(p, arch, machine, stages):
         raise DermError(f"this run does not fit {machine.name}: " + "; ".join(said))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.metadata
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from derm_compress.files import digest, file_digest
+from derm_compress.files import PACKAGE, digest, file_digest, walk
 
-PACKAGE = Path(__file__).resolve().parents[1]
 RESULTS = ("data", "model", "method", "evaluate")
 SHOWN = (*RESULTS, "report")
 VERSIONS = (
@@ -178,3 +178,20 @@ def installed(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of a file, or of all files in a folder, by name, size and time: what changed is new.
+
+    Links are followed. Of Kaggle's read-only inputs names and sizes alone: their times may differ
+    in every session.
+    """
+    inputs = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"), "input").resolve()
+    on_kaggle, listing = inputs.is_dir(), {}
+    for name, file in walk(path) if path.is_dir() else [("", path)]:
+        stat = file.stat()
+        times = [stat.st_mtime_ns]
+        if on_kaggle and file.resolve().is_relative_to(inputs):
+            times = []
+        listing[name] = [stat.st_size, *times]
+    return digest(listing)

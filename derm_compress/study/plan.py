@@ -11,7 +11,7 @@ from pathlib import Path
 
 from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.files import public, read_frame, read_note, write_note
+from derm_compress.files import located, project_root, public, read_frame, read_note, write_note
 from derm_compress.study import keys as keys_
 from derm_compress.study.params import (
     Notebook,
@@ -39,11 +39,6 @@ OPERATING = {  # what a stage does to the operating point; export takes it where
 }
 
 
-def project_root(root: Path | None = None) -> Path:
-    """The folder of notebooks/ and params/: `root`, DERM_COMPRESS_ROOT or that of the package."""
-    return Path(root or os.environ.get("DERM_COMPRESS_ROOT") or keys_.PACKAGE.parent).resolve()
-
-
 @dataclass(frozen=True)
 class Plan:
     """One run: the values of all parameters of all notebooks, and what follows from them."""
@@ -59,7 +54,7 @@ class Plan:
 
     @property
     def artifacts(self) -> Path:
-        return files.located(self.root, self.values.get("artifact_root", "artifacts"))
+        return located(self.values.get("artifact_root", "artifacts"), self.root)
 
     @property
     def folder(self) -> Path:
@@ -100,8 +95,8 @@ class Plan:
         return found
 
     def _by_content(self, value: str) -> str:
-        path = files.located(self.root, value)
-        return files.fingerprint(path) if value and path.exists() else value
+        path = located(value, self.root)
+        return keys_.fingerprint(path) if value and path.exists() else value
 
     def parameters(self, stage: str) -> dict:
         """The values of the parameters that a stage's notebook declares."""
@@ -176,7 +171,7 @@ def check_places(plan: Plan) -> None:
         raise DermError(f"artifact_root: {files.shown(file)} is a file: name a folder")
     for name in FOLDERS:
         value = plan.values.get(name, "")
-        folder = files.located(plan.root, value).resolve()
+        folder = located(value, plan.root).resolve()
         if value and plan.artifacts.resolve().is_relative_to(folder):
             raise DermError(f"artifact_root lies in {name}, where nothing may change: move it out")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from derm_compress.model import shapes
 from derm_compress.model.memory import GIB, plan_weights
 from derm_compress.model.shapes import Architecture
-from derm_compress.study.needs import Needs
+from derm_compress.study.needs import Needs, Step
 
 CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: of the 14.74 that a T4 reports 14.2 are left
 
@@ -31,19 +32,25 @@ def architecture(values: dict) -> Architecture:
     return shapes.architecture(loading.config_of(values["model"]))
 
 
-def says(plan) -> str:
-    """What the stages of a run will need, of the machine at hand if it has a GPU, or Kaggle's."""
+def says(plan, stages: Collection[str]) -> str:
+    """What stages of a run will need, of the machine at hand if it has a GPU, or Kaggle's."""
     machine = here() or KAGGLE
     arch = architecture(plan.values)
     lines = [f"{plan.run}, planned for {machine.name}:"]
-    steps = Needs(plan.values, arch, machine.gpus).steps()
+    steps = steps_of(stages, plan.values, arch, machine)
     for stage in dict.fromkeys(step.stage for step in steps):
         parts = [step for step in steps if step.stage == stage]
         most = max(parts, key=lambda step: step.gib(step.batch))
         disk = sum(step.disk for step in parts) / 1e9
         by = f"{most.what}, {most.parameter} {most.batch}" if most.parameter else most.what
         lines.append(f"{stage:<24} {most.gib(most.batch):5.1f} GiB ({by}), {disk:.2f} GB of disk")
-    return "\n".join([*lines, *faults(plan.values, arch, machine)])
+    return "\n".join([*lines, *faults(plan.values, arch, machine, stages)])
+
+
+def steps_of(stages: Collection[str], p: dict, arch: Architecture, machine: Machine) -> list[Step]:
+    """The parts of these stages, of all where none is named."""
+    steps = Needs(p, arch, machine.gpus).steps()
+    return [step for step in steps if not stages or step.stage in stages]
 
 
 def here() -> Machine | None:
@@ -57,10 +64,12 @@ def here() -> Machine | None:
     return Machine(f"{len(found)} x {found[0].name}", len(found), round(gib, 1))
 
 
-def faults(p: dict, arch: Architecture, machine: Machine = KAGGLE) -> list[str]:
-    """What cannot fit, one line each with the parameter to change."""
+def faults(
+    p: dict, arch: Architecture, machine: Machine = KAGGLE, stages: Collection[str] = ()
+) -> list[str]:
+    """What cannot fit of these stages (or all), one line each with the parameter to change."""
     said = []
-    steps = Needs(p, arch, machine.gpus).steps()
+    steps = steps_of(stages, p, arch, machine)
     for step in steps:
         if (gib := step.gib(step.batch)) > machine.gib:
             over = f"{gib:.1f} GiB of {machine.gib:g} on one GPU"

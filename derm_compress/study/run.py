@@ -8,7 +8,7 @@ from pathlib import Path
 
 from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.files import hold, public, read_note, release, shown, write_note
+from derm_compress.files import hold, project_root, public, read_note, release, shown, write_note
 from derm_compress.study import keys
 from derm_compress.study.execution import Execution, seconds_in, whole
 from derm_compress.study.params import (
@@ -18,7 +18,7 @@ from derm_compress.study.params import (
     read_params,
     select,
 )
-from derm_compress.study.plan import Plan, git_state, make_plan, project_root
+from derm_compress.study.plan import Plan, git_state, make_plan
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
         names = ", ".join(plan.run for plan in plans)
         raise DermError(f"two parameter files make one run: {names}")
     for plan in plans if "device" in known_parameters(notebooks) else ():
-        foresee(plan, refuse=not list_)
+        foresee(plan, stages if force or list_ else missing(plan, stages), refuse=not list_)
     if list_:
         for plan in plans:
             list_stages(plan, stages)
@@ -54,16 +54,23 @@ def run(
     return 0 if all(done) else 1
 
 
-def foresee(plan: Plan, *, refuse: bool) -> None:
-    """Says what a run needs of a GPU; DermError, if asked to refuse, for what cannot work."""
+def missing(plan: Plan, stages: list[str]) -> list[str]:
+    """Those of the stages whose results are not there."""
+    return [stage for stage in stages if not plan.store.ready(stage, plan.keys[stage])]
+
+
+def foresee(plan: Plan, stages: list[str], *, refuse: bool) -> None:
+    """Says what stages need of a GPU; DermError, if asked to refuse, for what cannot work."""
+    if not stages:
+        return
     from derm_compress.study import checks, preflight
 
     device = plan.values["device"]
     if refuse:
         print(f"{plan.run}: checking what it needs", flush=True)
-        checks.check(plan)
+        checks.check(plan, stages)
     if device == "cuda" or (device == "meta" and not refuse):
-        print(preflight.says(plan), flush=True)
+        print(preflight.says(plan, stages), flush=True)
 
 
 def plan_run(path: Path, sets: dict[str, str], root: Path, notebooks) -> Plan:

@@ -13,6 +13,7 @@ from derm_compress.errors import DermError
 from derm_compress.files import (
     Journal,
     atomic,
+    project_root,
     public,
     read_frame,
     read_json,
@@ -29,7 +30,7 @@ from derm_compress.study.params import (
     read_notebooks,
     read_params,
 )
-from derm_compress.study.plan import Plan, environment, git_state, make_plan, project_root, settle
+from derm_compress.study.plan import Plan, environment, git_state, make_plan, settle
 
 
 class Stage:
@@ -296,5 +297,5 @@ def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stag
     if plan.values.get("device") == "cuda" and not stage.finished:
         from derm_compress.study import checks  # only here: it asks the GPU
 
-        checks.check(plan)
+        checks.check(plan, [name])
     return stage

@@ -2,14 +2,15 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from derm_compress.errors import DermError
 from derm_compress.files import (
     artifact,
+    atomic,
     checked,
-    copy,
     digest,
     disk_guard,
     file_digest,
@@ -73,6 +74,8 @@ class Store:
         if not entry.is_dir():
             return "absent"
         there = file_names(entry)
+        for path in links(entry):
+            return f"{path.name} is a link"
         try:
             listed = self.manifest(stage, key)["files"]
             for name, kept in listed.items():
@@ -152,7 +155,7 @@ class Store:
         self._go_on(stage, key)
         with disk_guard(work):
             work.mkdir(parents=True, exist_ok=True)
-        for leftover in [*work.rglob(".part-*")]:
+        for leftover in [*work.rglob(".part-*"), *links(work)]:
             remove(leftover)
         return work
 
@@ -215,10 +218,27 @@ class Store:
         return self.own(stage, key).with_name(f"{key}.old")
 
 
+def copy(folder: Path, path: Path) -> None:
+    """The folder as `path`: whole or not at all, writable, and without links to anywhere."""
+    with atomic(path) as part:
+        shutil.copytree(folder, part, copy_function=shutil.copyfile, ignore=passing)
+        for inner in [part, *part.rglob("*")]:
+            inner.chmod(0o755 if inner.is_dir() else 0o644)
+
+
+def passing(folder: str, names: list[str]) -> list[str]:
+    """What copytree shall leave out: links to anywhere, and what a kill left half written."""
+    return [n for n in names if n.startswith(".part-") or Path(folder, n).is_symlink()]
+
+
 def file_names(folder: Path) -> set[str]:
-    """The files in a folder, relative to it; a link is no part of an artifact."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return {path.relative_to(folder).as_posix() for path in files}
+    """The files in a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def links(folder: Path) -> list[Path]:
+    """Links in a folder: no part of an artifact, since they may lead to any file there is."""
+    return [path for path in folder.rglob("*") if path.is_symlink()]
 
 
 def results(files: dict) -> str:

@@ -71,7 +71,7 @@ def test_seed_decides_the_split(tmp_path):
 
 def test_a_request_takes_its_own_parameters():
     request = Request.of({"source": "folder", "n_dev": 7, "epochs": 3}, data_root=Path("x"))
-    assert request == Request("folder", Path("x"), n_dev=7) and request.sizes["dev"] == 7
+    assert request == Request("folder", Path.cwd() / "x", n_dev=7) and request.sizes["dev"] == 7
 
 
 def test_the_notebook_offers_every_source():

@@ -10,7 +10,8 @@ from blotches import picture, plant
 from derm_compress.data import load, pictures
 from derm_compress.data.request import Request
 from derm_compress.errors import DermError
-from derm_compress.files import fingerprint, walk
+from derm_compress.files import walk
+from derm_compress.study.keys import fingerprint
 
 
 def tree(root, *names):

@@ -21,6 +21,7 @@ from derm_compress import files
 from derm_compress.errors import DermError
 from derm_compress.kaggle import build, setup
 from derm_compress.study import params
+from derm_compress.study.keys import fingerprint
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "derm_compress"
@@ -258,7 +259,7 @@ def test_a_mounted_folder_counts_without_its_times(tmp_path, monkeypatch):
         link.symlink_to(tmp_path / name)
         for when in (1, 2):
             os.utime(tmp_path / name / "a.jpg", (when, when))
-            found.append(files.fingerprint(link))
+            found.append(fingerprint(link))
     assert found[0] == found[1] and found[2] != found[3] and found[0] != found[2]
 
 

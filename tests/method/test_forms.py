@@ -185,3 +185,22 @@ def test_equal_bytes_of_what_there_is():
     found = wanted.equal_bytes(unhealed, PLAN, [8], [3], group_size=64)
     assert set(found.source) == {"original", "pruned-8"}
     assert wanted.widths(3, 32, 17, 64) == []  # 4 bits leave bytes over
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"group_size": {}},
+        {"group_size": 64.0},
+        {"bits": 4.0},
+        {"bits": True},
+        {"duo": 1},
+        {"method": []},
+        {"block_bits": {"1": 4.0}},
+        {"block_bits": {"x": 4}},
+        {"block_bits": [4]},
+    ],
+)
+def test_a_field_of_another_type_is_refused(wrong):
+    with pytest.raises(DermError, match="a recipe's step is no form"):
+        Form.of({"step": "quantize", "method": "rtn"} | wrong)

@@ -213,6 +213,34 @@ def test_a_committed_report_stays_where_only_times_differ(tmp_path, undrawn):
     assert rendered(keep=True) == home and git(tmp_path, "diff", "--name-only").stdout
 
 
+def test_results_are_the_same_where_only_what_was_measured_differs(home, tmp_path):
+    how = {"dtype": str, "keep_default_na": False}
+    built = {path.stem: pd.read_csv(path, **how) for path in (home / "tables").glob("*.csv")}
+
+    def same_with(stem, column, row):
+        changed = {stem: built[stem].copy()}
+        changed[stem].loc[row, column] += "1"
+        folder = tmp_path / f"{stem}-{column}-{row}"
+        folder.mkdir()
+        for name, frame in (built | changed).items():
+            frame.to_csv(folder / f"{name}.csv", index=False)
+        return render.same_results(built, folder)
+
+    times = built["extra_side_by_side"].query("cell == 'latency, ms/token'").index[0]
+    faster = built["extra_verdicts"].claim.str.contains("faster").argmax()
+    assert same_with("table2_sft", "seconds", 0) and same_with("table4_efficiency", "prefill_ms", 0)
+    assert same_with("extra_side_by_side", "ours", times)
+    assert same_with("extra_verdicts", "ours", faster)
+    for stem, column, row in (
+        ("table1_pruning", "vram_gib", 1),
+        ("table3_quantization", "relative_error", 0),
+        ("extra_verdicts", "verdict", 0),
+        ("extra_verdicts", "paper", faster),
+        ("extra_side_by_side", "ours", times - 1),
+    ):
+        assert not same_with(stem, column, row), (stem, column)
+
+
 @pytest.mark.parametrize("last", [1, 3, 4, 6])
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path, last, undrawn):
     stages = list(fabricate.UPSTREAM)[:last]

@@ -8,10 +8,13 @@ import pytest
 import toy
 from blotches import plant
 
+from derm_compress.data.request import Request
 from derm_compress.errors import DermError
 from derm_compress.method.importance import embedder
-from derm_compress.model import shapes
-from derm_compress.study import checks, params, plan
+from derm_compress.model import loading, shapes
+from derm_compress.study import checks, params, plan, run
+from derm_compress.study.keys import fingerprint
+from derm_compress.study.store import Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +35,10 @@ def test_the_committed_run_files_pass_but_for_pictures_and_gpu(tmp_path, run):
         return  # its shapes are planned in test_preflight
     if made.values["source"] != "synthetic":
         with pytest.raises(DermError, match="needs data_root"):
-            checks.check(made)
+            checks.check(made, made.notebooks)
         made.values["source"] = "synthetic"
         made.values["n_train"] = 8
-    checks.check(made)
+    checks.check(made, made.notebooks)
 
 
 WRONG = {
@@ -87,7 +90,7 @@ def test_what_a_stage_would_refuse_is_refused_first(tmp_path, monkeypatch, said,
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with pytest.raises(DermError, match=said) as caught:
-        checks.check(planned(tmp_path, **changed))
+        checks.check(planned(tmp_path, **changed), params.read_notebooks(ROOT))
     assert "\n" not in str(caught.value)
 
 
@@ -109,17 +112,38 @@ def test_what_is_to_be_known_of_photographs_is_said_before_any_kernel(tmp_path, 
     assert said.startswith("mine: note: no column says which pictures are of one patient")
 
 
-def test_later_stages_are_checked_where_the_data_is_there_already(tmp_path, monkeypatch):
-    made = planned(tmp_path, image_size=100)
-    monkeypatch.setattr(made.store, "ready", lambda stage, _: stage == "01_data")
-    with pytest.raises(DermError, match="image_size"):
-        checks.check(made)
+ASKED = {  # what a stage alone is not refused for, and what it is
+    "01": ({"judge": "openai", "device": "cuda", "image_size": 100, "methods": []}, {"n_train": 0}),
+    "02": ({"n_train": 0, "rankings": ["published"]}, {"image_size": 100}),
+    "03": ({"sft_depths": [16], "depths": [31], "bits": []}, {"protected": [*range(8)]}),
+    "04": ({"sft_depths": [16], "equal_bytes": [8], "image_size": 100}, {"depths": [31]}),
+    "05": ({"equal_bytes": [8], "judge": "openai"}, {"sft_depths": [16]}),
+    "06": ({"depths": [31], "methods": []}, {"shown_projection": "qkv_proj"}),
+    "07": ({"shown_projection": "qkv_proj", "judge": "openai"}, {"equal_bytes": [8]}),
+    "08": ({"sft_depths": [16], "methods": [], "n_train": 0}, {"judge": "openai"}),
+}
 
 
-def test_what_is_computed_already_is_not_asked_for_again(tmp_path, monkeypatch):
-    made = planned(tmp_path, image_size=100, judge="openai")
-    monkeypatch.setattr(made.store, "ready", lambda *_: True)
-    checks.check(made)
+@pytest.mark.parametrize(("number", "others", "own"), [(n, *told) for n, told in ASKED.items()])
+def test_a_stage_alone_is_checked_for_what_it_needs(tmp_path, monkeypatch, number, others, own):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    made = planned(tmp_path, **others)
+    stages = params.select(number, made.notebooks)
+    checks.check(made, stages)
+    with pytest.raises(DermError):
+        checks.check(planned(tmp_path, **own), stages)
+
+
+def test_what_is_computed_already_is_asked_for_again_by_force_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "foresee", lambda plan, stages, **_: asked.append(stages))
+    monkeypatch.setattr(run, "run_one", lambda *_: True)
+    monkeypatch.setattr(Store, "ready", lambda _, stage, key: stage < "05")
+    for how in ({}, {"only": "04"}, {"only": "04", "force": True}, {"from_": "04", "force": True}):
+        run.run([ROOT / "params" / "smoke.yaml"], root=ROOT, **how)
+    assert [[stage[:2] for stage in stages] for stages in asked] == [
+        ["05", "06", "07", "08"], [], ["04"], ["04", "05", "06", "07", "08"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["angular-contiguous", "last-unprotected", "taylor-iterative"])
@@ -133,13 +157,26 @@ def test_a_sentence_transformer_that_is_not_there_is_told_before_any_stage(monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = planned(tmp_path, embedder="no/such/model", rankings=["output_similarity-iterative"])
     with pytest.raises(DermError, match="sentence transformer no/such/model cannot be loaded"):
-        checks.check_embedder(asked)
+        checks.check_embedder(asked.values)
     asked.values["rankings"] = ["magnitude"]
-    checks.check_embedder(asked)  # nothing asks it
-    folder = embedder.packaged()
-    here = plan.Plan(folder.parent, asked.notebooks, asked.values | {"embedder": folder.name})
-    here.values["rankings"] = ["output_similarity"]
-    checks.check_embedder(here)
+    checks.check_embedder(asked.values)  # nothing asks it
+
+
+def test_folders_are_found_from_the_project_and_from_home(monkeypatch, tmp_path):
+    """Whatever reads them: the model, the sentence transformer, the photographs, the store."""
+    (tmp_path / "S").symlink_to(embedder.packaged())
+    (tmp_path / "M").symlink_to(loading.TINY)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, value in (("HOME", "~/"), ("DERM_COMPRESS_ROOT", "")):
+        monkeypatch.setenv(name, str(tmp_path))
+        assert embedder.Embedder(f"{value}S")("any text").shape == (384,)
+        assert loading.check_model(f"{value}M") and loading.is_here(f"{value}M")
+        request = Request.of({"data_root": f"{value}S"}, project=tmp_path)
+        made = planned(tmp_path, artifact_root=f"{value}A", data_root=f"{value}S")
+        made = replace(made, root=tmp_path)
+        assert request.data_root == tmp_path / "S" and made.artifacts == tmp_path / "A"
+        assert made._by_content(f"{value}M") == fingerprint(tmp_path / "M")
+        monkeypatch.delenv(name)
 
 
 def test_a_projection_that_the_decoder_fuses_is_refused():

@@ -100,15 +100,20 @@ def test_a_smaller_model_needs_less_of_everything():
 
 
 def test_the_runner_says_what_is_needed_and_refuses_what_does_not_fit(two_t4, capsys):
-    run.foresee(planned(), refuse=True)
+    made = planned()
+    stages = list(made.notebooks)
+    run.foresee(made, stages, refuse=True)
     said = capsys.readouterr().out
     assert "x, planned for 2 x Tesla T4:" in said and said.count("GiB") == 8
     assert said.startswith("x: checking what it needs")  # before torch is there
-    run.foresee(planned(device="meta", batch_size=640), refuse=False)
+    run.foresee(planned(device="meta", batch_size=640), stages, refuse=False)
     assert "set batch_size: " in capsys.readouterr().out
     with pytest.raises(DermError, match="does not fit 2 x Tesla T4: .*set batch_size"):
-        run.foresee(planned(batch_size=640), refuse=True)
-    run.foresee(planned(device="cpu", batch_size=640), refuse=True)
+        run.foresee(planned(batch_size=640), stages, refuse=True)
+    run.foresee(planned(device="cpu", batch_size=640), stages, refuse=True)
+    run.foresee(planned(batch_size=640), ["03_layer_importance"], refuse=True)
+    said = capsys.readouterr().out.splitlines()
+    assert [line[:2] for line in said[-2:]] == ["x,", "03"]  # of others nothing is said
 
 
 def test_a_notebook_run_alone_refuses_too_and_prints_no_plan(two_t4, tmp_path, capsys):

@@ -14,7 +14,7 @@ from derm_compress import files
 from derm_compress.errors import DermError
 from derm_compress.files import Journal, write_frame, write_json
 from derm_compress.model.recipe import Recipe
-from derm_compress.study.store import Store
+from derm_compress.study.store import Store, copy
 
 STAGE, KEY, ONE, TWO = "01_s", "5a" * 32, "1" * 64, "2" * 64
 STAGES = ("01_a", "02_b", "03_c")
@@ -77,7 +77,9 @@ DAMAGE = [
     ("a.json", lambda path: path.write_bytes(path.read_bytes()[:-1]), "a.json was changed"),
     ("deep/b.parquet", replaced(b"y", b"z"), "b.parquet was changed"),
     ("deep/b.parquet", lambda path: path.unlink(), "b.parquet is missing"),
-    ("a link.json", lambda path: path.symlink_to("a.json"), ""),
+    ("a link.json", lambda path: path.symlink_to("a.json"), "a link.json is a link"),
+    ("deep/out", lambda path: path.symlink_to("/etc"), "out is a link"),
+    ("a.json", lambda path: path.unlink() or path.symlink_to("b.json"), "a.json is a link"),
     ("more.json", lambda path: path.touch(), "more.json is not in its manifest"),
     (".DS_Store", lambda path: path.touch(), ""),
     ("manifest.json", lambda path: path.unlink(), "manifest.json is missing"),
@@ -128,6 +130,34 @@ def test_a_recipe_finds_finished_files_and_this_process_own(tmp_path):
     assert "DermError" in subprocess.run(asked, capture_output=True, text=True).stderr
     store.commit(STAGE, KEY, {})
     assert store.resolve(ref) == tmp_path / STAGE / KEY / "a.json"
+
+
+def test_a_copy_is_writable_and_follows_no_link(tmp_path):
+    (tmp_path / "from" / "inner").mkdir(parents=True)
+    (tmp_path / "from" / "inner" / "x").write_text("x")
+    (tmp_path / "from" / "leads out").symlink_to("/etc")
+    (tmp_path / "from" / "inner").chmod(0o555)
+    copy(tmp_path / "from", tmp_path / "to")
+    (tmp_path / "to" / "inner" / "y").touch()
+    assert sorted(path.name for path in (tmp_path / "to").rglob("*")) == ["inner", "x", "y"]
+
+
+def test_a_link_is_never_followed(tmp_path):
+    """Planted in what is finished or begun, it leads to no file of this machine."""
+    (tmp_path / "secret").write_text("s")
+    store = finished_store(tmp_path / "store")
+    (store.entry(STAGE, KEY) / "deep" / "x").symlink_to(tmp_path / "secret")
+    work = store.work(STAGE, KEY)
+    work.mkdir()
+    (work / "x").symlink_to(tmp_path / "secret")
+    for ref in ("deep/x", "x"):
+        with pytest.raises(DermError, match="is not in"):
+            Store(store.root, [STAGE]).resolve(f"{STAGE}/{KEY}/{ref}")
+    folder, _ = store.begin(STAGE, KEY)
+    with pytest.raises(DermError, match="is not in"):
+        store.resolve(f"{STAGE}/{KEY}/x")
+    assert folder == work and not any(work.iterdir())
+    assert (tmp_path / "secret").read_text() == "s"
 
 
 NOWHERE = ["../runs/x", f"../runs/{KEY}/x", f"{STAGE}/../../runs/x", f"{STAGE}/{KEY}.work/a.json"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from derm_compress.errors import DermError, first_line
-from derm_compress.files import public
+from derm_compress.files import located, public
 
 
 class Embedder:
@@ -27,7 +27,8 @@ class Embedder:
 
         from derm_compress.model import hf  # noqa: F401  first: it settles how transformers loads
 
-        name = str(packaged()) if self.name == "packaged" else self.name
+        folder = packaged() if self.name == "packaged" else located(self.name)
+        name = str(folder) if folder.is_dir() else self.name
         try:
             return SentenceTransformer(name, device=self.device, trust_remote_code=False)
         except Exception as error:

@@ -131,6 +131,12 @@ class Form:
             said = f"a recipe's step has unknown fields {unknown}; known: {known}"
             raise DermError(f"quantize: {said}")
         try:
+            for name in told.keys() - {"method", "block_bits"}:
+                if type(told[name]) is not type(getattr(Form, name)):
+                    raise TypeError(f"{name} is {told[name]!r}")
+            for bits in told.get("block_bits", {}).values():
+                if type(bits) is not int:
+                    raise TypeError(f"block_bits have {bits!r}")
             return Form(**told)
         except (AttributeError, TypeError, ValueError) as error:
             raise DermError(

@@ -17,7 +17,7 @@ from derm_compress.data.request import Request
 from derm_compress.data.rows import Survey, check_survey, dataset_of
 from derm_compress.data.tables import is_table
 from derm_compress.errors import DermError
-from derm_compress.files import shown, write_text
+from derm_compress.files import located, shown, write_text
 from derm_compress.study import params
 from derm_compress.study.look.guess import guess
 from derm_compress.study.look.page import page
@@ -36,7 +36,7 @@ def propose(
     if out and out.exists():
         raise DermError(f"{shown(out)} is there already; choose another --out, or remove it")
     known = params.known_parameters(params.read_notebooks(root))
-    folder = data.expanduser().absolute()
+    folder = located(str(data), Path.cwd())
     folder = folder.resolve() if ".." in folder.parts else folder
     asked = params.check_texts(sets, known, "--set")
     if folder.is_file() and is_table(folder.name):
