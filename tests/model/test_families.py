@@ -1,5 +1,6 @@
 """Every family of LLaVA takes the whole road, or is refused by name before a weight is read."""
 
+import copy
 import json
 import shutil
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 import torch
 from asking import logits
 from families import BLOCKS, FAMILIES, PLAIN, SIZE, change
+from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
@@ -20,15 +22,16 @@ from derm_compress.evaluate.answers import answer
 from derm_compress.evaluate.export import write_folder
 from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import train
+from derm_compress.method.finetune.merge import merge_adapter
 from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.quantization import checkpoint, quantize, search
-from derm_compress.method.quantization.methods import Form
+from derm_compress.method.quantization.methods import METHODS, Form, forms
 from derm_compress.method.quantization.packed import use_kernels
 from derm_compress.method.quantization.quantize import quantize_step, quantized_linears
 from derm_compress.model import anatomy, devices, loading, prompts, removal, shapes
 from derm_compress.model.generation import generate
 from derm_compress.model.reading import Prompts
-from derm_compress.model.recipe import Recipe
+from derm_compress.model.recipe import Recipe, adapter_digest
 from derm_compress.model.units import Unit
 
 QUESTIONS = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
@@ -202,6 +205,55 @@ def test_a_pruned_and_quantized_model_is_exported_and_read_again(
             assert torch.allclose(logits(again.eval(), inputs), logits(made, inputs), **close)
 
 
+@pytest.fixture
+def tied(folders):
+    """The one with grouped heads under a tied head, as the small model: its folder and parts."""
+    (family,) = (family for family in FAMILIES if "tied" in family.notes)
+    assert "grouped" in family.notes
+    return folders[family.name], *loading.load_base(str(folders[family.name]))
+
+
+def test_every_method_takes_grouped_heads_under_a_tied_head(tied, pictures):
+    _, model, processor = tied
+    texts = [prompts.prompt(processor, "name")]
+    inputs = prompts.prepare(processor, texts, pictures.images[:1], "cpu")
+    whole, tried = logits(model, inputs), set()
+    batches = [inputs]
+    more = [Form("awq", 3, duo=True, clip=True), Form("bitsandbytes", double=True)]
+    for form in [*forms([*METHODS], [4, 2], 64), *more]:
+        if form.method == "autoawq":  # writes what awq4 does
+            continue
+        scales = search.search_one(model, batches, form)[0] if form.searched else None
+        made = quantize.quantize(copy.deepcopy(model), form, scales=scales, packed=True)
+        use_kernels(made, False)
+        assert anatomy.tied(made) and quantized_linears(made)["decoder"] == 7 * BLOCKS
+        said = logits(made, inputs)
+        assert 0 < (said - whole).norm() < whole.norm(), form.name
+        if form.method != "llm_int8":  # which rounds its inputs, too
+            rounded = quantize.quantize(copy.deepcopy(model), form, scales=scales)
+            assert torch.allclose(logits(rounded, inputs), said, atol=1e-4), form.name
+        tried.add(form.method)
+    assert tried == METHODS.keys() - {"autoawq"}
+
+
+def test_an_adapter_is_merged_under_a_tied_head(tied, pictures, tmp_path):
+    folder, model, processor = tied
+    data = pictures.of("train"), pictures.images
+    where = {"checkpoint": tmp_path / "c", "what": "a"}
+    tuned, _, _ = train.train(model, processor, *data, TRAINING, **where)
+    tuned.save_pretrained(tmp_path / "a")
+    step = {"kept": list(range(BLOCKS)), "sha256": adapter_digest(tmp_path / "a")}
+    merged, processor = loading.load_base(str(folder))
+    inputs = prompts.prepare(
+        processor, [prompts.prompt(processor, "name")], pictures.images[:1], "cpu"
+    )
+    before = logits(merged, inputs)
+    merge_adapter(merged, tmp_path / "a", step, kept=tuple(range(BLOCKS)))
+    unmerged = PeftModel.from_pretrained(loading.load_base(str(folder))[0], tmp_path / "a")
+    assert anatomy.tied(merged) and not torch.allclose(logits(merged, inputs), before, atol=1e-2)
+    assert torch.allclose(logits(merged, inputs), logits(unmerged, inputs), atol=1e-3)
+
+
 def lose_the_template(folder):
     (folder / "chat_template.jinja").unlink()
 
@@ -309,13 +361,12 @@ def test_the_readme_says_what_was_tried():
     assert families.table() in (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 
-def test_a_tied_head_stays_with_its_embedding(folders, tmp_path):
+def test_a_tied_head_stays_with_its_embedding(tied, tmp_path):
     """Over two GPUs, and in a folder of a model that lacks a sublayer."""
-    (family,) = (family for family in FAMILIES if "tied" in family.notes)
-    model, processor = loading.load_base(str(folders[family.name]))
+    folder, model, processor = tied
     places = devices.placement(model, 2)
     assert places["lm_head"] == places["model.language_model.embed_tokens"] == 0
-    recipe = Recipe(str(folders[family.name]), anatomy.fingerprint(model), BLOCKS)
+    recipe = Recipe(str(folder), anatomy.fingerprint(model), BLOCKS)
     recipe = recipe.pruned(range(BLOCKS), ["1.mlp"])
     removal.apply(model, range(BLOCKS), ["1.mlp"])
     write_folder(tmp_path / "partial", model, processor, recipe)
