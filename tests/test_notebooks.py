@@ -132,6 +132,13 @@ def test_the_judge_has_every_parameter_that_names_it():
     assert len(named) == 6 and all(f"=stage.p.{name}," in code for name in named[1:])
 
 
+def test_what_a_judge_leaves_unread_is_asked_again_wherever_it_is_kept():
+    code = "\n".join(text for kind, text, _ in cells(PATHS[-1]) if kind == "code")
+    steps = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)]
+    again = [n for n in steps if "lacking" in {keyword.arg for keyword in n.keywords}]
+    assert {n.args[0].value for n in again} == {"judge_controls", "answers", "predictions"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_run_file_is_valid_named_by_its_stem_and_says_its_command(path):
     known = params.known_parameters(params.read_notebooks(ROOT))

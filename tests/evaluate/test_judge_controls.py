@@ -1,11 +1,11 @@
 """Answers whose worth is known: what they are, and what is said of a judge that gets them wrong."""
 
 import pytest
-from judge_server import Server, answers, fields_of, model_judge, verdict
+from judge_server import Server, answer_in, answers, fields_of, model_judge, verdict
 
 from derm_compress.data import dialogue
 from derm_compress.evaluate.judges import controls
-from derm_compress.evaluate.judges.judge import choose_judge, judge_all
+from derm_compress.evaluate.judges.judge import choose_judge, judge_all, unread
 from derm_compress.evaluate.judges.prompts import attacks
 from derm_compress.evaluate.judges.rubric import rate, score_by_rubric
 from derm_compress.report.results import load_results
@@ -73,6 +73,15 @@ def test_a_judge_that_can_be_talked_to_is_found_out(dataset, tmp_path):
     assert told.repeated[chosen.name, "controls"] == 1
     assert (final.score.tolist(), final.rubric.tolist()) == ([2], [4])
     assert "1 of 20 injections" in findings(frame, final)[1]
+
+
+def test_a_models_gaps_are_counted_and_the_rubric_has_none(dataset, by_rubric):
+    with Server(lambda body: "no" if "walrus" in answer_in(body) else verdict(2)) as server:
+        chosen = model_judge(server, timeout=10.0)
+        frame = controls.judge_controls(dataset.of("test")[:1], chosen)
+    lost = frame[frame.judge.eq(chosen.name) & frame.control.eq("name in nonsense")]
+    assert unread(frame) == len(lost) == 6 and unread(by_rubric) == 0
+    assert unread(score_by_rubric(answers("x"))) == 0
 
 
 def test_what_a_server_refuses_is_said(dataset):
