@@ -118,7 +118,7 @@ class Listing:
         """All unknown labels in one line."""
         some = [f"{label[:40]!r} ({n})" for label, n in self.unknown.most_common(SHOWN)]
         more = [f"{len(self.unknown) - SHOWN} more"] if len(self.unknown) > SHOWN else []
-        said = f"{self.table.name} has unknown labels: {', '.join(some + more)}"
+        said = f"{self.table.name}: unknown labels: {', '.join(some + more)}"
         names = ", ".join(dialogue.diseases())
         return (
             f"{said}; map them in label_map to {names}, or name them in exclude_labels (* is all)"

@@ -56,7 +56,7 @@ class Request:
         return {name: getattr(self, f"n_{name}") for name in names}
 
     def asks(self, name: str) -> bool:
-        """Whether a field is not as it would be if nobody had named it."""
+        """Whether a field is another than if nobody had named it."""
         value = getattr(self, name)
         return (tuple(value) if isinstance(value, list) else value) != getattr(Request, name)
 

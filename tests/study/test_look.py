@@ -162,7 +162,7 @@ def test_what_stage_01_would_say_is_said_first(tmp_path, change, unopened, told)
     with pytest.raises(DermError) as caught:
         load.load_source(Request.of(asked | {"n_dev": 2, "n_test": 4}))
     assert str(caught.value).startswith(told)
-    assert f"WOULD STOP {' '.join(str(caught.value).split())}" in flat
+    assert f"WOULD STOP  {caught.value}" in said.splitlines()
 
 
 def test_no_file_is_written_over(tmp_path):

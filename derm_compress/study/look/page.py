@@ -29,7 +29,7 @@ def page(request: Request, found: Survey, report: Mapping, stops: Sequence[str])
     lines += [*how(found), *labels(found), *groups(found, report), *subgroups(found)]
     lines += opened(found, report)
     lines += paragraph("notes", report.get("notes", found.told.get("notes", [])))
-    lines += paragraph("WOULD STOP", stops)
+    lines += [f"{'WOULD STOP':<{MARGIN}}{line}" for line in stops]  # unwrapped: the run's words
     return "\n".join(lines)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import yaml
 
-from derm_compress.data import dialogue
 from derm_compress.data.listing import many
 from derm_compress.data.load import FOLDER, report, survey
 from derm_compress.data.request import Request
@@ -43,26 +42,44 @@ def propose(
         asked, folder = {"table": folder.name} | asked, folder.parent
     values = guess(asked | {"data_root": str(folder)})
     values["run"] = name_of(values, folder, out)
-    defaults = {name: parameter.default for name, parameter in known.items()}
-    found = survey(Request.of(values))
-    values = sizes(len(found.rows)) | values
     file = out or root / "params" / f"{values['run']}.yaml"
-    there = params.read_params(file, known) if file.exists() and values["source"] != FOLDER else {}
-    request = Request.of(defaults | values | there | asked | {"data_root": str(folder)})
+    there = published_file(file, values["source"], known)
+    over = there | {name: values[name] for name in [*asked, "data_root"]}
+    defaults = {name: parameter.default for name, parameter in known.items()}
+    found = survey(Request.of(values | over))
+    values = sizes(len(found.rows)) | values
+    request = Request.of(defaults | values | over)
     told, stops = foretold(found, request, quick=quick)
-    told = page(request, found, told, stops)
+    said = page(request, found, told, stops)
     if stops:
-        return f"{told}\n\nno run file is written before that is settled{answers(found)}", False
+        return f"{said}\n\nno run file is written before that is settled{answers(found)}", False
+    if there:
+        return f"{said}\n\n{named(file, dict(sets) | {'data_root': str(folder)})}", True
     values["data_root"] = str(relative(folder, root))
     params.check(values, known, shown(file))
-    over = dict(sets) | {"data_root": str(folder)}
-    return f"{told}\n\n{kept(file, values, found, over)}", True
+    return f"{said}\n\n{kept(file, values, found)}", True
+
+
+def published_file(file: Path, source: str, known: Mapping) -> dict:
+    """What the run file of a published data set says, which is there already; else nothing."""
+    if source == FOLDER or not file.exists():
+        return {}
+    values = params.read_params(file, known)
+    return values if values.get("source") == source else {}
+
+
+def named(file: Path, over: Mapping[str, str]) -> str:
+    """A run file that is there already, and the command by which it reads this folder."""
+    words = [f"--set {shlex.quote(f'{name}={text}')}" for name, text in over.items()]
+    command = " ".join([RUN, shlex.quote(shown(file)), *words])
+    stays = f"{shown(file)} is there already and stays (--out PATH writes another)"
+    return f"{stays}; it reads this folder by\n  {command}"
 
 
 def foretold(found: Survey, request: Request, *, quick: bool) -> tuple[dict, tuple[str, ...]]:
     """(the report that stage 01 would write, empty if `quick`; what would stop it)."""
     if found.problems:
-        return {}, found.problems
+        return {}, tuple(str(DermError(problem)) for problem in found.problems)
     try:
         if quick:
             check_survey(found, request)
@@ -78,19 +95,15 @@ def answers(found: Survey) -> str:
     if not found.unknown:
         return ""
     label = quoted(f"{next(iter(found.unknown))} = DISEASE")
-    diseases = ", ".join(dialogue.diseases())
     return (
-        f"; say what the unknown labels mean, as in\n"
-        f"  --set {shlex.quote(f'label_map=[{label}]')}     {diseases}\n"
-        f'  --set "exclude_labels=*"     leaves out all that are still unknown'
+        f"; say what the unknown labels mean:\n"
+        f"  --set {shlex.quote(f'label_map=[{label}]')}  where it is one of the eight diseases\n"
+        f'  --set "exclude_labels=*"  leaves out all that are still unknown'
     )
 
 
-def kept(file: Path, values: Mapping, found: Survey, over: Mapping[str, str]) -> str:
-    """Writes the run file where there is none, and says how to run it.
-
-    over: what a published data set's own run file needs beside it.
-    """
+def kept(file: Path, values: Mapping, found: Survey) -> str:
+    """Writes the run file where there is none, and says how to run it."""
     command = f"{RUN} {shlex.quote(shown(file))}"
     text = run_file(order(values), found.told["excluded"], command)
     if not file.exists():
@@ -98,14 +111,7 @@ def kept(file: Path, values: Mapping, found: Survey, over: Mapping[str, str]) ->
         return f"written: {shown(file)}; read it, then: {command}"
     if file.read_text(encoding="utf-8") == text:
         return f"{shown(file)} is there already and reads it so: {command}"
-    other = "--out PATH writes another"
-    if values["source"] == FOLDER:
-        return f"{shown(file)} is there already, says it otherwise and stays; {other}"
-    for name, text in over.items():
-        command += f" --set {shlex.quote(f'{name}={text}')}"
-    return (
-        f"{shown(file)} is there already and stays; {other}; it reads this folder by\n  {command}"
-    )
+    return f"{shown(file)} is there already, says it otherwise and stays; --out PATH writes another"
 
 
 def name_of(values: Mapping, folder: Path, out: Path | None) -> str:
