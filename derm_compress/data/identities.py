@@ -18,6 +18,7 @@ VARIED = 8  # values that such a one has at least
 NEARLY_ALL = 0.9  # share of pictures in one group that leaves nothing to split
 MEASURE = re.compile(r"-?\d+[.,]\d+|\d+([-./])\d+\1\d+")  # 1.5, or a date
 CODE = re.compile(r"(?=.*\d)(?!\d{1,3}$)\S{3,}")
+LAST = re.compile(r"[ _./-]+[^ _./-]*(\.\w+)?$")  # of a file's name
 NUMBERED = re.compile(r".*\d.*")
 DESCRIBING, FLAGS = (frozenset(WORDS[name].split()) for name in ("describing", "flags"))
 
@@ -64,7 +65,7 @@ def may_be_identity(column: str, values: Sequence[str]) -> bool:
 
 def share(times: Counter, form: re.Pattern) -> float:
     """The share of values that have a form, each as often as it stands there."""
-    return sum(n for value, n in times.items() if form.fullmatch(value)) / times.total()
+    return sum(n for value, n in times.items() if form.fullmatch(value)) / (times.total() or 1)
 
 
 def known(values: Iterable[str]) -> list[str]:
@@ -138,6 +139,20 @@ def overlooked(used: Values, unused: Values, groups: Sequence[int]) -> tuple[lis
                 f"; `group_columns: {listed([*used, column])}` would keep them together"
             )
     return notes, problems
+
+
+def in_names(names: Sequence[str], groups: Sequence[int]) -> list[str]:
+    """What is to be said where names of pictures begin with codes of several: PAT_7_1, PAT_7_2."""
+    starts = [LAST.sub("", name) for name in names]
+    crossed, coded = crossing(starts, groups), share(Counter(starts), CODE) >= 0.9
+    if not (crossed and coded and may_be_identity("", starts)):
+        return []
+    first = next(start for start, n in Counter(starts).items() if n > 1)
+    return [
+        f"names of pictures begin alike, as {first[:60]!r}, and {crossed} of these beginnings "
+        "could lie in two splits; if they are identities, add a column of them and name it in "
+        "group_columns"
+    ]
 
 
 def chained(used: Values, groups: Sequence[int]) -> tuple[list, list]:

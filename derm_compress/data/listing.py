@@ -28,6 +28,7 @@ class Listing:
     spelled: dict[str, str] = field(default_factory=dict)  # their labels
     numbers: dict[str, int] = field(default_factory=dict)  # of names and files, by their first row
     met: set[str] = field(default_factory=set)  # labels, and the diseases that they mean
+    chains: list[tuple[str, ...]] = field(default_factory=list)  # what all rows share, kept or not
     excluded: Counter = field(default_factory=Counter)
     unknown: Counter = field(default_factory=Counter)
 
@@ -39,6 +40,8 @@ class Listing:
         label = self.label(number, cells)
         reason = self.unwanted(cells)
         disease = self.labels.disease(label)
+        keys = self.keys(number, cells)
+        self.chains.append((*keys, *names))
         self.met |= {label, self.labels.known.get(plain(label), label)}
         for name in names:
             self.once(number, name)
@@ -47,7 +50,7 @@ class Listing:
             elif disease is None:
                 self.unknown[label] += 1
             else:
-                self.spelled[self.keep(number, name, disease, cells)] = label
+                self.spelled[self.keep(number, name, disease, keys, cells)] = label
 
     def label(self, number: int, cells: Mapping[str, str]) -> str:
         columns = self.layout.onehot_columns
@@ -75,15 +78,19 @@ class Listing:
             again = f"{self.table.name} row {number} repeats image {key[:80]!r} of row {first}"
             raise DermError(f"{again}; keep one row per image")
 
-    def keep(self, number: int, name: str, disease: str, cells: Mapping[str, str]) -> str:
+    def keys(self, number: int, cells: Mapping[str, str]) -> tuple[str, ...]:
+        """What keeps a row's pictures together, and with others."""
+        groups = known(cells, self.layout.group_columns)
+        keys = tuple(f"{column}={folded(value)}" for column, value in groups.items())
+        return (*keys, f"row={number}") if len(self.layout.image_columns) > 1 else keys
+
+    def keep(
+        self, number: int, name: str, disease: str, keys: tuple[str, ...], cells: Mapping[str, str]
+    ) -> str:
         """A picture, or what else is said of one that is kept already; its key in `rows`."""
         file, why = self.pictures.one(name + self.layout.image_suffix)
         key = file or name
         self.once(number, key)
-        groups = known(cells, self.layout.group_columns)
-        keys = tuple(f"{column}={folded(value)}" for column, value in groups.items())
-        if len(self.layout.image_columns) > 1:
-            keys += (f"row={number}",)
         before = self.rows.get(key)
         if before is None:
             path = self.pictures.files.get(file)
@@ -100,6 +107,7 @@ class Listing:
         torn = [key for key, row in self.rows.items() if not row.disease]
         for key in torn:
             del self.rows[key], self.cells[key]
+        self.close_chains()
         excluded = self.excluded + Counter({"several labels": len(torn)})
         looks, problems = self.identities()
         if self.unknown:
@@ -113,6 +121,14 @@ class Listing:
         }
         unknown = dict(self.unknown.most_common())
         return Survey(tuple(self.rows.values()), told, tuple(problems), unknown)
+
+    def close_chains(self) -> None:
+        """Pictures that only a row left out, or one that cannot be read, joins share a key, too."""
+        labels = splits.join(self.chains)
+        chain = {key: n for keys, n in zip(self.chains, labels, strict=True) for key in keys}
+        for place, row in self.rows.items():
+            shared = {f"chain={chain[key]}" for key in row.keys}
+            self.rows[place] = replace(row, keys=(*row.keys, *sorted(shared)))
 
     def not_understood(self) -> str:
         """All unknown labels in one line."""
@@ -130,6 +146,8 @@ class Listing:
         used, unused = self.cells_of(self.layout.group_columns), self.cells_of(self.unused())
         notes, problems = identities.overlooked(used, unused, groups)
         more, chains = identities.chained(used, groups)
+        if self.table.form:  # a csv
+            notes += identities.in_names([row.id for row in self.rows.values()], groups)
         found = [f"{self.table.name}: {problem}" for problem in [*chains, *problems]]
         return [*identities.unowned(used), *more, *notes], found
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from blotches import plant
+from blotches import picture, plant
 
 from derm_compress.data import identities, items, load
 from derm_compress.data.request import Request
@@ -245,6 +245,49 @@ def test_numbers_within_another_identity_are_told_from_identities(inner, outer, 
 def test_one_group_of_nearly_all_is_refused(tmp_path):
     with pytest.raises(DermError, match=r"38 of 40 pictures are one group.*`subgroup_columns: \["):
         read(plant(tmp_path, 40, patient=["p"] * 38 + ["q", "r"]))
+
+
+def test_a_chain_holds_where_its_links_are_left_out(tmp_path):
+    patients = ["p", "p", "", *[f"q{i}" for i in range(3, 40)]]
+    lesions = ["a", "b", "b", *[f"c{i}" for i in range(3, 40)]]  # 1 joins 0 and 2
+    for labels in (["rosacea", "nevus", "rosacea"], ["rosacea"] * 3):
+        labels += ["melanoma", "rosacea"] * 18 + ["melanoma"]
+        root = plant(tmp_path, 40, patient=patients, lesion=lesions, label=labels)
+        (root / "01.jpg").write_bytes(b"damaged")
+        dataset, report = read(root, exclude_labels=["*"], max_unreadable=0.1)
+        groups = {item.id: item.group for item in dataset.items}
+        assert groups["00.jpg"] == groups["02.jpg"] and report["groups"] == 38
+        assert "01.jpg" not in groups
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([f"PAT_{i // 2}_{i}.jpg" for i in range(20)], "as 'PAT_0', and 10 of these beginnings"),
+        ([f"p{100 + i // 4}/{i}.jpg" for i in range(20)], "as 'p100', and 5 of these"),
+        ([f"ISIC_{i:07}.jpg" for i in range(20)], ""),
+        ([f"images/{i:03}.jpg" for i in range(20)], ""),
+        ([f"melanoma-{i}.jpg" for i in range(20)], ""),
+        ([f"{i:032x}" for i in range(20)], ""),
+        ([], ""),
+    ],
+)
+def test_names_of_pictures_that_begin_with_an_identity_are_named(names, said):
+    told = "".join(identities.in_names(names, range(len(names))))
+    assert said in told and bool(said) == bool(told)
+    assert not identities.in_names(names, [0] * len(names))
+
+
+def test_folders_above_those_of_labels_may_be_identities(tmp_path):
+    for i in range(24):
+        path = tmp_path / f"p{100 + i // 4}" / ("melanoma", "rosacea")[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(path)
+    (note,) = [note for note in read(tmp_path)[1]["notes"] if "'folder'" in note]
+    assert "may be an identity" in note and "`group_columns: [folder]`" in note
+    dataset, report = read(tmp_path, group_columns=["folder"])
+    folders = {(item.id[:4], item.split) for item in dataset.items}
+    assert report["groups"] == len(folders) == 6 and dataset.of("test")
 
 
 @pytest.mark.parametrize(

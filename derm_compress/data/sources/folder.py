@@ -112,13 +112,16 @@ def without_table(pictures: Pictures, there: Sequence[str], wanted: Sequence[str
 
 
 def folder_names(pictures: Pictures) -> Table:
-    """Every picture, labelled by the folder that it lies in."""
+    """Every picture, labelled by the folder that it lies in; `folder` is what that lies in."""
     if lost := [name for name in pictures.dead if not is_picture(name)]:
         target = pictures.dead[lost[0]]
         raise DermError(f"{pictures.root}: the link {lost[0]} leads nowhere ({target}); mend it")
     names = [name for name in (*pictures.files, *pictures.dead) if is_picture(name) and "/" in name]
-    rows = tuple((name, name.split("/")[-2]) for name in names)
-    return Table("its folders", ("image", "label"), rows, tuple(range(1, len(rows) + 1)))
+    rows, columns = [(name, name.split("/")[-2]) for name in names], ("image", "label")
+    if any(name.count("/") > 1 for name in names):
+        rows = [(name, label, "/".join(name.split("/")[:-2])) for name, label in rows]
+        columns += ("folder",)
+    return Table("its folders", columns, tuple(rows), tuple(range(1, len(rows) + 1)))
 
 
 def settled(layout: Layout, table: Table, request: Request) -> Layout:
