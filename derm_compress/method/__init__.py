@@ -7,7 +7,7 @@ FACE = {
     "activations": ["projection_output", "projections", "tap"],
     "assemble": ["materialize"],
     "finetune.jobs": ["Job", "fine_tune_all", "fine_tune_jobs", "loss_curves", "training_costs"],
-    "finetune.train": ["TARGETS", "Training", "attach", "training_batch"],
+    "finetune.train": ["TARGETS", "Training", "attach", "one_step", "training_batch"],
     "importance.calibration": ["Calibration"],
     "importance.embedder": ["Embedder"],
     "importance.measure": [
