@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from derm_compress.errors import DermError
-from derm_compress.model import memory, shapes
+from derm_compress.method.quantization import calibration
+from derm_compress.model import memory, prompts, shapes
 from derm_compress.study import params, plan, preflight, run
 from derm_compress.study.needs import Needs
 from derm_compress.study.stage import start_stage
@@ -72,6 +73,18 @@ def test_what_cannot_fit_is_refused_with_the_largest_value_that_does(name, too_m
     for batch, fault in ((fits, False), (fits + 1, True)):
         left = preflight.faults(values(**{name: batch}), ARCH)
         assert any(line.startswith(stage) for line in left) == fault
+
+
+def test_hidden_states_between_two_blocks_take_what_is_planned(pico, dataset):
+    model, processor = pico
+    held, items = [], dataset.of("train")[:4]
+    how = {"batch_size": 6, "device": "cpu"}
+    for batch in prompts.calibration_batches(processor, items, dataset.images, **how):
+        held += [part.hidden.numel() for part in calibration.split(model, batch)]
+    needs = Needs(values(quantization_items=4), shapes.architecture(model.config))
+    assert 0.5 * needs.waiting() < 2 * sum(held) <= needs.waiting()  # its words are shorter
+    on_t4 = Needs(values(quantization_items=16), ARCH)
+    assert on_t4.waiting() < 0.1 * memory.GIB < 0.03 * on_t4.calibrating(2) * memory.GIB
 
 
 def test_latency_is_planned_at_its_largest_batch_on_one_gpu():

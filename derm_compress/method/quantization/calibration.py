@@ -1,7 +1,8 @@
 """The calibration pass: every linear's input statistics, block after block.
 
 What prompts about one picture share, the picture above all, is computed once and counts as often as
-it is read. A model too large for the GPU stays on the CPU, with the block at hand on the GPU.
+it is read. A model too large for the GPU stays on the CPU, with the block at hand on the GPU. What
+all prompts have come to waits there, too: at 7B 6 MiB a picture, 0.1 GiB for 16 of them.
 """
 
 import contextlib
