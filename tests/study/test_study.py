@@ -313,7 +313,7 @@ def test_export_finds_the_operating_point_by_its_columns(tmp_path):
         stage = begin(tmp_path, name)
         if name in models:
             stage.frame("variants", pd.DataFrame, models[name])
-            stage.json("choice", dict, operating=2, deeper=3)
+            stage.json("choice", dict, operating=2, deeper=3, criterion="perplexity")
         else:
             stage.json("recipe", dict, base="tiny")
         stage.finish()
