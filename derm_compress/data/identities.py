@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import yaml
@@ -37,8 +37,11 @@ def repeats(column: str, values: Sequence[str]) -> bool:
 
     Yes and no are not, nor are two words, or words of very many pictures: kinds of lesions.
     """
-    kind, times = owner(column), Counter(known(values))
-    if not kind or (times and {plain(value) for value in times} <= FLAGS):
+    kind = owner(column)
+    if not kind:
+        return False
+    times = Counter(known(values))
+    if times and {plain(value) for value in times} <= FLAGS:
         return False
     if kind == "person" or not times or share(times, NUMBERED) > 0.5:
         return True
@@ -50,6 +53,8 @@ def may_be_identity(column: str, values: Sequence[str]) -> bool:
 
     Codes, and what is called a number, may be shared by more pictures than any other text.
     """
+    if len(set(values)) > 0.85 * len(values):  # too few are shared, known or not
+        return False
     said, times = words(column), Counter(known(values))
     total = times.total()
     shared = sum(n for n in times.values() if n > 1)
@@ -68,22 +73,27 @@ def share(times: Counter, form: re.Pattern) -> float:
     return sum(n for value, n in times.items() if form.fullmatch(value)) / (times.total() or 1)
 
 
-def known(values: Iterable[str]) -> list[str]:
-    return [folded(value) for value in values if is_known(value)]
+def known(values: Sequence[str]) -> list[str]:
+    """The values that say anything, by one spelling each."""
+    spelled = spellings(values)
+    return [spelled[value] for value in values if value in spelled]
+
+
+def spellings(values: Iterable[str]) -> dict[str, str]:
+    return {value: folded(value) for value in set(values) if is_known(value)}
 
 
 def crossing(values: Sequence[str], groups: Sequence[int]) -> int:
     """How many values are shared by pictures of several groups."""
-    return sum(len(home) > 1 for home in homes(values, groups).values())
+    homes = Counter(value for value, _ in pairs_of(values, groups))
+    return sum(n > 1 for n in homes.values())
 
 
-def homes(values: Sequence[str], others: Sequence) -> dict[str, set]:
-    """{known value: what stands beside it}."""
-    found = defaultdict(set)
-    for value, other in zip(values, others, strict=True):
-        if is_known(value):
-            found[folded(value)].add(other)
-    return found
+def pairs_of(values: Sequence[str], others: Sequence) -> set[tuple]:
+    """Known values with what stands beside them."""
+    spelled = spellings(values)
+    pairs = set(zip(values, others, strict=True))
+    return {(spelled[value], other) for value, other in pairs if value in spelled}
 
 
 def outer_of(column: str, columns: Values) -> str:
@@ -98,9 +108,9 @@ def is_within(inner: str, outer: str, columns: Values) -> bool:
     Then a value stands in two or more of the outer column's, on average; fewer than four tell
     nothing.
     """
-    rows = zip(columns[inner], columns[outer], strict=True)
-    pairs = {(folded(i), folded(o)) for i, o in rows if is_known(i) and is_known(o)}
-    inners, outers = Counter(i for i, _ in pairs), Counter(o for _, o in pairs)
+    one_way = pairs_of(columns[inner], columns[outer])
+    pairs = pairs_of([o for _, o in one_way], [i for i, _ in one_way])
+    inners, outers = Counter(i for _, i in pairs), Counter(o for o, _ in pairs)
     if len(pairs) < max(4, 2 * len(inners)):
         return False
     ranks = [owner(column) == "person" for column in (inner, outer)]
@@ -118,12 +128,15 @@ def overlooked(used: Values, unused: Values, groups: Sequence[int]) -> tuple[lis
     """
     notes, problems = [], []
     for column, values in unused.items():
+        named = repeats(column, values)
+        if not (named or may_be_identity(column, values)):
+            continue
         crossed = crossing(values, groups)
         if not crossed:
             continue
         some = f"{crossed} of its values could lie in two splits"
         columns = {column: values, **used}
-        if repeats(column, values):
+        if named:
             if outer := outer_of(column, columns):
                 notes.append(f"{anew(column, outer)}; it is not used")
                 continue
@@ -133,7 +146,7 @@ def overlooked(used: Values, unused: Values, groups: Sequence[int]) -> tuple[lis
                 f"`group_columns: {listed([*kept, column])}`, or `subgroup_columns: "
                 f"{listed([column])}` if it is none"
             )
-        elif may_be_identity(column, values):
+        else:
             notes.append(
                 f"column {column!r} may be an identity of several pictures, is not used, and {some}"
                 f"; `group_columns: {listed([*used, column])}` would keep them together"

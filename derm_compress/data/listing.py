@@ -148,7 +148,7 @@ class Listing:
         more, chains = identities.chained(used, groups)
         if self.table.form:  # a csv
             notes += identities.in_names([row.id for row in self.rows.values()], groups)
-        found = [f"{self.table.name}: {problem}" for problem in [*chains, *problems]]
+        found = [f"{self.table.name}: {problem}" for problem in [*problems, *chains]]
         return [*identities.unowned(used), *more, *notes], found
 
     def cells_of(self, columns: Sequence[str]) -> dict[str, list[str]]:

@@ -212,6 +212,9 @@ def test_lesions_numbered_within_patients_are_left_and_the_patient_is_taken(tmp_
     with pytest.raises(DermError, match=r"'patient_id' looks like an identity") as caught:
         read(root, group_columns=["lesion"])
     assert "set `group_columns: [patient_id]`" in str(caught.value)  # with lesion it would chain
+    root = plant(tmp_path, 40, patient_id=TEN, lesion=["1"] * 38 + ["2", "3"])
+    with pytest.raises(DermError, match=r"set `group_columns: \[patient_id\]`"):
+        read(root, group_columns=["lesion"])
 
 
 def test_a_chain_that_leaves_something_to_split_is_a_warning(tmp_path):
