@@ -14,6 +14,9 @@ from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.evaluate import secondary
 from derm_compress.evaluate.judges import controls, judge
+from derm_compress.method.pruning.controls import removal_controls
+from derm_compress.method.pruning.plan import Plan
+from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import Variant
 from derm_compress.report.results import Results, load_results
 
@@ -287,6 +290,34 @@ def activation_frames(rng):
     return pd.DataFrame(rows), surface
 
 
+def control_frames(pictures):
+    """What stages 04, 06 and 07 leave of a specimen whose controls hold."""
+    plan = Plan("output_similarity", tuple(range(2, 31)), (0, 1, 31), BLOCKS)
+    run = Plan("angular-contiguous", (), (0, 1, 31), BLOCKS, starts=tuple([2] * 29))
+    removals = removal_controls(Recipe("tiny", "f" * 64, BLOCKS), plan, run)
+    marks = {"whole": 3.4, "protected": 1.2, "chosen": 3.2, "run": 3.1, "random": 2.2}
+    grades = dict(zip(removals.variant, removals.control.map(marks), strict=True))
+    told = answers(removals, pictures, grade=lambda row: grades[row.variant])
+    inputs = [
+        ("original", b, p, 64, b % 2, 9.0) for b in range(BLOCKS) for p in ("q_proj", "k_proj")
+    ]
+    columns = ["variant", "block", "projection", "channels", "outlier_channels", "loudest"]
+    losses = [
+        (f"original|{method}3", method, f"train-{i}", "name", loss + i / 100)
+        for method, loss in (("awq", 0.5), ("rtn", 0.8))
+        for i in range(6)
+    ]
+    return (
+        {"controls": removals, "control_answers": told},
+        {"inputs": pd.DataFrame(inputs, columns=columns)},
+        {
+            "control_losses": pd.DataFrame(
+                losses, columns=["variant", "method", "item", "question", "loss"]
+            )
+        },
+    )
+
+
 def stage_files(*, grade=level, words=None, heldout=20, full=False):
     """{stage: {file: frame or JSON value}} of the whole study; `full`: with all rival rankings."""
     rng, table, pictures = np.random.default_rng(0), variants(), items(heldout=heldout)
@@ -325,6 +356,8 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
         "deeper": DEEPER,
         "why": "a third is gone",
     }
+    for stage, found in zip(("04", "06", "07"), control_frames(test), strict=True):
+        files[next(name for name in files if name.startswith(stage))] |= found
     files["05_sft"]["measured/training"] = trained
     files["06_activation_analysis"] |= {"statistics": statistics, "figure4": surface}
     files["07_quantization"]["errors"] = pd.DataFrame(

@@ -239,6 +239,33 @@ def mean_intervals(marks: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"mean": means, "lo": lo, "hi": hi}, index=marks.columns)
 
 
+def mean_interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean of one value an image, and its 95 % bootstrap over them."""
+    known = values.dropna().to_numpy(float)
+    return known.mean(), *_tails(_draws(len(known)) @ known / len(known))
+
+
+def ratio_interval(part: pd.Series, whole: pd.Series) -> tuple[float, float, float]:
+    """Mean of one part an image in percent of the wholes' mean, 95 % bootstrap over images.
+
+    No interval where more draws than one tail holds have no whole.
+    """
+    drawn = _draws(len(part))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = 100 * np.divide(part.mean(), whole.mean())
+        wholes = drawn @ whole.to_numpy()
+        ratios = np.where(wholes > 0, 100 * (drawn @ part.to_numpy()) / wholes, np.nan)
+    return share, *_known_tails(share, ratios)
+
+
+def crossed_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap of the mean of [images, draws]: of what other images and other draws give."""
+    images, draws = values.shape
+    others = np.random.default_rng([SEED, 1]).integers(0, draws, (DRAWS, draws))
+    by_draw = _draws(images) @ values / images  # [DRAWS, draws]
+    return _tails(np.take_along_axis(by_draw, others, axis=1).mean(1))
+
+
 def _scored(answers: pd.DataFrame) -> pd.DataFrame:
     scored = answers.loc[answers["score"].notna(), ["item", "question", "score"]].astype(
         {"score": float}

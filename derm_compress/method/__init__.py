@@ -3,7 +3,7 @@
 from derm_compress.faces import face
 
 FACE = {
-    "activation_analysis": ["activation_statistics", "activation_surface"],
+    "activation_analysis": ["activation_inputs", "activation_statistics", "activation_surface"],
     "activations": ["projection_output", "projections", "tap"],
     "assemble": ["materialize"],
     "finetune.jobs": ["Job", "fine_tune_all", "fine_tune_jobs", "loss_curves", "training_costs"],
@@ -17,11 +17,12 @@ FACE = {
         "measure_importance",
         "protected_blocks",
     ],
-    "importance.plans": ["pruning_plans"],
+    "importance.plans": ["control_plan", "pruning_plans"],
     "importance.rankings": ["criteria_used"],
     "importance.scoring": ["output_similarity"],
+    "pruning.controls": ["removal_controls"],
     "pruning.depths": ["choose_operating_point", "plan_depths"],
-    "pruning.plan": ["Plan", "read_plan", "read_plans"],
+    "pruning.plan": ["Plan", "read_control", "read_plan", "read_plans"],
     "quantization.block_errors": ["quantization_errors"],
     "quantization.grids": ["IntegerGrid"],
     "quantization.methods": ["METHODS", "Form"],
@@ -29,6 +30,6 @@ FACE = {
     "quantization.quantize": ["quantize_step"],
     "quantization.scaling": ["ALPHAS", "InputStatistics", "search_scale"],
     "quantization.search": ["search_scales"],
-    "quantization.wanted": ["equal_bytes", "quantized_variants", "wanted_forms"],
+    "quantization.wanted": ["control_forms", "equal_bytes", "quantized_variants", "wanted_forms"],
 }
 __getattr__, __all__ = face(__name__, FACE)

@@ -16,6 +16,7 @@ from derm_compress.method import activations
 from derm_compress.method.iterate import each_model, joined
 from derm_compress.model.variants import paper_depth
 
+INPUTS = ["block", "projection", "channels", "outlier_channels", "loudest", "variant"]
 SURFACE = ["variant", "block", "projection", "token", "channel", "value"]
 
 
@@ -35,6 +36,24 @@ def activation_statistics(
         work = partial(activations.projection_statistics, turn.model)
         frames.append(turn.original_blocks(turn.calibrated(work, "activations", **read)))
     return joined(frames, ["block", "projection", *activations.STATISTICS, "variant"])
+
+
+def activation_inputs(
+    variants: pd.DataFrame,
+    items: Sequence[Item],
+    images: np.ndarray,
+    *,
+    store,
+    device: str,
+    batch_size: int,
+) -> pd.DataFrame:
+    """activations.input_peaks of every variant."""
+    read = {"items": items, "images": images, "batch_size": batch_size}
+    frames = []
+    for turn in each_model(variants, store, device, "inputs"):
+        work = partial(activations.input_peaks, turn.model)
+        frames.append(turn.original_blocks(turn.calibrated(work, "inputs", **read)))
+    return joined(frames, INPUTS)
 
 
 def activation_surface(

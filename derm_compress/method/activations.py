@@ -105,6 +105,26 @@ def projection_statistics(model, batches) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def input_peaks(model, batches) -> pd.DataFrame:
+    """What every projection reads: block, projection, channels, outlier_channels, and how many
+    times the median channel's peak the loudest one's is.
+    """
+    watched, peaks = projections(model), {}
+
+    def see(key, x):
+        peak = x.abs().amax(0)
+        peaks[key] = torch.maximum(peaks.get(key, peak), peak)
+
+    tap(model, batches, watched, see, inputs=True)
+    rows = []
+    for (block, name), peak in peaks.items():
+        median = peak.quantile(0.5)
+        told = {"block": block, "projection": name, "channels": len(peak)}
+        told["outlier_channels"] = int((peak > OUTLIER_FACTOR * median).sum())
+        rows.append(told | {"loudest": (peak.max() / median).item()})
+    return pd.DataFrame(rows)
+
+
 def projection_output(model, batch, block, projection):
     """Outputs of one projection, float32 [real tokens, channels] (Figure 4: block 30, q_proj)."""
     watched, seen = projections(model), []

@@ -6,6 +6,6 @@ FACE = {
     "figures": ["figure"],
     "results": ["Results", "load_results"],
     "sentences": ["findings", "headline"],
-    "tables": ["readable", "table"],
+    "tables": ["controls", "readable", "table"],
 }
 __getattr__, __all__ = face(__name__, FACE)

@@ -30,7 +30,8 @@ STAGES = {  # stage: the templates that its notebook ends with
     "06_activation_analysis": "fig4_activations",
     "07_quantization": "table3_quantization extra_alpha extra_equal_bytes",
     "08_evaluation": "headline table4_efficiency extra_comparisons extra_power extra_diagnosis "
-    "extra_secondary extra_baselines extra_judges extra_side_by_side extra_verdicts",
+    "extra_secondary extra_baselines extra_judges extra_side_by_side extra_controls "
+    "extra_verdicts",
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from derm_compress.data import dialogue
-from derm_compress.method.importance.rankings import Ranking, rankings
+from derm_compress.method.importance.rankings import RUN, Ranking, rankings
 from derm_compress.model.memory import FP16, FP32, GIB, plan_peak, plan_training, plan_weights
 from derm_compress.model.shapes import Architecture
 
@@ -73,7 +73,7 @@ class Needs:
             answers("02_finetune"),
             step("02_finetune", "fine-tuning", tune, "finetune_batch", disk=adapters[0]),
             step("03_layer_importance", "plans", lambda _: self.weights),
-            *map(ranking, rankings(p["rankings"])),
+            *map(ranking, rankings([*p["rankings"], RUN])),
             answers("04_pruning"),
             step("05_sft", "fine-tuning", heal, "sft_batch", disk=adapters[1]),
             answers("05_sft"),

@@ -1,16 +1,21 @@
 """Answers of variants and of the two controls, and the depth scores that are made of them."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from asking import inputs_of
 
+from derm_compress.data import dialogue
 from derm_compress.evaluate import answers, metrics, schema
 from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, shuffled_rows
+from derm_compress.evaluate.losses import answer_losses
 from derm_compress.files import Journal
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.model import variants as variants_of
+from derm_compress.model.anatomy import image_tokens
 from derm_compress.model.generation import generate
+from derm_compress.model.prompts import encode
 
 PLAN = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
 HOW = {"device": "cpu", "batch_size": 12, "max_new_tokens": 3}
@@ -77,6 +82,23 @@ def test_controls_show_other_pictures_and_keep_the_reference(variants, store, da
     controls = answer_controls(variants, seed=0, **how)
     assert controls.groupby("variant").size().to_dict() == {"blank": 6, "shuffled": 6}
     assert set(controls.disease) == {item.disease for item in items[:2]}
+
+
+def test_losses_are_those_of_transformers_whatever_the_batch(pico, recipe, store, dataset):
+    known, items = variants_of.pruned(recipe, [], []), dataset.of("train")[:2]
+    how = {"store": store, "device": "cpu"}
+    found = answer_losses(known, items, dataset.images, batch_size=12, **how)
+    assert list(found) == ["variant", "method", "item", "question", "loss"] and len(found) == 6
+    alone = answer_losses(known, items, dataset.images, batch_size=3, **how)
+    assert np.allclose(found.loss, alone.loss, rtol=1e-4)
+    model, processor = pico
+    turns = [
+        (dialogue.question("name"), dialogue.reference(items[0].disease, items[0].facts, "name"))
+    ]
+    ids, labels = encode(processor, turns, image_tokens=image_tokens(model.config))
+    pixels = processor.image_processor([dataset.images[items[0].row]], return_tensors="pt")
+    feed = {"input_ids": ids[None], "labels": labels[None], "pixel_values": pixels["pixel_values"]}
+    assert found.loss[0] == pytest.approx(model(**feed).loss.item(), rel=1e-4)
 
 
 def test_depth_scores_say_how_deep_each_variant_is():

@@ -46,6 +46,7 @@ def test_every_control_stands_once_and_every_attack_beside_its_answer(dataset):
 def test_the_rubrics_table(by_rubric):
     told = controls.controls_table(by_rubric).set_index("control")
     assert told.mean_score["reference"] == 4
+    assert told.expected[controls.COPIED] == "1 to 3" and told.highest[controls.COPIED] < 4
     assert told.mean_score["other disease"] == told.mean_score["empty"] == 1
     assert told.as_expected[controls.INJECTED] == 100 and told.unscored.eq(0).all()
     # the rubric's known limit: it sees facts, not sentences

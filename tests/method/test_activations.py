@@ -11,6 +11,7 @@ from derm_compress.errors import DermError
 from derm_compress.method.activations import (
     STATISTICS,
     Summary,
+    input_peaks,
     projection_output,
     projection_statistics,
     projections,
@@ -69,6 +70,26 @@ def test_the_outlier_rule_is_six_times_the_median_channel():
     x = torch.ones(10, 9)
     x[3, :4] = torch.tensor([5.9, -6.1, 60.0, 6.0])
     assert summary(x)["outlier_channels"] == 2
+
+
+def test_what_projections_read_is_looked_at_as_what_they_write():
+    loud = small_llava(2)
+    anatomy.blocks(loud)[1].input_layernorm.weight.data[3] *= 1000  # read by q, k and v alone
+    told = input_peaks(loud, [batch(), batch()]).set_index(["block", "projection"])
+    assert len(told) == 14 and list(told) == ["channels", "outlier_channels", "loudest"]
+    reads = told.loc[[(1, name) for name in ("q_proj", "k_proj", "v_proj")]]
+    assert (reads.outlier_channels == 1).all() and (reads.loudest > 100).all()
+    assert (told.loc[0].outlier_channels == 0).all() and (told.loc[0].loudest < 6).all()
+    caught = []
+    hook = projections(loud)[0, "down_proj"].register_forward_pre_hook(
+        lambda _, x: caught.append(x)
+    )
+    feed = batch()
+    with torch.no_grad():
+        loud(**feed)
+    hook.remove()
+    peaks = caught[0][0][feed["attention_mask"].bool()].abs().amax(0)
+    assert told.loudest[0, "down_proj"] == pytest.approx((peaks.max() / peaks.quantile(0.5)).item())
 
 
 def test_statistics_stream(model):

@@ -12,6 +12,7 @@ from derm_compress.__main__ import main
 from derm_compress.errors import DermError
 from derm_compress.evaluate.export import export_model
 from derm_compress.method.assemble import materialize
+from derm_compress.method.pruning.controls import removal_controls
 from derm_compress.method.pruning.depths import choose_operating_point, plan_depths
 from derm_compress.method.pruning.plan import Plan, published_plan, read_plan, read_plans
 from derm_compress.model import anatomy, cache, loading, memory, prompts, reading, removal, shapes
@@ -302,6 +303,22 @@ def test_stored_plans_are_read_by_name(tmp_path):
         DermError, match="stage 03 has plans for angular-contiguous, output_similarity, x-sublayers"
     ):
         read_plans(tmp_path, ["taylor"])
+
+
+def test_controls_remove_each_protected_block_alone_and_a_quarter_of_all_others():
+    original = Recipe("pico", "f" * 64, 8)
+    plan = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8)
+    run = Plan("angular-contiguous", (), (0, 1, 7), 8, starts=(2, 4, 3))
+    found = removal_controls(original, plan, run)
+    gone = [set(range(8)) - set(Recipe.from_json(text).kept()) for text in found.recipe]
+    told = dict(zip(found.variant, gone, strict=True))
+    assert told["original-whole"] == set() and len(set(found.variant)) == len(found) == 11
+    assert [told[f"original-protected-{block}"] for block in (0, 1, 7)] == [{0}, {1}, {7}]
+    assert told["original-chosen"] == {3, 5} and told["original-run"] == {4, 5}
+    drawn = [told[f"original-random-{draw}"] for draw in range(5)]
+    assert all(len(blocks) == 2 and blocks <= {2, 3, 4, 5, 6} for blocks in drawn)
+    assert len(set(map(frozenset, drawn))) > 1
+    assert "run" not in set(removal_controls(original, plan, None).control)
 
 
 def test_the_published_plan_is_for_32_blocks():

@@ -14,8 +14,10 @@ from derm_compress.evaluate.judges.prompts import attacks
 from derm_compress.evaluate.judges.rubric import stated
 
 NONSENSE = "glimmer orbit {} tandem walrus {} nine o'clock marmalade {} hence umbrella"
+COPIED = "another picture's"
 EXPECTED = {  # lowest and highest of the rounded scores
     "reference": (4, 4),
+    COPIED: (1, 3),
     "other disease": (1, 1),
     "empty": (1, 1),
     "name in nonsense": (1, 2),
@@ -42,18 +44,21 @@ QUALITY += ["kappa", "kappa_lo", "kappa_hi", "pairs"]
 
 
 def control_answers(items: Sequence[Item]) -> pd.DataFrame:
-    """Four kinds of control answers to every question about one item a disease; every attack once.
+    """Five kinds of control answers to every question about one item a disease; every attack once.
 
     Columns: CONTROL. An attack stands behind a wrong answer (another disease's reference), and the
     same answer stands there without it.
     """
     backwards = sorted(items, key=lambda item: item.id, reverse=True)
-    chosen = {item.disease: item for item in backwards}.values()  # the first of each disease
-    asked = [(item, kind) for item in chosen for kind in dialogue.QUESTIONS]
+    chosen = list({item.disease: item for item in backwards}.values())  # the first of each disease
     rows = []
-    for item, kind in asked:
-        for control, answer in _answers(item, kind).items():
-            rows.append(_row(item, kind, control, answer))
+    for item, other in zip(chosen, chosen[1:] + chosen[:1], strict=True):
+        for kind in dialogue.QUESTIONS:
+            for control, answer in _answers(item, kind).items():
+                rows.append(_row(item, kind, control, answer))
+            if other is not item:
+                rows.append(_row(item, kind, COPIED, _reference(other, kind)))
+    asked = [(item, kind) for item in chosen for kind in dialogue.QUESTIONS]
     for i, (name, text) in enumerate(attacks().items()):
         item, kind = asked[i % len(asked)]
         wrong = _answers(item, kind)["other disease"]
@@ -63,13 +68,17 @@ def control_answers(items: Sequence[Item]) -> pd.DataFrame:
 
 
 def _answers(item: Item, kind: str) -> dict[str, str]:
-    """The answer of each control that EXPECTED knows."""
+    """The answers that need no other picture."""
     return {
-        "reference": dialogue.reference(item.disease, item.facts, kind),
+        "reference": _reference(item, kind),
         "other disease": dialogue.reference(stranger(item.disease), {}, kind),
         "empty": "",
         "name in nonsense": NONSENSE.format(*[item.disease] * 3),
     }
+
+
+def _reference(item: Item, kind: str) -> str:
+    return dialogue.reference(item.disease, item.facts, kind)
 
 
 def _row(item: Item, kind: str, control: str, answer: str, attack: str = "") -> dict:
@@ -81,7 +90,7 @@ def _row(item: Item, kind: str, control: str, answer: str, attack: str = "") -> 
         "question": kind,
         "prompt": dialogue.question(kind),
         "answer": answer,
-        "reference": dialogue.reference(item.disease, item.facts, kind),
+        "reference": _reference(item, kind),
         "stopped": True,
     }
 
@@ -131,7 +140,9 @@ def controls_table(frame: pd.DataFrame) -> pd.DataFrame:
             told, right = "no gain", won[won.judge == judge].gain.dropna() <= 0
         else:
             low, high = EXPECTED.get(control, (1, 1))
-            told = str(low) if low == high else f"{low} or {high}"
+            told = " or ".join(map(str, dict.fromkeys((low, high))))
+            if high - low > 1:
+                told = f"{low} to {high}"
             right = scores.round().between(low, high)
         numbers = scores.mean(), scores.min(), scores.max(), 100 * right.mean()
         rows.append((judge, control, told, len(scores), len(part) - len(scores), *numbers))

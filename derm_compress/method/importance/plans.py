@@ -10,8 +10,8 @@ import pandas as pd
 
 from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.importance.criteria import PUBLISHED
-from derm_compress.method.importance.measure import importance_values, unit_rows
-from derm_compress.method.importance.rankings import Ranking
+from derm_compress.method.importance.measure import importance_values, measure_importance, unit_rows
+from derm_compress.method.importance.rankings import RUN, Ranking
 from derm_compress.method.pruning.plan import Plan, published_plan
 from derm_compress.model import anatomy, removal
 from derm_compress.model.units import Unit
@@ -43,6 +43,14 @@ def pruning_plans(
             plan = ranked(plan, ranking, told, c, most=most, journal=journal)
         made[name] = plan.to_dict()
     return made
+
+
+def control_plan(c: Calibration, *, protected: Sequence[int], journal) -> dict:
+    """The plan of RUN, which pretrained decoders hardly miss; empty for a model without values."""
+    if not anatomy.has_values(c.model):
+        return {}
+    told = measure_importance([RUN], c, journal)
+    return pruning_plans([RUN], told, c, protected=protected, most=0, journal=journal)[RUN]
 
 
 def settings(ranking: Ranking, c: Calibration, most: int) -> dict:

@@ -38,6 +38,7 @@ OPTIONS = {
     "mlp": Option("MLPs", "MLPs go, their attentions stay", ("mlp",)),
     "sublayers": Option("sublayers", "attentions and MLPs go one by one", ("attention", "mlp")),
 }
+RUN = "angular-contiguous"  # a control: neighbours that turn the stream least
 
 
 @dataclass(frozen=True)

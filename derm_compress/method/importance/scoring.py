@@ -56,13 +56,19 @@ def perplexity(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
     """Mean negative log-likelihood of the reference answers without the unit (Kim et al. 2024)."""
     reading = c.reading(units)
     for unit in sorted(units, reverse=True):
-        scores = reading.predictions(reading.without(unit)[0])
+        yield from losses(c, reading, unit)
         reading.forget(unit)
-        asked = itertools.product(c.items, dialogue.QUESTIONS)
-        for (item, kind), row, told in zip(asked, scores, reading.told, strict=True):
-            wanted = torch.tensor(told, device=row.device)
-            value = F.cross_entropy(row[:-1].float(), wanted).item()
-            yield {"unit": unit, "item": item.id, "question": kind, "value": value}
+
+
+@torch.inference_mode()
+def losses(c: Calibration, reading: Reading, unit: Unit | None = None) -> Iterator[dict]:
+    """Mean negative log-likelihood of each reference answer that was read, without the unit."""
+    scores = reading.predictions(reading.without(unit)[0])
+    asked = itertools.product(c.items, dialogue.QUESTIONS)
+    for (item, kind), row, told in zip(asked, scores, reading.told, strict=True):
+        wanted = torch.tensor(told, device=row.device)
+        value = F.cross_entropy(row[:-1].float(), wanted).item()
+        yield {"unit": unit, "item": item.id, "question": kind, "value": value}
 
 
 @torch.inference_mode()

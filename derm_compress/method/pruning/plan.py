@@ -126,3 +126,9 @@ def read_plans(folder: Path, criteria: Sequence[str]) -> list[Plan]:
     if unknown := [name for name in criteria if name not in known]:
         raise DermError(f"criteria {unknown}: stage 03 has plans for {', '.join(sorted(known))}")
     return [Plan.from_dict(known[name]) for name in criteria]
+
+
+def read_control(folder: Path) -> Plan | None:
+    """The run of blocks that stage 03 left as control_plan.json; None of a model without values."""
+    told = json.loads((Path(folder) / "control_plan.json").read_text("utf-8"))
+    return Plan.from_dict(told) if told else None

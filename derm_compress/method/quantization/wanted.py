@@ -21,6 +21,7 @@ from derm_compress.model.variants import ORIGINAL, find, named, paper_depth, rec
 
 COLUMNS = ["source", "form", "quantizer", "text", "step"]
 METHOD, WIDEST, NARROWEST = "awq", 4, 2  # of budgets
+CONTROL = ["awq", "rtn"], 3  # on the original, where AWQ must beat rounding (Lin et al. 2024)
 NEAR = 0.15  # of a bit: a mean so near to the widest width counts as that width
 
 
@@ -42,6 +43,12 @@ def wanted_forms(
     if shared is not None:
         frames.append(shared[COLUMNS])
     return pd.concat(frames).drop_duplicates(["source", "form"], ignore_index=True)
+
+
+def control_forms(group_size: int) -> pd.DataFrame:
+    """What shows whether AWQ has a use on the original model at all, as wanted_forms()."""
+    names, bits = CONTROL
+    return asked([ORIGINAL], names, [bits], group_size)
 
 
 def asked(

@@ -2,5 +2,8 @@
 
 from derm_compress.faces import face
 
-FACE = {"registry": ["TABLES", "build", "make", "table"], "text": ["heading", "readable", "to_csv"]}
+FACE = {
+    "registry": ["TABLES", "build", "controls", "make", "table"],
+    "text": ["heading", "readable", "to_csv"],
+}
 __getattr__, __all__ = face(__name__, FACE)

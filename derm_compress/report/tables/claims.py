@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pandas as pd
 
 from derm_compress.evaluate import metrics
@@ -10,7 +13,7 @@ from derm_compress.model.variants import paper_depth
 from derm_compress.report.paper import model, numbers
 from derm_compress.report.paper.numbers import SAVED, SPEEDUP
 from derm_compress.report.results import Results, answers_of
-from derm_compress.report.tables import joins, verdicts
+from derm_compress.report.tables import joins, specimen, verdicts
 from derm_compress.report.tables.verdicts import LIMIT, NOT, REPRODUCED, UNTESTED, Tested, Verdict
 
 ALIKE = 0.1  # two sizes that differ by less are one compression ratio
@@ -175,40 +178,104 @@ def _kind(results: Results, what: str) -> str:
     return f"direction, {what}, this run's model"
 
 
-BETTER = "better than {} alone at the same compression, by 4 points"
-UNCALIBRATED = "quantization without calibration fails on the pruned model"
-CLAIMS = (  # what is claimed, where, its test, and what that is told beside the results
-    ("a 7B model runs within 4 GB", "Abstract", within, "weights"),
-    ("a 7B model runs within 4 GB", "Abstract", within, "peak"),
-    ("ours, beside it: this run's depth within 4 GB", "this run", own_peak),
-    *((f"{share} % less memory", where, saves, share) for where, share in SAVED.items()),
-    (f"{SPEEDUP:g} times faster inference on a T4", "Discussion", faster, SPEEDUP),
-    (BETTER.format("pruning"), "Abstract, Discussion", beats, 4, "pruning"),
-    (BETTER.format("quantization"), "Abstract, Discussion", beats, 4, "quantization"),
-    ("SFT heals the pruned model", "4.4, Table 2", differs, 4, HEALED, PRUNED),
-    ("SFT before quantizing raises the score", "4.6.1", differs, 4, FULL_4, UNHEALED),
-    ("AWQ scores 7 points above bitsandbytes", "4.6.2, Table 5", differs, 5, FULL, NF4),
-    (
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed, where, its test and what that is told beside the results, and the controls
+    that it rests on, without which the test would say nothing."""
+
+    claim: str
+    where: str
+    test: Callable[..., Tested | None]
+    given: tuple = ()
+    rests_on: tuple[str, ...] = ()
+
+
+SCORES = (specimen.BLANK, specimen.OTHER, specimen.JUDGE)  # they tell who sees and who does not
+REMOVAL = (*SCORES, specimen.PROTECTED, specimen.RUN, specimen.CHANCE)
+TRAINED = (*SCORES, specimen.TRAINING)
+WHOLE = (*REMOVAL, specimen.TRAINING)
+ACTIVATIONS = (*SCORES, specimen.OUTLIERS, specimen.THREE_BITS)
+CLAIMS = (
+    Claim("a 7B model runs within 4 GB", "Abstract", within, ("weights",)),
+    Claim("a 7B model runs within 4 GB", "Abstract", within, ("peak",)),
+    Claim("ours, beside it: this run's depth within 4 GB", "this run", own_peak),
+    *(Claim(f"{share} % less memory", where, saves, (share,)) for where, share in SAVED.items()),
+    Claim(f"{SPEEDUP:g} times faster inference on a T4", "Discussion", faster, (SPEEDUP,)),
+    Claim(
+        "better than pruning alone at the same compression, by 4 points",
+        "Abstract, Discussion",
+        beats,
+        (4, "pruning"),
+        WHOLE,
+    ),
+    Claim(
+        "better than quantization alone at the same compression, by 4 points",
+        "Abstract, Discussion",
+        beats,
+        (4, "quantization"),
+        WHOLE,
+    ),
+    Claim("SFT heals the pruned model", "4.4, Table 2", differs, (4, HEALED, PRUNED), TRAINED),
+    Claim(
+        "SFT before quantizing raises the score", "4.6.1", differs, (4, FULL_4, UNHEALED), TRAINED
+    ),
+    Claim(
+        "AWQ scores 7 points above bitsandbytes",
+        "4.6.2, Table 5",
+        differs,
+        (5, FULL, NF4),
+        ACTIVATIONS,
+    ),
+    Claim(
         "the criterion scores 4 points above magnitude",
         "4.6.2, Table 5",
         differs,
-        5,
-        FULL,
-        MAGNITUDE,
+        (5, FULL, MAGNITUDE),
+        (*SCORES, specimen.DRAWS, specimen.CHANCE),
     ),
-    ("without SFT the quantized model is unusable", "4.6.1", unusable, 4, UNHEALED),
-    (UNCALIBRATED, "Introduction", needs_calibration),
-    ("round-to-nearest gives unintelligible output", "4.6.2, Table 5", unusable, 5, ROUNDED),
-    ("stable with up to 6 of 32 blocks removed", "3.3", stays, 6),
-    ("stable with up to 4 of 32 blocks removed", "4.3", stays, 4),
-    ("collapse with 10 of 32 blocks removed", "4.3", collapses, 10),
+    Claim(
+        "without SFT the quantized model is unusable",
+        "4.6.1",
+        unusable,
+        (4, UNHEALED),
+        (*REMOVAL, specimen.OUTLIERS),
+    ),
+    Claim(
+        "quantization without calibration fails on the pruned model",
+        "Introduction",
+        needs_calibration,
+        (),
+        ACTIVATIONS,
+    ),
+    Claim(
+        "round-to-nearest gives unintelligible output",
+        "4.6.2, Table 5",
+        unusable,
+        (5, ROUNDED),
+        ACTIVATIONS,
+    ),
+    Claim("stable with up to 6 of 32 blocks removed", "3.3", stays, (6,), REMOVAL),
+    Claim("stable with up to 4 of 32 blocks removed", "4.3", stays, (4,), REMOVAL),
+    Claim("collapse with 10 of 32 blocks removed", "4.3", collapses, (10,), REMOVAL),
 )
 
 
 def claims(results: Results) -> pd.DataFrame:
     """One row a claim of the abstract, the text or the discussion."""
-    rows = []
-    for claim, where, test, *given in CLAIMS:
-        if found := test(results, *given):
-            rows.append({"claim": claim, **found.columns(), "where": where})
+    failed, rows = specimen.failed(results), []
+    for claim in CLAIMS:
+        if found := claim.test(results, *claim.given):
+            lacking = [name for name in claim.rests_on if name in failed]
+            if lacking:
+                found = found._replace(told=Verdict(UNTESTED, found.told.why))
+            told = {"where": claim.where, "rests_on": ", ".join(claim.rests_on) or None}
+            told["failed"] = ", ".join(lacking) or None
+            rows.append({"claim": claim.claim, **found.columns(), **told})
     return pd.DataFrame(rows)
+
+
+def controls_beside(results: Results) -> pd.DataFrame:
+    """Every control, and how many of the claims rest on it; empty where none was tested."""
+    table = specimen.controls(results)
+    resting = [sum(name in claim.rests_on for claim in CLAIMS) for name in table.control]
+    return table.assign(claims=resting) if table.holds.notna().any() else pd.DataFrame()

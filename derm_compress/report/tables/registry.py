@@ -15,6 +15,7 @@ from derm_compress.report.tables import (
     pipeline,
     quantizers,
     rankings,
+    specimen,
     statistics,
 )
 from derm_compress.report.tables.text import readable, whole
@@ -44,6 +45,7 @@ TABLES = {  # stem: a function of Results to a frame, empty where they do not su
     "extra_diagnosis": (answers.diagnoses, "predictions"),
     "extra_secondary": (answers.secondary_scores, "predictions"),
     "extra_side_by_side": (cells.cells, "variants"),
+    "extra_controls": (claims.controls_beside, ""),
     "extra_verdicts": (claims.claims, "variants"),
 }
 
@@ -72,3 +74,8 @@ def table(stem: str, results: Results) -> pd.DataFrame | None:
     """One table as people read it; None where the results do not suffice."""
     frame = make(stem, results)
     return None if frame is None else readable(frame)
+
+
+def controls(stage: str, results: Results) -> pd.DataFrame:
+    """A stage's controls as people read them."""
+    return readable(specimen.controls(results, stage))

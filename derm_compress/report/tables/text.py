@@ -13,7 +13,8 @@ import yaml
 FILE = Path(__file__).parents[1] / "templates" / "columns.yaml"
 COLUMNS = yaml.safe_load(FILE.read_text("utf-8"))
 WHOLE, P = "whole", "p"  # instead of digits: whole numbers beside gaps; p-values
-NEEDED = ("score", "score_before", "score_after")  # shown even where no answer has one
+UNKNOWN = {"holds": "not tested"}  # in other columns a gap says enough
+NEEDED = ("score", "score_before", "score_after", "holds")  # shown even where there are none
 
 
 @functools.cache
@@ -52,6 +53,7 @@ def to_csv(frame: pd.DataFrame) -> str:
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
     """The table as people read it: intervals in one cell, short numbers, words for gaps, no empty
     columns."""
+    frame = frame.rename(columns=_ends(frame))
     ends = [name for name in frame if name.endswith(("_lo", "_hi"))]
     empty = [name for name in frame if frame[name].isna().all() and name not in NEEDED]
     shown = frame.drop(columns=[*ends, *empty])
@@ -65,10 +67,17 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     return shown.rename(columns=heading)
 
 
+def _ends(frame: pd.DataFrame) -> dict[str, str]:
+    """Names of a plain `lo` and `hi`, which belong to the column before them."""
+    names = list(frame)
+    owner = names[names.index("lo") - 1] if "lo" in names else ""
+    return {end: f"{owner}_{end}" for end in ("lo", "hi")}
+
+
 def cell(name: str, value, lo, hi) -> str:
     """A value with its interval, if it has one."""
     if pd.isna(value):
-        return "no score" if name.startswith("score") else ""
+        return UNKNOWN.get(name, "no score" if name.startswith("score") else "")
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, str):

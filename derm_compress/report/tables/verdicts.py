@@ -14,7 +14,7 @@ from derm_compress.evaluate import metrics
 from derm_compress.report.paper import model
 from derm_compress.report.results import Results, answers_of
 
-REPRODUCED, NOT, UNTESTED = "reproduced", "not reproduced", "cannot be tested at this size"
+REPRODUCED, NOT, UNTESTED = "reproduced", "not reproduced", "untestable here"
 OURS = "not claimed"  # what is ours alone and stands beside a claim: no verdict on the paper
 UNSCORED = "no scores of this model in this run"
 LOOSE, LOOSE_GIB = 0.03, 0.30  # of planned against printed memory: a share at 16 bits, GiB at 4

@@ -1,0 +1,121 @@
+"""A control holds where its interval is as expected, and takes along what rests on it."""
+
+import dataclasses
+
+import fabricate
+import numpy as np
+import pandas as pd
+import pytest
+
+from derm_compress.evaluate import metrics
+from derm_compress.report import tables
+from derm_compress.report.results import Results, load_results
+from derm_compress.report.sentences import Facts
+from derm_compress.report.tables import claims, specimen
+from derm_compress.report.tables.verdicts import UNTESTED
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return fabricate.finished()
+
+
+def holds(results):
+    table = specimen.controls(results)
+    return dict(zip(table.control, table.holds, strict=True))
+
+
+def of_variant(frame, named, **changes):
+    """The frame with other values in the rows whose variant holds a word."""
+    rows = frame.variant.str.contains(named)
+    return frame.assign(**{name: frame[name].mask(rows, value) for name, value in changes.items()})
+
+
+def test_every_control_of_a_good_specimen_holds_and_no_claim_is_lost(finished):
+    assert set(holds(finished).values()) == {True}
+    table = claims.claims(finished)
+    assert table.failed.isna().all()
+    assert (
+        "all of them hold" in Facts(finished, {"extra_verdicts": table}).said("extra_controls")[0]
+    )
+
+
+TURNED = {
+    specimen.PROTECTED: lambda r: {
+        "removal_answers": of_variant(r.removal_answers, "protected-1", score=4)
+    },
+    specimen.RUN: lambda r: {"removal_answers": of_variant(r.removal_answers, "run", score=2)},
+    specimen.CHANCE: lambda r: {
+        "removal_answers": of_variant(r.removal_answers, "random", score=4)
+    },
+    specimen.OUTLIERS: lambda r: {"inputs": r.inputs.assign(outlier_channels=0)},
+    specimen.THREE_BITS: lambda r: {"losses": of_variant(r.losses, "awq", loss=0.9)},
+    specimen.BLANK: lambda r: {"evaluation": of_variant(r.evaluation, "blank", score=4)},
+    specimen.OTHER: lambda r: {"evaluation": of_variant(r.evaluation, "shuffled", score=4)},
+    specimen.JUDGE: lambda r: {"judge_controls": r.judge_controls.assign(score=4.0)},
+    specimen.TRAINING: lambda r: {"answers": of_variant(r.answers, r"original\+sft", score=4)},
+    specimen.DRAWS: lambda r: {
+        "values": r.values.assign(value=np.random.default_rng(0).permutation(r.values.value))
+    },
+}
+
+
+@pytest.mark.parametrize("control", specimen.CONTROLS, ids=lambda control: control.name)
+def test_a_control_turns_with_its_data(finished, control):
+    turned = dataclasses.replace(finished, **TURNED[control.name](finished))
+    assert control.measure(finished).holds is True
+    assert control.measure(turned).holds is False
+
+
+def test_a_control_that_fails_takes_along_what_rests_on_it_and_nothing_else(finished):
+    turned = dataclasses.replace(finished, **TURNED[specimen.OUTLIERS](finished))
+    assert specimen.failed(turned) == [specimen.OUTLIERS]
+    table = claims.claims(turned)
+    resting = table.rests_on.fillna("").str.contains(specimen.OUTLIERS)
+    assert (table.verdict[resting] == UNTESTED).all()
+    assert (table.failed[resting] == specimen.OUTLIERS).all() and table.failed[
+        ~resting
+    ].isna().all()
+    said = Facts(turned, {"extra_verdicts": table}).said("extra_controls")
+    assert "1 of them fails: outlier channels" in said[0]
+    assert f"So {resting.sum()} of the paper's {len(table) - 1} claims" in said[1]
+
+
+def test_every_control_has_a_claim_on_it_and_every_claim_on_scores_has_controls():
+    named = {name for claim in claims.CLAIMS for name in claim.rests_on}
+    assert named == {control.name for control in specimen.CONTROLS}
+    shapes = (claims.within, claims.own_peak, claims.saves, claims.faster)
+    assert all(bool(claim.rests_on) != (claim.test in shapes) for claim in claims.CLAIMS)
+
+
+def test_what_a_run_leaves_out_is_neither_held_nor_failed():
+    nothing = Results()
+    assert not any(value is not None for value in holds(nothing).values())
+    assert specimen.failed(nothing) == [] and tables.make("extra_controls", nothing) is None
+    read = tables.controls("07_quantization", load_results({}))
+    assert read.holds.tolist() == ["not tested"]
+
+
+def test_one_row_a_control_with_its_interval_for_people_and_as_csv(finished):
+    table = tables.make("extra_controls", finished)
+    assert list(table.control) == [one.name for one in specimen.CONTROLS]
+    assert list(table)[:7] == ["control", "question", "expected", "value", "lo", "hi", "holds"]
+    assert (table.claims > 0).all()
+    people = tables.readable(table).set_index("control")
+    assert people.value[specimen.OUTLIERS] == "50" and people.holds[specimen.OUTLIERS] == "yes"
+    assert "to" in people.value[specimen.BLANK]
+
+
+def test_random_orders_are_drawn_again_beside_pictures():
+    """With one effect a draw the interval is that of the draws; pictures alone would have none."""
+    by_draw = np.tile([0.0, 10.0, 20.0, 30.0], (50, 1))
+    lo, hi = metrics.crossed_interval(by_draw)
+    assert lo < 8 and hi > 22
+    same = metrics.crossed_interval(np.full((50, 4), 3.0))
+    assert same == pytest.approx((3.0, 3.0))
+
+
+def test_a_share_of_what_is_lost_has_no_interval_without_a_score():
+    lost, whole = pd.Series([1.0, 2.0]), pd.Series([4.0, 4.0])
+    assert metrics.ratio_interval(lost, whole)[0] == pytest.approx(37.5)
+    assert np.isnan(metrics.ratio_interval(lost, whole * 0)[1:]).all()
