@@ -1,7 +1,6 @@
 """A folder tree with DermNet's real folder and file names, traps included, and drawn pictures."""
 
-import numpy as np
-from PIL import Image
+from blotches import picture
 
 from derm_compress.data.preset import read_preset
 
@@ -69,11 +68,8 @@ NAMES = [
 
 
 def draw(path, seed):
-    """A blotchy picture unlike that of any other seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    blotches = np.random.default_rng([seed, 9]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    picture = Image.fromarray(blotches).resize((64, 48), Image.Resampling.BICUBIC)
-    picture.save(path, "JPEG", quality=90)
+    picture(seed, size=(64, 48)).save(path, "JPEG", quality=90)
 
 
 def plant(root, each=6):
@@ -83,10 +79,7 @@ def plant(root, each=6):
             (root / split / folder).mkdir(parents=True)
     names = [(("train", "test")[i % 2], folder, name) for i, (folder, name, _) in enumerate(NAMES)]
     where = {disease: folder for folder, _, disease in NAMES}
-    for split in (
-        "train",
-        "test",
-    ):  # numbered alike in both: the same folder and name on both sides
+    for split in ("train", "test"):  # numbered alike: the same folder and name on both sides
         for disease, rule in RULES.diseases.items():
             prefix = rule.prefixes[0]
             names += [(split, where[disease], f"{prefix}-{100 + i}.jpg") for i in range(each)]

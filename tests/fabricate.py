@@ -43,7 +43,9 @@ UPSTREAM = {
     "07_quantization": ("01_data", "02_finetune", "04_pruning", "05_sft"),
 }
 UPSTREAM["08_evaluation"] = tuple(UPSTREAM)
-EVIL = "<script>alert('planted')</script><img src=x onerror=alert(1)> $\\frac{1}{2$ </s>"
+EVIL = (
+    "<script>top.planted=parent.planted=1</script><img src=x onerror=alert(1)> $\\frac{1}{2$ </s>"
+)
 NOTED = {"source": "synthetic", "counts": {"train": {"rosacea": 1737}}, "notes": []}
 NOTED |= {"groups": 9, "largest_group": 2, "excluded": {"NEV": 3}}
 NOTED |= {"unreadable": [{"image": EVIL, "reason": "truncated"}]}

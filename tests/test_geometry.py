@@ -4,10 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
-from derm_compress.data import dialogue
 from derm_compress.errors import DermError
-from derm_compress.evaluate import latency, metrics, schema
-from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, plan_memory
+from derm_compress.evaluate import latency, metrics
+from derm_compress.evaluate.answers import answer_controls, answer_variants, plan_memory
 from derm_compress.files import Journal
 from derm_compress.method.activation_analysis import activation_statistics, activation_surface
 from derm_compress.method.assemble import materialize
@@ -159,20 +158,6 @@ def test_criteria_that_look_at_weights_are_refused_by_name(dataset):
         measure.measure_importance(wanted, calibration, Journal())
     measured = measure.measure_importance(["last", "random-1"], calibration, Journal())
     assert set(measured.ranking) == {"last", "random-1"} and measured.value.notna().all()
-
-
-def test_a_model_without_values_says_nothing(dataset):
-    model, processor = loading.load_base("pico", anatomy.META)
-    told = answer(
-        model,
-        processor,
-        dataset.of("test"),
-        dataset.images,
-        variant="v",
-        batch_size=1,
-        max_new_tokens=4,
-    )
-    assert told.empty and list(told) == list(schema.ANSWER) and len(dialogue.QUESTIONS) == 3
 
 
 def test_adapters_and_rounding_change_no_shape(store):

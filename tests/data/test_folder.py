@@ -1,6 +1,5 @@
 """A folder with a csv -> a data set: what is kept, refused, joined; published layouts; reports."""
 
-import csv
 import hashlib
 import json
 from collections import Counter
@@ -10,8 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from blotches import picture, plant
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from derm_compress.data import dialogue, identities, items, load, photographs, rows
@@ -108,33 +105,6 @@ def test_bad_tables(tmp_path, table, message):
     assert message in failure(tmp_path)
 
 
-HEADERS = st.lists(st.sampled_from(["patient_id", "Patient", "lesion", "sex", "", "two\nlines"]))
-CELLS = st.sampled_from(["", "unknown", "1", "melanoma", "{'melanoma': 0.6}", "mel", "{", "*", '"'])
-NAMES = ["a.jpg", "A.JPG", "a", "sub\\b.png", "../a.jpg", "nowhere", "é", "e\u0301.JPG"]
-PICKED = st.lists(st.sampled_from(["patient", "SEX", "mel", "*", "unknown", ""]), max_size=2)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_any_csv_is_read_or_refused_in_one_line(tmp_path_factory, data):
-    root = tmp_path_factory.getbasetemp() / "any"
-    for name in ("a.jpg", "sub/b.png", "é.jpg"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    names = data.draw(st.lists(st.sampled_from(NAMES), unique=True))
-    rows = [[name, *data.draw(st.lists(CELLS, max_size=3))] for name in names]
-    header = ["image", "label", *data.draw(HEADERS)]
-    with open(root / "labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    fields = ["group_columns", "subgroup_columns", "exclude_labels", "onehot_columns"]
-    asked = {name: data.draw(PICKED) for name in fields}
-    try:
-        told = load.survey(Request("folder", root, **asked)).problems
-    except DermError as error:
-        told = [str(error)]
-    assert not [line for line in told if "\n" in line]
-
-
 def test_unknown_labels_are_named_and_excluded_ones_counted(tmp_path):
     labels = ["malignant melanoma", "rosacea"] * 9 + ["wart\nx", "rosacea"]
     root = plant(tmp_path, label=labels)
@@ -206,15 +176,8 @@ def test_thumbnails_find_what_hashes_miss():
     assert rows.twins(frame, images, 0, 0.01).tolist() == [0, 1, 2, 0]
 
 
-def test_patients_and_lesions_join_in_chains(tmp_path):
-    patient = ["p1", "p1", "p2", *[""] * 17]
-    lesion = ["", "l1", "l1", "l2", "l2", *[""] * 15]
-    root = plant(tmp_path, patient=patient, lesion=lesion)
-    dataset, report = read(root)
-    group = {item.id: item.group for item in dataset.items}
-    assert [group[f"{i:02}.jpg"] for i in range(6)] == ["00.jpg"] * 3 + ["03.jpg"] * 2 + ["05.jpg"]
-    assert report["largest_group"] == 3 and report["groups"] == 17
-    assert "no column 'visit'" in failure(root, group_columns=["visit"])
+def test_a_column_of_groups_that_is_not_there_is_named(tmp_path):
+    assert "no column 'visit'" in failure(plant(tmp_path), group_columns=["visit"])
 
 
 def test_report_says_what_is_less_than_asked(tmp_path):

@@ -44,17 +44,6 @@ def test_a_shared_model_answers_as_one_made_alone(variants, store, dataset):
     assert list(together) == [*schema.ANSWER, *schema.SCORE] and set(together.judge) == {"rubric"}
 
 
-def test_what_was_answered_is_not_asked_again(pico, dataset, tmp_path):
-    asked = dataset.of("test")[:2], dataset.images
-    how = {"variant": "v", "batch_size": 4, "max_new_tokens": 3}
-    first = answer(*pico, *asked, journal=Journal(tmp_path / "j"), **how)
-    changed = Journal(tmp_path / "j")
-    key = f"v {asked[0][0].id} name"
-    changed.done[key] |= {"answer": "kept"}
-    again = answer(*pico, *asked, journal=changed, **how)
-    assert again.answer[0] == "kept" and again[1:].equals(first[1:])
-
-
 def test_a_batch_that_was_cut_off_is_asked_again_as_it_was(pico, dataset, tmp_path, monkeypatch):
     path, sizes, generate = tmp_path / "j", [], answers.generate
 

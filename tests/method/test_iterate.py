@@ -68,20 +68,20 @@ def test_a_model_is_let_go_before_the_next_is_made(variants, store, monkeypatch,
 
 
 def test_quantized_variants_run_from_search_to_errors(variants, store, how, tmp_path):
-    sources = variants[:2]
+    sources = variants[1:2]
     folder = tmp_path / REF
     folder.mkdir(parents=True)
     wanted = asked(sources.variant, ["awq", "rtn", "awq-text"], [3], 64)
     search_scales(folder, wanted, sources, store=store, **how)
     found = pd.read_parquet(folder / "search.parquet")
     both = found.pivot(index=["variant", "block", "group"], columns="form", values="loss")
-    assert set(found[found.variant == "pruned-1"].block) == {0, 1, 2, 4, 5, 6, 7}  # as before it
-    assert len(both) == 60 and (both["awq3"] != both["awq3-text"]).all()
+    assert set(found.block) == {0, 1, 2, 4, 5, 6, 7}  # as before it
+    assert len(both) == 28 and (both["awq3"] != both["awq3-text"]).all()
     quantized = quantized_variants(sources, wanted[wanted.form != "awq3-text"], REF)
     errors = quantization_errors(quantized, store=store, **how)
-    assert errors.groupby("variant").size().tolist() == [8, 8, 7, 7]
+    assert errors.groupby("variant").size().tolist() == [7, 7]
     assert (errors.relative_error > 0).all()
-    recipe = Recipe.from_json(quantized.set_index("variant").recipe["original|awq3"])
+    recipe = Recipe.from_json(quantized.set_index("variant").recipe["pruned-1|awq3"])
     one, two = (materialize(recipe, store, quantize=quantize_step)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 

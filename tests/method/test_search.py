@@ -49,7 +49,7 @@ def test_equation_8_is_a_power_of_the_mean_normalised_by_its_extremes():
     assert torch.equal(scaling.activation_scale(mean_abs, 0.0), torch.ones(3))
 
 
-GRIDS = (IntegerGrid(4, 64), IntegerGrid(2, 64, True), NF4Grid(64))
+GRIDS = (IntegerGrid(4, 64), IntegerGrid(2, 64), IntegerGrid(3, 32, True), NF4Grid(64))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -127,9 +127,6 @@ def test_dead_channels_keep_scales_finite():
         s, _, loss, plain = scaling.search_scale(weight, inputs, IntegerGrid(4, 64))
         assert torch.isfinite(s).all() and s.min() > 0 and s.max() / s.min() <= 1 / scaling.FLOOR
         assert 0 <= loss <= plain
-
-
-GRIDS = (IntegerGrid(4, 64), IntegerGrid(2, 64), IntegerGrid(3, 32, True), NF4Grid(64))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

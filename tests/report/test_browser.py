@@ -6,10 +6,7 @@ import re
 import shutil
 import subprocess
 
-import fabricate
 import pytest
-
-from derm_compress.report import render
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -45,26 +42,14 @@ onload = () => setTimeout(() => { o.textContent = JSON.stringify(frames.map(look
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    root = tmp_path_factory.mktemp("browser")
-    said = "It is psoriasis or melanoma. " + fabricate.EVIL.replace(
-        "alert('planted')", "top.planted=parent.planted=1"
-    )
-    fabricate.write_run(root, files=fabricate.stage_files(words=said))
-    render.render("tiny", root=root)
-    render.render_index(root)
-    return root / "reports"
-
-
-@pytest.fixture(scope="module")
-def seen(reports, tmp_path_factory):
+def seen(root, tmp_path_factory):
     """{(page, width): what the browser says of it}."""
     folder, wanted = (
         tmp_path_factory.mktemp("frames"),
         [(page, width) for page in PAGES for width in (1280, 390)],
     )
     frames = "".join(
-        f'<iframe src="file://{reports}/{page}" style="border:0;height:800px;width:{width}px">'
+        f'<iframe src="file://{root}/reports/{page}" style="border:0;height:800px;width:{width}px">'
         "</iframe>"
         for page, width in wanted
     )
@@ -121,9 +106,9 @@ def test_facts_differ_by_more_than_colour_and_figures_stay_readable_on_a_phone(s
     assert min(seen["tiny/index.html", 390]["small"]) >= 560
 
 
-def test_the_policy_stops_a_request_that_a_page_would_make(reports, tmp_path):
+def test_the_policy_stops_a_request_that_a_page_would_make(root, tmp_path):
     """An image from elsewhere in such a page is not fetched, and a script in it does not run."""
-    page = (reports / "tiny/index.html").read_text()
+    page = (root / "reports/tiny/index.html").read_text()
     planted = "<main><img id=x src='file:///elsewhere.png'><script>document.title='ran'</script>"
     (tmp_path / "page.html").write_text(page.replace("<main>", planted, 1))
     command = [CHROMIUM, *QUIET, f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr"]

@@ -19,16 +19,6 @@ from derm_compress.report.sentences import Facts
 from derm_compress.report.tables import TABLES
 
 
-@pytest.fixture(scope="module")
-def results():
-    return fabricate.finished()
-
-
-@pytest.fixture(scope="module")
-def full():
-    return fabricate.finished(full=True)
-
-
 def facts(results, **changed):
     """What figures are drawn from, with some tables or results exchanged."""
     made = {name: frame for name, frame in changed.items() if name in TABLES}

@@ -12,18 +12,15 @@ from derm_compress.report.sentences import STAGES, Facts, findings, headline
 HEALED_AWQ = "pruned-6+sft|awq4"
 
 
-@pytest.fixture(scope="module")
-def few():
-    return fabricate.finished()
-
-
-@pytest.fixture(scope="module")
-def full():
-    return fabricate.finished(full=True)
-
-
 def said(results, stem):
     return " ".join(Facts(results).said(stem))
+
+
+@pytest.fixture(scope="module")
+def plain(results):
+    """What is said of the run as it is, its tables made once."""
+    facts = Facts(results)
+    return lambda stem: " ".join(facts.said(stem))
 
 
 def graded(results, grade, query):
@@ -36,32 +33,34 @@ def graded(results, grade, query):
     return dataclasses.replace(results, **changed)
 
 
-def test_every_stage_says_something_inert_as_markdown(few):
+def test_every_stage_says_something_inert_as_markdown(results):
     for stage in STAGES:
-        lines = findings(stage, few).data.splitlines()
+        lines = findings(stage, results).data.splitlines()
         assert lines and all(line.startswith("- ") and line[-1] in ".)" for line in lines)
         assert not any(re.search(r"nan|None|  | [,;.]|<", line) for line in lines), lines
     shown = findings("01_data", fabricate.NOTED).data
     assert "1737 pictures" in shown and inert(fabricate.EVIL) in shown
 
 
-def test_without_weights_there_is_nothing_to_say(few):
-    bare = dataclasses.replace(few, answers=None, evaluation=None, predictions=None, errors=None)
+def test_without_weights_there_is_nothing_to_say(results):
+    bare = dataclasses.replace(
+        results, answers=None, evaluation=None, predictions=None, errors=None
+    )
     assert findings("02_finetune", bare).data == "- Scores need weights."
     for stem in ("table1_pruning", "extra_criteria", "table2_sft", "table3_quantization"):
         assert not said(bare, stem), stem
     assert headline(bare).startswith("Scores need weights; with 6 of 32 blocks removed")
 
 
-def test_a_headline_says_what_a_run_lacks_and_what_is_the_matter_with_the_judge(few):
-    early = few.variants[few.variants.blocks_removed == 0]
-    assert headline(dataclasses.replace(few, variants=early)).startswith("No stage has left")
-    other = few.variants[few.variants.method != "awq"]
-    assert "add awq to methods" in headline(dataclasses.replace(few, variants=other))
-    assert "its memory is not planned" in headline(dataclasses.replace(few, memory=None))
+def test_a_headline_says_what_a_run_lacks_and_what_is_the_matter_with_the_judge(results):
+    early = results.variants[results.variants.blocks_removed == 0]
+    assert headline(dataclasses.replace(results, variants=early)).startswith("No stage has left")
+    other = results.variants[results.variants.method != "awq"]
+    assert "add awq to methods" in headline(dataclasses.replace(results, variants=other))
+    assert "its memory is not planned" in headline(dataclasses.replace(results, memory=None))
     lost = {"score": float("nan"), "judge": "m (paper)", "error": "braces that hold no JSON object"}
-    frames = {name: getattr(few, name).assign(**lost) for name in ("answers", "evaluation")}
-    mute = dataclasses.replace(few, **frames)
+    frames = {name: getattr(results, name).assign(**lost) for name in ("answers", "evaluation")}
+    mute = dataclasses.replace(results, **frames)
     told = headline(mute)
     assert re.match(r"m \(paper\) gave (\d+) of \1 answers no score \(mostly: braces", told)
     assert "need weights" not in told + findings("04_pruning", mute).data
@@ -84,31 +83,33 @@ def test_a_headline_says_what_a_run_lacks_and_what_is_the_matter_with_the_judge(
         ("extra_comparisons", "variant == @HEALED_AWQ", 1, "6 differ clearly"),
     ],
 )
-def test_a_claim_appears_only_where_its_numbers_support_it(few, stem, query, grade, claim):
+def test_a_claim_appears_only_where_its_numbers_support_it(
+    results, plain, stem, query, grade, claim
+):
     query = query.replace("@HEALED_AWQ", repr(HEALED_AWQ))
-    assert claim in said(graded(few, grade, query), stem)
-    assert claim not in said(few, stem)
+    assert claim in said(graded(results, grade, query), stem)
+    assert claim not in plain(stem)
 
 
-def test_equal_answers_are_never_told_apart(few):
-    same = graded(few, 3, "bits > 0")
+def test_equal_answers_are_never_told_apart(results):
+    same = graded(results, 3, "bits > 0")
     for stem in ("headline", "extra_criteria", "extra_baselines", "extra_comparisons"):
         assert not re.search(r"(scores|points).*(above|below) (?!itself)", said(same, stem)), stem
     assert "0 differ clearly" in said(same, "extra_comparisons")
 
 
-def test_recovery_is_net_of_the_controls_gain(few):
-    lost = graded(few, 2, "variant == 'pruned-6'")
+def test_recovery_is_net_of_the_controls_gain(results):
+    lost = graded(results, 2, "variant == 'pruned-6'")
     healed = graded(lost, 3, "variant in ('original', 'original+sft', 'pruned-6+sft')")
     assert "took 25.0 points" in said(healed, "table2_sft")
     assert "gives 25.0 points back, 100 % (100 to 100)" in said(healed, "table2_sft")
     control = graded(healed, 4, "variant == 'original+sft'")
     assert "gives 0.0 points back, 0 %" in said(control, "table2_sft")
-    assert "took" not in said(graded(few, 4, "variant == 'pruned-6'"), "table2_sft")
+    assert "took" not in said(graded(results, 4, "variant == 'pruned-6'"), "table2_sft")
 
 
-def test_rankings_are_compared_where_they_look_at_blocks(few, full):
-    assert "by magnitude have a rank correlation of -0.04" in said(few, "extra_agreement")
+def test_rankings_are_compared_where_they_look_at_blocks(results, plain, full):
+    assert "by magnitude have a rank correlation of -0.04" in plain("extra_agreement")
     text = said(full, "extra_agreement")
     assert "by perplexity have a rank correlation of 0.82" in text and "highest of 9" in text
     turn = full.values.ranking == "perplexity"
@@ -121,30 +122,30 @@ def test_rankings_are_compared_where_they_look_at_blocks(few, full):
     assert "the other 15 rankings" in said(deep, "fig3_layer_importance")  # the published one ends
 
 
-def test_many_rivals_are_counted_and_the_extremes_named(few, full):
+def test_many_rivals_are_counted_and_the_extremes_named(results, plain, full):
     text = said(full, "extra_criteria")
     assert "Of 13 rivals with models at the same depths" in text  # the published order ends earlier
     assert "clearly above 7 and clearly below 2 (perplexity and perplexity (text only))" in text
     worst = said(graded(full, 1, "criterion == 'perplexity'"), "extra_criteria")
     assert re.search("against the weakest, .* above perplexity", worst)
-    assert "with one seed" in said(few, "extra_seeds")
+    assert "with one seed" in plain("extra_seeds")
     assert "3 trainings give" in said(full, "extra_seeds")
 
 
-def test_faster_is_what_quartiles_tell_apart(few):
-    assert "no clear change" in said(few, "table4_efficiency")
-    untimed = few.latency[few.latency.variant != "original"]
-    assert not said(dataclasses.replace(few, latency=untimed), "table4_efficiency")
-    columns = [name for name in few.latency if name.startswith("decode_ms")]
+def test_faster_is_what_quartiles_tell_apart(results, plain):
+    assert "no clear change" in plain("table4_efficiency")
+    untimed = results.latency[results.latency.variant != "original"]
+    assert not said(dataclasses.replace(results, latency=untimed), "table4_efficiency")
+    columns = [name for name in results.latency if name.startswith("decode_ms")]
     for times, claim in ((0.5, "times faster"), (2.0, "times slower")):
-        changed = few.latency.copy()
+        changed = results.latency.copy()
         changed.loc[changed.variant == HEALED_AWQ, columns] *= times
-        assert claim in said(dataclasses.replace(few, latency=changed), "table4_efficiency")
+        assert claim in said(dataclasses.replace(results, latency=changed), "table4_efficiency")
 
 
-def test_photographs_are_told_from_drawn_pictures(few):
-    photographs = dataclasses.replace(few, data_report=fabricate.NOTED | {"source": "folder"})
-    assert not said(few, "photographs") and "drawn pictures" in said(few, "about")
+def test_photographs_are_told_from_drawn_pictures(results, plain):
+    photographs = dataclasses.replace(results, data_report=fabricate.NOTED | {"source": "folder"})
+    assert not plain("photographs") and "drawn pictures" in plain("about")
     text = said(photographs, "photographs") + said(photographs, "about")
     assert "1737 photographs, 0 of them test images" in text and "asked about photographs" in text
     assert "A tiny model trained on drawn pictures" in text

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-from fabricate import answers, finished, seeds
+from fabricate import answers, seeds
 
 from derm_compress.evaluate import metrics, secondary
 from derm_compress.report import tables
@@ -14,11 +14,6 @@ from derm_compress.report.tables import statistics
 from derm_compress.report.tables.answers import confusion
 
 FULL = "pruned-6+sft|awq4"
-
-
-@pytest.fixture(scope="module")
-def results():
-    return finished()
 
 
 def test_power_in_closed_form_and_against_simulation():

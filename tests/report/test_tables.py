@@ -14,11 +14,6 @@ from derm_compress.report.results import Results, items_hash, load_results, pick
 GONE = ("blocks_removed", "attentions_removed", "mlps_removed")
 
 
-@pytest.fixture(scope="module")
-def results():
-    return fabricate.finished()
-
-
 def test_scores_are_the_mean_grade_over_four_on_the_right_items(results):
     first, third, fourth = (
         tables.make(stem, results)
