@@ -60,7 +60,8 @@ def test_what_reads_plans_and_renders_imports_no_torch_nor_a_judges_client():
         paths += (PACKAGE / folder).rglob("*.py")
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
     assert len(names) > 60
-    code = f"import sys, {', '.join(names)}; print({{'torch', 'openai'}} & {{*sys.modules}})"
+    code = f"import sys, {', '.join(names)}\n"
+    code += "print({'torch', 'openai', 'httpx2'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
 
