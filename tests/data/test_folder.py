@@ -1,5 +1,6 @@
 """A folder with a csv -> a data set: what is kept, refused, joined; published layouts; reports."""
 
+import csv
 import hashlib
 import json
 from collections import Counter
@@ -9,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from blotches import picture, plant
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from derm_compress.data import dialogue, identities, items, load, photographs, rows
@@ -103,6 +106,33 @@ def test_missing_or_empty_folder(tmp_path):
 def test_bad_tables(tmp_path, table, message):
     (tmp_path / "labels.csv").write_bytes(table)
     assert message in failure(tmp_path)
+
+
+HEADERS = st.lists(st.sampled_from(["patient_id", "Patient", "lesion", "sex", "", "two\nlines"]))
+CELLS = st.sampled_from(["", "unknown", "1", "melanoma", "{'melanoma': 0.6}", "mel", "{", "*", '"'])
+NAMES = ["a.jpg", "A.JPG", "a", "sub\\b.png", "../a.jpg", "nowhere", "é", "e\u0301.JPG"]
+PICKED = st.lists(st.sampled_from(["patient", "SEX", "mel", "*", "unknown", ""]), max_size=2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_csv_is_read_or_refused_in_one_line(tmp_path_factory, data):
+    root = tmp_path_factory.getbasetemp() / "any"
+    for name in ("a.jpg", "sub/b.png", "é.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    names = data.draw(st.lists(st.sampled_from(NAMES), unique=True))
+    rows = [[name, *data.draw(st.lists(CELLS, max_size=3))] for name in names]
+    header = ["image", "label", *data.draw(HEADERS)]
+    with open(root / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    fields = ["group_columns", "subgroup_columns", "exclude_labels", "onehot_columns"]
+    asked = {name: data.draw(PICKED) for name in fields}
+    try:
+        told = load.survey(Request("folder", root, **asked)).problems
+    except DermError as error:
+        told = [str(error)]
+    assert not [line for line in told if "\n" in line]
 
 
 def test_unknown_labels_are_named_and_excluded_ones_counted(tmp_path):

@@ -140,3 +140,27 @@ def test_roles_are_found_by_what_was_removed_and_how(known):
 def test_a_depth_that_was_not_pruned_is_refused(known):
     with pytest.raises(DermError, match="sft_depths: no model without 5 blocks was made"):
         variants_of.to_heal(known, CHOICE, depths=[20])
+
+
+STEP = st.fixed_dictionaries(
+    {"step": st.sampled_from(["prune", "adapter", "quantize", "", 3])},
+    optional={
+        "kept": st.one_of(st.lists(st.integers(-2, 9)), st.none(), st.text()),
+        "absent": st.one_of(st.lists(st.text(max_size=8)), st.integers()),
+        "ref": st.one_of(st.text(), st.just(f"05_sft/{KEY}/a")),
+    },
+)
+
+
+@given(
+    st.one_of(st.lists(st.one_of(STEP, st.integers())), st.text(), st.none()), st.integers(-1, 9)
+)
+def test_a_recipe_is_read_right_or_refused_in_a_line(steps, blocks):
+    told = {"base": "pico", "fingerprint": "f", "blocks": blocks, "steps": steps}
+    try:
+        recipe = Recipe.from_json(json.dumps(told))
+    except DermError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert set(recipe.kept()) <= set(range(recipe.blocks))
+        assert all(unit.block < blocks for unit in recipe.absent())
