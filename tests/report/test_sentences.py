@@ -148,4 +148,4 @@ def test_photographs_are_told_from_drawn_pictures(results, plain):
     assert not plain("photographs") and "drawn pictures" in plain("about")
     text = said(photographs, "photographs") + said(photographs, "about")
     assert "1737 photographs, 0 of them test images" in text and "asked about photographs" in text
-    assert "A tiny model trained on drawn pictures" in text
+    assert "A model trained on drawn pictures" in text
