@@ -36,8 +36,6 @@ def check(plan, stages: Collection[str]) -> None:
 
         config = loading.config_of(p["model"])
         arch = shapes.architecture(config)
-        if "02" in todo:
-            check_base(p, config)
         if "03" in todo:
             check_rankings(p, arch.blocks)
             check_embedder(p)
@@ -49,6 +47,8 @@ def check(plan, stages: Collection[str]) -> None:
             check_forms(p, arch)
         if p["device"] == "cuda":
             check_memory(p, arch, stages)
+        if "02" in todo:  # last: the small model may have to be fetched
+            check_base(p, config)
 
 
 def check_device(p: dict) -> None:
