@@ -19,7 +19,7 @@ SIDE_BY_SIDE = {  # table: its question, what tells its rows apart, its score
     ),
     "table2_sft": ("After SFT, by what was removed at 7B", ["blocks_removed_7b"], "_after"),
     "table3_quantization": ("Quantized", MODEL, ""),
-    "table4_efficiency": ("The six ways of Table 4", ["setting"], ""),
+    "table4_efficiency": ("The ways of Table 4", ["setting"], ""),
     "table5_ablation": ("One part exchanged at a time", ["setting"], ""),
 }
 

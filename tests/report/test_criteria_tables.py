@@ -1,6 +1,7 @@
 """Criteria in pairs: the right difference at the right depths, Holm, cliffs, sublayers."""
 
 import dataclasses
+import json
 
 import fabricate
 import numpy as np
@@ -35,6 +36,33 @@ def study(operating=4, **plans):
         answers=pd.DataFrame(answers, columns=["variant", "item", "question", "score"]),
         choice={"criterion": "own", "operating": operating},
     )
+
+
+def with_blocks(results, left):
+    """The results with {variant: the blocks that it keeps} in their recipes."""
+    recipes = {
+        name: json.dumps({"steps": [{"step": "prune", "kept": kept}]})
+        for name, kept in left.items()
+    }
+    table = results.variants
+    recipe = table.variant.map(recipes).fillna(table.recipe)
+    return dataclasses.replace(results, variants=table.assign(recipe=recipe))
+
+
+def test_rivals_that_leave_the_same_blocks_count_once():
+    rivals = {"one": {2: 2.9, 4: 2.4}, "two": {2: 2.8, 4: 2.4}, "other": {2: 2.0, 4: 2.2}}
+    results = study(own={2: 3.0, 4: 2.5}, same={2: 3.0, 4: 2.5}, **rivals)
+    told = {"pruned-2": [2, 3], "pruned-4": [4], "pruned-2-same": [2, 3], "pruned-4-same": [4]}
+    told |= {"pruned-2-one": [1, 2], "pruned-4-one": [1], "pruned-2-two": [5, 6]}
+    found = against_rivals(with_blocks(results, told | {"pruned-4-two": [1]}))
+    first, second = [name for name in found.index if name in ("one", "two")]
+    assert found.same_as.to_dict() == {"same": "own", first: "", second: first, "other": ""}
+    assert found.same_as_all.to_dict() == {"same": "own", "one": "", "two": "", "other": ""}
+    once = dict(zip([first, "other"], metrics.holm(found.p[[first, "other"]]), strict=True))
+    assert found.p_holm[[first, "other"]].to_dict() == once
+    assert found.p_holm[second] == found.p_holm[first] and found.p_holm["same"] == found.p["same"]
+    over = ["one", "two", "other"]
+    assert found.p_all_holm[over].tolist() == metrics.holm(found.p_all[over]).tolist()
 
 
 def against_rivals(results):

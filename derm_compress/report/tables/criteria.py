@@ -5,6 +5,8 @@ Only unhealed 16-bit models count here; all random orders count as one rival, th
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 
@@ -57,15 +59,18 @@ def criteria_tests(results: Results) -> pd.DataFrame:
     depths that both have.
 
     Over all depths an answer's marks are averaged first. p by sign flips; p_holm: corrected over
-    the rivals. ahead: at how many of the `depths` the own one scores more.
+    the rivals, those that leave the same blocks counted once. same_as, same_as_all: the own
+    criterion or the rival before that leaves the same blocks, here and at all depths. ahead: at how
+    many of the `depths` the own one scores more.
     """
-    known, rows = curves(results), []
+    known, rows, places = curves(results), [], {}
     ours = known.pop(results.criterion, pd.DataFrame())
     for name, theirs in known.items():
         shared = sorted((set(ours) & set(theirs)) - {0})
         if not shared:
             continue
-        here = _change(ours, theirs, [n for n in shared if n == results.operating])
+        places[name] = [n for n in shared if n == results.operating], shared
+        here = _change(ours, theirs, places[name][0])
         over = _change(ours, theirs, shared)
         rows.append(
             {
@@ -82,8 +87,45 @@ def criteria_tests(results: Results) -> pd.DataFrame:
         )
     if not rows:
         return pd.DataFrame()
-    table = pd.DataFrame(rows)
-    return table.assign(p_holm=metrics.holm(table.p), p_all_holm=metrics.holm(table.p_all))
+    table, left = pd.DataFrame(rows), kept_blocks(results)
+    for i, end in enumerate(("", "_all")):
+        depths = {name: each[i] for name, each in places.items()}
+        table[f"same_as{end}"] = twins(left, results.criterion, depths)
+        table[f"p{end}_holm"] = counted_once(table, f"p{end}", f"same_as{end}")
+    return table
+
+
+def kept_blocks(results: Results) -> dict[tuple[str, int], tuple]:
+    """{(criterion, blocks removed): the blocks that are left}, as far as recipes tell."""
+    found = {}
+    for row in pruned_only(results).query("whole and blocks_removed > 0").itertuples():
+        for step in json.loads(row.recipe).get("steps", ()):
+            if step["step"] == "prune":
+                found[row.criterion, row.blocks_removed] = tuple(step["kept"])
+    return found
+
+
+def twins(left: dict, own: str, depths: dict[str, list[int]]) -> list[str]:
+    """For each ranking the own one, or the first before it, if that leaves the same blocks at all
+    of its depths; empty for none."""
+    found, first = [], {}
+    for name, at in depths.items():
+        theirs, ours = ([left.get((one, n)) for n in at] for one in (name, own))
+        if not at or None in theirs:
+            found.append("")
+        elif theirs == ours:
+            found.append(own)
+        else:
+            before = first.setdefault((*at, *theirs), name)
+            found.append("" if before == name else before)
+    return found
+
+
+def counted_once(table: pd.DataFrame, p: str, twin: str) -> pd.Series:
+    """Holm's correction over the rivals without a twin; the others have that of their twin."""
+    corrected = pd.Series(metrics.holm(table[p].where(table[twin] == "")), table.index)
+    by_name = dict(zip(table.criterion, corrected, strict=True))
+    return corrected.where(table[twin] == "", table[twin].map(by_name).fillna(table[p]))
 
 
 def _change(one: pd.DataFrame, other: pd.DataFrame, depths: list[int]) -> metrics.Difference:

@@ -10,6 +10,7 @@ from derm_compress.report.paper import numbers
 from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import joins, quantizers, statistics
 
+CONTROL = "Original and the same SFT (control)"
 BASELINES = ("base", "original", "blank", "shuffled")
 
 
@@ -65,8 +66,12 @@ def quantization(results: Results) -> pd.DataFrame:
 
 
 def efficiency(results: Results) -> pd.DataFrame:
-    """The paper's six ways to the operating point, on test and held-out items, with times."""
-    table = joins.join(joins.of_paper(results, 4), results.variants, joins.FORM)
+    """The paper's six ways to the operating point, and the unpruned model with the same SFT, on
+    test and held-out items, with times."""
+    table = joins.of_paper(results, 4)
+    if control := results.variant(0, healed=True):
+        table.loc[len(table), ["setting", "variant"]] = CONTROL, control
+    table = joins.join(table, results.variants, joins.FORM)
     table = joins.scored(table, results, results.evaluation)
     times = ("decode_ms_per_token", "prefill_ms", "total_ms_per_token")
     columns = [f"{name}{end}" for name in times for end in ("", "_lo", "_hi")]

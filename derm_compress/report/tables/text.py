@@ -55,7 +55,8 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     columns."""
     frame = frame.rename(columns=_ends(frame))
     ends = [name for name in frame if name.endswith(("_lo", "_hi"))]
-    empty = [name for name in frame if frame[name].isna().all() and name not in NEEDED]
+    blank = frame.isna() | frame.eq("")
+    empty = [name for name in frame if blank[name].all() and name not in NEEDED]
     shown = frame.drop(columns=[*ends, *empty])
     if {"setting", "variant"} <= set(shown):
         shown = shown.drop(columns="variant")
