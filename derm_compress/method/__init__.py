@@ -12,6 +12,7 @@ FACE = {
     "importance.embedder": ["Embedder"],
     "importance.measure": [
         "answers_without_blocks",
+        "importance_draws",
         "importance_scores",
         "importance_values",
         "measure_importance",

@@ -36,6 +36,7 @@ class Results:
     data_report: dict | None = _of("01_data/report.json")
     scores: pd.DataFrame | None = _of("03_layer_importance/scores.parquet")
     values: pd.DataFrame | None = _of("03_layer_importance/values.parquet")
+    draws: pd.DataFrame | None = _of("03_layer_importance/draws.parquet")
     plans: dict | None = _of("03_layer_importance/plans.json")
     choice: dict | None = _of("04_pruning/choice.json")
     removals: pd.DataFrame | None = _of("04_pruning/controls.parquet")

@@ -386,3 +386,25 @@ def test_the_answers_behind_the_values_are_kept(calibration):
     own = {(row.item, row.question): row.original for row in measured.dropna().itertuples()}
     same = [own[row.item, row.question] == row.answer for row in said.itertuples()]
     assert (said.similarity[same] == 1).all() and 0 < sum(same) < len(same)
+
+
+def test_further_draws_share_no_picture_and_end_where_the_pictures_do(calibration, dataset):
+    items, seen = dataset.of("train")[:7], []
+
+    class Seen(Journal):
+        def add(self, key, row):
+            seen.append(row["item"])
+            super().add(key, row)
+
+    how = {"importance_draws": 9, "seed": 0}
+    found = measure.importance_draws(["block_influence"], calibration, items, **how, journal=Seen())
+    assert found.groupby("draw").size().to_dict() == {1: 8, 2: 8}  # two of two, one is left over
+    assert len(set(seen)) == 4 and not set(seen) & {item.id for item in calibration.items}
+    alone = found[found.draw == 1].set_index("block").score
+    part = [item for item in items if item.id in seen[:16]]
+    measured = measure.measure_importance(
+        ["block_influence"], dataclasses.replace(calibration, items=part), Journal()
+    )
+    assert np.allclose(alone, measured.groupby("block").value.mean())
+    once = {"importance_draws": 1, "seed": 0, "journal": Journal()}
+    assert measure.importance_draws(["block_influence"], calibration, items, **once).empty

@@ -1,10 +1,13 @@
 """Agreement of rankings: closed forms, planted noise, disjoint draws."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from derm_compress.report.tables import rankings
+from derm_compress.report.results import Results
+from derm_compress.report.tables import rankings, specimen
 
 BLOCKS, PROTECTED = 12, (0, 11)
 
@@ -116,3 +119,23 @@ def test_pure_noise_agrees_as_chance_does():
     assert abs(curve.rho[0]) < 0.08 and curve.overlap[0] == pytest.approx(curve.chance[0], abs=0.05)
     level = curve_of(np.ones((BLOCKS, 8)), (), removed=3)
     assert (level.rho == 0).all()  # no order at all agrees with none
+
+
+def test_draws_are_compared_in_pairs_the_studys_own_among_them():
+    values = pd.DataFrame(
+        {
+            "ranking": "own",
+            "block": [0, 1, 2, 3],
+            "part": "block",
+            "item": "a",
+            "value": [9.0, 0.1, 0.2, 0.3],
+        }
+    )
+    draws = pd.DataFrame({"draw": [1] * 4 + [2] * 4, "block": [0, 1, 2, 3] * 2})
+    draws = draws.assign(score=[0, 1, 2, 3, 0, 3, 2, 1])
+    plans = {"own": {"protected": [0], "order": [1, 2, 3], "blocks": 4}}
+    results = Results(values=values, draws=draws, plans=plans)
+    assert rankings.draws_apart(results) == pytest.approx([1, -1, -1])
+    assert rankings.draws_apart(dataclasses.replace(results, draws=draws[:0])) == []
+    found = specimen.draws_agree(results)
+    assert found[:3] == pytest.approx((-1 / 3, -1, 1)) and not found.holds

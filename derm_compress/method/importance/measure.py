@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 
 from derm_compress.data.items import Item
@@ -128,6 +129,33 @@ def importance_scores(values: pd.DataFrame, protected: Sequence[int]) -> pd.Data
     frame["rank"] = frame[free].groupby("ranking").value.rank(method="first") - 1
     named = frame.rename(columns={"ranking": "criterion", "value": "score"})
     return named[["criterion", "block", "part", "score", "rank"]]
+
+
+def importance_draws(
+    names: Sequence[str],
+    c: Calibration,
+    items: Sequence[Item],
+    *,
+    importance_draws: int,
+    seed: int,
+    journal,
+) -> pd.DataFrame:
+    """The first ranking's scores by further draws of as many pictures, which share none.
+
+    Columns: draw (from 1 on; the study's own is 0 and not repeated), block, score. Draws end where
+    the pictures do.
+    """
+    known, size = {item.id for item in c.items}, len(c.items)
+    others = [item for item in items if item.id not in known]
+    order = np.random.default_rng([seed, 17]).permutation(len(others))
+    frames = [pd.DataFrame({"draw": [], "block": [], "score": []})]
+    for draw in range(1, min(importance_draws, 1 + len(others) // size)):
+        part = [others[i] for i in order[(draw - 1) * size : draw * size]]
+        measured = measure_importance(names[:1], dataclasses.replace(c, items=part), journal)
+        scores = importance_scores(importance_values(measured), ())
+        frames.append(scores[["block", "score"]].assign(draw=draw))
+    every = pd.concat(frames, ignore_index=True)
+    return every.astype({"draw": int, "block": int, "score": float})
 
 
 def answers_without_blocks(measured: pd.DataFrame) -> pd.DataFrame:

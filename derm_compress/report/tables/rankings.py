@@ -83,6 +83,17 @@ def calibration_curve(
     return pd.DataFrame(rows)
 
 
+def draws_apart(results: Results) -> list[float]:
+    """Rank correlations of every two draws of calibration pictures, the study's own among them;
+    none where it has no other."""
+    if results.draws is None or results.draws.empty:
+        return []
+    own = by_block(results.values, results.protected)[results.criterion].mean(axis=1)
+    others = results.draws.pivot(index="draw", columns="block", values="score")[own.index]
+    ranks = standardised(np.vstack([own.to_numpy(), others.to_numpy()]))
+    return [float(one @ other) for one, other in combinations(ranks, 2)]
+
+
 def by_block(values: pd.DataFrame, protected: Iterable[int]) -> dict[str, pd.DataFrame]:
     """{ranking: its values, [blocks, items]} of the whole blocks that are not protected."""
     free = values[(values.part == "block") & ~values.block.isin(list(protected))]

@@ -65,9 +65,12 @@ def outliers(results: Results) -> Found | None:
 
 
 def draws_agree(results: Results) -> Found | None:
-    """Two halves of the calibration pictures, by the study's own criterion."""
+    """By the study's own criterion: every two of several draws, from the lowest to the highest
+    correlation; of a single one its halves, with 95 % of the ways to halve it."""
     if results.values is None or results.values.empty:
         return None
+    if apart := rankings.draws_apart(results):
+        return beyond((np.mean(apart), min(apart), max(apart)))
     table = rankings.calibration_sizes(results)
     if table.empty or results.criterion not in set(table.ranking):
         return None
