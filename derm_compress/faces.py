@@ -11,7 +11,7 @@ def face(
 ) -> tuple[Callable[[str], object], list[str]]:
     """(__getattr__, __all__) of a package's __init__, where `offers` is {module below it: names}.
 
-    So `from derm_compress.method import Plan` loads one module, not the folder; study.keys reads
+    So `from derm_compress.method import tap` loads one module, not the folder; study.keys reads
     the same FACE.
     """
     home = {name: module for module, names in offers.items() for name in names}

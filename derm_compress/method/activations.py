@@ -50,7 +50,10 @@ class Summary:
     """Streaming summary of one projection's outputs; its size does not grow with the tokens."""
 
     def __init__(self):
-        self.count, self.powers, self.peak, self.histogram = 0, 0.0, None, 0
+        self.count = 0
+        self.powers = 0.0  # sums of x, x^2, x^3, x^4 and |x|
+        self.peak = None  # of each channel
+        self.histogram = 0
 
     def add(self, x):
         """Take in x [tokens, channels]."""
@@ -72,7 +75,8 @@ class Summary:
     def row(self):
         """Statistics over all tokens and channels; kurtosis is Pearson's (3 for a normal one)."""
         m1, m2, m3, m4, mean_abs = (self.powers / self.count).tolist()
-        variance, fourth = m2 - m1**2, m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+        variance = m2 - m1**2
+        fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         return {
             "mean_abs": mean_abs,
             "p99": self.quantile(0.99),

@@ -3,17 +3,16 @@
 from derm_compress.faces import face
 
 FACE = {
-    "anatomy": ["blocks", "decoder", "fingerprint", "has_values", "linears"],
+    "anatomy": ["blocks", "decoder", "fingerprint"],
     "devices": ["let_go"],
-    "generation": ["generate", "say"],
-    "loading": ["check_model", "load_base", "with_values"],
+    "generation": ["say"],
+    "loading": ["load_base", "with_values"],
     "processors": ["check_picture_size"],
-    "prompts": ["calibration_batches", "encode", "prepare", "prompt"],
+    "prompts": ["calibration_batches", "encode"],
     "recipe": ["Recipe", "read_recipe"],
     "removal": ["without"],
     "units": ["Unit"],
     "variants": [
-        "HEALED",
         "ORIGINAL",
         "healed",
         "named",

@@ -167,11 +167,12 @@ class Reading:
         self.last, self.cache = self._read(x, 0, partial(self._see, watch))
 
     def _read(self, x, start, watch=None):
-        watches = [partial(watch, part) if watch else None for part in (0, 1)]
+        of_begin = partial(watch, 0) if watch else None
+        of_rest = partial(watch, 1) if watch else None
         before = PrefixCache()
-        run(self.model, x.begin, before, None, self.places.begin, start=start, watch=watches[0])
+        run(self.model, x.begin, before, None, self.places.begin, start=start, watch=of_begin)
         cache = PrefixCache(before, self.picture)
-        how = {"start": start, "watch": watches[1]}
+        how = {"start": start, "watch": of_rest}
         return run(self.model, x.rest, cache, self.mask, self.places.rest, **how), cache
 
     def _see(self, watch, part, sublayer, x, y) -> None:

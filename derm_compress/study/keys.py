@@ -118,7 +118,7 @@ def imported(nodes: list[ast.AST], package: Path) -> set[str]:
 def behind(inner: str, alias: ast.alias, nodes: list[ast.AST], package: Path) -> set[str]:
     """The modules behind `from package.inner import name`: a module, a folder, what a face offers.
 
-    Of a folder with a face only what the tree takes from it counts, as in `method.Plan`.
+    Of a folder with a face only what the tree takes from it counts, as in `method.tap`.
     """
     dotted = f"{inner}.{alias.name}".strip(".")
     if offers := face_of(dotted, package):
@@ -131,7 +131,7 @@ def behind(inner: str, alias: ast.alias, nodes: list[ast.AST], package: Path) ->
 
 
 def attributes(name: str, nodes: list[ast.AST]) -> set[str]:
-    """What a syntax tree takes from a name: `Plan` of `method.Plan`."""
+    """What a syntax tree takes from a name: `tap` of `method.tap`."""
     taken = [node for node in nodes if isinstance(node, ast.Attribute)]
     return {n.attr for n in taken if isinstance(n.value, ast.Name) and n.value.id == name}
 

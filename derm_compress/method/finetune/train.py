@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of two changes no digit
 TARGETS = anatomy.ADAPTED  # plain name lists would also hit the tower
+WARMUP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
@@ -178,9 +179,9 @@ def check_skipped(skipped: int, done: int, steps: int, what: str) -> None:
         )
 
 
-def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
+def schedule(step: int, steps: int) -> float:
     """Linear warm-up, then cosine to a tenth."""
-    rise = max(1, round(warmup * steps))
+    rise = max(1, round(WARMUP * steps))
     if step < rise:
         return (step + 1) / rise
     return 0.1 + 0.45 * (1 + np.cos(np.pi * (step - rise) / max(1, steps - rise)))

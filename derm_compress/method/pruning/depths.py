@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PAPER_DEPTHS = {"operating": 6, "deeper": 9}  # of 32 blocks
+FLOOR = 25.0  # percent, what no answer scores below
+LOST = 1 / 3  # of the score above it, at the operating point
 
 
 def plan_depths(of_32: Sequence[int], plan: Plan) -> list[int]:
@@ -34,9 +36,7 @@ def plan_depths(of_32: Sequence[int], plan: Plan) -> list[int]:
     return found
 
 
-def choose_operating_point(
-    scores: pd.DataFrame, plan: Plan, fixed: int = 0, *, floor: float = 25.0, share: float = 1 / 3
-) -> dict:
+def choose_operating_point(scores: pd.DataFrame | None, plan: Plan, fixed: int = 0) -> dict:
     """Depth where about a third of the score above the floor is gone, and one half as deep again.
 
     As in the paper, where 80.12 -> 62.50 over a floor of 25 at 6 of 32. `scores` has blocks_removed
@@ -52,14 +52,14 @@ def choose_operating_point(
     known = scores.dropna(subset="score").set_index("blocks_removed").score
     if known.empty:
         return _papers(plan, "there are no scores, so the paper's fractions")
-    if known.get(0, floor) <= floor:
+    if known.get(0, FLOOR) <= FLOOR:
         return _papers(plan, "no score above the floor: the paper's fractions")
-    lost = (known[0] - known.drop(0)) / (known[0] - floor)
-    lost = lost[lost.between(share / 2, 1.5 * share)]
+    lost = (known[0] - known.drop(0)) / (known[0] - FLOOR)
+    lost = lost[lost.between(LOST / 2, 1.5 * LOST)]
     if lost.empty:
         why = "no depth loses about a third of the score above the floor: the paper's fractions"
         return _papers(plan, why)
-    depth = int((lost - share).abs().idxmin())
+    depth = int((lost - LOST).abs().idxmin())
     why = (
         f"removing {depth} blocks loses {lost[depth]:.0%} of the development score above the floor"
     )

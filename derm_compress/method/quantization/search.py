@@ -103,16 +103,15 @@ def search_scales(
     device: str,
     answer_weight: float = 1.0,
     scratch: Path | None = None,
-    offload: bool | None = None,
 ) -> None:
     """The scales of wanted_forms(): <form>/<source>.safetensors, and all rows as search.parquet.
 
     A calibration pass of a source serves all forms, and another one those without pictures;
     answer_weight weighs the answers' tokens. scratch: a folder in which a killed search goes on at
-    its block. offload (None: on a GPU): fp16 models stay on the CPU, one block at a time goes to
-    `device`. All questions about a picture are read together.
+    its block. On a GPU fp16 models stay on the CPU, and one block at a time goes to `device`. All
+    questions about a picture are read together.
     """
-    offload = device != "cpu" if offload is None else offload
+    offload = device != "cpu"
     home = {"device": "cpu", "dtype": torch.float16} if offload else {"device": device}
     every = [Form.of(json.loads(step)) for step in wanted.step]
     needed = {}
