@@ -309,13 +309,19 @@ def control_frames(pictures):
         for method, loss in (("awq", 0.5), ("rtn", 0.8))
         for i in range(6)
     ]
+    rounded = [
+        (weights, bits, error)
+        for weights in ("as they are", "with noise", "normal")
+        for bits, error in ((4, 0.094), (3, 0.202), (2, 0.467))
+    ]
     return (
         {"controls": removals, "control_answers": told},
         {"inputs": pd.DataFrame(inputs, columns=columns)},
         {
             "control_losses": pd.DataFrame(
                 losses, columns=["variant", "method", "item", "question", "loss"]
-            )
+            ),
+            "rounded_anew": pd.DataFrame(rounded, columns=["weights", "bits", "relative_error"]),
         },
     )
 

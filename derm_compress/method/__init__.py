@@ -30,6 +30,7 @@ FACE = {
     "quantization.quantize": ["quantize_step"],
     "quantization.scaling": ["ALPHAS", "InputStatistics", "search_scale"],
     "quantization.search": ["search_scales"],
+    "quantization.source_grid": ["rounded_anew"],
     "quantization.wanted": ["control_forms", "equal_bytes", "quantized_variants", "wanted_forms"],
 }
 __getattr__, __all__ = face(__name__, FACE)

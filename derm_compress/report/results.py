@@ -47,6 +47,7 @@ class Results:
     figure4: pd.DataFrame | None = _of("06_activation_analysis/figure4.parquet")
     errors: pd.DataFrame | None = _of("07_quantization/errors.parquet")
     losses: pd.DataFrame | None = _of("07_quantization/control_losses.parquet")
+    rounded: pd.DataFrame | None = _of("07_quantization/rounded_anew.parquet")
     search: pd.DataFrame | None = _of("07_quantization/search.parquet")
     equal_bytes: pd.DataFrame | None = _of("07_quantization/equal_bytes.parquet")
     memory: pd.DataFrame | None = _of("08_evaluation/memory.parquet")

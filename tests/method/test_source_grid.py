@@ -19,10 +19,10 @@ def test_weights_on_our_own_grid_lose_nothing_until_noise_moves_them():
     for block in anatomy.blocks(model):
         for linear in anatomy.linears(block).values():
             linear.weight.data = IntegerGrid(4, 64).rounded(linear.weight.data)
-    found = source_grid.rounded_anew(model)
+    found = source_grid.source_errors(model)
     assert error(found, "as they are", 4) < 1e-3 < 0.05 < error(found, "with noise", 4)
     assert error(found, "as they are", 3) > 0.1
-    assert len(found) == 9 and found.equals(source_grid.rounded_anew(model))
+    assert len(found) == 9 and found.equals(source_grid.source_errors(model))
 
 
 def test_a_source_in_other_groups_is_as_any_weights():
@@ -34,7 +34,7 @@ def test_a_source_in_other_groups_is_as_any_weights():
             step = (high - low) / 15
             codes = ((linear.weight.data.unflatten(-1, (-1, 32)) - low) / step).round()
             linear.weight.data = (codes * step + low).flatten(-2)
-    found = source_grid.rounded_anew(model, (4, 3))
+    found = source_grid.source_errors(model)
     for bits in (4, 3):
         beside = error(found, "with noise", bits), error(found, "normal", bits)
         assert error(found, "as they are", bits) == pytest.approx(beside[0], rel=0.05)
@@ -50,6 +50,13 @@ def test_normal_weights_lose_a_uniform_steps_share():
         wanted = (step.square().mean() / 12).sqrt() / weight.square().mean().sqrt()
         found = source_grid.relative_error(weight, IntegerGrid(bits, 64))
         assert found == pytest.approx(wanted.item(), rel=0.03)
+
+
+def test_of_a_base_by_name_and_of_shapes_alone():
+    how = {"group_size": 16, "seed": 0}
+    found = source_grid.rounded_anew("pico", device="cpu", **how)
+    assert len(found) == 9 and found.relative_error.between(0.01, 1).all()
+    assert source_grid.rounded_anew("llava-1.5-7b", device="meta", **how).empty
 
 
 def test_noise_is_as_wide_as_a_step_of_the_source():

@@ -33,6 +33,13 @@ def graded(results, grade, query):
     return dataclasses.replace(results, **changed)
 
 
+def test_how_far_the_base_is_from_our_grids_is_said_in_numbers(results):
+    told = said(results, "table3_quantization")
+    assert "anew at 4, 3 and 2 bits" in told and "0.0940, 0.2020, 0.4670 as they are; " in told
+    without = dataclasses.replace(results, rounded=results.rounded.iloc[:0])
+    assert "Rounded anew" not in said(without, "table3_quantization")
+
+
 def test_every_stage_says_something_inert_as_markdown(results):
     for stage in STAGES:
         lines = findings(stage, results).data.splitlines()
@@ -44,7 +51,7 @@ def test_every_stage_says_something_inert_as_markdown(results):
 
 def test_without_weights_there_is_nothing_to_say(results):
     bare = dataclasses.replace(
-        results, answers=None, evaluation=None, predictions=None, errors=None
+        results, answers=None, evaluation=None, predictions=None, errors=None, rounded=None
     )
     assert findings("02_finetune", bare).data == "- Scores need weights."
     for stem in ("table1_pruning", "extra_criteria", "table2_sft", "table3_quantization"):

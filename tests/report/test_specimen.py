@@ -49,6 +49,11 @@ TURNED = {
         "removal_answers": of_variant(r.removal_answers, "random", score=4)
     },
     specimen.OUTLIERS: lambda r: {"inputs": r.inputs.assign(outlier_channels=0)},
+    specimen.OWN_GRID: lambda r: {
+        "rounded": r.rounded.assign(
+            relative_error=r.rounded.relative_error.mask(r.rounded.weights == "as they are", 0)
+        )
+    },
     specimen.THREE_BITS: lambda r: {"losses": of_variant(r.losses, "awq", loss=0.9)},
     specimen.BLANK: lambda r: {"evaluation": of_variant(r.evaluation, "blank", score=4)},
     specimen.OTHER: lambda r: {"evaluation": of_variant(r.evaluation, "shuffled", score=4)},
@@ -93,7 +98,7 @@ def test_what_a_run_leaves_out_is_neither_held_nor_failed():
     assert not any(value is not None for value in holds(nothing).values())
     assert specimen.failed(nothing) == [] and tables.make("extra_controls", nothing) is None
     read = tables.controls("07_quantization", load_results({}))
-    assert read.holds.tolist() == ["not tested"]
+    assert read.holds.tolist() == ["not tested"] * 2
 
 
 def test_one_row_a_control_with_its_interval_for_people_and_as_csv(finished):

@@ -194,7 +194,7 @@ SCORES = (specimen.BLANK, specimen.OTHER, specimen.JUDGE)  # they tell who sees 
 REMOVAL = (*SCORES, specimen.PROTECTED, specimen.RUN, specimen.CHANCE)
 TRAINED = (*SCORES, specimen.TRAINING)
 WHOLE = (*REMOVAL, specimen.TRAINING)
-ACTIVATIONS = (*SCORES, specimen.OUTLIERS, specimen.THREE_BITS)
+ACTIVATIONS = (*SCORES, specimen.OUTLIERS, specimen.OWN_GRID, specimen.THREE_BITS)
 CLAIMS = (
     Claim("a 7B model runs within 4 GB", "Abstract", within, ("weights",)),
     Claim("a 7B model runs within 4 GB", "Abstract", within, ("peak",)),

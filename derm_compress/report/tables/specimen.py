@@ -21,6 +21,7 @@ from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import rankings
 
 LOUD = 25  # % of the projections; outliers in fewer layers are none (Dettmers et al. 2022)
+OFF = 95  # %; weights on one of our grids would lose nothing
 FATAL = 50  # % of the score above the floor
 
 
@@ -113,6 +114,15 @@ def removals(results: Results) -> pd.DataFrame | None:
     return metrics.percent(marks.dropna())
 
 
+def off_the_grid(results: Results) -> Found | None:
+    """The least over widths; it has no interval."""
+    if results.rounded is None or results.rounded.empty:
+        return None
+    errors = results.rounded.pivot(index="bits", columns="weights", values="relative_error")
+    share = 100 * float((errors["as they are"] / errors["with noise"]).min())
+    return Found(share, None, None, share >= OFF)
+
+
 def awq_beats_rounding(results: Results) -> Found | None:
     """By how many percent rounding's perplexity of the reference answers is above AWQ's."""
     if results.losses is None or results.losses.empty:
@@ -162,6 +172,7 @@ def copied_is_worse(results: Results) -> Found | None:
 JUDGE, BLANK, OTHER = "copied answer", "blank pictures", "other pictures"
 PROTECTED, RUN, CHANCE = "protected blocks", "run of blocks", "criterion against chance"
 DRAWS, OUTLIERS, THREE_BITS = "two draws", "outlier channels", "AWQ at 3 bits"
+OWN_GRID = "weights off the grid"
 TRAINING = "training without pruning"
 CONTROLS = (
     Control(
@@ -205,6 +216,13 @@ CONTROLS = (
         "Do some input channels stand out?",
         f"{LOUD} % of the projections or more read one that peaks above 6 times the median channel",
         outliers,
+    ),
+    Control(
+        OWN_GRID,
+        "07_quantization",
+        "Has the base no 4-bit grid that ours coincide with?",
+        f"rounding errs at least {OFF} % as much as on weights with noise, at every width",
+        off_the_grid,
     ),
     Control(
         THREE_BITS,
