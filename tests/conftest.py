@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from folder_store import FolderStore
 from hypothesis import HealthCheck, Phase, settings
 
 from derm_compress.study.plan import settle
@@ -55,22 +56,6 @@ def recipe(pico):
     from derm_compress.model.recipe import Recipe
 
     return Recipe("pico", anatomy.fingerprint(pico[0]), len(anatomy.blocks(pico[0])))
-
-
-class FolderStore:
-    """Resolves every reference below one folder, as study's Store does for finished stages."""
-
-    KEY = f"00_stage/{64 * '0'}"
-
-    def __init__(self, root):
-        self.root = root
-
-    def ref(self, name):
-        """A reference that recipes take: stage/key/name."""
-        return f"{self.KEY}/{name}"
-
-    def resolve(self, ref):
-        return self.root / ref.removeprefix(f"{self.KEY}/")
 
 
 @pytest.fixture

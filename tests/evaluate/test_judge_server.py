@@ -169,7 +169,8 @@ def test_what_arrives_after_the_end_is_kept(stopped, tmp_path):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return "I give it a 4."
 
-    frame = answers(*(f"good {n}" for n in range(3)), *(f"bad {n}" for n in range(9)))
+    bad = 1 if stopped is KeyboardInterrupt else 9
+    frame = answers(*(f"good {n}" for n in range(3)), *(f"bad {n}" for n in range(bad)))
     with Server(slow_where_it_can_be_read) as server:
         with pytest.raises(stopped):
             model_judge(server, tmp_path, timeout=5.0).judged(frame)
