@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from derm_compress.model.anatomy import blocks, tied
+from derm_compress.model.memory import GIB
 
 
 def half(device: str) -> torch.dtype:
@@ -18,6 +19,16 @@ def let_go(model) -> None:
     for module in list(model.modules()):
         for held in (module._modules, module._parameters, module._buffers):
             held.clear()
+
+
+def room(gpu) -> float:
+    """GiB of a GPU that this process may use: what is free, and what it holds already."""
+    return (torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu)) / GIB
+
+
+def rooms() -> list[float]:
+    """room() of every GPU."""
+    return [room(gpu) for gpu in range(torch.cuda.device_count())]
 
 
 def beside(device: str) -> str:

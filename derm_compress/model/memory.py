@@ -42,6 +42,7 @@ class Format:
 
 
 NF4 = Format(4, GROUP, FP32)  # of QLoRA: an fp32 absmax a block
+ADAPTED = {"nf4": NF4, "half": Format()}  # what adapters are trained on, on a GPU
 
 
 def plan_weights(
@@ -107,11 +108,12 @@ def plan_training(
     element: int = FP16,
     rest: int = FP16,
 ) -> dict[str, float]:
-    """GiB of QLoRA, a picture a row: base as `form`, fp32 adapters on all decoder linears, Adam.
+    """GiB of training, a picture a row: base as `form`, fp32 adapters on all decoder linears, Adam.
 
     Adapters are rank x (in + out) a linear, gradients as much, Adam's state twice that. `element`:
     bytes of the compute type; `rest`: of what is not 4-bit (4 after peft's k-bit preparation). With
-    checkpointing a block keeps its input, and one block is alive anew. No dropout masks.
+    checkpointing a block keeps its input, and one block is alive anew. A wider base is kept in the
+    compute type, too. No dropout masks.
     """
     hidden, mlp, linears = arch.hidden, arch.intermediate, arch.linears.values()
     blocks, tokens = arch.kept(blocks_removed), batch * (text_tokens + arch.image_tokens)
@@ -125,13 +127,16 @@ def plan_training(
     inputs = 2 * hidden + mlp if element == FP32 else sum(into for _, into in linears)
     block = FP32 * (2 * hidden + inputs + rank * len(linears))
     block += element * (2 * hidden + 2 * arch.cache_width + 3 * mlp)
+    workspace = element * hidden * mlp * form.packed
+    if form.bits > 8 * element:  # autocast's copies, which backward reads
+        workspace = element * blocks * sum(out * into for out, into in linears)
     # log-softmax and gradient in fp32; logits and gradient in fp16, or fp32 logits
     logits = 12 * arch.vocabulary
     return base | _gib(
         adapters=adapters,
         gradients=adapters,
         optimiser=2 * adapters,
-        workspace=element * hidden * mlp * form.packed,
+        workspace=workspace,
         activations=blocks * tokens * (element * hidden if checkpointing else block),
         loss_or_block=tokens * (max(logits, block) if checkpointing else logits),
     )

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from derm_compress.data import dialogue
 from derm_compress.method.importance.rankings import RUN, Ranking, rankings
-from derm_compress.model.memory import FP16, FP32, GIB, plan_peak, plan_training, plan_weights
+from derm_compress.model.memory import (
+    ADAPTED,
+    FP16,
+    FP32,
+    GIB,
+    plan_peak,
+    plan_training,
+    plan_weights,
+)
 from derm_compress.model.shapes import Architecture
 
 PROMPT, ANSWER = 24, 60  # tokens beside a picture's: of a question, an answer
@@ -130,9 +138,10 @@ class Needs:
 
     def training(self, rank: int) -> Callable[[int], float]:
         """GiB of a fine-tune: its fp16 weights before they are rounded to NF4, or the training."""
+        how = {"rank": rank, "form": ADAPTED[self.p["adapter_base"]], "checkpointing": True}
 
         def gib(batch: int) -> float:
-            plan = plan_training(self.arch, rank=rank, batch=batch, checkpointing=True)
+            plan = plan_training(self.arch, batch=batch, **how)
             return max(self.weights, sum(plan.values()))
 
         return gib

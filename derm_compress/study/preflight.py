@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from derm_compress.model import shapes
 from derm_compress.model.memory import GIB, plan_weights
 from derm_compress.model.shapes import Architecture
+from derm_compress.study import batches
 from derm_compress.study.needs import Needs, Step
 
 CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: of the 14.74 that a T4 reports 14.2 are left
@@ -49,6 +50,7 @@ def says(plan, stages: Collection[str]) -> str:
 
 def steps_of(stages: Collection[str], p: dict, arch: Architecture, machine: Machine) -> list[Step]:
     """The parts of these stages, of all where none is named."""
+    p = batches.settled(p, arch, machine.gpus, machine.gib)
     steps = Needs(p, arch, machine.gpus).steps()
     return [step for step in steps if not stages or step.stage in stages]
 

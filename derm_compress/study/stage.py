@@ -21,7 +21,7 @@ from derm_compress.files import (
     write_json,
 )
 from derm_compress.progress import clock, say
-from derm_compress.study import store
+from derm_compress.study import batches, store
 from derm_compress.study.params import (
     Notebook,
     check,
@@ -45,9 +45,9 @@ class Stage:
         self.root, self.store, self._plan = plan.root, plan.store, plan
         self._history, self._seen = history, max(len(history) - 1, 0)
         self._begun = time.monotonic()
-        values = plan.parameters(name)
-        self.p = namedtuple("Parameters", values)(**values)  # noqa: PYI024
         self._folder, self.finished = self.store.begin(name, self.key)
+        values = batches.of_stage(plan, name, measure=not self.finished)
+        self.p = namedtuple("Parameters", values)(**values)  # noqa: PYI024
         self._lacking: dict[str, int] = {}
 
     def input(self, stage: str) -> Path:

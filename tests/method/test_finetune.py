@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import weakref
 from functools import partial
@@ -17,7 +18,7 @@ from derm_compress.method.finetune.jobs import Job
 from derm_compress.method.finetune.merge import merge_adapter
 from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.method.quantization import quantize
-from derm_compress.model import anatomy, loading, prompts, usage
+from derm_compress.model import anatomy, devices, loading, memory, prompts, shapes, usage
 from derm_compress.model.recipe import adapter_digest
 
 TRAINING = train.Training(
@@ -214,6 +215,83 @@ def test_a_fine_tune_elsewhere_is_the_same_and_finished_ones_are_kept(
     assert 0.1 > small == same > smaller > 0
     healed = pruned.with_adapter("out/pruned-4", out / "pruned-4")
     assert len(anatomy.blocks(materialize(healed, store)[0])) == 4
+
+
+HALF = dataclasses.replace(TRAINING, base="half")
+
+
+def test_half_trains_on_the_base_as_it_is_and_merges_the_same_way(dataset, whole, tmp_path, pico):
+    model, processor = pico
+    tuned, curve, told = trained(dataset, tmp_path, HALF)
+    linear = anatomy.linears(anatomy.blocks(tuned.get_base_model())[0])["mlp.up_proj"]
+    assert torch.equal(linear.base_layer.weight, anatomy.blocks(model)[0].mlp.up_proj.weight)
+    weights = [weight for weight in tuned.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in weights} == {torch.float32} and told["skipped"] == 0
+    on_nf4, on_half = (
+        load_file(f / "adapter_model.safetensors") for f in (whole[0], tmp_path / "a")
+    )
+    assert {name: x.shape for name, x in on_half.items()} == {n: x.shape for n, x in on_nf4.items()}
+    data = dataset.of("train")[:3], dataset.images
+    batch = train.training_batch(model, processor, *data, np.random.default_rng(0))
+    step = {"kept": list(BLOCKS), "sha256": adapter_digest(tmp_path / "a")}
+    merge_adapter(model, tmp_path / "a", step, kept=BLOCKS)
+    with torch.inference_mode():
+        assert torch.allclose(model(**batch).logits, tuned(**batch).logits, atol=1e-3)
+    assert curve.loss.sub(whole[1].loss).abs().max() < 0.1 * whole[1].loss.iloc[0]
+    assert not curve.loss.equals(whole[1].loss)
+
+
+def test_half_asks_no_old_torchao_either(pico, monkeypatch):
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: 1 / 0)
+    tuned = train.attach(pico[0], HALF)
+    linear = anatomy.linears(anatomy.blocks(tuned.get_base_model())[0])["mlp.up_proj"]
+    assert type(linear).__name__ == "Linear" and not hasattr(pico[0], "is_loaded_in_4bit")
+
+
+def test_half_computes_in_half_precision_and_nf4_as_it_did(pico, dataset):
+    model, processor = pico
+    data = dataset.of("train")[:2], dataset.images
+    batch = train.training_batch(model, processor, *data, np.random.default_rng(0))
+    seen = set()
+    model.lm_head.register_forward_hook(lambda _, __, made: seen.add(made.dtype))
+    tuned = train.attach(model, HALF)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-3)
+    train.one_step(tuned, batch, optimizer, base="half")
+    train.one_step(tuned, batch, optimizer)
+    assert seen == {torch.bfloat16, torch.float32}
+
+
+def test_blocks_are_computed_twice_only_where_memory_is_not_ample(
+    pico, dataset, monkeypatch, capsys
+):
+    class OnGpu:  # what the plan asks of a model, said to be on a GPU
+        device = torch.device("cuda")
+
+        def __getattr__(self, name):
+            return getattr(pico[0], name)
+
+    plans = {True: 2.0, False: 7.0}
+    monkeypatch.setattr(train, "planned_peak", lambda *_, checkpointing=False: plans[checkpointing])
+    for room, told in ((10.1, (7.0, False)), (9.9, (2.0, True))):
+        monkeypatch.setattr(devices, "room", lambda _, room=room: room)
+        assert train.planned(OnGpu(), what="fine-tuning x") == told
+    said = "fine-tuning x: no gradient checkpointing, 7.0 of 10.1 GiB planned"
+    assert capsys.readouterr().out.splitlines() == [said]
+    assert train.planned(pico[0], what="x") == (7.0, False)
+
+
+def test_the_plan_knows_what_adapters_are_trained_on(pico, dataset):
+    data = *pico, dataset.of("train"), dataset.images
+    arch, gib = shapes.architecture(pico[0].config), memory.GIB
+    weights = arch.over_linears(lambda out, into: out * into)
+    wide = 4 * weights + 2 * weights  # fp32 on a CPU, and autocast's copies
+    assert train.planned_peak(*data, HALF) * gib > wide
+    asked = {"rank": 16, "batch": 4, "checkpointing": True}
+    big = {
+        name: sum(memory.plan_training(shapes.llava_7b(), form=form, **asked).values())
+        for name, form in memory.ADAPTED.items()
+    }
+    assert 8 < big["half"] - big["nf4"] < 10  # 6.5 billion weights of 12 bits more
 
 
 def test_several_fine_tunes_on_a_cpu_go_side_by_side(recipe, tmp_path, monkeypatch):

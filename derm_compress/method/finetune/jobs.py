@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from derm_compress.data.items import load_dataset
 from derm_compress.files import atomic
 from derm_compress.method.assemble import materialize
-from derm_compress.method.finetune.train import Training, planned_peak, train
+from derm_compress.method.finetune.train import Training, planned, train
 from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.model import anatomy, loading, memory, shapes, usage
 from derm_compress.model.recipe import Recipe
@@ -72,16 +72,16 @@ def fine_tune(job: Job, *, data: Path, store, scratch: Path) -> None:
     dataset, recipe = load_dataset(data), Recipe.from_json(job.recipe)
     model, processor = materialize(recipe, store, job.device)
     asked = dataset.of("train"), dataset.images, job.training
-    planned = planned_peak(model, processor, *asked)
-    checkpoint = scratch / f"{job.adapter}.safetensors"
     what = f"fine-tuning {job.adapter}"
-    tuned, curve, told = train(model, processor, *asked, checkpoint=checkpoint, what=what)
+    peak, checkpointing = planned(model, processor, *asked, what=what)
+    how = {"checkpoint": scratch / f"{job.adapter}.safetensors", "checkpointing": checkpointing}
+    tuned, curve, told = train(model, processor, *asked, what=what, **how)
     with atomic(scratch / job.adapter) as draft:
         tuned.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)  # peft's card; the export writes ours
         name_base(draft / "adapter_config.json", recipe.base)
         curve.to_parquet(draft / "curve.parquet", index=False)
-        told |= {"train_peak_gib": planned, "measured_peak_gib": usage.peak_gib(job.device)}
+        told |= {"train_peak_gib": peak, "measured_peak_gib": usage.peak_gib(job.device)}
         (scratch / f"{job.adapter}.json").write_text(json.dumps(told))
 
 
@@ -104,6 +104,7 @@ def plan_only(folder: Path, job: Job, *, scratch: Path) -> None:
         rank=job.training.rank,
         batch=job.training.batch_size,
         checkpointing=True,
+        form=memory.ADAPTED[job.training.base],
     )
     told = {"seconds": None, "train_peak_gib": sum(plan.values())}
     (scratch / f"{job.adapter}.json").write_text(json.dumps(told))

@@ -1,4 +1,4 @@
-"""QLoRA: adapters on an NF4 base, trained on answers only (prompts.encode masks the labels)."""
+"""Adapters, on an NF4 base (QLoRA) or the base as it is, trained on answers only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import nf4
-from derm_compress.model import anatomy, memory, oom, shapes
+from derm_compress.model import anatomy, devices, memory, oom, shapes
 from derm_compress.model.prompts import collate, encode
-from derm_compress.progress import track
+from derm_compress.progress import say, track
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,11 +30,15 @@ FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of 
 TARGETS = anatomy.ADAPTED  # plain name lists would also hit the tower
 WARMUP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+AMPLE = 0.7  # of a GPU's memory: the plan has the length of the first batch
 
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one QLoRA run; the paper's SFT has rank 16 and alpha 8."""
+    """Settings of one fine-tune; the paper's SFT has rank 16 and alpha 8.
+
+    base: nf4 (QLoRA) or half, the unquantized base, computed in half precision.
+    """
 
     rank: int
     alpha: int
@@ -43,13 +47,15 @@ class Training:
     batch_size: int
     seed: int
     checkpoint_every: int = 50
+    base: str = "nf4"
 
     @classmethod
     def of(cls, parameters, prefix: str, *, seed: int) -> Training:
         """Of parameters named sft_rank, sft_steps and so on, where `prefix` is sft."""
         names = ("rank", "alpha", "learning_rate", "steps")
         known = {name: getattr(parameters, f"{prefix}_{name}") for name in names}
-        return cls(**known, batch_size=getattr(parameters, f"{prefix}_batch"), seed=seed)
+        known |= {"batch_size": getattr(parameters, f"{prefix}_batch")}
+        return cls(**known, seed=seed, base=parameters.adapter_base)
 
 
 def training_batch(
@@ -67,44 +73,76 @@ def training_batch(
 
 
 def planned_peak(
-    model, processor, items: Sequence[Item], images: np.ndarray, training: Training
+    model,
+    processor,
+    items: Sequence[Item],
+    images: np.ndarray,
+    training: Training,
+    *,
+    checkpointing: bool = False,
 ) -> float:
     """GiB that memory.plan_training gives, with the length of the first batch."""
     first = items[: training.batch_size]
     rng = np.random.default_rng(training.seed)
     width = training_batch(model, processor, first, images, rng)["input_ids"].shape[1]
-    element = model.get_input_embeddings().weight.element_size()
+    element = rest = model.get_input_embeddings().weight.element_size()
+    form = memory.ADAPTED[training.base]
+    if training.base == "half":
+        form, element = memory.Format(8 * rest), memory.FP16
     plan = memory.plan_training(
         shapes.architecture(model.config),
         rank=training.rank,
         batch=len(first),
         text_tokens=width - anatomy.image_tokens(model.config),
+        form=form,
         element=element,
-        rest=element,
-        checkpointing=model.device.type == "cuda",
+        rest=rest,
+        checkpointing=checkpointing,
     )
     return sum(plan.values())
 
 
-def attach(model, training: Training):
-    """NF4 for the decoder's linears, fp32 adapters on them and nowhere else."""
-    from peft import LoraConfig, get_peft_model  # three seconds that only training needs
+def planned(model, *asked, what: str) -> tuple[float, bool]:
+    """planned_peak, and whether blocks are computed twice: on a GPU without ample memory."""
+    peak = planned_peak(model, *asked)
+    if model.device.type != "cuda":
+        return peak, False
+    room = devices.room(model.device)
+    if peak <= AMPLE * room:
+        say(f"{what}: no gradient checkpointing, {peak:.1f} of {room:.1f} GiB planned")
+        return peak, False
+    return planned_peak(model, *asked, checkpointing=True), True
 
-    nf4.freeze(model)
+
+def attach(model, training: Training):
+    """fp32 adapters on the decoder's linears and nowhere else; those in NF4, or as they are."""
+    from peft import LoraConfig, get_peft_model  # three seconds that only training needs
+    from peft.tuners.lora import Linear
+
     config = LoraConfig(
         r=training.rank, lora_alpha=training.alpha, target_modules=TARGETS, lora_dropout=0.0
     )
-    torch.manual_seed(training.seed)
     # else peft asks torchao, too, and refuses the one that Kaggle's image has
-    model.is_loaded_in_4bit = True
+    if training.base == "nf4":
+        nf4.freeze(model)
+        model.is_loaded_in_4bit = True
+    else:
+        config._register_custom_module({torch.nn.Linear: Linear})
+    torch.manual_seed(training.seed)
     try:
         tuned = get_peft_model(model, config)
     finally:
-        del model.is_loaded_in_4bit
+        vars(model).pop("is_loaded_in_4bit", None)
     for name, weight in tuned.named_parameters():
         if weight.requires_grad and "language_model" not in name:
             raise DermError(f"finetune: {name} is an adapter outside the decoder")
     return tuned
+
+
+def autocast(kind: str, *, enabled: bool) -> torch.autocast:
+    """Half precision around fp32 adapters: fp16 on a GPU, bf16 on a CPU."""
+    half = torch.float16 if kind == "cuda" else torch.bfloat16
+    return torch.autocast(kind, half, enabled=enabled)
 
 
 def save_memory(model) -> None:
@@ -123,15 +161,16 @@ def train(
     *,
     checkpoint: Path,
     what: str,
+    checkpointing: bool = False,
 ) -> tuple[object, pd.DataFrame, dict]:
-    """QLoRA steps, from the checkpoint on: the peft model, the curve, {seconds, skipped}.
+    """Steps from the checkpoint on: the peft model, the curve, {seconds, skipped}.
 
     skipped: steps whose gradients were not finite; DermError for more than a tenth, or for all.
     """
     import pandas as pd
 
     tuned = attach(model, training)
-    if model.device.type == "cuda":
+    if checkpointing:
         save_memory(model)
     weights = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=training.learning_rate, weight_decay=0.0)
@@ -146,7 +185,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * schedule(step, training.steps)
         with oom.naming("finetune_batch or sft_batch", what):
-            loss, taken = one_step(tuned, batch, optimizer)
+            loss, taken = one_step(tuned, batch, optimizer, base=training.base)
         curve.append((step, loss))
         told["skipped"] += not taken
         check_skipped(told["skipped"], step + 1, training.steps, what)
@@ -156,12 +195,13 @@ def train(
     return tuned.eval(), pd.DataFrame(curve, columns=["step", "loss"]), told
 
 
-def one_step(tuned, batch: dict, optimizer) -> tuple[float, bool]:
+def one_step(tuned, batch: dict, optimizer, *, base: str = "nf4") -> tuple[float, bool]:
     """The loss, and whether a step was taken: in half precision gradients may overflow."""
     scale = FP16_SCALE if tuned.dtype == torch.float16 else 1
     weights = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    loss = tuned(**batch, use_cache=False).loss
+    with autocast(tuned.device.type, enabled=base == "half"):
+        loss = tuned(**batch, use_cache=False).loss
     (scale * loss).backward()
     for weight in weights:
         weight.grad.div_(scale)

@@ -1,0 +1,61 @@
+"""Batch sizes that a run leaves open: as many as fit a GPU, one number each on a CPU. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from derm_compress.model.shapes import Architecture
+from derm_compress.progress import say
+from derm_compress.study.needs import Needs, Step
+
+OPEN = 0
+ON_CPU = {  # fixed: a neighbour in a batch may move a last digit
+    "batch_size": 120,
+    "importance_batch": 120,
+    "activation_batch": 12,
+    "quantization_batch": 12,
+}
+SIZES = (1, 2, *(3 * 2**k for k in range(9)))  # few, so that a run resumed elsewhere keeps its own
+SHARE = 0.8  # of a GPU's memory: plans hold tensors only
+
+
+def of_stage(plan, stage: str, *, measure: bool) -> dict:
+    """The values of a stage's parameters (of a plan.Plan) with numbers for open batch sizes.
+
+    measure: look at the memory of the GPUs, where the run uses them.
+    """
+    values = plan.parameters(stage)
+    left = [name for name in ON_CPU if values.get(name) == OPEN]
+    if not left or not measure or plan.values["device"] != "cuda":
+        return values | {name: ON_CPU[name] for name in left}
+    from derm_compress.model import devices, loading, shapes
+
+    rooms = devices.rooms()
+    arch = shapes.architecture(loading.config_of(plan.values["model"]))
+    found = settled(plan.values, arch, len(rooms), min(rooms))
+    for name in left:
+        say(f"{name}: {found[name]}, as many as {min(rooms):.1f} GiB of GPU memory hold")
+    return values | {name: found[name] for name in left}
+
+
+def settled(p: dict, arch: Architecture, gpus: int, gib: float) -> dict:
+    """The parameters with the largest of SIZES for open batch sizes, planned for `gib` a GPU.
+
+    1 where none fits: what to do then, the preflight says.
+    """
+    left = [name for name in ON_CPU if p[name] == OPEN]
+    if not left:
+        return p
+    needs = Needs(p, arch, gpus)
+    found = {}
+    for name in left:
+        steps = [step for step in needs.steps() if step.parameter == name]
+        fitting = [size for size in SIZES if fit(steps, size, needs, SHARE * gib)]
+        found[name] = max(fitting, default=1)
+    return p | found
+
+
+def fit(steps: Sequence[Step], size: int, needs: Needs, gib: float) -> bool:
+    """Whether one GPU holds each step at this size, two models where a second GPU is missing."""
+    beside = [needs.weights if step.gpus > needs.gpus else 0.0 for step in steps]
+    return all(step.gib(size) + more <= gib for step, more in zip(steps, beside, strict=True))
