@@ -26,11 +26,15 @@ def of_stage(plan, stage: str, *, measure: bool) -> dict:
     """
     values = plan.parameters(stage)
     left = [name for name in ON_CPU if values.get(name) == OPEN]
-    if not left or not measure or plan.values["device"] != "cuda":
-        return values | {name: ON_CPU[name] for name in left}
-    from derm_compress.model import devices, loading, shapes
+    rooms = []
+    if left and measure and plan.values["device"] == "cuda":
+        from derm_compress.model import devices
 
-    rooms = devices.rooms()
+        rooms = devices.rooms()
+    if not rooms:  # where a GPU is asked for and missing, the checks say so
+        return values | {name: ON_CPU[name] for name in left}
+    from derm_compress.model import loading, shapes
+
     arch = shapes.architecture(loading.config_of(plan.values["model"]))
     found = settled(plan.values, arch, len(rooms), min(rooms))
     for name in left:

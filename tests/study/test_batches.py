@@ -42,6 +42,8 @@ def test_on_a_gpu_they_are_the_largest_that_its_memory_holds(monkeypatch, capsys
     assert "batch_size: 768, as many as 78.0 GiB of GPU memory hold" in capsys.readouterr().out
     monkeypatch.setattr(devices, "rooms", lambda: 1 / 0)  # a finished stage asks no GPU
     assert batches.of_stage(asked, "04_pruning", measure=False)["batch_size"] == 120
+    monkeypatch.setattr(devices, "rooms", list)  # nor is one there: the checks say so
+    assert batches.of_stage(asked, "04_pruning", measure=True)["batch_size"] == 120
     assert batches.of_stage(asked, "06_activation_analysis", measure=True)["activation_batch"] == 5
 
 
