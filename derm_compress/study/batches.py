@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from derm_compress.model.shapes import Architecture
 from derm_compress.progress import say
-from derm_compress.study.needs import Needs, Step
+
+if TYPE_CHECKING:
+    from derm_compress.model.shapes import Architecture
+    from derm_compress.study.needs import Needs, Step
 
 OPEN = 0
 ON_CPU = {  # fixed: a neighbour in a batch may move a last digit
@@ -50,6 +53,8 @@ def settled(p: dict, arch: Architecture, gpus: int, gib: float) -> dict:
     left = [name for name in ON_CPU if p[name] == OPEN]
     if not left:
         return p
+    from derm_compress.study.needs import Needs  # half a second that no CPU needs
+
     needs = Needs(p, arch, gpus)
     found = {}
     for name in left:
