@@ -110,7 +110,7 @@ def test_nothing_is_committed_that_may_not_be():
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split("\n")
     reports = {f.split("/")[1] for f in files if f.startswith("reports/")}
-    assert reports <= {"tiny", "tiny-full", "gpu-rehearsal"}
+    assert reports <= {"tiny", "small", "gpu-rehearsal"}
     assert not [
         f for f in files if f.lower().endswith((".jpg", ".jpeg", ".pt", ".bin", ".pkl", ".pth"))
     ]
@@ -134,7 +134,7 @@ def traces(text: str) -> list[str]:
 
 
 def test_committed_reports_have_no_trace_of_a_machine():
-    for name in ("tiny", "tiny-full", "gpu-rehearsal"):
+    for name in ("tiny", "small", "gpu-rehearsal"):
         for path in (ROOT / "reports" / name).rglob("*"):
             if path.suffix in {".html", ".md", ".json", ".csv", ".svg"}:
                 assert not traces(path.read_text("utf-8")), path

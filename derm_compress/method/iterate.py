@@ -89,7 +89,7 @@ def each_model(
     for row in track(list(variants.itertuples()), what):
         recipe = Recipe.from_json(row.recipe)
         last = recipe.steps[-1]["step"] if recipe.steps else ""
-        if last == "prune":
+        if last == "prune" and recipe.in_order:
             model, processor = source.take(without_last(recipe))
             removed = removal.step_units(recipe.steps[-1], source.recipe.kept())
             with removal.without(model, removed):

@@ -38,7 +38,7 @@ class Recipe:
         return replace(self, steps=(*self.steps, {"step": step, **settings}))
 
     def kept(self) -> tuple[int, ...]:
-        """Original indices of the blocks that are left."""
+        """Original indices of the blocks that are left, in the order in which they stand."""
         return tuple(self._pruning().get("kept", range(self.blocks)))
 
     def absent(self) -> tuple[Unit, ...]:
@@ -47,6 +47,11 @@ class Recipe:
 
     def _pruning(self) -> dict:
         return next((step for step in reversed(self.steps) if step["step"] == "prune"), {})
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the blocks that are left stand as they were trained."""
+        return list(self.kept()) == sorted(self.kept())
 
     @property
     def quantized(self) -> bool:
@@ -94,8 +99,8 @@ def _check_step(step: dict, blocks: range) -> None:
     named = [*kept, *(unit.block for unit in units)]
     if beyond := [block for block in named if type(block) is not int or block not in blocks]:
         raise ValueError(f"{step['step']} names block {beyond[0]} of {len(blocks)}")
-    if not kept or kept != sorted(set(kept)):
-        raise ValueError(f"{step['step']} keeps {kept}, which are no blocks in order")
+    if not kept or len(kept) > len(set(kept)):
+        raise ValueError(f"{step['step']} keeps {kept}, of which each is a block once")
 
 
 def _absent(units: Iterable[Unit | str]) -> dict[str, list[str]]:

@@ -28,15 +28,16 @@ class AbsentAttention(Absent):
 
 
 def apply(model, kept: Sequence[int], absent: Iterable[Unit | str] = ()) -> None:
-    """Keep the blocks at these positions, without the `absent` sublayers, in place.
+    """Keep the blocks at these positions, in this order, without the `absent` sublayers, in place.
 
     Config, `layer_idx` and weights agree afterwards: without the renumbering cached generation
     fails, without the config a reload gets random blocks.
     """
     layers = anatomy.blocks(model)
-    if sorted(set(kept)) != list(kept) or not kept or kept[-1] >= len(layers):
+    if not kept or len(kept) > len(set(kept)) or not set(kept) <= set(range(len(layers))):
         raise DermError(
-            f"pruning: kept blocks {list(kept)} are not rising positions among {len(layers)} blocks"
+            f"pruning: kept blocks {list(kept)} are not positions among {len(layers)} blocks, each "
+            "once"
         )
     for unit in map(Unit.of, absent):
         module, norm = PARTS[unit.part]
@@ -81,7 +82,8 @@ def apply_step(model, step: dict, kept: Sequence[int]) -> tuple[int, ...]:
         raise DermError(
             f"recipe: {gone} were removed before; a later prune step lists them as absent too"
         )
-    apply(model, *units.left(len(kept), step_units(step, kept)))
+    _, absent = units.left(len(kept), step_units(step, kept))
+    apply(model, [kept.index(block) for block in step["kept"]], absent)
     return tuple(step["kept"])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from derm_compress.errors import DermError
@@ -14,6 +15,7 @@ from derm_compress.model.recipe import Recipe
 
 ORIGINAL, HEALED = "original", "+sft"
 RIVAL = "magnitude"  # the criterion that the study's own is compared with, healed and quantized
+SHUFFLED = "shuffled"  # stands for a criterion where the kept blocks are in random order
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,26 @@ def roles(known: pd.DataFrame, choice: dict, *, healed: bool = False) -> dict[st
 
 
 def to_heal(
-    known: pd.DataFrame, choice: dict, *, depths: Sequence[int] = (), seeds: int = 1
+    known: pd.DataFrame,
+    choice: dict,
+    *,
+    rivals: Sequence[str] = (RIVAL,),
+    depths: Sequence[int] = (),
+    seeds: int = 1,
+    shuffled: int | None = None,
 ) -> pd.DataFrame:
     """What SFT is given: the model of every role, and the study's own plan at further `depths`.
 
-    `depths` are of 32; `seeds`: trainings of the operating point and of its control. Adds
+    `rivals`: rankings whose models of the operating depth are healed, too, as far as there are
+    such. `depths` are of 32; `seeds`: trainings of the operating point and of its control;
+    `shuffled`: the seed of an order of the operating point's blocks, to be healed beside it. Adds
     `sft_seed` (0 for the first), `adapter`, the name of the folder to train into, and
     `healed_variant`, what it makes. DermError where stage 04 has no model of a depth.
     """
     role, blocks = roles(known, choice), recipe_of(known, ORIGINAL).blocks
-    names = list(role.values())
+    names = [role[name] for name in ("unpruned", "operating", "deeper") if name in role]
+    found = (find(known, choice["operating"], rival) for rival in rivals)
+    names += filter(None, found)
     for depth in (paper_depth(n, blocks) for n in depths):
         names.append(find(known, depth, choice["criterion"]))
         if names[-1] is None:
@@ -126,10 +138,20 @@ def to_heal(
     first = named(known, names).assign(sft_seed=0)
     more = named(first, [role["unpruned"], role["operating"]])
     again = [more.assign(sft_seed=seed) for seed in range(1, seeds)]
+    if shuffled is not None:
+        again.append(pd.DataFrame([in_random_order(known, role["operating"], shuffled)]))
     frame = pd.concat([first, *again], ignore_index=True)
     marks = [f"~{seed}" if seed else "" for seed in frame.sft_seed]
     names = {"adapter": frame.variant + marks, "healed_variant": frame.variant + HEALED + marks}
     return frame.assign(**names)
+
+
+def in_random_order(known: pd.DataFrame, name: str, seed: int) -> dict:
+    """A pruned variant with its blocks in random order: as deep, but no model that was trained."""
+    recipe = recipe_of(known, name)
+    kept = np.random.default_rng([seed, 5]).permutation(recipe.kept()).tolist()
+    shuffled = recipe.pruned(kept, recipe.absent())
+    return variant(f"{name}-{SHUFFLED}", shuffled, criterion=SHUFFLED)
 
 
 def to_quantize(known: pd.DataFrame, choice: dict) -> tuple[list[str], list[str]]:

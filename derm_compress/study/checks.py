@@ -19,7 +19,7 @@ from derm_compress.method.quantization import methods, wanted
 from derm_compress.model import shapes
 from derm_compress.model.shapes import Architecture
 from derm_compress.model.units import Unit
-from derm_compress.model.variants import paper_depth
+from derm_compress.model.variants import RIVAL, paper_depth
 
 
 def check(plan, stages: Collection[str]) -> None:
@@ -39,6 +39,8 @@ def check(plan, stages: Collection[str]) -> None:
         if "03" in todo:
             check_rankings(p, arch.blocks)
             check_embedder(p)
+        if "05" in todo:
+            check_rivals(p)
         if todo & {"04", "05", "07"}:
             check_depths(p, arch.blocks, todo)
         if "06" in todo:
@@ -103,6 +105,15 @@ def check_rankings(p: dict, blocks: int) -> None:
     if PUBLISHED.name in p["rankings"] and blocks != published_plan().blocks:
         said = f"published is an order of {published_plan().blocks} blocks"
         raise DermError(f"rankings: {said}, and {p['model']} has {blocks}; leave it out")
+
+
+def check_rivals(p: dict) -> None:
+    """Rivals to heal are ranked, and remove whole blocks; the default may be missing."""
+    if missing := [name for name in p["sft_rivals"] if name not in {*p["rankings"], RIVAL}]:
+        raise DermError(f"sft_rivals: {missing} are not among rankings; add them there, too")
+    whole = {PUBLISHED.name, *(one.name for one in rankings(p["rankings"]) if not one.parts)}
+    if parts := [name for name in p["sft_rivals"] if name not in {*whole, RIVAL}]:
+        raise DermError(f"sft_rivals: {parts} remove attentions or MLPs; name rankings of blocks")
 
 
 def check_embedder(p: dict) -> None:

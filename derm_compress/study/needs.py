@@ -20,6 +20,7 @@ from derm_compress.model.memory import (
     plan_weights,
 )
 from derm_compress.model.shapes import Architecture
+from derm_compress.model.variants import RIVAL
 
 PROMPT, ANSWER = 24, 60  # tokens beside a picture's: of a question, an answer
 GROUPED = (  # one of each that share inputs
@@ -53,13 +54,14 @@ class Needs:
         self.p, self.arch, self.gpus = p, arch, gpus
         self.weights = sum(plan_weights(arch).values())
         self.kinds = len(dialogue.QUESTIONS)
-        self.rival = "magnitude" in p["rankings"]
+        self.rival = RIVAL in p["rankings"] and RIVAL in p["sft_rivals"]
 
     def steps(self) -> list[Step]:
         """All parts of all stages, in order."""
         p, arch = self.p, self.arch
         pictures = p["n_train"] + p["n_test"] + p["n_heldout"]
-        tuned = 3 + self.rival + len(p["sft_depths"]) + 2 * (p["sft_seeds"] - 1)
+        rivals = len({*p["sft_rivals"]} & {*p["rankings"]})
+        tuned = 3 + rivals + p["relearning"] + len(p["sft_depths"]) + 2 * (p["sft_seeds"] - 1)
         tune, heal = self.training(p["finetune_rank"]), self.training(p["sft_rank"])
         adapters = self.adapter(p["finetune_rank"]), tuned * self.adapter(p["sft_rank"])
         statistics = 10 * 3 * self.tokens(1) * arch.hidden

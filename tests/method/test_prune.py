@@ -251,10 +251,18 @@ def test_plans_refuse_what_they_were_not_made_for():
     assert Plan.from_dict(PLAN.to_dict()) == PLAN
 
 
-@pytest.mark.parametrize("kept", [[], [0, 0, 1], [2, 1], [0, 8]])
+@pytest.mark.parametrize("kept", [[], [0, 0, 1], [-1, 1], [0, 8]])
 def test_impossible_positions_are_refused(pico, kept):
-    with pytest.raises(DermError, match="rising positions"):
+    with pytest.raises(DermError, match="are not positions"):
         removal.apply(pico[0], kept)
+
+
+def test_kept_blocks_may_stand_in_another_order(pico):
+    model, processor = pico
+    layers = list(anatomy.blocks(model))
+    removal.apply(model, [5, 0, 2])
+    assert [*anatomy.blocks(model)] == [layers[5], layers[0], layers[2]]
+    assert [layer.self_attn.layer_idx for layer in anatomy.blocks(model)] == [0, 1, 2]
 
 
 def scores(**by_depth):

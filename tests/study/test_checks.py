@@ -73,6 +73,11 @@ WRONG = {
     },
     "goes as far as 5 units": {"depths": [31]},
     r"sft_depths: \[16\] of 32 are not among depths": {"sft_depths": [16]},
+    "sft_rivals: .'last'. are not among rankings": {"sft_rivals": ["last"]},
+    "sft_rivals: .'taylor-mlp'. remove attentions": {
+        "sft_rivals": ["taylor-mlp"],
+        "rankings": ["output_similarity", "taylor-mlp"],
+    },
     r"equal_bytes: \[16\] of 32 are not among depths": {"equal_bytes": [16]},
     r"equal_bytes: \[8\] of 32 are not healed": {"equal_bytes": [8]},
     "equal_bytes: the first ranking takes runs": {"rankings": ["angular-contiguous"]},
