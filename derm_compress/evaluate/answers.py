@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,9 @@ from derm_compress.model import anatomy, devices, loading, memory, oom, shapes
 from derm_compress.model import variants as variants_of
 from derm_compress.model.generation import generate
 from derm_compress.model.prompts import prepare, prompt
+from derm_compress.model.reading import Prompts
 from derm_compress.model.variants import ORIGINAL
+from derm_compress.model.writing import greedy_answers
 from derm_compress.progress import track
 
 
@@ -37,7 +40,9 @@ def answer(
 ) -> pd.DataFrame:
     """One row per item and question (schema.ANSWER).
 
-    A batch whose answers are all in the journal is not generated again.
+    They come in rounds of `batch_size` pictures, each by itself: a neighbour may move a last digit,
+    and so a word where two nearly tie. A round whose answers are all in the journal is not asked
+    again, another is asked whole.
 
     A model without values says nothing: no row.
     """
@@ -45,30 +50,65 @@ def answer(
         return schema.frame([], schema.ANSWER)
     devices.spread(model)
     journal = journal or Journal()
-    keys = {
-        (item.id, kind): f"{variant} {item.id} {kind}"
-        for kind in dialogue.QUESTIONS
-        for item in items
-    }
-    batches = []  # of one kind of question each: a batch goes on until its longest answer ends
+    way = batch_replies if devices.is_spread(model) else picture_replies
+    replies = partial(way, model, processor, images=images, max_new_tokens=max_new_tokens)
+    rounds = []
+    for start in range(0, len(items), batch_size):
+        some = items[start : start + batch_size]
+        asked = {
+            f"{variant} {item.id} {kind}": (item, kind)
+            for kind in dialogue.QUESTIONS
+            for item in some
+        }
+        if not journal.done.keys() >= asked.keys():
+            rounds.append((some, asked))
+    what = f"answers of {variant}"
+    for some, asked in track(rounds, what):
+        batch_size, told = oom.halved(partial(_of_size, replies, some), batch_size, what)
+        for key, (item, kind) in asked.items():
+            if key not in journal.done:
+                journal.add(key, {"variant": variant, **_asked(item, kind), **told[item.id, kind]})
+    keys = [f"{variant} {item.id} {kind}" for kind in dialogue.QUESTIONS for item in items]
+    return schema.frame([journal.done[key] for key in keys], schema.ANSWER)
+
+
+def picture_replies(
+    model, processor, items: Sequence[Item], images: np.ndarray, *, batch_size, max_new_tokens
+) -> dict[tuple[str, str], dict]:
+    """{(item, question): answer, tokens, stopped} of a model on one device: prompts read once."""
+    questions = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
+    prompts = Prompts.of(processor, images[0], questions, anatomy.decoder(model).device)
+    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    found = {}
+    for said in greedy_answers(model, prompts, items, images, **how):
+        text = processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
+        stopped = said.tokens[-1] in prompts.ends
+        found[said.item, said.question] = _reply(text, len(said.tokens), stopped)
+    return found
+
+
+def batch_replies(
+    model, processor, items: Sequence[Item], images: np.ndarray, *, batch_size, max_new_tokens
+) -> dict[tuple[str, str], dict]:
+    """The same of any model, by generate: each batch goes on until its longest answer ends."""
+    found = {}
     for kind in dialogue.QUESTIONS:
         for start in range(0, len(items), batch_size):
-            batch = [(item, kind) for item in items[start : start + batch_size]]
-            if not journal.done.keys() >= {keys[item.id, kind] for item, kind in batch}:
-                batches.append(batch)  # whole: a neighbour may move a last digit
+            some = items[start : start + batch_size]
+            texts = [prompt(processor, kind)] * len(some)
+            inputs = prepare(processor, texts, images[[item.row for item in some]], model.device)
+            told = generate(model, processor, inputs, max_new_tokens=max_new_tokens)
+            for item, *reply in zip(some, *told, strict=True):
+                found[item.id, kind] = _reply(*reply)
+    return found
 
-    def replies(part):
-        texts = [prompt(processor, kind) for _, kind in part]
-        inputs = prepare(processor, texts, images[[item.row for item, _ in part]], model.device)
-        return zip(*generate(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True)
 
-    what = f"answers of {variant}"
-    for part, told in oom.in_parts(replies, track(batches, what), what):
-        for (item, kind), (text, tokens, stopped) in zip(part, told, strict=True):
-            said = {"variant": variant, "answer": text, "tokens": tokens, "stopped": stopped}
-            if keys[item.id, kind] not in journal.done:
-                journal.add(keys[item.id, kind], _asked(item, kind) | said)
-    return schema.frame([journal.done[key] for key in keys.values()], schema.ANSWER)
+def _reply(text: str, tokens: int, stopped: bool) -> dict:
+    return {"answer": text, "tokens": tokens, "stopped": stopped}
+
+
+def _of_size(replies: Callable, items: Sequence[Item], batch_size: int) -> tuple[int, dict]:
+    return batch_size, replies(items, batch_size=batch_size)
 
 
 def _asked(item: Item, kind: str) -> dict:

@@ -52,6 +52,11 @@ def spread(model, over: int | None = None, **how) -> None:
     dispatch_model(model, placement(model, over), skip_keys="past_key_values", **how)
 
 
+def is_spread(model) -> bool:
+    """Whether a model's parts are on several devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
 def placement(model, over: int) -> dict[str, int]:
     """{module: GPU}: blocks evenly, the rest by the first or the last, a tied head by the first."""
     inner, count = "model.language_model", len(blocks(model))

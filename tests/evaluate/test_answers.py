@@ -12,10 +12,14 @@ from derm_compress.evaluate.answers import answer, answer_controls, answer_varia
 from derm_compress.evaluate.losses import answer_losses
 from derm_compress.files import Journal
 from derm_compress.method.pruning.plan import Plan
+from derm_compress.method.quantization.methods import Form
+from derm_compress.method.quantization.quantize import quantize
+from derm_compress.model import removal
 from derm_compress.model import variants as variants_of
 from derm_compress.model.anatomy import image_tokens
 from derm_compress.model.generation import generate
 from derm_compress.model.prompts import encode
+from derm_compress.model.units import Unit
 
 PLAN = Plan("output_similarity", (3, 5, 2, 6, 4), (0, 1, 7), 8, "f" * 16)
 HOW = {"device": "cpu", "batch_size": 12, "max_new_tokens": 3}
@@ -44,22 +48,49 @@ def test_a_shared_model_answers_as_one_made_alone(variants, store, dataset):
     assert list(together) == [*schema.ANSWER, *schema.SCORE] and set(together.judge) == {"rubric"}
 
 
-def test_a_batch_that_was_cut_off_is_asked_again_as_it_was(pico, dataset, tmp_path, monkeypatch):
-    path, sizes, generate = tmp_path / "j", [], answers.generate
+@pytest.mark.parametrize("way", [answers.picture_replies, answers.batch_replies])
+def test_a_round_that_was_cut_off_is_asked_again_as_it_was(
+    pico, dataset, tmp_path, monkeypatch, way
+):
+    path, seen = tmp_path / "j", []
 
-    def counted(model, processor, inputs, **how):
-        sizes.append(len(inputs["input_ids"]))
-        return generate(model, processor, inputs, **how)
+    def watched(model, processor, items, *more, **how):
+        seen.append(([item.id for item in items], how["batch_size"]))
+        return way(model, processor, items, *more, **how)
 
-    monkeypatch.setattr(answers, "generate", counted)
-    asked = dataset.of("test")[:4], dataset.images
+    monkeypatch.setattr(answers, "picture_replies", watched)
+    items, pictures = dataset.of("test")[:5], dataset.images
     how = {"variant": "v", "batch_size": 2, "max_new_tokens": 3}
-    first = answer(*pico, *asked, journal=Journal(path), **how)
+    first = answer(*pico, items, pictures, journal=Journal(path), **how)
+    ids = [item.id for item in items]
+    rounds = [(ids[:2], 2), (ids[2:4], 2), (ids[4:], 2)]
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:3]))
-    again = answer(*pico, *asked, journal=Journal(path), **how)
-    assert sizes == [2] * (6 + 5) and again.equals(first)
+    path.write_bytes(b"".join(lines[:8]))  # a round is whole, one is begun
+    again = answer(*pico, items, pictures, journal=Journal(path), **how)
+    assert seen == [*rounds, *rounds[1:]] and again.equals(first) and len(again) == 15
     assert path.read_bytes() == b"".join(lines)
+
+
+FORMS = {
+    "rounded": (Form("rtn", 4), False),
+    "packed": (Form("rtn", 3), True),  # torch's int4 kernel would compute in bfloat16
+}
+
+
+@pytest.mark.parametrize(("form", "batch_size"), [(None, 2), ("rounded", 4), ("packed", 12)])
+def test_answers_are_those_of_generate(pico, dataset, form, batch_size):
+    """Of a whole model, and of one that lacks a block, the first attention and an MLP."""
+    model, processor = pico
+    if form:
+        how = dict(zip(("form", "packed"), FORMS[form], strict=True))
+        quantize(model, **how)
+    asked = processor, dataset.of("test")[:4]
+    how = {"images": dataset.images, "batch_size": batch_size, "max_new_tokens": 12}
+    for removed in ([], [Unit(2), Unit(0, "attention"), Unit(5, "mlp")]):
+        with removal.without(model, removed):
+            told = answers.picture_replies(model, *asked, **how)
+            assert told == answers.batch_replies(model, *asked, **how)
+            assert len(told) == 12 and len({said["answer"] for said in told.values()}) > 3
 
 
 def test_controls_show_other_pictures_and_keep_the_reference(variants, store, dataset):

@@ -8,10 +8,9 @@ from letters import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
-from derm_compress.method.importance import drafts
 from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.importance.drafts import ablated_answers
-from derm_compress.model import reading, removal
+from derm_compress.model import reading, removal, writing
 from derm_compress.model.prompts import prepare, prompt
 from derm_compress.model.reading import Prompts
 from derm_compress.model.units import Unit
@@ -96,7 +95,7 @@ def test_half_as_many_answers_are_read_as_written_and_one_reading_is_alive(
             counts.append((len(told), any(told)))
             super().__init__(model, prompts, pictures, picture, kinds, told, units)
 
-    monkeypatch.setattr(drafts, "Reading", Watched)
+    monkeypatch.setattr(writing, "Reading", Watched)
     for units, expected in ((UNITS, [(6, False), (4, True), (2, True)]), ([], [(6, False)])):
         counts = []
         written(small, eos=told[0], batch_size=6, units=units)
@@ -115,16 +114,16 @@ def test_answers_end_at_the_most_tokens(small, told, most):
 
 @pytest.mark.parametrize("ahead", [0, 1, 20])
 def test_guesses_change_no_answer(small, told, ahead, monkeypatch):
-    monkeypatch.setattr(drafts.Writer, "AHEAD", ahead)
+    monkeypatch.setattr(writing.Writer, "AHEAD", ahead)
     rows = written(small, eos=told[0], batch_size=4)
     assert {key: row.tokens for key, row in rows.items()} == told[1]
 
 
 def test_a_guess_is_what_followed_the_same_tokens_of_the_same_picture():
     def answer(item, *tokens):
-        return drafts.Answer(None, item, "q", list(tokens), 0, 0, 0)
+        return writing.Answer(None, item, "q", list(tokens), 0, 0, 0)
 
-    guesses = drafts.Guesses(longest=2)
+    guesses = writing.Guesses(longest=2)
     guesses.learn(answer("a", 1, 2, 3, 4))
     guesses.learn(answer("b", 9, 2, 5, 6))
     assert guesses.after(answer("a", 8, 2), 5) == [3, 4]

@@ -13,9 +13,8 @@ from derm_compress.method.importance import measure
 from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.quantization import search
 from derm_compress.method.quantization import wanted as wanted_frames
-from derm_compress.model import oom
+from derm_compress.model import oom, writing
 from derm_compress.model import variants as variants_of
-from derm_compress.model.generation import generate
 
 
 def narrow(most, seen):
@@ -69,14 +68,17 @@ def test_answers_go_on_with_smaller_batches(pico, dataset, monkeypatch, capsys):
         how = {"variant": "v", "batch_size": size, "max_new_tokens": 3}
         return answers.answer(*pico, dataset.of("test")[:4], dataset.images, **how)
 
-    def small(model, processor, inputs, **how):
-        narrow(2, [])(inputs["input_ids"])
-        return generate(model, processor, inputs, **how)
+    class Small(writing.Writer):
+        def __init__(self, *model, lines, **how):
+            narrow(6, sizes)(lines)
+            super().__init__(*model, lines=lines, **how)
 
-    whole = answered(2)
-    monkeypatch.setattr(answers, "generate", small)
-    assert answered(4).equals(whole)
-    assert "out of GPU memory with 4 at once; going on with 2" in capsys.readouterr().out
+    sizes, whole = [], answered(3)
+    monkeypatch.setattr(writing, "Writer", Small)
+    assert answered(12).equals(whole) and sizes == [12, 6]
+    assert "out of GPU memory with 12 at once; going on with 6" in capsys.readouterr().out
+    sizes.clear()
+    assert len(answered(3)) == 12 and sizes == [3, 3]
 
 
 def test_searches_go_on_with_fewer_pictures_of_which_all_questions_are_read(

@@ -10,152 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from derm_compress.data.items import Item
-from derm_compress.model import anatomy
-from derm_compress.model.cache import SlotCache
-from derm_compress.model.reading import Prompts, Reading, logits, run
+from derm_compress.model.reading import Prompts
 from derm_compress.model.units import Unit
-
-
-@dataclass
-class Answer:
-    """A greedy answer, under way or done, of the model without `unit` (None: the whole model)."""
-
-    unit: Unit | None
-    item: str
-    question: str
-    tokens: list[int]
-    accepted: int  # tokens of the draft that stand
-    near_ties: int  # tokens whose runner-up lay within rounding
-    position: int  # where its last token goes, which has not been read yet
-
-    @property
-    def key(self) -> tuple[Unit | None, str, str]:
-        return self.unit, self.item, self.question
-
-
-class Guesses:
-    """N-gram speculation: what followed the same tokens, in this picture's answers or else any."""
-
-    def __init__(self, longest: int = 4):
-        self.longest, self.known, self.learnt = longest, {}, set()
-
-    def learn(self, answer: Answer) -> None:
-        item, question, tokens = answer.item, answer.question, answer.tokens
-        if (item, question, *tokens) in self.learnt:
-            return
-        self.learnt.add((item, question, *tokens))
-        for end in range(1, len(tokens)):
-            for start in range(max(0, end - self.longest), end):
-                run = tuple(tokens[start:end])
-                self.known[item, question, run] = self.known[question, run] = tokens, end
-
-    def after(self, answer: Answer, count: int) -> list[int]:
-        """Up to `count` tokens, by the longest run that is known; of its own picture first."""
-        tokens = answer.tokens
-        for start in range(max(0, len(tokens) - self.longest), len(tokens)):
-            run = tuple(tokens[start:])
-            for place in ((answer.item, answer.question, run), (answer.question, run)):
-                if place in self.known:
-                    told, end = self.known[place]
-                    return told[end : end + count]
-        return []
-
-
-def choose(scores: torch.Tensor) -> tuple[list, list]:
-    """Greedy tokens of logits [..., vocabulary], and whether the runner-up lies within rounding."""
-    best = scores.float().topk(2)
-    first, second = best.values.unbind(-1)
-    near = first - second <= 4 * torch.finfo(scores.dtype).eps * first.abs()
-    return best.indices[..., 0].tolist(), near.tolist()
-
-
-class Writer:
-    """Continuous batching: up to `lines` answers at once; a freed line takes the next.
-
-    Each is read with AHEAD guesses behind its last token, of which those stand that greedy decoding
-    agrees with: a third sooner for long answers, a little later for those of a few words.
-    """
-
-    AHEAD = 7
-
-    def __init__(self, model, *, lines: int, width: int, max_new_tokens: int, ends: list[int]):
-        self.model, self.lines, self.most, self.ends = model, lines, max_new_tokens, ends
-        self.cache, self.guesses = SlotCache(lines, width + self.AHEAD), Guesses()
-        self.answers: list[Answer] = []  # under way; the first lines are theirs
-
-    def ended(self, tokens: Sequence[int]) -> bool:
-        return len(tokens) >= self.most or (bool(tokens) and tokens[-1] in self.ends)
-
-    def add(self, going: list[tuple[int, Answer]], reading: Reading, cache) -> Iterator[Answer]:
-        """Goes on with (row of the reading, answer); gives back answers that end meanwhile."""
-        while going:
-            first = len(self.answers)
-            some, going = going[: self.lines - first], going[self.lines - first :]
-            if some:
-                rows = torch.tensor([row for row, _ in some], device=reading.picture.device)
-                self.cache.fill(slice(first, first + len(some)), reading.held(cache, rows))
-                self.answers += [answer for _, answer in some]
-            if going:
-                yield from self.step()
-
-    def flush(self) -> Iterator[Answer]:
-        """Finishes whatever is under way."""
-        while self.answers:
-            yield from self.step()
-
-    def step(self) -> Iterator[Answer]:
-        """Reads each answer's last token and guesses behind it; gives back answers that end."""
-        guessed = [self.guesses.after(answer, self.AHEAD) for answer in self.answers]
-        tokens, near = self.predict(guessed)
-        for line, answer in enumerate(self.answers):
-            self.take(answer, guessed[line], tokens[line], near[line])
-        for answer in self.free():
-            self.guesses.learn(answer)
-            yield answer
-
-    def predict(self, guessed: list[list[int]]) -> tuple[list, list]:
-        """Greedy tokens [answers, 1 + longest guess] after each token, and their near ties."""
-        device, most = anatomy.decoder(self.model).device, max(map(len, guessed))
-        ids = torch.zeros(len(guessed), 1 + most, dtype=torch.long)
-        gates = torch.ones(len(guessed), 2 * len(anatomy.blocks(self.model)), dtype=torch.bool)
-        for row, (answer, guess) in enumerate(zip(self.answers, guessed, strict=True)):
-            ids[row, : 1 + len(guess)] = torch.tensor([answer.tokens[-1], *guess])
-            if answer.unit:
-                gates[row, slice(*answer.unit.span)] = False
-        places = torch.tensor([[answer.position] for answer in self.answers], device=device)
-        positions = places + torch.arange(1 + most, device=device)
-        x = self.model.get_input_embeddings()(ids.to(device))
-        mask = self.cache.aim(positions, x.dtype)
-        x = run(self.model, x, self.cache, mask, positions, gates=gates.to(device))
-        return choose(logits(self.model, x))
-
-    def take(self, answer: Answer, guess: list[int], tokens: list[int], near: list[bool]) -> None:
-        """Adds tokens as far as the guess foresaw them, and one more."""
-        for i, token in enumerate(tokens):
-            answer.tokens.append(token)
-            answer.near_ties += near[i]
-            answer.position += 1
-            if self.ended(answer.tokens) or i >= len(guess) or guess[i] != token:
-                return
-
-    def free(self) -> list[Answer]:
-        """Takes out the answers that have ended; the last ones move to their lines."""
-        done = [self.ended(answer.tokens) for answer in self.answers]
-        ended = [answer for answer, over in zip(self.answers, done, strict=True) if over]
-        count = len(self.answers) - len(ended)
-        gaps = [line for line in range(count) if done[line]]
-        last = [line for line in range(count, len(done)) if not done[line]]
-        self.cache.move(last, gaps)
-        for line, gap in zip(last, gaps, strict=True):
-            self.answers[gap] = self.answers[line]
-        del self.answers[count:]
-        return ended
+from derm_compress.model.writing import Answer, Writer, read_without
 
 
 @torch.inference_mode()
@@ -175,14 +37,8 @@ def ablated_answers(
     are written at once.
     """
     units, drafts = sorted(map(Unit.of, units), reverse=True), {}
-    writer = Writer(
-        model,
-        lines=batch_size,
-        width=len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens,
-        max_new_tokens=max_new_tokens,
-        ends=prompts.ends,
-    )
-    whole = read_without(prompts, items, images, {}, (), writer)
+    writer = Writer(model, prompts, lines=batch_size, max_new_tokens=max_new_tokens)
+    whole = read_without(items, images, {}, (), writer)
     for answer in itertools.chain(whole, writer.flush()):
         drafts[answer.item, answer.question] = answer.tokens
         yield answer
@@ -190,49 +46,5 @@ def ablated_answers(
     half = (len(items) + 1) // 2
     for few in (items[:half], items[half:]):
         if few and units:
-            yield from read_without(prompts, few, images, drafts, units, writer)
+            yield from read_without(few, images, drafts, units, writer)
     yield from writer.flush()
-
-
-def read_without(
-    prompts: Prompts, items: Sequence[Item], images, drafts: dict, units, writer: Writer
-) -> Iterator[Answer]:
-    """Answers without each unit, or of the whole model; the writer goes on where drafts end.
-
-    Units go from the last to the first, so that the reading, which ends here, holds ever less.
-    """
-    asked = [(item.id, kind) for item in items for kind in prompts.rest]
-    picture = [i for i in range(len(items)) for _ in prompts.rest]
-    told = [drafts.get(key, []) for key in asked]
-    pictures, kinds = images[[item.row for item in items]], [kind for _, kind in asked]
-    reading = Reading(writer.model, prompts, pictures, picture, kinds, told, units)
-    for unit in units or [None]:
-        states, cache = reading.without(unit)
-        going = []
-        for row, scores in enumerate(reading.predictions(states)):
-            tokens, accepted, near_ties = verified(told[row], scores, writer)
-            place = reading.begin + reading.asked[row] + accepted
-            answer = Answer(unit, *asked[row], tokens, accepted, near_ties, place)
-            if writer.ended(tokens):
-                writer.guesses.learn(answer)
-                yield answer
-            else:
-                going.append((row, answer))
-        yield from writer.add(going, reading, cache)
-        if unit:
-            reading.forget(unit)
-
-
-def verified(draft: list[int], scores: torch.Tensor, writer: Writer) -> tuple[list[int], int, int]:
-    """What stands of a draft, by logits [tokens + 1, vocabulary], and the token after it.
-
-    (tokens, accepted, near ties)
-    """
-    chosen, near = choose(scores)
-    accepted = 0
-    while accepted < len(draft) and draft[accepted] == chosen[accepted]:
-        accepted += 1
-    tokens = list(draft[:accepted])
-    if not (accepted == len(draft) and writer.ended(draft)):
-        tokens.append(chosen[accepted])
-    return tokens, accepted, sum(near[: len(tokens)])
