@@ -74,17 +74,20 @@ def choose(scores: torch.Tensor) -> tuple[list, list]:
 class Writer:
     """Continuous batching: up to `lines` answers at once; a freed line takes the next.
 
-    Each is read with AHEAD guesses behind its last token, of which those stand that greedy decoding
-    agrees with: a third sooner for long answers, a little later for those of a few words.
+    With `guessing` each is read with AHEAD guesses behind its last token, of which those stand that
+    greedy decoding agrees with: a third sooner for long answers, later for those of a few words.
     """
 
     AHEAD = 7
 
-    def __init__(self, model, prompts: Prompts, *, lines: int, max_new_tokens: int):
+    def __init__(
+        self, model, prompts: Prompts, *, lines: int, max_new_tokens: int, guessing: bool = True
+    ):
         self.model, self.prompts, self.lines = model, prompts, lines
         self.most, self.ends = max_new_tokens, prompts.ends
         width = len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens
-        self.cache, self.guesses = SlotCache(lines, width + self.AHEAD), Guesses()
+        self.ahead = self.AHEAD if guessing else 0
+        self.cache, self.guesses = SlotCache(lines, width + self.ahead), Guesses()
         self.answers: list[Answer] = []  # under way; the first lines are theirs
 
     def ended(self, tokens: Sequence[int]) -> bool:
@@ -109,7 +112,7 @@ class Writer:
 
     def step(self) -> Iterator[Answer]:
         """Reads each answer's last token and guesses behind it; gives back answers that end."""
-        guessed = [self.guesses.after(answer, self.AHEAD) for answer in self.answers]
+        guessed = [self.guesses.after(answer, self.ahead) for answer in self.answers]
         tokens, near = self.predict(guessed)
         for line, answer in enumerate(self.answers):
             self.take(answer, guessed[line], tokens[line], near[line])
@@ -169,9 +172,10 @@ def greedy_answers(
     """Greedy answers to every prompt about each item, as they are finished.
 
     Up to `batch_size` prompts are read at once, those about a picture together, and as many answers
-    are written.
+    are written; a few words each, so without guesses.
     """
-    writer = Writer(model, prompts, lines=batch_size, max_new_tokens=max_new_tokens)
+    how = {"lines": batch_size, "max_new_tokens": max_new_tokens, "guessing": False}
+    writer = Writer(model, prompts, **how)
     some = max(1, batch_size // len(prompts.rest))
     for start in range(0, len(items), some):
         yield from read_without(items[start : start + some], images, {}, (), writer)
