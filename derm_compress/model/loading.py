@@ -28,7 +28,7 @@ PACKAGED = {"tiny": TINY, "small": small.SMALL, "pico": TINY}  # at least their 
 PICO_BLOCKS = 8  # random ones on the tiny model's shapes
 SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
 PARTIAL = "derm_compress.safetensors"  # of a model that lacks sublayers, for this loader alone
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 DERIVED = ("position_ids", "inv_freq")  # in old checkpoints, though they follow from the config
 
 # bitsandbytes names an optional CPU kernel at every import; what Transformers says is checked here
