@@ -26,7 +26,7 @@ STAGES = {  # stage: the templates that its notebook ends with
     "02_finetune": "extra_baselines",
     "03_layer_importance": "fig3_layer_importance extra_agreement extra_calibration_size",
     "04_pruning": "table1_pruning extra_criteria extra_sublayers",
-    "05_sft": "table2_sft extra_seeds",
+    "05_sft": "table2_sft extra_healed_rivals extra_seeds",
     "06_activation_analysis": "fig4_activations",
     "07_quantization": "table3_quantization extra_alpha extra_equal_bytes",
     "08_evaluation": "headline table4_efficiency extra_comparisons extra_power extra_diagnosis "

@@ -55,6 +55,23 @@ def sft(results: Results) -> pd.DataFrame:
     return table.merge(joins.of_paper(results, 2), on="variant", how="left")
 
 
+def healed_rivals(results: Results) -> pd.DataFrame:
+    """What was removed from the healed models of the operating depth; difference: the study's own
+    healed model's points above each, paired."""
+    models, own_model = results.models, results.main[2]
+    same = models.healed & models.bits.eq(16) & models.sft_seed.eq(0)
+    rows = []
+    for row in models[same & models.units_removed.eq(results.operating)].itertuples():
+        ours, theirs = (answers_of(results.answers, name) for name in (own_model, row.variant))
+        score = metrics.score_interval(theirs)
+        told = {"criterion": row.criterion, **joins.interval("score", score), "n": score.n or None}
+        if row.variant != own_model:
+            apart = metrics.paired_difference(ours, theirs)
+            told |= joins.interval("difference", apart)
+        rows.append(told)
+    return pd.DataFrame(rows) if len(rows) > 1 else pd.DataFrame()
+
+
 def quantization(results: Results) -> pd.DataFrame:
     """Every quantized model of the study's own criterion, with its output errors."""
     table = quantizers.quantized(results).sort_values(joins.FORM)

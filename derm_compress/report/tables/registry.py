@@ -23,6 +23,7 @@ from derm_compress.report.tables.text import readable, whole
 TABLES = {  # stem: a function of Results to a frame, empty where they do not suffice; their fields
     "table1_pruning": (pipeline.pruning, "variants"),
     "table2_sft": (pipeline.sft, "variants"),
+    "extra_healed_rivals": (pipeline.healed_rivals, "variants answers"),
     "table3_quantization": (pipeline.quantization, "variants"),
     "table4_efficiency": (pipeline.efficiency, "variants"),
     "table5_ablation": (pipeline.ablation, "variants"),
