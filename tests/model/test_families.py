@@ -320,7 +320,9 @@ def test_what_does_not_fit_is_refused_by_name_before_a_weight_is_read(tmp_path, 
         loading.load_base(str(folder))
 
 
-@pytest.mark.parametrize("name", ["./models/llava", "./mistyped", "a/b/c", "~/nowhere", "no such model"])
+@pytest.mark.parametrize(
+    "name", ["./models/llava", "./mistyped", "a/b/c", "~/nowhere", "no such model"]
+)
 def test_a_mistyped_path_is_no_hub_id(name):
     with pytest.raises(
         DermError, match="there is no such folder; a model is tiny, small, pico, a folder"
