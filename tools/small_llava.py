@@ -2,10 +2,11 @@
 
 A CLIP tower of 4 layers x 192 at 96 px (36 image tokens) and a two-layer projector for
 SmolLM2-135M-Instruct, whose weights stay as they are, as in LLaVA's first stage. The tower first
-learns the six attributes of drawn pictures. The projector then learns to write them as words: of
-every six image tokens one lies where the language model has the word for the picture's count, the
-next where it has that for its size, and so on. Last, it learns from what the language model says
-of pictures. No picture is ever shown with its disease: fine-tuning must have something to teach.
+learns the six attributes of drawn pictures. Both then learn to write them as words: of every
+six image tokens one lies where the language model has the word for the picture's count, the next
+where it has that for its size, and so on. Last, the projector learns from what the language model
+says of pictures. No picture is ever shown with its disease: fine-tuning must have something to
+teach.
 
 Half-done parts are kept in artifacts/small_llava, and taken up when the command is run again.
 """
@@ -50,7 +51,7 @@ SETTINGS = {
     "seed": 0,
     "pictures": 24_000,
     "tower": {"steps": 2200, "batch": 96, "lr": 1e-3},
-    "words": {"steps": 800, "batch": 64, "lr": 2e-3},
+    "words": {"steps": 900, "batch": 96, "lr": 1e-3},
     "answers": {"steps": 160, "batch": 12, "lr": 1e-3},
 }
 FEATURES = 8000  # pictures that the projector learns from
@@ -151,23 +152,30 @@ def train(
 
 def train_tower(model, pixels, facts, heads: nn.ModuleDict) -> float:
     """Teaches every image token, and all together, to name the six attributes."""
-    wanted, tower = targets(facts), model.model.vision_tower
+    wanted = targets(facts)
 
     def loss_of(rng, batch):
         rows = rng.integers(len(facts), size=batch)
-        shown = pixels(rows)
-        if rng.random() < 0.5:
-            shown = shown.flip(-1)  # no attribute knows left from right
-        tokens, total = seen(model, shown), 0
-        for name, head in heads.items():
-            right = wanted[name][rows].to(tokens.device)
-            said = head(tokens)
-            each = F.cross_entropy(said.transpose(1, 2), right[:, None].expand(-1, IMAGE_TOKENS))
-            total = total + (each + F.cross_entropy(said.mean(1), right)) / 2
-        return total
+        return naming_loss(heads, seen(model, shown(pixels, rows, rng)), wanted, rows)
 
-    weights = dict(tower.named_parameters()) | dict(heads.named_parameters())
-    return train("tower", loss_of, weights, **SETTINGS["tower"])
+    return train("tower", loss_of, named(model, "vision_tower") | named(heads), **SETTINGS["tower"])
+
+
+def shown(pixels, rows, rng) -> torch.Tensor:
+    """Pictures, half of the batches mirrored: no attribute knows left from right."""
+    found = pixels(rows)
+    return found.flip(-1) if rng.random() < 0.5 else found
+
+
+def naming_loss(heads, tokens, wanted, rows) -> torch.Tensor:
+    """Cross entropy of the attributes that the heads name, by each token and by all together."""
+    total = 0
+    for name, head in heads.items():
+        right = wanted[name][rows].to(tokens.device)
+        said = head(tokens)
+        each = F.cross_entropy(said.transpose(1, 2), right[:, None].expand(-1, IMAGE_TOKENS))
+        total = total + (each + F.cross_entropy(said.mean(1), right)) / 2
+    return total
 
 
 def seen(model, pixels: torch.Tensor) -> torch.Tensor:
@@ -198,18 +206,20 @@ def words(model, tokenizer) -> dict[str, torch.Tensor]:
     return found
 
 
-def train_on_words(model, features, facts, tokenizer) -> float:
-    """Image token i lies at the word for attribute i modulo 6."""
+def train_on_words(model, pixels, facts, heads, tokenizer) -> float:
+    """Image token i lies at the word for attribute i modulo 6; the tower goes on naming them."""
     known, wanted = words(model, tokenizer), targets(facts)
     each = torch.stack([known[name][wanted[name].to(known[name].device)] for name in known], 1)
     place = torch.arange(IMAGE_TOKENS) % len(known)
 
     def loss_of(rng, batch):
-        rows = rng.integers(len(features), size=batch)
-        error = model.model.multi_modal_projector(features[rows]) - each[rows][:, place]
-        return error.square().sum(-1).mean()
+        rows = rng.integers(len(facts), size=batch)
+        tokens = seen(model, shown(pixels, rows, rng))
+        error = model.model.multi_modal_projector(tokens) - each[rows][:, place]
+        return error.square().sum(-1).mean() + naming_loss(heads, tokens, wanted, rows)
 
-    return train("words", loss_of, projector(model), **SETTINGS["words"])
+    learned = named(model, "vision_tower", "multi_modal_projector") | named(heads)
+    return train("words", loss_of, learned, **SETTINGS["words"])
 
 
 def train_on_answers(model, prepare, features, facts) -> float:
@@ -222,7 +232,8 @@ def train_on_answers(model, prepare, features, facts) -> float:
 
     inner.language_model.requires_grad_(False)
     model.lm_head.requires_grad_(False)
-    return train("answers", loss_of, projector(model), **SETTINGS["answers"])
+    learned = named(model, "multi_modal_projector")
+    return train("answers", loss_of, learned, **SETTINGS["answers"])
 
 
 def answer_loss(model, prepare, features, facts, rng) -> torch.Tensor:
@@ -244,8 +255,15 @@ def answer_loss(model, prepare, features, facts, rng) -> torch.Tensor:
         return F.cross_entropy(model.lm_head(states[:, :-1][asked]).float(), labels[asked])
 
 
-def projector(model) -> dict[str, nn.Parameter]:
-    return dict(model.model.multi_modal_projector.named_parameters())
+def named(module, *parts: str) -> dict[str, nn.Parameter]:
+    """Weights by name, of all or of parts of a LLaVA; without the tower's last, unread norm."""
+    found = {}
+    for name, weight in module.named_parameters():
+        if "post_layernorm" in name:
+            continue
+        if not parts or name.startswith(tuple(f"model.{part}." for part in parts)):
+            found[name] = weight
+    return found
 
 
 class Pixels:
@@ -287,11 +305,11 @@ def build(folder: Path, device: str) -> None:
     sizes = {name: len(values) for name, values in synthetic.ATTRIBUTES.items()}
     heads = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in sizes.items()})
     seconds = {"tower": train_tower(model, pixels, facts, heads.to(device))}
+    seconds["words"] = train_on_words(model, pixels, facts, heads, prepare.tokenizer)
     with torch.no_grad():
         held = features_of(model, held_pixels, HELD)
         some = features_of(model, pixels, min(count, FEATURES))
         accuracy = tower_accuracy(heads, held, held_facts)
-    seconds["words"] = train_on_words(model, some, facts, prepare.tokenizer)
     read = words_read(model, held, held_facts, prepare.tokenizer)
     seconds["answers"] = train_on_answers(model, prepare, some, facts)
     with torch.no_grad():
