@@ -8,7 +8,8 @@ where it has that for its size, and so on. Last, the projector learns from what 
 says of pictures. No picture is ever shown with its disease: fine-tuning must have something to
 teach.
 
-Half-done parts are kept in artifacts/small_llava, and taken up when the command is run again.
+Half-done parts are kept in artifacts/small_llava, and taken up when the command is run
+again with the same settings.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,12 +37,13 @@ from transformers import (
 )
 
 from derm_compress.data import synthetic
+from derm_compress.files import digest
 from derm_compress.method.finetune.train import keep, resume
 from derm_compress.model import small
 from derm_compress.model.processors import in_parts
 from derm_compress.model.prompts import IGNORED, collate, encode
 from derm_compress.progress import track
-from tools.tiny_llava import bayes_accuracy, picture_conversation
+from tools.tiny_llava import bayes_accuracy, picture_conversation, targets, tower_accuracy
 
 SIZE, PATCH, WIDTH, LAYERS = 96, 16, 192, 4
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
@@ -56,6 +58,7 @@ SETTINGS = {
 }
 FEATURES = 8000  # pictures that the projector learns from
 HELD = 1024  # pictures that nothing is trained on, to measure with
+SHAPES = [SIZE, PATCH, WIDTH, LAYERS]
 
 
 def processor(tokenizer, template: str) -> LlavaProcessor:
@@ -107,14 +110,6 @@ def _some(begin: int, *, seed: int, part: int):
     return synthetic.pictures(part, seed=seed * 100_000 + begin, size=SIZE, diseases=False)
 
 
-def targets(facts: Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
-    """Index of each attribute's value: [pictures]."""
-    found = {}
-    for name, values in synthetic.ATTRIBUTES.items():
-        found[name] = torch.tensor([values.index(one[name]) for one in facts])
-    return found
-
-
 def train(
     what: str,
     loss_of: Callable[[np.random.Generator, int], torch.Tensor],
@@ -129,7 +124,8 @@ def train(
     loss_of(rng, batch) draws a batch.
     """
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
-    path = WORK / f"{what}.safetensors"
+    # what was begun with other settings is not gone on with
+    path = WORK / f"{what}-{digest([SETTINGS, SHAPES])[:8]}.safetensors"
     curve, told = resume(path, weights, optimizer)
     done = len(curve)
     for step in track(range(done, steps), what, total=steps - done):
@@ -185,15 +181,6 @@ def seen(model, pixels: torch.Tensor) -> torch.Tensor:
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=fast):
         states = tower(pixels, output_hidden_states=True).hidden_states
     return states[-1][:, 1:].float()
-
-
-def tower_accuracy(heads, features, facts) -> dict[str, float]:
-    """Share of pictures whose attributes the heads name rightly, by all image tokens together."""
-    right = {}
-    for name, wanted in targets(facts).items():
-        said = heads[name](features).mean(1).argmax(-1).cpu()
-        right[name] = round((said == wanted).float().mean().item(), 3)
-    return right
 
 
 @torch.no_grad()
@@ -333,7 +320,7 @@ def build(folder: Path, device: str) -> None:
         "seconds": {name: round(value) for name, value in seconds.items()},
         "parameters": sum(weight.numel() for weight in ours.values()),
         "settings": SETTINGS,
-        "tower_accuracy": accuracy,
+        "tower_accuracy": {name: round(share, 3) for name, share in accuracy.items()},
         "words_read": read,
         "answer_loss": round(loss, 3),
         "ceiling_of_diagnosis": round(bayes_accuracy(8000), 3),

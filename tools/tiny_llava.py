@@ -179,7 +179,8 @@ def _seen(model, pixels: torch.Tensor) -> torch.Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
-def _targets(facts: Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
+def targets(facts: Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
+    """Index of each attribute's value: [pictures]."""
     found = {}
     for name, values in synthetic.ATTRIBUTES.items():
         found[name] = torch.tensor([values.index(one[name]) for one in facts])
@@ -188,7 +189,7 @@ def _targets(facts: Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
 
 def train_tower(model, pixels, facts, *, steps: int, batch: int, seed: int) -> nn.ModuleDict:
     """Teach every image token to name all six attributes; returns the (discarded) heads."""
-    targets, draw = _targets(facts), torch.Generator().manual_seed(seed)
+    wanted_of, draw = targets(facts), torch.Generator().manual_seed(seed)
     sizes = {name: len(values) for name, values in synthetic.ATTRIBUTES.items()}
     heads = nn.ModuleDict({name: nn.Linear(TOWER_WIDTH, size) for name, size in sizes.items()})
 
@@ -196,7 +197,7 @@ def train_tower(model, pixels, facts, *, steps: int, batch: int, seed: int) -> n
         rows = torch.randint(len(facts), (batch,), generator=draw)
         tokens, total = _seen(model, pixels[rows]), 0
         for name, head in heads.items():
-            wanted = targets[name][rows, None].expand(-1, IMAGE_TOKENS)
+            wanted = wanted_of[name][rows, None].expand(-1, IMAGE_TOKENS)
             total = total + F.cross_entropy(head(tokens).transpose(1, 2), wanted)
         return total
 
@@ -208,8 +209,8 @@ def train_tower(model, pixels, facts, *, steps: int, batch: int, seed: int) -> n
 def tower_accuracy(heads, features, facts) -> dict[str, float]:
     """Share of pictures whose attributes the heads name rightly from the mean over image tokens."""
     right = {}
-    for name, wanted in _targets(facts).items():
-        said = heads[name](features).mean(1).argmax(-1)
+    for name, wanted in targets(facts).items():
+        said = heads[name](features).mean(1).argmax(-1).cpu()
         right[name] = (said == wanted).float().mean().item()
     return right
 
