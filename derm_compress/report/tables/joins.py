@@ -89,3 +89,10 @@ def of_paper(results: Results, number: int) -> pd.DataFrame:
     if number == 5 and symmetric:
         table.loc[len(table), ["setting", "variant"]] = SYMMETRIC, symmetric
     return table
+
+
+def beside_paper(table: pd.DataFrame, results: Results, number: int) -> pd.DataFrame:
+    """The paper's values beside each variant, in one row: where two of the paper's models are one
+    of the run's, those of the first."""
+    theirs = of_paper(results, number).drop_duplicates("variant")
+    return table.merge(theirs, on="variant", how="left")

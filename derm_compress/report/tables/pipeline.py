@@ -52,7 +52,7 @@ def sft(results: Results) -> pd.DataFrame:
         return pd.DataFrame()
     table = joins.sized(pd.DataFrame(rows), results)
     table = joins.join(table, results.training, ["seconds", "train_peak_gib"])
-    return table.merge(joins.of_paper(results, 2), on="variant", how="left")
+    return joins.beside_paper(table, results, 2)
 
 
 def healed_rivals(results: Results) -> pd.DataFrame:
@@ -79,7 +79,7 @@ def quantization(results: Results) -> pd.DataFrame:
     if results.errors is not None:
         errors = results.errors.groupby("variant").relative_error.mean()
         table["relative_error"] = table.variant.map(errors)
-    return table.merge(joins.of_paper(results, 3), on="variant", how="left")
+    return joins.beside_paper(table, results, 3)
 
 
 def efficiency(results: Results) -> pd.DataFrame:
