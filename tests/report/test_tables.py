@@ -10,6 +10,8 @@ import pytest
 from derm_compress.report import tables
 from derm_compress.report.page import to_markdown
 from derm_compress.report.results import Results, items_hash, load_results, pick
+from derm_compress.report.sentences import Facts
+from derm_compress.report.tables import joins
 
 GONE = ("blocks_removed", "attentions_removed", "mlps_removed")
 
@@ -39,6 +41,17 @@ def test_a_smaller_model_is_matched_by_fraction(results):
     assert table.fraction_removed.tolist() == [0, 0.25]
     assert table.paper_score.tolist() == [80.12, 49.5]  # 2 of 8 are 8 of 32
     assert (small.operating, small.deeper) == (2, 2)
+
+
+def test_one_model_in_two_of_the_papers_places_has_one_row(results):
+    """A model of so few blocks that none lies between the operating and the deeper depth."""
+    one = replace(results, choice=results.choice | {"deeper": results.operating})
+    keys = {"table2_sft": ["blocks_removed"], "table3_quantization": joins.FORM}
+    for stem, key in keys.items():
+        made = tables.make(stem, one)
+        assert not made.duplicated(key).any()
+        assert len(made) == len(tables.make(stem, results))
+    assert Facts(one).errors() == Facts(results).errors()
 
 
 def test_missing_scores_are_empty_in_the_csv_and_named_where_people_read(results):
