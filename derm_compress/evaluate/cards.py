@@ -20,12 +20,16 @@ NOT_PLAIN = (
     "plain Transformers cannot open this folder, as blocks lack their attention or MLP: "
     "use derm_compress.model.loading.load_base(folder)"
 )
+SMOLLM2 = (
+    f"{small.ATTRIBUTION} SmolLM2 is the work of Loubna Ben Allal, Anton Lozhkov, Elie Bakouch and "
+    "others (2025, arXiv 2502.02737); its licence lies beside this card, in LICENSE."
+)
 WEIGHTS = {  # licence of a base, by its name: the tag that the hub knows, and what it says
     "tiny": (
         "apache-2.0",
         "The base is the tiny model of derm_compress, under Apache-2.0 like its code.",
     ),
-    "small": ("apache-2.0", small.ATTRIBUTION),
+    "small": ("apache-2.0", SMOLLM2),
     "pico": ("apache-2.0", "The base has random weights; nobody's licence binds them."),
     "llava-1.5-7b-hf": (
         "llama2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from derm_compress.method.quantization import checkpoint
 from derm_compress.method.quantization.quantize import quantize_step
 from derm_compress.model import removal
 from derm_compress.model.anatomy import blocks, fingerprint
-from derm_compress.model.loading import PARTIAL, config_of, load_base
+from derm_compress.model.loading import LICENCE, PARTIAL, config_of, licence_of, load_base
 from derm_compress.model.recipe import Recipe
 
 
@@ -75,7 +76,8 @@ def to_half(model) -> None:
 def write_folder(
     path: Path, model, processor, recipe: Recipe, *, packed: bool = False, **card
 ) -> Path:
-    """A model folder of what a recipe has made, with its card; whole or not at all.
+    """A model folder of what a recipe has made, with its card and its base's licence; whole or not
+    at all.
 
     card: as of cards.model_card.
     """
@@ -85,6 +87,8 @@ def write_folder(
         processor.save_pretrained(draft)
         text = cards.model_card(recipe, len(blocks(model)), layout=layout, **card)
         (draft / "README.md").write_text(text, encoding="utf-8")
+        if licence := licence_of(recipe.base):
+            shutil.copyfile(licence, draft / LICENCE)
         for inner in draft.rglob("*"):  # safetensors are written for their owner alone
             inner.chmod(0o755 if inner.is_dir() else 0o644)
     return Path(path)

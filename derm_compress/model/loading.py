@@ -27,6 +27,7 @@ TINY = Path(__file__).parent / "tiny_llava"
 PACKAGED = {"tiny": TINY, "small": small.SMALL, "pico": TINY}  # at least their configs
 PICO_BLOCKS = 8  # random ones on the tiny model's shapes
 SEVEN_B = "llava-1.5-7b"  # the published shapes by name; no weights come with it
+LICENCE = "LICENSE"  # in a model folder, and in all that is made of it
 PARTIAL = "derm_compress.safetensors"  # of a model that lacks sublayers, for this loader alone
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 DERIVED = ("position_ids", "inv_freq")  # in old checkpoints, though they follow from the config
@@ -87,6 +88,12 @@ def config_of(name: str):
     if published and not Path(_source(name)).is_dir():
         return shapes.llava_7b_config()
     return _read_config(name)
+
+
+def licence_of(name: str) -> Path | None:
+    """The licence file in a model's own folder, if it has one."""
+    file = Path(_whole(name), LICENCE)
+    return file if file.is_file() else None
 
 
 def _source(name: str) -> str:

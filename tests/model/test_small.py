@@ -13,11 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from derm_compress.data import synthetic
 from derm_compress.errors import DermError
+from derm_compress.evaluate.export import export_model, prune_folder
 from derm_compress.files import file_digest
 from derm_compress.method import activations
+from derm_compress.method.pruning.plan import Plan
 from derm_compress.model import anatomy, gguf_llama, loading, prompts, shapes, small, wheels
 from derm_compress.model.generation import generate
-from derm_compress.study.plan import Plan
+from derm_compress.model.recipe import Recipe
+from derm_compress.study import plan as plans
 
 SHAPE = {"head": 16, "heads": 6, "kv_heads": 2, "mlp": 192}  # of two blocks x 96
 
@@ -140,6 +143,19 @@ def test_it_is_made_once_and_answers_on_pictures(at_hand, capsys, monkeypatch):
     assert not capsys.readouterr().out
 
 
+def test_what_is_made_of_it_has_its_licence_and_names_its_authors(fetched, store, tmp_path):
+    out = prune_folder("small", Plan("last", (1,), (0,), 2), 1, tmp_path / "pruned")
+    card = (out / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    for words in ("SmolLM2-135M-Instruct by Hugging Face", "Ben Allal", "in LICENSE"):
+        assert words in card
+    whole = Recipe(str(out), anatomy.fingerprint(loading.load_base(str(out))[0]), 1)
+    again = export_model(whole.to_json(), store, tmp_path / "exported")
+    for folder in (out, again):
+        assert (folder / "LICENSE").read_text() == "Apache License"
+    assert not loading.licence_of("pico")
+
+
 def test_a_damaged_folder_is_named_and_made_anew(fetched, capsys, monkeypatch):
     folder = small.model_folder()
     for name in ("model.safetensors", "tokenizer.json", small.MANIFEST):
@@ -188,7 +204,7 @@ def test_a_run_says_where_models_are_kept(monkeypatch, tmp_path):
     monkeypatch.setenv(small.MODELS, "")
     monkeypatch.setenv("DERM_COMPRESS_ROOT", str(tmp_path))
     assert small.home() == tmp_path / "artifacts" / "models"
-    Plan(tmp_path, {}, {"artifact_root": "elsewhere"}).settle_models()
+    plans.Plan(tmp_path, {}, {"artifact_root": "elsewhere"}).settle_models()
     assert small.home() == tmp_path / "elsewhere" / "models"
 
 
