@@ -357,6 +357,12 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
         files[name]["answers"] = answers(table[chosen], test, grade=grade, words=words)
         files[name]["variants"] = table[chosen]
     files["01_data"] |= {"items": pictures, "report.json": NOTED}
+    ablations = values[(values.ranking == "output_similarity") & (values["item"] != "")]
+    files["03_layer_importance"]["measured"] = ablations.assign(
+        question="features",
+        answer=[f"Without block {b} {words or ''}" for b in ablations.block],
+        original="A few red spots.",
+    )
     files["03_layer_importance"] |= {"values": values, "scores": scores, "plans.json": plans}
     files["04_pruning"]["choice.json"] = {
         "criterion": "output_similarity",

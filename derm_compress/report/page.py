@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import functools
 import html
+import io
 import statistics
 
 import pandas as pd
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from PIL import Image
 
 from derm_compress.report import wording
 
@@ -31,7 +33,7 @@ def environment() -> Environment:
     )
     made.filters |= {name: getattr(wording, name) for name in wording.FILTERS}
     made.filters |= {"inert": inert, "markdown": to_markdown, "rows": to_rows}
-    made.filters |= {"yaml": as_yaml, "base64": as_base64}
+    made.filters |= {"yaml": as_yaml, "base64": as_base64, "png": as_png}
     made.globals |= {"verdict": wording.verdict, "isnan": pd.isna}
     made.globals |= {"median": statistics.median, "mode": statistics.mode}
     return made
@@ -61,6 +63,13 @@ def to_rows(text: str) -> str:
 
 def as_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def as_png(picture: Image.Image, size: int = 216) -> str:
+    """A picture's bytes as base64, enlarged for the eye."""
+    written = io.BytesIO()
+    picture.resize((size, size), Image.Resampling.NEAREST).save(written, "png")
+    return as_base64(written.getvalue())
 
 
 def as_yaml(notes: dict) -> str:

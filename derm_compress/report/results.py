@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
+from safetensors import safe_open
 
 from derm_compress.evaluate import schema
 from derm_compress.files import read_frame, read_json
@@ -34,6 +36,8 @@ class Results:
 
     items: pd.DataFrame | None = _of("01_data/items.parquet")
     data_report: dict | None = _of("01_data/report.json")
+    images: Path | None = _of("01_data/dataset/images.safetensors")
+    ablations: pd.DataFrame | None = _of("03_layer_importance/measured.parquet")
     scores: pd.DataFrame | None = _of("03_layer_importance/scores.parquet")
     values: pd.DataFrame | None = _of("03_layer_importance/values.parquet")
     draws: pd.DataFrame | None = _of("03_layer_importance/draws.parquet")
@@ -57,6 +61,14 @@ class Results:
     evaluation: pd.DataFrame | None = _of("08_evaluation/answers.parquet")
     variants: pd.DataFrame | None = None
     answers: pd.DataFrame | None = None
+
+    def picture(self, item: str) -> Image.Image | None:
+        """An item's picture; it alone is read."""
+        if self.images is None or self.items is None or item not in set(self.items["id"]):
+            return None
+        row = int(self.items.row[self.items["id"] == item].iloc[0])
+        with safe_open(self.images, "np") as stored:
+            return Image.fromarray(stored.get_slice("images")[row : row + 1][0])
 
     @property
     def criterion(self) -> str:
@@ -185,11 +197,13 @@ def load_results(folders: dict[str, Path], **given) -> Results:
 
 
 def read(folders: dict[str, Path], file: str):
-    """`stage/name.parquet` or `.json`; None where the stage has not left it."""
+    """`stage/name.parquet` or `.json`, a path of pictures; None where the stage has not left it."""
     stage, _, name = file.partition("/")
     path = Path(folders[stage], name) if stage in folders else None
     if path is None or not path.is_file():
         return None
+    if path.suffix == ".safetensors":
+        return path
     return read_frame(path) if path.suffix == ".parquet" else read_json(path)
 
 

@@ -172,6 +172,14 @@ class Facts:
             return wording.model(row)
         return f"{wording.model(row)}, in {row.bits:g} bits by {wording.quantizer(row.quantizer)}"
 
+    def label(self, variant: str) -> str:
+        """A variant in a figure; its id where no stage says what it is."""
+        known = self.results.variants
+        if known is None or variant not in set(known.variant):
+            return variant
+        row = known[known.variant == variant].iloc[0]
+        return wording.label(row, self.results.criterion)
+
     def rankings(self) -> list[str]:
         """Every ranking that this run scored or removed blocks by."""
         values, variants = self.results.values, self.results.variants

@@ -76,6 +76,26 @@ def model(row) -> str:
     return f"{name} after SFT" if row["healed"] else name
 
 
+def label(row, own: str) -> str:
+    """A variant in a figure: 16 blocks removed, healed, AWQ, 4 bits; `own`: the study's ranking."""
+    parts = {"block": row.blocks_removed, "attention": row.attentions_removed}
+    parts["MLP"] = row.mlps_removed
+    gone = [f"{n} {part}{'s' if n > 1 else ''}" for part, n in parts.items() if n]
+    said = [f"{listed(gone)} removed" if gone else "unpruned"]
+    if row.criterion not in ("", own):
+        said[0] += f" by {words(row.criterion)}"
+    if row.healed:
+        said.append(f"healed (seed {row.sft_seed})" if row.sft_seed else "healed")
+    if row.quantizer:
+        said += [quantizer(row.quantizer), f"{row.bits:.2g} bits"]
+    return ", ".join(said)
+
+
+def size(gib: float) -> str:
+    """13.2 GiB; 4.9 MiB below one."""
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.1f} MiB"
+
+
 def words(name: str) -> str:
     """A method's or a ranking's name for people: output similarity (text only)."""
     base, *ways = name.split("-")

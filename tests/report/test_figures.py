@@ -7,12 +7,23 @@ from xml.etree import ElementTree
 
 import fabricate
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
 from derm_compress.evaluate.judges import rubric
 from derm_compress.report import tables
-from derm_compress.report.figures import FIGURES, draw_all, evaluation, figure, importance, quotes
+from derm_compress.report.figures import (
+    FIGURES,
+    ablation,
+    draw_all,
+    evaluation,
+    figure,
+    importance,
+    quotes,
+    typeset,
+)
 from derm_compress.report.figures.quotes import Quote
 from derm_compress.report.results import load_results
 from derm_compress.report.sentences import Facts
@@ -71,7 +82,7 @@ def test_equal_results_give_equal_files_whatever_the_callers_style(results, draw
         ("pareto", "memory", {"vram_gib_7b": 9.0}, "No variant stays below 4 GiB"),
         ("fig2_block_removal", "choice", {"operating": 2}, "the 2 that matter least go"),
         ("fig4_activations", "figure4", {"value": 99.0}, "the largest value is 99.0"),
-        ("fig7_iterative_pruning", "answers", {"stopped": True}, "Every answer ends"),
+        ("fig7_iterative_pruning", "answers", {"stopped": True}, "every answer ends"),
         ("extra_agreement", "extra_agreement", {"rho": 0.5}, "magnitude (0.50)"),
         ("extra_criteria", "extra_criteria_tests", {"p_all_holm": 1.0}, "cannot be told apart"),
         ("extra_criteria", "extra_criteria_tests", {"p_all_holm": 0.0}, "similarity beats mag"),
@@ -186,7 +197,7 @@ def test_right_and_wrong_facts_differ_by_more_than_colour():
         text, found = quotes.cards([quote]), ("Psoriasis", "melanoma")
         assert f"<b class=right>{found[right]}</b>" in text
         assert f"<s class=wrong>{found[wrong]}</s>" in text
-        runs = [run for line in quotes.lines([quote]) for run in line]
+        runs = [run[1:] for line in quotes.lines([quote]) for run in line]
         assert (found[right], quotes.RIGHT) in runs and quotes.WRONG in [look for _, look in runs]
     assert quotes.RIGHT["fontweight"] == "bold" and quotes.WRONG["fontstyle"] == "italic"
 
@@ -215,20 +226,69 @@ def test_figures_5_and_7_show_every_answer_beside_its_reference(drawn):
     page = drawn["fig5_case_studies"].html
     assert page.count("<h3>") == 3 and page.count("Reference") == 3
     assert page.count("<figure class=said>") == 12 and "class=right" in page.split("</p>", 1)[1]
-    assert page.count("Original, grade") == page.count("Pruned + quantized, grade") == 3
-    page = drawn["fig7_iterative_pruning"].html
-    assert page.count("<figure class=said>") == len(fabricate.DEPTHS) + 1
-    assert page.count("[does not end]") == sum(depth >= 10 for depth in fabricate.DEPTHS)
-    assert page.count("<div class=answers>") == page.count("</div>") == 1  # one grid for all
-    assert page.index("10 blocks removed") < page.index("[does not end]")
+    assert page.count("unpruned, grade") == page.count("6 blocks removed, AWQ, 4 bits, grade") == 3
+    assert "<dt>6 blocks removed, healed, AWQ, 4 bits</dt><dd>0.7 MiB (7B: 3.6 GiB)" in page
+    page, data = drawn["fig7_iterative_pruning"].html, drawn["fig7_iterative_pruning"].data
+    changes = int(data.answer.ne(data.answer.shift()).sum())
+    assert page.count("<figure class=said>") == changes + 1 <= len(data) == len(fabricate.DEPTHS)
+    assert page.count("[does not end]") == data[~data.stopped].answer.nunique() > 0
+    assert page.count("<div class=answers>") == page.count("<h3>") == 1  # one grid for all
+    assert page.index("12 blocks removed") < page.index("[does not end]")
 
 
 def test_text_figures_keep_every_word_within_their_width():
     text = "supercalifragilistic " * 3 + "x" * 200 + " end"
-    lines = quotes.flow(text, [])
-    joined = "".join(run for line in lines for run, _ in line).replace(" ", "")
-    assert joined == re.sub(r"\s", "", text)
-    assert all(sum(len(run) + 1 for run, _ in line) <= quotes.COLUMNS - 3 for line in lines)
+    for at, to in ((1, 0), (20, 40)):
+        lines = typeset.flow(text, at=at, to=to)
+        joined = "".join(run for line in lines for _, run, _ in line).replace(" ", "")
+        assert joined == re.sub(r"\s", "", text)
+        edges = [(column, column + len(run)) for line in lines for column, run, _ in line]
+        assert all(at <= a < b <= (to or typeset.COLUMNS - 1) for a, b in edges)
+
+
+def ablations(*answers):
+    """What stage 03 keeps of one picture: each block's answer; the value: 1 - cosine."""
+    rows = [(i, said, float(said != WHOLE) / (i + 2)) for i, said in enumerate(answers)]
+    frame = pd.DataFrame(rows, columns=["block", "answer", "value"])
+    told = {"ranking": "output_similarity", "part": "block", "question": "features"}
+    return frame.assign(original=WHOLE, item="train-1", **told)
+
+
+WHOLE = "A few red spots on the face."
+
+
+def test_the_answer_without_each_block_shows_what_changed(results, tmp_path):
+    same, less, evil = WHOLE, "A few red spots.", f"A few {fabricate.EVIL}"
+    kept = ablations(evil, "A few red scales on the face.", same, same, less)
+    typical = kept.assign(item="train-2", value=9.0, answer="never shown")
+    shown = facts(results, ablations=pd.concat([kept, kept.assign(item="train-0"), typical]))
+    drawing = FIGURES["without_each_block"](shown)
+    assert drawing.data.answer.tolist() == kept.answer.tolist()
+    assert drawing.finding.startswith("2 of 5 blocks") and "block 0" in drawing.finding
+    assert {"2 to 3", "the same, word for word", "scales"} <= set(texts(drawing))
+    assert "<b>scales</b>" in drawing.html and "<b>&lt;script&gt;" in drawing.html
+    assert "<script" not in drawing.html and "never shown" not in drawing.html
+    assert ablation.compared("a c d", "a b c") == [("a", False), ("c", False), ("d", True)]
+    lightness = [sum(matplotlib.colors.to_rgb(ablation.shade(x))) for x in (1, 0.99, 0.5, -0.2)]
+    assert lightness == sorted(lightness, reverse=True) and lightness[0] - lightness[1] > 0.1
+    unknown = kept.drop(columns="answer")
+    assert FIGURES["without_each_block"](facts(results, ablations=unknown)) is None
+
+
+def test_a_picture_stands_beside_the_first_lines(results, tmp_path):
+    images = np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
+    save_file({"images": images}, tmp_path / "images.safetensors")
+    items = results.items.assign(row=2)
+    seen = facts(results, images=tmp_path / "images.safetensors", items=items)
+    assert (np.asarray(seen.results.picture(items["id"][0])) == images[2]).all()
+    assert seen.results.picture("nobody") is None
+    for stem in ("fig5_case_studies", "fig7_iterative_pruning"):
+        drawing = FIGURES[stem](seen)
+        (frame,) = drawing.figure.axes
+        edge = frame.get_window_extent()
+        beside = [text.get_window_extent() for text in drawing.figure.texts]
+        assert not any(edge.overlaps(box) for box in beside)
+        assert drawing.html.count("<img src=") == 1
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from derm_compress.report.figures import evaluation, importance, pruning, quantization, quotes
+from derm_compress.report.figures import (
+    ablation,
+    evaluation,
+    importance,
+    pruning,
+    quantization,
+    quotes,
+)
 from derm_compress.report.figures.style import FIGURES, Drawing
 from derm_compress.report.results import Results
 from derm_compress.report.sentences import Facts
 
-MODULES = (evaluation, importance, pruning, quantization, quotes)  # each registers its figures
+MODULES = (
+    ablation,
+    evaluation,
+    importance,
+    pruning,
+    quantization,
+    quotes,
+)  # each registers its figures
 
 
 def figure(stem: str, results: Results) -> Drawing | None:

@@ -1,4 +1,4 @@
-"""Figures 5 to 7 are text, drawn and as HTML: answers with their facts marked, and the judge's.
+"""Figures 5 to 7: pictures, questions and answers with their facts marked, and the judge's text.
 
 A right fact is bold, a wrong one slanted or struck through, so that grey prints and screen readers
 keep them apart. All that a model said is escaped, and drawn as it is. No torch.
@@ -6,26 +6,23 @@ keep them apart. All that a model said is escaped, and drawn as it is. No torch.
 
 from __future__ import annotations
 
-import re
-import textwrap
 from dataclasses import dataclass
 
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from PIL import Image
 
 from derm_compress.data import dialogue
 from derm_compress.evaluate.judges import rubric
 from derm_compress.report.figures import style
-from derm_compress.report.figures.style import QUANTIZED, QUIET, Drawing
+from derm_compress.report.figures.style import QUANTIZED, Drawing
+from derm_compress.report.figures.typeset import BESIDE, HEAD, SMALL, Lines, drawn, flow, plain
 from derm_compress.report.page import page
 from derm_compress.report.sentences import Facts
+from derm_compress.report.tables import joins
+from derm_compress.report.wording import size
 
-COLUMNS = 76  # characters of a drawn line
-ADVANCE = 10 / 140  # inches of one at 8.5 points: whole pixels, so nothing drifts
 RED = "#b00020"
-HEAD, PLAIN, SMALL = {"fontweight": "bold"}, {}, {"color": QUIET}
 ALARM = {"color": RED, "fontweight": "bold"}
 RIGHT = {"color": QUANTIZED, "fontweight": "bold"}
 WRONG = {"color": RED, "fontstyle": "italic"}
@@ -69,77 +66,51 @@ class Quote:
         return [piece for piece in [*found, (text[at:], None)] if piece[0]]
 
 
-def plain(text: str, limit: int) -> str:
-    """One line of at most so many characters; control characters become blanks."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= limit else text[:limit] + " ..."
-
-
 def by_question(quotes: list[Quote]) -> dict[str, list[Quote]]:
     """{question as it is asked: its quotes}."""
     kinds = dict.fromkeys(quote.question for quote in quotes)
     return {dialogue.question(k): [q for q in quotes if q.question == k] for k in kinds}
 
 
-def cards(quotes: list[Quote]) -> Markup:
-    """A row of cards a question, the reference first."""
+def cards(
+    quotes: list[Quote], picture: Image.Image | None = None, told: list[tuple[str, str]] = ()
+) -> Markup:
+    """A row of cards a question, the reference first, below the picture and what is told of it."""
     asked = {
         question: [Quote("Reference", some[0].question, *[some[0].reference] * 2), *some]
         for question, some in by_question(quotes).items()
     }
-    return Markup(page("quotes.html", asked=asked))
+    return Markup(page("quotes.html", asked=asked, picture=picture, told=told))
 
 
-def lines(quotes: list[Quote]) -> list[list]:
-    """The same answers as lines of (words, look) runs, under their questions."""
-    found: list[list] = []
+def lines(quotes: list[Quote]) -> Lines:
+    """The same answers as lines, under their questions."""
+    found: Lines = []
     for question, some in by_question(quotes).items():
-        found.append([(question, HEAD)])
+        found += flow(question, look=HEAD)
         for quote in some:
             text = plain(quote.answer, DRAWN)
             spans = [(a, b, RIGHT if right else WRONG) for a, b, right in quote.facts(text)]
-            head, look = quote.head, SMALL
-            if not quote.ended:
-                head, look = f"{head}, this one neither", ALARM
-            found += [*flow(head, [(0, len(head), look)]), *flow(text, spans), []]
+            ending = "" if quote.ended else "; this one does not end"
+            head = flow(quote.head + ending, look=SMALL if quote.ended else ALARM)
+            found += [*head, *flow(text, spans), []]
     return found
 
 
-def flow(text: str, spans: list[tuple[int, int, dict]]) -> list[list]:
-    """Lines of (words, look) runs that fit COLUMNS; spans: (start, end, look)."""
-    found, used = [[]], 0
-    for word in re.finditer(rf"\S{{1,{COLUMNS - 4}}}", text):
-        looks = [look for a, b, look in spans if a < word.end() and word.start() < b]
-        look = looks[0] if looks else PLAIN
-        if used and used + 1 + len(word.group()) > COLUMNS - 4:
-            found.append([])
-            used = 0
-        used += len(word.group()) + bool(used)
-        if found[-1] and found[-1][-1][1] == look:
-            found[-1][-1] = (f"{found[-1][-1][0]} {word.group()}", look)
-        else:
-            found[-1].append((word.group(), look))
-    return found
-
-
-def drawn(runs: list[list], finding: str) -> Figure:
-    """A figure of monospaced lines under their finding."""
-    title = [[(text, HEAD)] for text in textwrap.wrap(finding, COLUMNS - 4)]
-    runs = [*title, [], *runs]
-    figure = Figure(figsize=(COLUMNS * ADVANCE, 0.17 * (len(runs) + 1)), layout="none")
-    FigureCanvasAgg(figure)
-    font = {"family": "DejaVu Sans Mono", "fontsize": 8.5, "parse_math": False}
-    for row, line in enumerate(runs, 1):
-        column = 2
-        for text, look in line:
-            figure.text(column / COLUMNS, 1 - row / (len(runs) + 1), text, **font, **look)
-            column += len(text) + 1
-    return figure
-
-
-def quoted(quotes: list[Quote], data: pd.DataFrame, finding: str) -> Drawing:
+def quoted(
+    quotes: list[Quote],
+    data: pd.DataFrame,
+    finding: str,
+    picture: Image.Image | None,
+    told: list[tuple[str, str]],
+) -> Drawing:
+    """Answers under their picture; told: (name, what is said of it), beside the picture."""
     finding = f"{finding}; right facts bold and green, wrong ones red and slanted"
-    return Drawing(drawn(lines(quotes), finding), data, finding, cards(quotes))
+    beside: Lines = []
+    for name, said in told:
+        beside += [*flow(name, look=HEAD, to=BESIDE), *flow(said, look=SMALL, to=BESIDE)]
+    figure = drawn([[], *lines(quotes)], finding, picture=picture, beside=beside)
+    return Drawing(figure, data, finding, cards(quotes, picture, told))
 
 
 def typical_item(answers: pd.DataFrame) -> str:
@@ -157,30 +128,36 @@ def grade(score) -> str:
     return "" if pd.isna(score) else f", grade {score:.0f} of 4"
 
 
+def cost(facts: Facts, variant: str) -> str:
+    """4.9 MiB (7B: 13.2 GiB), 8.7 ms a token."""
+    gib, gib_7b = joins.values(facts.results.memory, variant, ["vram_gib", "vram_gib_7b"])
+    (ms,) = joins.values(facts.results.one_prompt, variant, ["total_ms_per_token"])
+    said = [] if gib is None else [f"{size(gib)} (7B: {size(gib_7b)})"]
+    said += [] if ms is None else [f"{ms:.1f} ms a token"]
+    return ", ".join(said)
+
+
 @style.figure("fig5_case_studies", "answers")
 def case_studies(facts: Facts, answers: pd.DataFrame) -> Drawing | None:
-    """What three variants say to one typical picture (Figure 5)."""
+    """What three variants say to one typical picture, and what they cost (Figure 5)."""
     results, questions = facts.results, list(dialogue.QUESTIONS)
-    cases = {
-        results.variant(0): "Original",
-        results.variant(results.operating, quantizer="awq"): "Pruned + quantized",
-        results.full: "Pruned + SFT + quantized",
-    }
+    cases = [results.variant(0), results.variant(results.operating, quantizer="awq"), results.full]
     if not set(cases) <= set(answers.variant):
         return None
     chosen = answers[answers.variant.isin(cases)]
     chosen = chosen[chosen["item"] == typical_item(chosen)]
-    chosen = chosen.assign(label=chosen.variant.map(cases))
-    chosen = chosen.sort_values("question", key=lambda kinds: kinds.map(questions.index))
-    chosen = chosen.sort_values("variant", key=lambda n: n.map(list(cases).index), kind="stable")
+    chosen = chosen.assign(label=chosen.variant.map(facts.label))
+    order = {"question": questions.index, "variant": cases.index}
+    chosen = chosen.sort_values(list(order), key=lambda column: column.map(order[column.name]))
     quotes = [
         Quote(row.label + grade(row.score), row.question, row.answer, row.reference)
         for row in chosen.itertuples()
     ]
-    quotes.sort(key=lambda quote: questions.index(quote.question))
+    finding = f"One typical picture ({chosen.disease.iloc[0]}), and what {len(cases)} models say"
+    told = [(facts.label(name), cost(facts, name)) for name in cases]
     names = ["label", "variant", "item", "question", "answer", "reference", "score", "why"]
-    finding = f"One typical picture ({chosen.disease.iloc[0]})"
-    return quoted(quotes, chosen[names].reset_index(drop=True), finding)
+    data = chosen[names].reset_index(drop=True)
+    return quoted(quotes, data, finding, results.picture(data["item"].iloc[0]), told)
 
 
 @style.figure("fig6_judge_prompt")
@@ -189,7 +166,7 @@ def judge_prompt(facts: Facts) -> Drawing | None:
     text, finding = facts.asked.strip(), "What the judge goes by"
     if not text:
         return None
-    runs = [run for line in text.splitlines() for run in flow(plain(line, PROMPT), [])]
+    runs = [run for line in text.splitlines() for run in flow(plain(line, PROMPT))]
     html = Markup("<pre class=text>{}</pre>").format(text)
     return Drawing(drawn(runs, finding), pd.DataFrame({"line": text.splitlines()}), finding, html)
 
@@ -208,11 +185,22 @@ def iterative_pruning(facts: Facts, table: pd.DataFrame, answers: pd.DataFrame) 
         blocks_removed=chosen.variant.map(depths), runaway=chosen.variant.map(runaway)
     ).sort_values("blocks_removed")
     quotes = []
-    for row in data.itertuples():
-        head = f"{row.blocks_removed} blocks removed{grade(row.score)}; "
-        head += f"{100 * row.runaway:.0f} % of all answers do not end"
-        quotes.append(Quote(head, row.question, row.answer, row.reference, bool(row.stopped)))
-    wild = data[data.runaway > 0].to_dict("records")
-    finding = facts.title("fig7_iterative_pruning", wild=wild)
+    for _, same in data.groupby(data.answer.ne(data.answer.shift()).cumsum()):
+        row = same.iloc[-1]
+        head = f"{depths_of(facts, same)}{grade(row.score)}"
+        if wild := 100 * same.runaway.max():
+            head += f"; {wild:.0f} % of all answers do not end"
+        quotes.append(Quote(head, row.question, row.answer, row.reference, row.stopped))
+    finding = facts.title("fig7_iterative_pruning", rows=data.to_dict("records"))
     names = ["blocks_removed", "item", "question", "answer", "reference", "tokens", "stopped"]
-    return quoted(quotes, data[[*names, "runaway", "score"]].reset_index(drop=True), finding)
+    data = data[[*names, "runaway", "score"]].reset_index(drop=True)
+    told = [(chosen.disease.iloc[0], "a typical test picture; below, what is said of it")]
+    return quoted(quotes, data, finding, facts.results.picture(data["item"].iloc[0]), told)
+
+
+def depths_of(facts: Facts, same: pd.DataFrame) -> str:
+    """Depths at which the answer is the same, and what the last of these models weighs."""
+    first, last = same.blocks_removed.iloc[0], same.blocks_removed.iloc[-1]
+    (gib,) = joins.values(facts.results.memory, same.variant.iloc[-1], ["vram_gib"])
+    said = f"{first} to {last} blocks removed" if first < last else f"{first} blocks removed"
+    return said if gib is None else f"{said}, {size(gib)}"

@@ -27,6 +27,8 @@ from derm_compress.report.sentences import Facts
 
 DENSE, PRUNED, SFT, QUANTIZED, PAPER = "#6b6b6b", "#1f6fb4", "#d96f00", "#2a8c4a", "#111111"
 CROWD, BAND, QUIET = "#b5b5b5", "#d9d9d9", "#555555"
+WIDTH = 4.2  # inches: a phone's column shows the smallest letters, of 8 points, at 10 pixels
+TITLE = {"fontweight": "bold", "fontsize": 9.5, "ha": "left"}
 LINES = [  # colours that differ in lightness too, markers and dashes for a grey print
     ("#d96f00", "s", "-"),
     ("#2a8c4a", "^", "-"),
@@ -39,10 +41,10 @@ LINES = [  # colours that differ in lightness too, markers and dashes for a grey
     ("#a8842c", "h", "-."),
 ]
 STYLE = {
-    "figure.dpi": 140,
-    "savefig.dpi": 140,  # equal, so that the layout is made for what is saved
+    "figure.dpi": 200,
+    "savefig.dpi": 200,  # equal, so that the layout is made for what is saved
     "font.family": "DejaVu Sans",
-    "font.size": 9.5,
+    "font.size": 8.5,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -50,7 +52,11 @@ STYLE = {
     "grid.color": "#e2e2e2",
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
     "text.parse_math": False,
     "svg.hashsalt": "derm_compress",
 }
@@ -88,7 +94,7 @@ class Drawing:
     def _repr_mimebundle_(self, include=None, exclude=None):
         """What Jupyter shows; nbconvert turns `alt` into the text alternative."""
         picture = base64.b64encode(self.png).decode()
-        return {"image/png": picture}, {"image/png": {"alt": self.finding}}
+        return {"image/png": picture}, {"image/png": {"alt": self.finding, "width": 100 * WIDTH}}
 
 
 def figure(stem: str, *needs: str):
@@ -117,12 +123,16 @@ def figure(stem: str, *needs: str):
     return register
 
 
+def wrapped(finding: str) -> str:
+    """A figure's title in lines."""
+    return textwrap.fill(finding[:1].upper() + finding[1:], 50)
+
+
 def canvas(finding: str, height: float, rows: int = 1, **options):
-    """A figure 5.8 inches wide whose title is its finding, and its axes from top to bottom."""
-    made = Figure(figsize=(5.8, height))
+    """A figure whose title is its finding, and its axes from top to bottom."""
+    made = Figure(figsize=(WIDTH, height))
     FigureCanvasAgg(made)
-    title = textwrap.fill(finding[:1].upper() + finding[1:], 66)
-    made.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
+    made.suptitle(wrapped(finding), x=0.01, **TITLE)
     return made, list(made.subplots(rows, 1, squeeze=False, **options)[:, 0])
 
 

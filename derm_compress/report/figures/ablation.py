@@ -1,0 +1,127 @@
+"""What leaving out each block does to one answer: the paper's Eqs. 2 to 4, seen. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+
+import pandas as pd
+from markupsafe import Markup
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from derm_compress.data import dialogue
+from derm_compress.report.figures import style, typeset
+from derm_compress.report.figures.style import Drawing
+from derm_compress.report.page import page
+from derm_compress.report.sentences import Facts
+
+QUESTION = "features"  # the one with the longest answers
+CHANGED = {"fontweight": "bold"}
+CELL, TEXT = 10, 17  # columns of the cosine and of the answer
+WHOLE, SHOWN = 300, 78  # characters of the whole model's answer, and of a changed one
+
+
+@style.figure("without_each_block", "ablations")
+def without_each_block(facts: Facts, ablations: pd.DataFrame) -> Drawing | None:
+    """One picture, the whole model's answer, and the answer without each block.
+
+    The picture is the one whose cosines lie closest to each block's mean.
+    """
+    data = example(ablations)
+    if data.empty:
+        return None
+    finding = facts.title("without_each_block", rows=data.to_dict("records"))
+    picture = facts.results.picture(data["item"].iloc[0])
+    whole, asked = data.original.iloc[0], dialogue.question(QUESTION)
+    rows = together(data)
+    told = {"asked": asked, "whole": whole, "rows": rows, "picture": picture}
+    html = Markup(page("without_each_block.html", **told))
+    beside = [
+        *typeset.flow(asked, look=typeset.HEAD, to=typeset.BESIDE),
+        *typeset.flow("The full model:", look=typeset.SMALL, to=typeset.BESIDE),
+        *typeset.flow(typeset.plain(whole, WHOLE), to=typeset.BESIDE),
+    ]
+    heads = {1: "Without", CELL: "cosine", TEXT: "it says (new words are bold)"}
+    lines = [[(column, words, typeset.SMALL) for column, words in heads.items()]]
+    for row in rows:
+        lines += answer_lines(row)
+    figure = typeset.drawn(lines, finding, picture=picture, beside=beside)
+    return Drawing(figure, data, finding, html)
+
+
+def example(ablations: pd.DataFrame) -> pd.DataFrame:
+    """block, similarity, answer, original, item of one picture; empty where no answer was kept."""
+    if "answer" not in ablations:
+        return ablations.iloc[:0]
+    known = ablations[ablations.answer.notna() & (ablations.part == "block")]
+    known = known[(known.question == QUESTION) & (known.ranking == known.ranking.head(1).max())]
+    if known.empty:
+        return known
+    wide = known.pivot(index="block", columns="item", values="value")
+    typical = wide.sub(wide.mean(axis=1), axis=0).abs().mean().idxmin()
+    chosen = known[known["item"] == typical].sort_values("block")
+    chosen = chosen.assign(similarity=1 - chosen.value)
+    return chosen[["block", "similarity", "answer", "original", "item"]].reset_index(drop=True)
+
+
+def together(data: pd.DataFrame) -> list[dict]:
+    """Neighbouring blocks without which the model says the same, as one row."""
+    rows = []
+    for _, same in data.groupby(data.answer.ne(data.answer.shift()).cumsum()):
+        one, last = same.iloc[0], same.block.iloc[-1]
+        pieces = compared(typeset.plain(one.answer, 400), typeset.plain(one.original, 400))
+        rows.append(
+            {
+                "blocks": f"{one.block} to {last}" if len(same) > 1 else str(last),
+                "similarity": one.similarity,
+                "colour": shade(one.similarity),
+                "same": one.answer == one.original,
+                "pieces": pieces,
+            }
+        )
+    return rows
+
+
+def shade(similarity: float) -> str:
+    """White for the same answer; the root makes small changes visible."""
+    return to_hex(colormaps["Blues"](min(1.0, max(0.0, 1 - similarity) ** 0.5) * 0.9))
+
+
+def compared(answer: str, whole: str) -> list[tuple[str, bool]]:
+    """The answer in pieces: (words, whether they are new beside the whole model's answer)."""
+    ours, theirs = answer.split(), whole.split()
+    matcher = difflib.SequenceMatcher(None, theirs, ours, autojunk=False)
+    found = []
+    for kind, _, _, start, end in matcher.get_opcodes():
+        if start < end:
+            found.append((" ".join(ours[start:end]), kind != "equal"))
+    return found
+
+
+def answer_lines(row: dict) -> typeset.Lines:
+    """A row of the figure: from the first changed word on."""
+    cell = {"bbox": {"facecolor": row["colour"], "edgecolor": "#888888", "linewidth": 0.4}}
+    cell["bbox"]["pad"] = 1.6
+    cell["color"] = "white" if row["similarity"] < 0.6 else "black"
+    if row["same"]:
+        lines = typeset.flow("the same, word for word", look=typeset.SMALL, at=TEXT)
+    else:
+        lines = changed_lines(row["pieces"])
+    lines[0] = [(1, row["blocks"], {}), (CELL, f"{row['similarity']:5.3f}", cell), *lines[0]]
+    return lines
+
+
+def changed_lines(pieces: list[tuple[str, bool]]) -> typeset.Lines:
+    """An answer from its first change on; where it only ends earlier, its last words."""
+    changes = [i for i, (_, changed) in enumerate(pieces) if changed]
+    if not changes:
+        ending = " ".join(pieces[-1][0].split()[-4:]) if pieces else ""
+        return typeset.flow(f"ends with: {ending}", look=typeset.SMALL, at=TEXT)
+    text, spans = "... " if changes[0] else "", []
+    for words, changed in pieces[changes[0] :]:
+        if changed:
+            spans.append((len(text), len(text) + len(words), CHANGED))
+        text += f"{words} "
+    text = textwrap.shorten(text, SHOWN, placeholder=" ...")
+    return typeset.flow(text, spans, look=typeset.SMALL, at=TEXT)
