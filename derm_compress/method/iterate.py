@@ -11,7 +11,17 @@ import pandas as pd
 
 from derm_compress.data.items import Item
 from derm_compress.method.assemble import materialize
-from derm_compress.model import anatomy, devices, oom, prompts, removal, usage
+from derm_compress.model import (
+    anatomy,
+    devices,
+    loading,
+    memory,
+    oom,
+    prompts,
+    removal,
+    shapes,
+    usage,
+)
 from derm_compress.model.recipe import Recipe
 from derm_compress.progress import track
 
@@ -79,9 +89,9 @@ def each_model(
 ) -> Iterator[Turn]:
     """A turn for every row; rows that differ in their last step alone share what is before it.
 
-    A model is empty after its turn, before the next one is made; on a GPU it is made anew to be
-    quantized. wide: over all GPUs. quantize: as materialize takes it. Models without values have
-    nothing to say: none is given.
+    A model is empty after its turn, before the next one is made; on a GPU a large one is made anew
+    to be quantized. wide: over all GPUs. quantize: as materialize takes it. Models without values
+    have nothing to say: none is given.
     """
     if device == anatomy.META:
         return
@@ -94,9 +104,9 @@ def each_model(
             removed = removal.step_units(recipe.steps[-1], source.recipe.kept())
             with removal.without(model, removed):
                 yield Turn(row.variant, recipe, model, processor)
-        elif last == "quantize" and quantize and device == "cpu":
+        elif last == "quantize" and quantize and (device == "cpu" or light(recipe)):
             model, processor = source.take(without_last(recipe))
-            if usage.tensor_gib(model) > COPIED:
+            if device == "cpu" and usage.tensor_gib(model) > COPIED:
                 model, _ = materialize(recipe, store, quantize=quantize)
             else:
                 model = copy.deepcopy(model)
@@ -106,6 +116,12 @@ def each_model(
         else:
             yield Turn(row.variant, recipe, *source.take(recipe))
     source.let_go()
+
+
+def light(recipe: Recipe) -> bool:
+    """Whether a GPU holds a model's copy beside it."""
+    planned = memory.plan_weights(shapes.architecture(loading.config_of(recipe.base)))
+    return sum(planned.values()) <= COPIED
 
 
 def without_last(recipe: Recipe) -> Recipe:

@@ -29,10 +29,13 @@ class PrefixCache:
 
 
 class SlotCache:
-    """A cache for rows of different lengths: [lines, width, heads, head size] a layer."""
+    """A cache for rows of different lengths: [lines, width, heads, head size] a layer.
 
-    def __init__(self, lines: int, width: int):
-        self.lines, self.width, self.held = lines, width, {}
+    whole: what is read of it has always its whole width, as a recording needs.
+    """
+
+    def __init__(self, lines: int, width: int, *, whole: bool = False):
+        self.lines, self.width, self.whole, self.held = lines, width, whole, {}
 
     def fill(self, lines: slice, layers: Iterable[tuple[int, tuple]]) -> None:
         """Copies (layer, (keys, values) [rows, heads, tokens, head size]) to as many lines."""
@@ -46,7 +49,8 @@ class SlotCache:
 
     def aim(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Sets where the next tokens go [rows, tokens]; returns visible() of what they may see."""
-        self.rows, self.seen = len(positions), int(positions.max()) + 1
+        self.rows = len(positions)
+        self.seen = self.width if self.whole else int(positions.max()) + 1
         first = self.width * torch.arange(self.rows, device=positions.device)[:, None]
         self.spots = (first + positions).flatten()
         there = torch.arange(self.seen, device=positions.device) <= positions[..., None]

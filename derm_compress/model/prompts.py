@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad as pad_right
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
@@ -200,12 +200,20 @@ def encode(
 
 
 def collate(
-    pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, pad: int
+    pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, pad: int, multiple: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Right-padded batch: input_ids, labels and attention_mask, each [batch, longest]."""
+    """Right-padded batch: input_ids, labels and attention_mask, each [batch, longest].
+
+    multiple: of so many tokens is its width.
+    """
     ids, labels = zip(*pieces, strict=True)
+    width = -(-max(map(len, ids)) // multiple) * multiple
+    fills = {
+        "input_ids": (ids, pad),
+        "labels": (labels, IGNORED),
+        "attention_mask": ([torch.ones_like(row) for row in ids], 0),
+    }
     return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        name: torch.stack([pad_right(row, (0, width - len(row)), value=fill) for row in rows])
+        for name, (rows, fill) in fills.items()
     }

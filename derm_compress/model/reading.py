@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -23,25 +24,24 @@ from derm_compress.model.units import Unit
 
 
 def run(
-    model, x, cache, mask, positions, *, start: int = 0, gates=None, watch=None
+    model, x, cache, mask, positions, *, start: int = 0, gates=MappingProxyType({}), watch=None
 ) -> torch.Tensor:
     """Hidden states [rows, tokens, width] after all sublayers from `start` on.
 
-    mask: as visible() makes it, or None for causal attention. gates [rows, sublayers]: False lets a
-    row pass a sublayer unchanged. watch(sublayer, x, y) sees all.
+    mask: as visible() makes it, or None for causal attention. gates, by sublayer, [rows]: False
+    lets a row pass it unchanged. watch(sublayer, x, y) sees all.
     """
     blocks = list(anatomy.blocks(model))
     rope = anatomy.decoder(model).rotary_emb(x, position_ids=positions)
     how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": cache}
-    passed = [False] * 2 * len(blocks) if gates is None else (~gates).any(0).tolist()
     for s in range(start, 2 * len(blocks)):
         block = blocks[s // 2]
         if s % 2:
             y = x + block.mlp(block.post_attention_layernorm(x))
         else:
             y = x + block.self_attn(block.input_layernorm(x), **how)[0]
-        if passed[s]:
-            y = torch.where(gates[:, s, None, None], y, x)
+        if s in gates:
+            y = torch.where(gates[s][:, None, None], y, x)
         if watch:
             watch(s, x, y)
         x = y

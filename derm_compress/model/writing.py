@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from derm_compress.data.items import Item
-from derm_compress.model import anatomy
+from derm_compress.model import anatomy, devices
 from derm_compress.model.cache import SlotCache
+from derm_compress.model.graphs import Recorded
 from derm_compress.model.reading import Prompts, Reading, logits, run
 from derm_compress.model.units import Unit
 
@@ -63,12 +64,33 @@ class Guesses:
         return []
 
 
-def choose(scores: torch.Tensor) -> tuple[list, list]:
+def choose(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy tokens of logits [..., vocabulary], and whether the runner-up lies within rounding."""
     best = scores.float().topk(2)
     first, second = best.values.unbind(-1)
     near = first - second <= 4 * torch.finfo(scores.dtype).eps * first.abs()
-    return best.indices[..., 0].tolist(), near.tolist()
+    return best.indices[..., 0], near
+
+
+@dataclass
+class Step:
+    """The reading of a step's tokens, which a GPU can record; `gated` sublayers may be passed by."""
+
+    model: object
+    cache: SlotCache
+    gated: Sequence[int] = ()
+
+    def __call__(self, ids, places, gates) -> tuple[torch.Tensor, torch.Tensor]:
+        """choose() after each of the tokens ids [rows, columns], of which the first go to `places`.
+
+        places [rows, 1]; gates [rows, sublayers]: False where a row passes a sublayer by.
+        """
+        positions = places + torch.arange(ids.shape[1], device=ids.device)
+        x = self.model.get_input_embeddings()(ids)
+        mask = self.cache.aim(positions, x.dtype)
+        passed = {sublayer: gates[:, sublayer] for sublayer in self.gated}
+        x = run(self.model, x, self.cache, mask, positions, gates=passed)
+        return choose(logits(self.model, x))
 
 
 class Writer:
@@ -76,6 +98,8 @@ class Writer:
 
     With `guessing` each is read with AHEAD guesses behind its last token, of which those stand that
     greedy decoding agrees with: a third sooner for long answers, later for those of a few words.
+    On a GPU all lines and guesses are read, used or not: a step is then the same work every time,
+    which is recorded once.
     """
 
     AHEAD = 7
@@ -87,7 +111,12 @@ class Writer:
         self.most, self.ends = max_new_tokens, prompts.ends
         width = len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens
         self.ahead = self.AHEAD if guessing else 0
-        self.cache, self.guesses = SlotCache(lines, width + self.ahead), Guesses()
+        alike = anatomy.decoder(model).device.type == "cuda" and not devices.is_spread(model)
+        self.cache = SlotCache(lines, width + self.ahead, whole=alike)
+        self.guesses, self.reading = Guesses(), Step(model, self.cache)
+        if guessing:  # then rows may lack a unit
+            self.reading.gated = range(2 * len(anatomy.blocks(model)))
+        self.read = Recorded(self.reading, "writing answers")
         self.answers: list[Answer] = []  # under way; the first lines are theirs
 
     def ended(self, tokens: Sequence[int]) -> bool:
@@ -122,19 +151,23 @@ class Writer:
 
     def predict(self, guessed: list[list[int]]) -> tuple[list, list]:
         """Greedy tokens [answers, 1 + longest guess] after each token, and their near ties."""
-        device, most = anatomy.decoder(self.model).device, max(map(len, guessed))
-        ids = torch.zeros(len(guessed), 1 + most, dtype=torch.long)
-        gates = torch.ones(len(guessed), 2 * len(anatomy.blocks(self.model)), dtype=torch.bool)
-        for row, (answer, guess) in enumerate(zip(self.answers, guessed, strict=True)):
+        rows, columns = len(guessed), 1 + max(map(len, guessed))
+        if self.cache.whole:
+            rows, columns = self.lines, 1 + self.ahead
+        ids, places = torch.zeros(rows, columns, dtype=torch.long), torch.zeros(rows, 1).long()
+        asked = list(zip(self.answers, guessed, strict=True))
+        for row, (answer, guess) in enumerate(asked):
             ids[row, : 1 + len(guess)] = torch.tensor([answer.tokens[-1], *guess])
+            places[row] = answer.position
+        gates = torch.ones(rows, 2 * len(anatomy.blocks(self.model)), dtype=torch.bool)
+        for row, answer in enumerate(self.answers):
             if answer.unit:
                 gates[row, slice(*answer.unit.span)] = False
-        places = torch.tensor([[answer.position] for answer in self.answers], device=device)
-        positions = places + torch.arange(1 + most, device=device)
-        x = self.model.get_input_embeddings()(ids.to(device))
-        mask = self.cache.aim(positions, x.dtype)
-        x = run(self.model, x, self.cache, mask, positions, gates=gates.to(device))
-        return choose(logits(self.model, x))
+        if not self.cache.whole:
+            self.reading.gated = (~gates).any(0).nonzero().flatten().tolist()
+        device = anatomy.decoder(self.model).device
+        tokens, near = self.read(ids.to(device), places.to(device), gates.to(device))
+        return tokens[: len(asked)].tolist(), near[: len(asked)].tolist()
 
     def take(self, answer: Answer, guess: list[int], tokens: list[int], near: list[bool]) -> None:
         """Adds tokens as far as the guess foresaw them, and one more."""
@@ -174,7 +207,8 @@ def greedy_answers(
     Up to `batch_size` prompts are read at once, those about a picture together, and as many answers
     are written; a few words each, so without guesses.
     """
-    how = {"lines": batch_size, "max_new_tokens": max_new_tokens, "guessing": False}
+    lines = min(batch_size, len(items) * len(prompts.rest))
+    how = {"lines": lines, "max_new_tokens": max_new_tokens, "guessing": False}
     writer = Writer(model, prompts, **how)
     some = max(1, batch_size // len(prompts.rest))
     for start in range(0, len(items), some):
@@ -217,7 +251,7 @@ def verified(draft: list[int], scores: torch.Tensor, writer: Writer) -> tuple[li
 
     (tokens, accepted, near ties)
     """
-    chosen, near = choose(scores)
+    chosen, near = (part.tolist() for part in choose(scores))
     accepted = 0
     while accepted < len(draft) and draft[accepted] == chosen[accepted]:
         accepted += 1

@@ -135,7 +135,7 @@ def test_figure_4_out_of_memory_is_one_clear_line(recipe, store, dataset, monkey
 
 def test_training_says_what_to_set(pico, dataset, tmp_path, monkeypatch):
     training = train.Training(rank=2, alpha=2, learning_rate=1e-3, steps=1, batch_size=2, seed=0)
-    monkeypatch.setattr(torch.Tensor, "backward", full)
+    monkeypatch.setattr(torch.autograd, "grad", full)
     where = {"checkpoint": tmp_path / "c", "what": "fine-tuning x"}
     with pytest.raises(DermError, match="x: out of GPU memory; set finetune_batch or sft_batch"):
         train.train(*pico, dataset.of("train"), dataset.images, training, **where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +17,12 @@ from safetensors.torch import save_file
 from derm_compress.data.items import load_dataset
 from derm_compress.files import atomic
 from derm_compress.method.assemble import materialize
-from derm_compress.method.finetune.train import Training, planned, train
+from derm_compress.method.finetune.train import AMPLE, Training, planned, train
 from derm_compress.method.finetune.workers import side_by_side
-from derm_compress.model import anatomy, loading, memory, shapes, usage
+from derm_compress.model import anatomy, devices, loading, memory, shapes, usage
 from derm_compress.model.recipe import Recipe
+
+CONTEXT = 1.0  # GiB of a GPU that a process takes beside its tensors
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,45 @@ def fine_tune_jobs(sources: pd.DataFrame, training: Training, device: str) -> li
 def fine_tune_all(
     folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Path, processes: int = 1
 ) -> None:
-    """Runs jobs into folder/<adapter>, one thread each; finished ones wait in `scratch`."""
+    """Runs jobs into folder/<adapter>, one thread each; finished ones wait in `scratch`.
+
+    Up to `processes` at once, on a GPU as far as its memory holds them.
+    """
     if jobs[0].device == anatomy.META:
         for job in jobs:
             plan_only(folder / job.adapter, job, scratch=scratch)
         return
     todo = [job for job in jobs if not (scratch / job.adapter).exists()]
     work = partial(fine_tune, data=data, store=store, scratch=scratch)
-    if processes == 1 or len(todo) < 2 or todo[0].device != "cpu":  # a GPU has room for one
+    processes = min(processes, fitting(todo), len(todo))
+    if processes > 1:
+        side_by_side(work, todo, processes=processes)
+    else:
         for job in todo:
             work(job)
-    else:
-        side_by_side(work, todo, processes=processes)
     for job in jobs:
         shutil.copytree(scratch / job.adapter, folder / job.adapter)
+
+
+def fitting(jobs: Sequence[Job]) -> float:
+    """How many of these fit a GPU at once, without gradient checkpointing; on a CPU any number."""
+    if not jobs or jobs[0].device == "cpu":
+        return math.inf
+    needed = max(CONTEXT + sum(plan_of(job, checkpointing=False).values()) for job in jobs)
+    return int(AMPLE * devices.room(jobs[0].device) / needed)
+
+
+def plan_of(job: Job, *, checkpointing: bool) -> dict[str, float]:
+    """memory.plan_training of a job, without its model."""
+    recipe = Recipe.from_json(job.recipe)
+    return memory.plan_training(
+        shapes.architecture(loading.config_of(recipe.base)),
+        blocks_removed=recipe.blocks - len(recipe.kept()),
+        rank=job.training.rank,
+        batch=job.training.batch_size,
+        checkpointing=checkpointing,
+        form=memory.ADAPTED[job.training.base],
+    )
 
 
 def fine_tune(job: Job, *, data: Path, store, scratch: Path) -> None:
@@ -93,20 +121,12 @@ def name_base(config: Path, base: str) -> None:
 
 def plan_only(folder: Path, job: Job, *, scratch: Path) -> None:
     """What `fine_tune` leaves of a model without values: no tensors, no curve, the planned peak."""
-    recipe = Recipe.from_json(job.recipe)
     folder.mkdir()
     save_file({}, folder / "adapter_model.safetensors")
     no_steps = pd.DataFrame(columns=["step", "loss"], dtype=float)
     no_steps.to_parquet(folder / "curve.parquet", index=False)
-    plan = memory.plan_training(
-        shapes.architecture(loading.config_of(recipe.base)),
-        blocks_removed=recipe.blocks - len(recipe.kept()),
-        rank=job.training.rank,
-        batch=job.training.batch_size,
-        checkpointing=True,
-        form=memory.ADAPTED[job.training.base],
-    )
-    told = {"seconds": None, "train_peak_gib": sum(plan.values())}
+    planned = sum(plan_of(job, checkpointing=True).values())
+    told = {"seconds": None, "train_peak_gib": planned}
     (scratch / f"{job.adapter}.json").write_text(json.dumps(told))
 
 

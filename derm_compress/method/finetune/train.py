@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,9 @@ from derm_compress.data import dialogue
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import nf4
 from derm_compress.model import anatomy, devices, memory, oom, shapes
+from derm_compress.model.graphs import Recorded
 from derm_compress.model.prompts import collate, encode
+from derm_compress.model.reading import picture_features
 from derm_compress.progress import say, track
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of 
 TARGETS = anatomy.ADAPTED  # plain name lists would also hit the tower
 WARMUP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+WIDTHS = 32  # a GPU's batches are multiples of so many tokens wide: few shapes to record
 AMPLE = 0.7  # of a GPU's memory: the plan has the length of the first batch
 
 
@@ -65,7 +68,8 @@ def training_batch(
     expanded = anatomy.image_tokens(model.config)
     told = [dialogue.conversation(item.disease, item.facts, rng) for item in items]
     pieces = [encode(processor, turns, image_tokens=expanded) for turns in told]
-    batch = collate(pieces, pad=processor.tokenizer.pad_token_id)
+    steps = WIDTHS if model.device.type == "cuda" else 1
+    batch = collate(pieces, pad=processor.tokenizer.pad_token_id, multiple=steps)
     pictures = list(images[[item.row for item in items]])
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     batch["pixel_values"] = pixels.to(model.dtype)
@@ -176,6 +180,8 @@ def train(
     optimizer = torch.optim.AdamW(weights.values(), lr=training.learning_rate, weight_decay=0.0)
     curve, told = resume(checkpoint, weights, optimizer)
     done, batch_size = len(curve), min(training.batch_size, len(items))
+    asked = {"base": training.base, "recorded": not checkpointing}
+    gradients = gradients_of(tuned, optimizer, **asked)
     tuned.train()
     for step in track(range(done, training.steps), what, total=training.steps - done):
         began = time.perf_counter()
@@ -185,7 +191,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * schedule(step, training.steps)
         with oom.naming("finetune_batch or sft_batch", what):
-            loss, taken = one_step(tuned, batch, optimizer, base=training.base)
+            how = {"base": training.base, "gradients": gradients}
+            loss, taken = one_step(tuned, batch, optimizer, **how)
         curve.append((step, loss))
         told["skipped"] += not taken
         check_skipped(told["skipped"], step + 1, training.steps, what)
@@ -195,20 +202,50 @@ def train(
     return tuned.eval(), pd.DataFrame(curve, columns=["step", "loss"]), told
 
 
-def one_step(tuned, batch: dict, optimizer, *, base: str = "nf4") -> tuple[float, bool]:
-    """The loss, and whether a step was taken: in half precision gradients may overflow."""
-    scale = FP16_SCALE if tuned.dtype == torch.float16 else 1
+def one_step(
+    tuned, batch: dict, optimizer, *, base: str = "nf4", gradients: Callable | None = None
+) -> tuple[float, bool]:
+    """The loss, and whether a step was taken: in half precision gradients may overflow.
+
+    gradients: gradients_of() the same model and base, where there are further steps.
+    """
+    gradients = gradients or gradients_of(tuned, optimizer, base=base)
+    with torch.no_grad(), autocast(tuned.device.type, enabled=base == "half"):
+        x = embedded(tuned.get_base_model(), batch)
     weights = optimizer.param_groups[0]["params"]
-    optimizer.zero_grad()
-    with autocast(tuned.device.type, enabled=base == "half"):
-        loss = tuned(**batch, use_cache=False).loss
-    (scale * loss).backward()
-    for weight in weights:
-        weight.grad.div_(scale)
+    loss, *found = gradients(x, batch["attention_mask"], batch["labels"])
+    for weight, gradient in zip(weights, found, strict=True):
+        weight.grad = gradient
     finite = bool(torch.nn.utils.clip_grad_norm_(weights, 1.0).isfinite())
     if finite:
         optimizer.step()
     return loss.item(), finite
+
+
+def gradients_of(tuned, optimizer, *, base: str, recorded: bool = False) -> Callable:
+    """(x, attention_mask, labels) -> the loss and the gradient of each of the optimizer's weights.
+
+    x: what embedded() gives. recorded: as a CUDA graph, which needs all memory twice for a moment.
+    """
+    scale = FP16_SCALE if tuned.dtype == torch.float16 else 1
+    weights = optimizer.param_groups[0]["params"]
+
+    def work(x, attention_mask, labels):
+        read = {"inputs_embeds": x, "attention_mask": attention_mask, "labels": labels}
+        with autocast(tuned.device.type, enabled=base == "half"):
+            loss = tuned(**read, use_cache=False).loss
+        found = torch.autograd.grad(scale * loss, weights)
+        return loss.detach(), *(gradient.div_(scale) for gradient in found)
+
+    return Recorded(work, "training") if recorded else work
+
+
+def embedded(model, batch: dict) -> torch.Tensor:
+    """What the decoder reads of a batch: [batch, tokens, width], the pictures' features in it."""
+    x = model.get_input_embeddings()(batch["input_ids"])
+    spots = batch["input_ids"] == model.config.image_token_id
+    features = picture_features(model, batch["pixel_values"])
+    return x.masked_scatter(spots[..., None], features.to(x.dtype))
 
 
 def check_skipped(skipped: int, done: int, steps: int, what: str) -> None:

@@ -37,7 +37,8 @@ def ablated_answers(
     are written at once.
     """
     units, drafts = sorted(map(Unit.of, units), reverse=True), {}
-    writer = Writer(model, prompts, lines=batch_size, max_new_tokens=max_new_tokens)
+    lines = min(batch_size, len(items) * len(prompts.rest) * max(1, len(units)))
+    writer = Writer(model, prompts, lines=lines, max_new_tokens=max_new_tokens)
     whole = read_without(items, images, {}, (), writer)
     for answer in itertools.chain(whole, writer.flush()):
         drafts[answer.item, answer.question] = answer.tokens
