@@ -55,7 +55,7 @@ def settled(p: dict, arch: Architecture, gpus: int, gib: float) -> dict:
         return p
     from derm_compress.study.needs import Needs  # half a second that no CPU needs
 
-    needs = Needs(p, arch, gpus)
+    needs = Needs(p, arch, gpus, gib)
     found = {}
     for name in left:
         steps = [step for step in needs.steps() if step.parameter == name]

@@ -51,7 +51,7 @@ def says(plan, stages: Collection[str]) -> str:
 def steps_of(stages: Collection[str], p: dict, arch: Architecture, machine: Machine) -> list[Step]:
     """The parts of these stages, of all where none is named."""
     p = batches.settled(p, arch, machine.gpus, machine.gib)
-    steps = Needs(p, arch, machine.gpus).steps()
+    steps = Needs(p, arch, machine.gpus, machine.gib).steps()
     return [step for step in steps if not stages or step.stage in stages]
 
 

@@ -2,21 +2,25 @@
 
 import os
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_llava import IMAGE_TOKENS, batch, small_llava
+from small_llava import IMAGE, IMAGE_TOKENS, batch, small_llava
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
 
+from derm_compress.data import dialogue
 from derm_compress.errors import DermError
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
-from derm_compress.model import anatomy, memory, shapes, usage
+from derm_compress.model import anatomy, memory, shapes, usage, writing
+from derm_compress.model.reading import Prompts
+from derm_compress.study import needs
 
 
 def config_of(blocks=2, *, intermediate=192, vision_blocks=2, tied=False, kv_heads=4):
@@ -189,6 +193,30 @@ def test_the_prefill_plan_is_what_a_real_prefill_allocates(sizes, words, rows):
     assert in_tower == ("vision_blocks" in sizes)
     planned = plan["activations"] + (0 if in_tower else plan["kv_cache"])
     assert allocated.peak / 2 == pytest.approx(planned * memory.GIB, rel=0.05)  # planned in fp16
+
+
+@pytest.mark.parametrize(("blocks", "most", "batch"), [(8, 8, 24), (12, 24, 9), (8, 4, 3)])
+def test_the_plan_of_answers_is_what_writing_them_allocates(blocks, most, batch):
+    """With the next pictures read while lines of full length are under way."""
+    model = small_llava(blocks)
+    question = range(10, 10 + needs.PROMPT)
+    prompts = Prompts(
+        prefix=torch.tensor([7] * (needs.PROMPT // 2) + [IMAGE] * IMAGE_TOKENS),
+        rest={kind: [IMAGE - 1 - i, *question[1:]] for i, kind in enumerate(dialogue.QUESTIONS)},
+        ends=[],
+        processor=SimpleNamespace(image_processor=CLIPImageProcessor(crop_size=36)),
+        device=model.device,
+    )
+    items = [SimpleNamespace(id=str(row), row=row) for row in range(max(2, 2 * batch // 3))]
+    images = np.zeros((len(items), 36, 36, 3), np.uint8)
+    with Allocated() as allocated:
+        how = {"batch_size": batch, "max_new_tokens": most}
+        answers = [*writing.greedy_answers(model, prompts, items, images, **how)]
+    assert {len(answer.tokens) for answer in answers} == {most}
+    asked = {"max_new_tokens": most, "rankings": [], "sft_rivals": []}
+    plan = needs.Needs(asked, shapes.architecture(model.config))
+    taken = allocated.peak / 2  # planned in fp16
+    assert taken <= (plan.answering(batch) - plan.weights) * memory.GIB <= 1.15 * taken
 
 
 def adapted(blocks, checkpointing=False):

@@ -9,7 +9,7 @@ import pytest
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import calibration
 from derm_compress.model import memory, prompts, shapes
-from derm_compress.study import params, plan, preflight, run
+from derm_compress.study import batches, params, plan, preflight, run
 from derm_compress.study.needs import Needs
 from derm_compress.study.stage import start_stage
 
@@ -54,6 +54,28 @@ def test_the_run_files_for_kaggle_fit_two_t4(name):
     assert len({step.stage for step in steps}) == 8
     assert 10 < max(step.gib(step.batch) for step in steps) <= preflight.KAGGLE.gib
     assert 0 < sum(step.disk for step in steps) < 20e9
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_the_small_run_fits_t4_whose_memory_sets_its_batch_sizes(gpus):
+    machine = preflight.Machine("T4", gpus, 14.56 - preflight.CONTEXT)
+    known = params.known_parameters(params.read_notebooks(ROOT))
+    read = params.read_params(ROOT / "params" / "small.yaml", known)
+    asked = {name: parameter.default for name, parameter in known.items()} | read
+    arch = preflight.architecture(asked)
+    assert preflight.faults(asked, arch, machine) == []
+    assert all(asked[name] == batches.OPEN for name in batches.ON_CPU)
+    found = batches.settled(asked, arch, machine.gpus, machine.gib)
+    assert min(found[name] for name in batches.ON_CPU) >= 96
+    steps = preflight.steps_of((), asked, arch, machine)
+    assert len({step.stage for step in steps}) == 8
+    assert max(step.gib(step.batch) for step in steps) <= batches.SHARE * machine.gib
+
+
+def test_answers_of_a_model_that_half_a_gpu_holds_stay_on_the_first():
+    spread, whole = (Needs(values(), ARCH, 2, gib) for gib in (14.2, 78))
+    alone = Needs(values(), ARCH, 1, 78)
+    assert spread.answering(16) < whole.answering(16) == alone.answering(16)
 
 
 @pytest.mark.parametrize(
