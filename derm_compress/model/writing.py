@@ -74,7 +74,7 @@ def choose(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class Step:
-    """The reading of a step's tokens, which a GPU can record; `gated` sublayers may be passed by."""
+    """The reading of a step's tokens, which a GPU records; rows may pass `gated` sublayers by."""
 
     model: object
     cache: SlotCache
