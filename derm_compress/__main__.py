@@ -159,11 +159,26 @@ def paper() -> None:
 
 
 @app.command()
-def pack(run: str, path: Path, owner: Owner = "") -> None:
-    """Copy what a run has finished and begun into a Kaggle data set folder."""
-    from derm_compress.kaggle.build import pack as copy
+def pack(
+    run: str,
+    path: Path,
+    owner: Owner = "",
+    part_mb: Annotated[
+        int, typer.Option(min=0, help="in files of so many MB, for unpack; 0: one folder")
+    ] = 0,
+) -> None:
+    """Copy what a run has finished and begun into a Kaggle data set folder, or into parts."""
+    from derm_compress.kaggle.carry import pack as copy
 
-    print(*copy(run, path, owner=owner), f"-> {path}", sep="\n")
+    print(*copy(run, path, owner=owner, part_mb=part_mb), f"-> {path}", sep="\n")
+
+
+@app.command()
+def unpack(path: Path) -> None:
+    """Take what pack --part-mb has written into this project's artifacts."""
+    from derm_compress.kaggle.carry import unpack as take
+
+    print(*take(path), sep="\n")
 
 
 @app.command()

@@ -23,8 +23,6 @@ from derm_compress.files import (
 )
 from derm_compress.kaggle.setup import HOURS, contents
 from derm_compress.study.params import read_notebooks
-from derm_compress.study.plan import find_plan
-from derm_compress.study.store import passing
 
 NAME, DERMNET = "derm-compress", "shubhamgoel27/dermnet"
 NOBODY = "INSERT_USERNAME_HERE"  # as the Kaggle client writes it
@@ -178,27 +176,3 @@ def describe(path: Path, owner: str) -> str:
     if not owner:
         lines.append("name yourself: make kaggle OWNER=...")
     return "\n".join(lines)
-
-
-def pack(run: str, path: Path, *, owner: str = "", root: Path | None = None) -> list[str]:
-    """Copies what a run has finished and begun into a data set to mount; returns what it took."""
-    plan = find_plan(run, root)
-    check_new(path, "pack")
-    taken = []
-    with atomic(path) as part:
-        for stage, key in plan.keys.items():
-            finished = plan.store.complete(stage, key)
-            folder = (plan.store.entry if finished else plan.store.work)(stage, key)
-            if folder.is_dir():
-                where = part / "artifacts" / "store" / stage / folder.name
-                shutil.copytree(folder, where, ignore=passing)
-                taken.append(f"{stage} {'finished' if finished else 'begun'}")
-        if not taken:
-            why = "no stage has begun with its parameters"
-            raise DermError(f"run {run} has nothing to pack: {why}")
-        for folder in (plan.folder, plan.artifacts / "judged"):
-            if folder.is_dir():
-                where = part / "artifacts" / folder.relative_to(plan.artifacts)
-                shutil.copytree(folder, where, ignore=shutil.ignore_patterns(".*"))
-        write_metadata(part, slug(run), owner or NOBODY, "other")
-    return taken

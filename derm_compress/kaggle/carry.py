@@ -1,0 +1,99 @@
+"""Carries a run to another machine: what it has finished and begun, as a folder or in parts."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from derm_compress.errors import DermError
+from derm_compress.files import atomic, check_new, hold, release, remove
+from derm_compress.kaggle import parts
+from derm_compress.kaggle.build import NOBODY, slug, write_metadata
+from derm_compress.kaggle.setup import add_lines
+from derm_compress.study.plan import Plan, find_plan
+from derm_compress.study.store import Store, passing, reached
+
+MB = 10**6
+
+
+def pack(
+    run: str, path: Path, *, owner: str = "", part_mb: int = 0, root: Path | None = None
+) -> list[str]:
+    """Copies what a run has finished and begun into a data set to mount; returns what it took.
+
+    part_mb: in files of at most so many MB instead, which unpack() joins.
+    """
+    plan = find_plan(run, root)
+    check_new(path, "pack")
+    with atomic(path) as draft:
+        artifacts = draft / "artifacts"
+        taken = gather(plan, artifacts)
+        if part_mb:
+            made = parts.split(artifacts, draft, part_mb * MB, run=run)
+            remove(artifacts)
+            taken.append(f"{len(made)} parts")
+        else:
+            write_metadata(draft, slug(run), owner or NOBODY, "other")
+    return taken
+
+
+def gather(plan: Plan, artifacts: Path) -> list[str]:
+    """Copies a run's results, notes and marks to a folder of artifacts."""
+    taken = []
+    for stage, key in plan.keys.items():
+        finished = plan.store.complete(stage, key)
+        folder = (plan.store.entry if finished else plan.store.work)(stage, key)
+        if folder.is_dir():
+            shutil.copytree(folder, artifacts / "store" / stage / folder.name, ignore=passing)
+            taken.append(f"{stage} {'finished' if finished else 'begun'}")
+    if not taken:
+        why = "no stage has begun with its parameters"
+        raise DermError(f"run {plan.run} has nothing to pack: {why}")
+    for folder in (plan.folder, plan.artifacts / "judged"):
+        if folder.is_dir():
+            where = artifacts / folder.relative_to(plan.artifacts)
+            shutil.copytree(folder, where, ignore=shutil.ignore_patterns(".*"))
+    return taken
+
+
+def unpack(path: Path, *, root: Path | None = None) -> list[str]:
+    """Takes what pack() has put into parts into the project's artifacts; returns what it took.
+
+    Each part and each result is checked first. What is there already stays as it is.
+    """
+    plan = find_plan(str(parts.listed(path).get("run")), root)
+    plan.artifacts.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=plan.artifacts, prefix=".part-") as draft:
+        come = Path(draft)
+        parts.join(path, come)
+        taken = take(plan, come)
+        for name, copy in (("runs", keep), ("judged", add_lines)):
+            if (come / name).is_dir():
+                how = {"dirs_exist_ok": True, "copy_function": copy}
+                shutil.copytree(come / name, plan.artifacts / name, **how)
+    return taken
+
+
+def take(plan: Plan, come: Path) -> list[str]:
+    """Copies the stages of a run that other artifacts have and its own have not, or less far."""
+    store, taken = Store(plan.artifacts / "store", plan.notebooks, [come / "store"]), []
+    for stage, key in plan.keys.items():
+        lock, work = store.lock(stage, key), store.work(stage, key)
+        hold(lock, waiting=f"{stage}: another process computes this; waiting for it")
+        if reached(come / "store" / stage / work.name) > reached(work):
+            remove(work)
+        states = {"finished": store.own(stage, key), "begun": work}
+        missing = [word for word, folder in states.items() if not folder.is_dir()]
+        store.adopt(stage, key)
+        taken += [f"{stage} {word}" for word in missing if states[word].is_dir()]
+        release(lock)
+    if not taken:
+        why = "all of it is here, or it is of other code or parameters"
+        raise DermError(f"unpack: nothing in it is new to run {plan.run}: {why}")
+    return taken
+
+
+def keep(source: str, target: str) -> None:
+    """Copies a file where there is none."""
+    if not Path(target).exists():
+        with atomic(Path(target)) as part:
+            shutil.copyfile(source, part)
