@@ -18,6 +18,7 @@ from derm_compress.report.sentences import Facts
 
 QUESTION = "features"  # the one with the longest answers
 CHANGED = {"fontweight": "bold"}
+BETWEEN = {1: "{}", 2: "{} and {}"}  # names of so many neighbours
 CELL, TEXT = 10, 17  # columns of the cosine and of the answer
 WHOLE, SHOWN = 300, 78  # characters of the whole model's answer, and of a changed one
 
@@ -73,7 +74,7 @@ def together(data: pd.DataFrame) -> list[dict]:
         pieces = compared(typeset.plain(one.answer, 400), typeset.plain(one.original, 400))
         rows.append(
             {
-                "blocks": f"{one.block} to {last}" if len(same) > 1 else str(last),
+                "blocks": BETWEEN.get(len(same), "{} to {}").format(one.block, last),
                 "similarity": one.similarity,
                 "colour": shade(one.similarity),
                 "same": one.answer == one.original,

@@ -1,16 +1,20 @@
-"""Figures 1 and 2, and the score against blocks removed. No torch."""
+"""Figures 1 and 2, and scores against blocks removed: own, rivals', by luck. No torch."""
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from derm_compress.evaluate import metrics
 from derm_compress.report import paper
 from derm_compress.report.figures import style
 from derm_compress.report.figures.style import DENSE, PRUNED, QUANTIZED, SFT, Drawing
-from derm_compress.report.results import first_to_go
+from derm_compress.report.results import Results, first_to_go
 from derm_compress.report.sentences import Facts
+from derm_compress.report.wording import words
 
 STAGE_COLOURS = {"03": PRUNED, "04": PRUNED, "05": SFT, "06": QUANTIZED, "07": QUANTIZED}
 
@@ -26,7 +30,7 @@ def pipeline(facts: Facts) -> Drawing | None:
         level[stage] = 1 + max(before, default=-1)
     rows = [[stage for stage in level if level[stage] == y] for y in range(1 + max(level.values()))]
     finding = f"The study's {len(level)} stages: what one leaves, the next ones read"
-    figure, (axes,) = style.canvas(finding, 0.4 + 0.7 * len(rows))
+    figure, (axes,) = style.canvas(finding, 0.4 + 0.5 * len(rows))
     axes.axis("off")
     axes.set(xlim=(0, 2), ylim=(len(rows) - 0.5, -0.5))
     centre = {stage: (2 * i + 1) / len(row) for row in rows for i, stage in enumerate(row)}
@@ -65,18 +69,19 @@ def block_removal(facts: Facts, plan: dict) -> Drawing:
             if b in protected:
                 look = {"facecolor": DENSE, "edgecolor": "white", "hatch": "////"}
             if b in out:
-                look = {"facecolor": "white", "edgecolor": PRUNED, "linestyle": ":"}
+                turn = out.index(b) / len(out) if out is gone else 1
+                look = {"facecolor": colormaps["Blues"](0.8 * (1 - turn)), "edgecolor": PRUNED}
+                look["linestyle"] = ":"
             axes.add_patch(Rectangle((b + 0.06, y - 0.36), 0.88, 0.72, **look))
     turns = {} if plan.get("starts") else {b: i for i, b in enumerate(plan["order"], 1)}
-    for b in gone if turns else []:
-        at = {"ha": "center", "va": "center", "fontsize": 5.5 if turns[b] > 9 else 7}
-        axes.text(b + 0.5, len(rows) - 1, turns[b], color=PRUNED, **at)
     axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_xticks([b + 0.5 for b in range(0, blocks, 4)], range(0, blocks, 4))
-    number = "; number: its turn" if turns else ""
-    axes.set_xlabel(f"decoder block (hatched: protected; dotted: left out{number})")
-    style.bare(axes)
+    first = "; darker: earlier" if turns else ""
+    axes.set_xlabel(f"decoder block\nhatched: protected; dotted: left out{first}")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
     data = pd.DataFrame({"block": range(blocks)})
     data["turn"] = data.block.map(turns).astype("Int64")
     data = data.assign(protected=data.block.isin(protected), removed=data.block.isin(gone))
@@ -94,22 +99,93 @@ def _tries(plan: dict, gone: list) -> list[tuple[str, list]]:
 
 @style.figure("score_vs_blocks", "table1_pruning")
 def score_vs_blocks(facts: Facts, table1: pd.DataFrame) -> Drawing:
-    """Score against blocks removed, before and after SFT, with the paper's curve."""
-    table2 = facts.get("table2_sft")
+    """Score against blocks removed, before and after SFT, with random orders and the paper's curve.
+
+    The axis counts blocks of 32, so that a smaller model's fractions stand below the paper's.
+    """
+    results, table2 = facts.results, facts.get("table2_sft")
     finding = facts.title("score_vs_blocks")
-    figure, (axes,) = style.canvas(finding, 3.7)
+    figure, (axes,) = style.canvas(finding, 4.2)
     style.score_axis(axes)
     floor = "floor: every answer gets the lowest grade"
-    axes.text(0, metrics.FLOOR - 1, floor, va="top", fontsize=8, color=style.QUIET)
+    axes.text(0, metrics.FLOOR - 1, floor, va="top", color=style.QUIET)
     theirs, look = paper.table(1), {"color": style.PAPER, "label": "paper, LLaVA-1.5-7B"}
     axes.plot(theirs.blocks_removed, theirs.paper_score, ":^", mfc="white", **look)
-    # The axis counts blocks of 32, so that a smaller model's fractions stand below the paper's.
+    if (table := facts.get("extra_criteria")) is not None:
+        curves = _curves(table, table1)
+        curves.index *= paper.BLOCKS / results.blocks
+        _random_orders(axes, curves)
     before = table1.fraction_removed * paper.BLOCKS
     style.scores(axes, before, table1, fmt="-o", color=PRUNED, label="pruned")
     if table2 is not None:
         beside = table2.fraction_removed * paper.BLOCKS + 0.35  # so that both intervals are seen
-        label = "after SFT (beside; 0 blocks: the control)"
+        label = "healed by SFT (beside)"
         style.scores(axes, beside, table2, "score_after", fmt="s", color=SFT, label=label)
+        if results.answers is not None:
+            _further_seeds(axes, results)
     axes.set_xlabel(f"blocks removed, of {paper.BLOCKS}")
-    style.legend_below(figure, 3)
+    style.legend_below(figure, 2)
     return Drawing(figure, table1, finding)
+
+
+def _further_seeds(axes, results: Results) -> None:
+    """The same trainings with other seeds."""
+    again = results.models[results.models.sft_seed > 0]
+    again = again[(again.bits == 16) & again.variant.isin(results.answers.variant)]
+    if len(again):
+        marks = results.answers.groupby("variant").score.mean()
+        place = again.units_removed * paper.BLOCKS / results.blocks + 0.8
+        look = {"color": SFT, "mfc": "none", "ms": 4, "label": "with other seeds"}
+        axes.plot(place, metrics.percent(again.variant.map(marks)), "s", **look)
+
+
+def _random_orders(axes, curves: pd.DataFrame) -> None:
+    """The mean of all random orders and what they span."""
+    orders = curves[[name for name in curves if name.startswith("random-")]].dropna()
+    if orders.shape[1] > 1:
+        ends = orders.min(axis=1), orders.max(axis=1)
+        axes.fill_between(orders.index, *ends, color=style.BAND)
+    if orders.shape[1]:
+        label = f"random orders: mean, range of {orders.shape[1]}"
+        label = label if orders.shape[1] > 1 else words(orders.columns[0])
+        axes.plot(orders.index, orders.mean(axis=1), ":", color=DENSE, label=label)
+
+
+@style.figure("extra_criteria", "extra_criteria", "table1_pruning")
+def criteria(facts: Facts, table: pd.DataFrame, table1: pd.DataFrame) -> Drawing | None:
+    """Score against blocks removed: a panel a rival, with the study's own and the random orders."""
+    if table.score.isna().all():
+        return None
+    own, curves = facts.results.criterion, _curves(table, table1)
+    behind = {row["criterion"]: row["difference_all"] for row in facts.rows("extra_criteria_tests")}
+    rivals = [name for name in curves if name != own and not name.startswith("random-")]
+    rivals = sorted(rivals, key=lambda name: behind.get(name, math.inf)) or [own]
+    finding = facts.title("extra_criteria")
+    columns = min(2, len(rivals))
+    rows = math.ceil(len(rivals) / columns)
+    shared = {"columns": columns, "sharex": True, "sharey": True}
+    figure, panels = style.canvas(finding, 1.5 + 1.2 * rows, rows, **shared)
+    mine = table1.dropna(subset=["score"])
+    ends = mine.score_lo.astype(float), mine.score_hi.astype(float)
+    for axes, name in zip(panels, rivals, strict=False):
+        _random_orders(axes, curves)
+        axes.fill_between(mine.blocks_removed, *ends, color=PRUNED, alpha=0.18)
+        axes.plot(curves[own].dropna(), "-", color=PRUNED, linewidth=2, label=words(own))
+        axes.plot(curves[name].dropna(), "--s", color=SFT, markersize=3, label="the rival")
+        apart = f": {-behind[name]:+.1f}" if name in behind else ""
+        axes.set_title(f"{words(name)}{apart}")
+    for axes in panels[len(rivals) :]:
+        axes.axis("off")
+    panels[0].set_ylim(metrics.FLOOR - 5, 100)
+    panels[len(rivals) - columns].tick_params(labelbottom=True)
+    figure.supylabel("score, %")
+    below = "blocks removed; behind a name: the rival minus the own, points"
+    style.legend_below(figure, 2, title=below)
+    return Drawing(figure, table, finding)
+
+
+def _curves(table: pd.DataFrame, table1: pd.DataFrame) -> pd.DataFrame:
+    """[blocks removed, criterion] scores; all start at the unpruned model."""
+    curves = table.pivot(index="blocks_removed", columns="criterion", values="score").astype(float)
+    curves.loc[0] = table1.score[table1.blocks_removed == 0].astype(float).max()
+    return curves.sort_index()

@@ -19,27 +19,15 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from derm_compress.evaluate import metrics
 from derm_compress.report.sentences import Facts
 
 DENSE, PRUNED, SFT, QUANTIZED, PAPER = "#6b6b6b", "#1f6fb4", "#d96f00", "#2a8c4a", "#111111"
-CROWD, BAND, QUIET = "#b5b5b5", "#d9d9d9", "#555555"
+BAND, QUIET = "#d9d9d9", "#555555"
 WIDTH = 4.2  # inches: a phone's column shows the smallest letters, of 8 points, at 10 pixels
 TITLE = {"fontweight": "bold", "fontsize": 9.5, "ha": "left"}
-LINES = [  # colours that differ in lightness too, markers and dashes for a grey print
-    ("#d96f00", "s", "-"),
-    ("#2a8c4a", "^", "-"),
-    ("#8a2f7a", "D", "-"),
-    ("#7a5c00", "v", "--"),
-    ("#c23b3b", "P", "--"),
-    ("#1c9aa8", "X", "--"),
-    ("#5a5ac8", "<", "-."),
-    ("#3f3f3f", ">", "-."),
-    ("#a8842c", "h", "-."),
-]
 STYLE = {
     "figure.dpi": 200,
     "savefig.dpi": 200,  # equal, so that the layout is made for what is saved
@@ -53,14 +41,16 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.6,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "axes.titlesize": 8.5,
+    "figure.labelsize": 8.5,
     "axes.titlelocation": "left",
     "text.parse_math": False,
     "svg.hashsalt": "derm_compress",
 }
-HEAT = {"aspect": "auto", "cmap": "magma_r", "interpolation": "nearest"}
 FIGURES: dict[str, Callable[[Facts], Drawing | None]] = {}  # by stem, as `figure` registers them
 
 
@@ -125,21 +115,25 @@ def figure(stem: str, *needs: str):
 
 def wrapped(finding: str) -> str:
     """A figure's title in lines."""
-    return textwrap.fill(finding[:1].upper() + finding[1:], 50)
+    whole = finding[:1].upper() + finding[1:].replace(" %", "\N{NO-BREAK SPACE}%")
+    return textwrap.fill(whole, 50)
 
 
-def canvas(finding: str, height: float, rows: int = 1, **options):
-    """A figure whose title is its finding, and its axes from top to bottom."""
+def canvas(finding: str, height: float, rows: int = 1, columns: int = 1, **options):
+    """A figure whose title is its finding, and its axes row by row."""
     made = Figure(figsize=(WIDTH, height))
     FigureCanvasAgg(made)
     made.suptitle(wrapped(finding), x=0.01, **TITLE)
-    return made, list(made.subplots(rows, 1, squeeze=False, **options)[:, 0])
+    return made, list(made.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def legend_below(made: Figure, ncols: int, axes=None, **look) -> None:
-    """A figure's legend, of all axes or of one."""
-    labels = axes.get_legend_handles_labels() if axes else ()
-    made.legend(*labels, ncols=ncols, loc="outside lower center", **look)
+def legend_below(made: Figure, ncols: int, **look) -> None:
+    """A figure's legend: every label of its axes once."""
+    known = {}
+    for axes in made.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    made.legend(known.values(), known, ncols=ncols, loc="outside lower center", **look)
 
 
 def reach(rows: pd.DataFrame, name: str) -> list[pd.Series]:
@@ -158,17 +152,3 @@ def scores(axes, x: pd.Series, rows: pd.DataFrame, name: str = "score", **look) 
 def score_axis(axes, label: str = "score, % (95 % interval)") -> None:
     axes.axhline(metrics.FLOOR, color="#999999", linewidth=1)
     axes.set(ylabel=label, ylim=(metrics.FLOOR - 9, 100))
-
-
-def plain_numbers(axis) -> None:
-    """0.01, 0.02, 0.05 on a logarithmic axis: the style draws no powers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def bare(axes) -> None:
-    """Neither grid nor frame nor ticks: what is drawn has its own borders."""
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)

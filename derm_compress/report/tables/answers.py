@@ -49,16 +49,6 @@ def most_confused(part: pd.DataFrame) -> str:
     return f"{disease} called {called} ({counts.max()})"
 
 
-def confusion(results: Results, variant: str | None) -> pd.DataFrame:
-    """Counts [disease, named] of one variant; the last columns are what is no disease's name."""
-    part = named(results)
-    part = part[part.variant == variant]
-    counts = part.groupby(["disease", "diagnosis"]).size().unstack(fill_value=0)
-    names = sorted(counts.index)
-    others = sorted(set(counts.columns) - set(names))
-    return counts.reindex(index=names, columns=[*names, *others], fill_value=0)
-
-
 def secondary_scores(results: Results) -> pd.DataFrame:
     """Scores that no judge gives, and runaway answers, of every variant on the test pictures."""
     every, rows = results.predictions, []
