@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on the small shapes of a CPU, and the page that it once wrote on a GPU."""
+"""Benchmarks on what a CPU runs in seconds, and the page that one of them wrote on a GPU."""
 
 import importlib.util
 import json
@@ -13,12 +13,16 @@ from derm_compress.model import anatomy, shapes
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def gpu():
-    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks/gpu.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return script("gpu")
 
 
 def test_each_step_gives_rows_and_files(gpu, tmp_path):
@@ -57,3 +61,14 @@ def test_the_committed_figures_are_those_planned():
     whole = rows[(rows.quantity == "parameters") & (rows.variant == "fp16, 32 blocks")]
     assert whole.measured.tolist() == [shapes.llava_7b().parameters()] == [7_063_427_072]
     assert rows[rows.quantity == "peak"].ratio.sub(1).abs().max() < 0.1
+
+
+def test_answers_without_a_block_are_raced_on_any_model(monkeypatch, capsys):
+    importance = script("importance")
+    monkeypatch.setattr(importance, "STUDY", 6)
+    importance.of_model("pico", "cpu", 1, 3)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["texts_equal"] and found["equal"] == 1
+    assert (found["blocks"], found["items"]) == (2, 2 * 3)
+    assert 0 <= found["accepted"] <= 1 and found["near_ties"] >= 0 and found["ratio"] > 0
+    assert found["loop_batch"] <= 3
