@@ -150,6 +150,15 @@ def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...")]) -> None
 
 
 @app.command()
+def compare(one: str, other: str) -> None:
+    """Write docs/ONE-and-OTHER.md: which signs hold in two finished runs' reports."""
+    from derm_compress.files import project_root
+    from derm_compress.report.signs import write
+
+    print(write(project_root(), one, other))
+
+
+@app.command()
 def paper() -> None:
     """Write docs/paper.md: where the paper disagrees with itself."""
     from derm_compress.files import project_root
