@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from derm_compress.report.figures import (
-    ablation,
-    evaluation,
-    importance,
-    pruning,
-    quantization,
-    quotes,
-)
+from derm_compress.report.figures import ablation, importance, pareto, pruning, quantization, quotes
 from derm_compress.report.figures.style import FIGURES, Drawing
 from derm_compress.report.results import Results
 from derm_compress.report.sentences import Facts
 
-MODULES = (
-    ablation,
-    evaluation,
-    importance,
-    pruning,
-    quantization,
-    quotes,
-)  # each registers its figures
+MODULES = (ablation, importance, pareto, pruning, quantization, quotes)  # each registers figures
 
 
 def figure(stem: str, results: Results) -> Drawing | None:

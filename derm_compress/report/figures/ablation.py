@@ -19,7 +19,7 @@ from derm_compress.report.sentences import Facts
 QUESTION = "features"  # the one with the longest answers
 CHANGED = {"fontweight": "bold"}
 BETWEEN = {1: "{}", 2: "{} and {}"}  # names of so many neighbours
-CELL, TEXT = 10, 17  # columns of the cosine and of the answer
+CELL, TEXT = 11, 18  # columns of the cosine and of the answer
 WHOLE, SHOWN = 300, 78  # characters of the whole model's answer, and of a changed one
 
 
@@ -37,7 +37,7 @@ def without_each_block(facts: Facts, ablations: pd.DataFrame) -> Drawing | None:
     whole, asked = data.original.iloc[0], dialogue.question(QUESTION)
     rows = together(data)
     told = {"asked": asked, "whole": whole, "rows": rows, "picture": picture}
-    html = Markup(page("without_each_block.html", **told))
+    html = Markup(page("without_each_block.html", finding=finding, **told))
     beside = [
         *typeset.flow(asked, look=typeset.HEAD, to=typeset.BESIDE),
         *typeset.flow("The full model:", look=typeset.SMALL, to=typeset.BESIDE),
@@ -92,12 +92,8 @@ def shade(similarity: float) -> str:
 def compared(answer: str, whole: str) -> list[tuple[str, bool]]:
     """The answer in pieces: (words, whether they are new beside the whole model's answer)."""
     ours, theirs = answer.split(), whole.split()
-    matcher = difflib.SequenceMatcher(None, theirs, ours, autojunk=False)
-    found = []
-    for kind, _, _, start, end in matcher.get_opcodes():
-        if start < end:
-            found.append((" ".join(ours[start:end]), kind != "equal"))
-    return found
+    steps = difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes()
+    return [(" ".join(ours[a:b]), kind != "equal") for kind, _, _, a, b in steps if a < b]
 
 
 def answer_lines(row: dict) -> typeset.Lines:

@@ -58,8 +58,8 @@ def block_removal(facts: Facts, plan: dict) -> Drawing:
     """What is left out, one try at a time, and what the study's plan then removes."""
     blocks, protected = plan["blocks"], set(plan["protected"])
     gone = first_to_go(plan, facts.results.operating)
-    tries = _tries(plan, gone)
-    finding = facts.title("fig2_block_removal", plan=plan, tries=len(tries), gone=len(gone))
+    tries = [(f"without {b}", [b]) for b in sorted(plan["order"])]
+    finding = facts.title("fig2_block_removal", plan=plan, gone=len(gone))
     rows = [("full model", []), *tries[:2], ("...", None), *tries[-1:]]
     rows.append((f"{len(gone)} removed", gone))
     figure, (axes,) = style.canvas(finding, 2.6)
@@ -86,15 +86,6 @@ def block_removal(facts: Facts, plan: dict) -> Drawing:
     data["turn"] = data.block.map(turns).astype("Int64")
     data = data.assign(protected=data.block.isin(protected), removed=data.block.isin(gone))
     return Drawing(figure, data, finding)
-
-
-def _tries(plan: dict, gone: list) -> list[tuple[str, list]]:
-    """What is left out in each try, named."""
-    if not plan.get("starts"):
-        return [(f"without {b}", [b]) for b in sorted(plan["order"])]
-    free = set(range(plan["blocks"])) - set(plan["protected"])
-    runs = [list(range(b, b + len(gone))) for b in sorted(free)]
-    return [(f"without {r[0]} to {r[-1]}", r) for r in runs if free.issuperset(r)]
 
 
 @style.figure("score_vs_blocks", "table1_pruning")

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from derm_compress.evaluate import metrics
 from derm_compress.report.figures import style
 from derm_compress.report.figures.style import DENSE, PRUNED, QUANTIZED, SFT, Drawing
-from derm_compress.report.sentences import SURE, Facts
-from derm_compress.report.wording import listed, quantizer
+from derm_compress.report.sentences import Facts
+from derm_compress.report.wording import quantizer
 
+MODELS = {  # (pruned, healed): label, place in its row, look
+    (False, False): ("unpruned", -0.2, {"fmt": "o", "color": DENSE, "ms": 4.5}),
+    (False, True): ("unpruned, healed", -0.07, {"fmt": "s", "color": DENSE, "ms": 4.5}),
+    (True, False): ("pruned", 0.07, {"fmt": "X", "color": PRUNED, "ms": 4.5}),
+    (True, True): ("pruned, healed", 0.2, {"fmt": "D", "color": SFT, "ms": 4.5}),
+}
 OUTLIER = 6.0  # as notebook 06 counts them: a peak over so many times the median channel's
 
 
@@ -41,83 +48,29 @@ def activations(facts: Facts, surface: pd.DataFrame) -> Drawing:
 @style.figure("table3_quantization", "table3_quantization", "answers")
 def widths(facts: Facts, table: pd.DataFrame, answers: pd.DataFrame) -> Drawing | None:
     """Scores of every method, a panel a width, before and after pruning and healing."""
+    results = facts.results
     scored = table.dropna(subset=["score"])
-    scored = scored[scored.blocks_removed.isin([0, facts.results.operating])]
+    scored = scored[scored.blocks_removed.isin([0, results.operating])]
     if scored.empty:
         return None
+    whole = answers[answers.variant.isin([*results.main, results.variant(0, healed=True)])]
+    whole = metrics.score_table(whole, ["variant"], n_boot=500).merge(results.models, on="variant")
     named = scored.assign(way=scored.method.map(quantizer))
-    models, main = (
-        facts.results.models,
-        [*facts.results.main, facts.results.variant(0, healed=True)],
-    )
-    whole = metrics.score_table(answers[answers.variant.isin(main)], ["variant"], n_boot=500)
-    whole = whole.merge(models, on="variant").assign(way="not quantized")
-    panels = {16: whole} if len(whole) else {}
-    panels |= {bits: named[named.bits == bits] for bits in sorted(set(named.bits), reverse=True)}
-    finding = _least_lost(facts, panels)
-    rows = [rows.way.nunique() for rows in panels.values()]
-    shared = {"sharex": True, "height_ratios": rows}
-    figure, axes = style.canvas(
-        finding, 1.3 + 0.3 * len(rows) + 0.3 * sum(rows), len(rows), **shared
-    )
-    for axis, (bits, here) in zip(axes, panels.items(), strict=True):
-        _dots(axis, here)
-        axis.set_title(f"{bits} bits")
-    axes[-1].set_xlabel("score, % (95 % interval)")
-    style.legend_below(figure, 3)
-    return Drawing(figure, table, finding)
-
-
-def _least_lost(facts: Facts, panels: dict[int, pd.DataFrame]) -> str:
-    """How the method of the paper does at each width on the healed model."""
-    healed = facts.results.operating, True
-    told = []
-    for bits, rows in panels.items():
-        awq = rows[(rows.method == "awq") & (rows.blocks_removed == healed[0]) & rows.healed]
-        told += [f"{score:.1f} % at {bits} bits" for score in awq.score]
-    if not told:
-        return "Scores by method and width"
-    return f"With {healed[0]} blocks removed and healed, AWQ scores {listed(told)}"
-
-
-def _dots(axis, table: pd.DataFrame) -> None:
-    """A row a `way`, a dot a model: unpruned, pruned, healed; and unpruned with the same SFT."""
-    ways = list(dict.fromkeys(table.way))
-    models = {  # (pruned, healed): label, colour, marker, place
-        (False, False): ("unpruned", DENSE, "o", -0.2),
-        (False, True): ("unpruned, healed", DENSE, "s", -0.07),
-        (True, False): ("pruned", PRUNED, "o", 0.07),
-        (True, True): ("pruned, healed", SFT, "s", 0.2),
-    }
-    pruned = table.blocks_removed > 0
-    for (gone, healed), (label, colour, marker, shift) in models.items():
-        rows = table[(pruned == gone) & (table.healed == healed)].dropna(subset=["score"])
-        if len(rows):
-            at = [ways.index(way) + shift for way in rows.way]
-            fill = "none" if healed and not gone else colour
-            look = {"fmt": marker, "color": colour, "mfc": fill, "markersize": 4.5}
-            ends = style.reach(rows, "score")
-            axis.errorbar(rows.score, at, xerr=ends, label=label, elinewidth=0.8, **look)
-    axis.set_yticks(range(len(ways)), ways)
-    axis.set_ylim(len(ways) - 0.5, -0.5)
+    panels = {"16 bits": whole.assign(way="not quantized")} if len(whole) else {}
+    for bits in sorted(set(named.bits), reverse=True):
+        panels[f"{bits} bits"] = named[named.bits == bits]
+    finding = facts.title("table3_quantization")
+    return Drawing(_dots(finding, panels), table, finding)
 
 
 @style.figure("extra_equal_bytes", "extra_equal_bytes")
 def equal_bytes(facts: Facts, table: pd.DataFrame) -> Drawing:
     """Scores of the ways to spend the same bytes, before and after SFT."""
     named = table.assign(way=[_way(row) for row in table.itertuples()])
-    budgets, finding = dict(list(named.groupby("budget", sort=False))), _fewer_blocks(table)
-    rows = [here.way.nunique() for here in budgets.values()]
-    shared = {"sharex": True, "height_ratios": rows}
-    figure, axes = style.canvas(
-        finding, 1.5 + 0.3 * len(rows) + 0.3 * sum(rows), len(rows), **shared
-    )
-    for axis, (budget, here) in zip(axes, budgets.items(), strict=True):
-        _dots(axis, here)
-        axis.set_title(f"the bytes of all blocks at {budget} bits")
-    axes[-1].set_xlabel("score, % (95 % interval)")
-    style.legend_below(figure, 2)
-    return Drawing(figure, table, finding)
+    groups = named.groupby("budget", sort=False)
+    panels = {f"the bytes of all blocks at {bits} bits": rows for bits, rows in groups}
+    finding = facts.title("extra_equal_bytes")
+    return Drawing(_dots(finding, panels), table, finding)
 
 
 def _way(row) -> str:
@@ -126,9 +79,24 @@ def _way(row) -> str:
     return f"{said} mixed" if row.method.endswith("-mixed") else said
 
 
-def _fewer_blocks(table: pd.DataFrame) -> str:
-    """How often fewer blocks score above and below fewer bits of the same bytes."""
-    pairs = table[(table.blocks_removed > 0) & table.difference.notna()]
-    sure = pairs[pairs.p_holm < SURE].difference
-    said = f"above fewer bits in {(sure > 0).sum()} of {len(pairs)} comparisons, below in"
-    return f"At equal bytes fewer blocks score clearly {said} {(sure < 0).sum()}"
+def _dots(finding: str, panels: dict[str, pd.DataFrame]) -> Figure:
+    """A row a `way`, a dot a model."""
+    rows = [table.way.nunique() for table in panels.values()]
+    height = 1.5 + 0.3 * len(rows) + 0.3 * sum(rows)
+    shared = {"sharex": True, "height_ratios": rows}
+    figure, axes = style.canvas(finding, height, len(rows), **shared)
+    for axis, (title, table) in zip(axes, panels.items(), strict=True):
+        ways = list(dict.fromkeys(table.way))
+        for (gone, healed), (label, shift, look) in MODELS.items():
+            here = (table.blocks_removed > 0).eq(gone) & table.healed.eq(healed)
+            shown = table[here].dropna(subset=["score"])
+            if len(shown):
+                at = [ways.index(way) + shift for way in shown.way]
+                ends = style.reach(shown, "score")
+                axis.errorbar(shown.score, at, xerr=ends, label=label, elinewidth=0.8, **look)
+        axis.set_yticks(range(len(ways)), ways)
+        axis.set(ylim=(len(ways) - 0.5, -0.5))
+        axis.set_title(title)
+    axes[-1].set_xlabel("score, % (95 % interval)")
+    style.legend_below(figure, 2)
+    return figure

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 from markupsafe import Markup
-from PIL import Image
 
 from derm_compress.data import dialogue
 from derm_compress.evaluate.judges import rubric
@@ -72,15 +71,13 @@ def by_question(quotes: list[Quote]) -> dict[str, list[Quote]]:
     return {dialogue.question(k): [q for q in quotes if q.question == k] for k in kinds}
 
 
-def cards(
-    quotes: list[Quote], picture: Image.Image | None = None, told: list[tuple[str, str]] = ()
-) -> Markup:
-    """A row of cards a question, the reference first, below the picture and what is told of it."""
+def cards(quotes: list[Quote], **above) -> Markup:
+    """A row of cards a question, the reference first; above: a finding, a picture, what is told."""
     asked = {
         question: [Quote("Reference", some[0].question, *[some[0].reference] * 2), *some]
         for question, some in by_question(quotes).items()
     }
-    return Markup(page("quotes.html", asked=asked, picture=picture, told=told))
+    return Markup(page("quotes.html", asked=asked, **above))
 
 
 def lines(quotes: list[Quote]) -> Lines:
@@ -97,20 +94,15 @@ def lines(quotes: list[Quote]) -> Lines:
     return found
 
 
-def quoted(
-    quotes: list[Quote],
-    data: pd.DataFrame,
-    finding: str,
-    picture: Image.Image | None,
-    told: list[tuple[str, str]],
-) -> Drawing:
-    """Answers under their picture; told: (name, what is said of it), beside the picture."""
+def quoted(quotes: list[Quote], data: pd.DataFrame, finding: str, **above) -> Drawing:
+    """Answers; above: their `picture`, and `told` beside it: (name, what is said of it)."""
+    html = cards(quotes, finding=finding, **above)
     finding = f"{finding}; right facts bold and green, wrong ones red and slanted"
     beside: Lines = []
-    for name, said in told:
+    for name, said in above["told"]:
         beside += [*flow(name, look=HEAD, to=BESIDE), *flow(said, look=SMALL, to=BESIDE)]
-    figure = drawn([[], *lines(quotes)], finding, picture=picture, beside=beside)
-    return Drawing(figure, data, finding, cards(quotes, picture, told))
+    figure = drawn([[], *lines(quotes)], finding, picture=above["picture"], beside=beside)
+    return Drawing(figure, data, finding, html)
 
 
 def typical_item(answers: pd.DataFrame) -> str:
@@ -157,7 +149,8 @@ def case_studies(facts: Facts, answers: pd.DataFrame) -> Drawing | None:
     told = [(facts.label(name), cost(facts, name)) for name in cases]
     names = ["label", "variant", "item", "question", "answer", "reference", "score", "why"]
     data = chosen[names].reset_index(drop=True)
-    return quoted(quotes, data, finding, results.picture(data["item"].iloc[0]), told)
+    picture = results.picture(data["item"].iloc[0])
+    return quoted(quotes, data, finding, picture=picture, told=told)
 
 
 @style.figure("fig6_judge_prompt")
@@ -195,7 +188,8 @@ def iterative_pruning(facts: Facts, table: pd.DataFrame, answers: pd.DataFrame) 
     names = ["blocks_removed", "item", "question", "answer", "reference", "tokens", "stopped"]
     data = data[[*names, "runaway", "score"]].reset_index(drop=True)
     told = [(chosen.disease.iloc[0], "a typical test picture; below, what is said of it")]
-    return quoted(quotes, data, finding, facts.results.picture(data["item"].iloc[0]), told)
+    picture = facts.results.picture(data["item"].iloc[0])
+    return quoted(quotes, data, finding, picture=picture, told=told)
 
 
 def depths_of(facts: Facts, same: pd.DataFrame) -> str:

@@ -13,7 +13,7 @@ from derm_compress.report.sentences import Facts
 KINDS = {  # (pruned, healed, quantized): label, colour, marker
     (False, False, False): ("unpruned", DENSE, "o"),
     (False, True, False): ("unpruned, healed", DENSE, "s"),
-    (True, False, False): ("pruned", PRUNED, "o"),
+    (True, False, False): ("pruned", PRUNED, "X"),
     (True, True, False): ("pruned, healed", SFT, "s"),
     (False, False, True): ("quantized", QUANTIZED, "^"),
     (False, True, True): ("quantized", QUANTIZED, "^"),
