@@ -27,7 +27,7 @@ from derm_compress.method.assemble import materialize
 from derm_compress.method.importance.drafts import ablated_answers
 from derm_compress.model import anatomy, loading, prompts, removal, usage
 from derm_compress.model.prompts import collate, encode
-from derm_compress.model.reading import Prompts
+from derm_compress.model.reading import Prompts, looking
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.units import Unit
 from derm_compress.study import batches as sizes
@@ -70,13 +70,14 @@ def teach(model, processor, items, images, *, steps: int, batch: int, lr: float)
 def loop(model, processor, asked, images, units, *, batch: int, most: int):
     """The plain way: remove a unit, generate, put it back; tokens of each answer by key."""
     eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    device = anatomy.decoder(model).device
     for unit in units:
         answers = {}
-        with removal.without(model, [] if unit is None else [unit]):
+        with removal.without(model, [] if unit is None else [unit]), looking(model):
             for part in (asked[start : start + batch] for start in range(0, len(asked), batch)):
                 texts = [prompts.ask(processor, question) for _, _, question in part]
                 inputs = prompts.prepare(
-                    processor, texts, images[[i.row for i, _, _ in part]], model.device
+                    processor, texts, images[[i.row for i, _, _ in part]], device
                 )
                 ids = model.generate(
                     **inputs,
@@ -136,7 +137,8 @@ def race(
 ) -> dict:
     """Both ways in turns, the loop at the best of `batches`: what they took, and equal or not."""
     asked = [(item, *question) for question in questions.items() for item in items]
-    device = model.device.type
+    home = anatomy.decoder(model).device
+    device = home.type
     tried = {batch: Meter(keeps=False, device=device) for batch in batches}
     plain = {"most": most}
     for batch, meter in tried.items():
@@ -145,7 +147,7 @@ def race(
     seconds = {batch: round(meter.seconds, 2) for batch, meter in tried.items()}
     print("the loop's seconds a block by batch:", seconds, flush=True)
     batch, units = min(seconds, key=seconds.get), [None, *blocks]
-    prompts = Prompts.of(processor, images[0], questions, model.device)
+    prompts = Prompts.of(processor, images[0], questions, home)
     how = {"batch_size": lines, "max_new_tokens": most}
     drafts = ablated_answers(model, prompts, items, images, blocks, **how)
     straight = loop(model, processor, asked, images, units, batch=batch, **plain)
