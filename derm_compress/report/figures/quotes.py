@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
@@ -25,7 +26,8 @@ RED = "#b00020"
 ALARM = {"color": RED, "fontweight": "bold"}
 RIGHT = {"color": QUANTIZED, "fontweight": "bold"}
 WRONG = {"color": RED, "fontstyle": "italic"}
-DRAWN, SHOWN = 330, 600  # characters of an answer in the drawing, in the page
+DRAWN, SHOWN = 220, 600  # characters of an answer in the drawing, in the page
+DEPTHS = 8  # answers of Figure 7 at most, first and last among them; its csv has all
 PROMPT = 4000  # of a line of the judge's prompt
 
 
@@ -177,8 +179,10 @@ def iterative_pruning(facts: Facts, table: pd.DataFrame, answers: pd.DataFrame) 
     data = chosen.assign(
         blocks_removed=chosen.variant.map(depths), runaway=chosen.variant.map(runaway)
     ).sort_values("blocks_removed")
+    groups = [rows for _, rows in data.groupby(data.answer.ne(data.answer.shift()).cumsum())]
+    places = np.linspace(0, len(groups) - 1, min(DEPTHS, len(groups))).round().astype(int)
     quotes = []
-    for _, same in data.groupby(data.answer.ne(data.answer.shift()).cumsum()):
+    for same in (groups[i] for i in places):
         row = same.iloc[-1]
         head = f"{depths_of(facts, same)}{grade(row.score)}"
         if wild := 100 * same.runaway.max():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ class Drawing:
     def _repr_mimebundle_(self, include=None, exclude=None):
         """What Jupyter shows; nbconvert turns `alt` into the text alternative."""
         picture = base64.b64encode(self.png).decode()
-        return {"image/png": picture}, {"image/png": {"alt": self.finding, "width": 100 * WIDTH}}
+        return {"image/png": picture}, {
+            "image/png": {"alt": self.finding, "width": int(100 * WIDTH)}
+        }
 
 
 def figure(stem: str, *needs: str):
@@ -115,8 +118,8 @@ def figure(stem: str, *needs: str):
 
 def wrapped(finding: str) -> str:
     """A figure's title in lines."""
-    whole = finding[:1].upper() + finding[1:].replace(" %", "\N{NO-BREAK SPACE}%")
-    return textwrap.fill(whole, 50)
+    units = re.sub(r"(?<=\d) (?=%|bits|points)", "\N{NO-BREAK SPACE}", finding[1:])
+    return textwrap.fill(finding[:1].upper() + units, 50)
 
 
 def canvas(finding: str, height: float, rows: int = 1, columns: int = 1, **options):
