@@ -55,10 +55,10 @@ def overview(runs: dict[str, Path]) -> pd.DataFrame:
 
 def counts(folder: Path) -> str:
     """How many of the paper's claims got each verdict."""
-    file = folder / "tables" / "extra_verdicts.csv"
+    file = folder / "tables" / "claims.csv"
     if not file.exists():
         return ""
-    found = pd.read_csv(file).verdict.value_counts()
+    found = pd.read_csv(file).query("counted").verdict.value_counts()
     return "; ".join(f"{count} {verdict}" for verdict, count in found.items())
 
 

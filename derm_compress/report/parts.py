@@ -8,23 +8,30 @@ from pathlib import Path
 import yaml
 
 QUESTION = "How far can a multimodal medical model be compressed, and what does it cost?"
-FILE = Path(__file__).with_name("templates") / "parts.yaml"
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 @dataclass(frozen=True)
 class Part:
     """A table, a figure or both, of one stem; a table of more than `shown` rows is folded.
 
-    columns: what is shown of the table, in order; all of it where none are named.
+    look: what to look at in the table; columns: its columns in order, all where none are named;
+    brief: those that the page shows, all where none are named; first: on the first page.
     """
 
     stem: str
     label: str
     question: str
-    caption: str = "score with its 95 % interval, n answers; what the paper has stands beside it"
+    look: str = ""
     columns: str = ""
-    shown: int = 16
+    brief: str = ""
+    shown: int = 8
+    first: bool = False
 
 
-_TOLD = yaml.safe_load(FILE.read_text("utf-8"))
-PARTS = {stem: Part(stem, **told) for stem, told in _TOLD.items()}
+def _read(name: str):
+    return yaml.safe_load((TEMPLATES / name).read_text("utf-8"))
+
+
+PARTS = {stem: Part(stem, **told) for stem, told in _read("parts.yaml").items()}
+REFERENCES = _read("references.yaml")  # name, address, why it is here

@@ -25,15 +25,13 @@ from derm_compress.report import comparison, figures, tables
 from derm_compress.report.figures.style import Drawing
 from derm_compress.report.notebook_html import cleaner, notebook_body
 from derm_compress.report.page import page, to_markdown
-from derm_compress.report.parts import PARTS, QUESTION
+from derm_compress.report.parts import PARTS, QUESTION, REFERENCES, Part
 from derm_compress.report.results import Results, items_hash, load_results
 from derm_compress.report.sentences import Facts
 
-BRIEF = ["setting", "score", "score_lo", "score_hi", "n", "paper_score"]
-BRIEF += ["vram_gib_7b", "paper_vram"]
 MEASURED_TABLES = {"extra_latency", "extra_measured"}
 MEASURED = ("seconds", "ms")  # words in names of columns that differ from run to run
-TIMED = r"time, s|latency, ms|faster"  # and in rows that set ours beside the paper's
+TIMED = "faster"  # and in claims of time
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None, keep: bool = 
     graph = {stage: list(note["upstream"]) for stage, note in made.stages.items()}
     facts = Facts(results, built, graph=graph, asked=asked_of_judge(made.parameters))
     drawn = figures.draw_all(facts)
-    made = replace(made, info=made.info | frozen(results) | {"headline": facts.said("headline")[0]})
+    made = replace(made, info=made.info | frozen(results) | {"headline": facts.said("answer")[0]})
     notebooks = {
         f"notebooks/{path.stem}.html": Markup(notebook_body(path, clean))
         for path in sorted((made.folder / "notebooks").glob("[0-9]*.ipynb"))
@@ -140,12 +138,10 @@ def contents(made: Run, facts: Facts, built: dict, drawn: dict, notebooks: list[
     parts = []
     for stem, part in PARTS.items():
         if stem in built or stem in drawn:
-            frame = tables.readable(built[stem]) if stem in built else None
-            more = {"said": facts.said(stem), "drawing": drawn.get(stem), "frame": frame}
-            folded = frame is not None and len(frame) > part.shown
-            caption = f"{part.label}: {part.caption}"
-            parts.append(asdict(part) | more | {"caption": caption, "folded": folded})
-    brief = built.get("table4_efficiency")
+            shown = shown_table(part, built[stem]) if stem in built else None
+            more = {"said": facts.said(stem), "drawing": drawn.get(stem), "frame": shown}
+            folded = shown is not None and len(shown) > part.shown
+            parts.append(asdict(part) | more | {"folded": folded})
     stages = [
         (stage, note["key"][:12], note.get("seconds"), note.get("cached"))
         for stage, note in made.stages.items()
@@ -155,13 +151,18 @@ def contents(made: Run, facts: Facts, built: dict, drawn: dict, notebooks: list[
         "question": QUESTION,
         "run": made,
         "facts": facts,
-        "parts": parts,
+        "first": {part["stem"]: part for part in parts if part["first"]},
+        "parts": [part for part in parts if not part["first"]],
+        "references": REFERENCES,
         "notebooks": notebooks,
-        "first": drawn.get("score_vs_blocks"),
-        "brief": None if brief is None else tables.readable(brief[BRIEF]),
         "stages": pd.DataFrame(stages, columns=["stage", "key", "seconds", "from the store"]),
         "provenance": made.info | {name: made.last.get(name) for name in ("git", "environment")},
     }
+
+
+def shown_table(part: Part, frame: pd.DataFrame) -> pd.DataFrame:
+    """What a page shows of a table; its file has the rest."""
+    return tables.readable(frame[part.brief.split() or list(frame)])
 
 
 def tracked(folder: Path) -> bool:
@@ -191,10 +192,9 @@ def of_results(file) -> pd.DataFrame:
     """A table from its csv as texts, without the columns and the values that were measured."""
     frame = pd.read_csv(file, dtype=str, keep_default_na=False)
     frame = frame[[name for name in frame if not set(MEASURED) & set(name.split("_"))]]
-    if "tested_as" in frame:
-        what = frame["cell" if "cell" in frame else "claim"]
-        columns = [name for name in frame if name not in ("table", "row", what.name, "paper")]
-        frame.loc[what.str.contains(TIMED), columns] = ""
+    if "claim" in frame:
+        columns = [name for name in frame if name not in ("claim", "paper")]
+        frame.loc[frame.claim.str.contains(TIMED), columns] = ""
     return frame
 
 

@@ -13,25 +13,25 @@ from jinja2.exceptions import TemplateNotFound
 
 from derm_compress.evaluate import metrics
 from derm_compress.evaluate.judges import controls
-from derm_compress.report import tables, wording
+from derm_compress.files import PACKAGE, read_json
+from derm_compress.report import rule, tables, wording
 from derm_compress.report.page import inert, page
+from derm_compress.report.paper import model
 from derm_compress.report.paper import numbers as paper
 from derm_compress.report.results import Results, answers_of, first_to_go
-from derm_compress.report.tables import verdicts
+from derm_compress.report.tables import answer, claims, statistics
 from derm_compress.report.tables.quantizers import plain_awq
-from derm_compress.report.tables.statistics import POWER
 
 STAGES = {  # stage: the templates that its notebook ends with
     "01_data": "data",
     "02_finetune": "extra_baselines",
     "03_layer_importance": "fig3_layer_importance extra_agreement extra_calibration_size",
-    "04_pruning": "table1_pruning extra_criteria extra_sublayers",
+    "04_pruning": "table1_pruning extra_criteria",
     "05_sft": "table2_sft extra_healed_rivals extra_seeds",
     "06_activation_analysis": "fig4_activations",
     "07_quantization": "table3_quantization extra_alpha extra_equal_bytes",
-    "08_evaluation": "headline table4_efficiency extra_comparisons extra_power extra_diagnosis "
-    "extra_secondary extra_baselines extra_judges extra_side_by_side extra_controls "
-    "extra_verdicts",
+    "08_evaluation": "answer table4_efficiency table5_ablation extra_diagnosis extra_secondary "
+    "extra_baselines extra_judges extra_controls claims",
 }
 
 
@@ -48,8 +48,8 @@ def findings(stage: str, results: Results | dict):
 
 
 def headline(results: Results) -> str:
-    """How far this model is compressed, and whether that beats pruning or quantizing alone."""
-    return Facts(results).said("headline")[0]
+    """What the compressed model loses to the same model with the same training."""
+    return Facts(results).said("answer")[0]
 
 
 def rank_correlation(rows: list[dict], one: str, other: str) -> float:
@@ -62,13 +62,12 @@ def rank_correlation(rows: list[dict], one: str, other: str) -> float:
 
 KNOWN = {  # in templates, beside the facts
     "controls": controls,
-    "verdicts": verdicts,
+    "rule": rule,
     "paper": paper,
     "plain_awq": plain_awq,
     "rank_correlation": rank_correlation,
-    "SURE": 0.05,  # a corrected p below this is a difference
+    "SURE": rule.SURE,  # a corrected p below this is a difference
     "FEW": 3,  # rivals, up to which each gets its own sentence
-    "POWER": POWER,
 }
 
 
@@ -131,8 +130,48 @@ class Facts:
         """One variant minus another, on all of stage 08's pictures where it has both."""
         frames = [self.results.evaluation, self.results.answers]
         known = [f for f in frames if f is not None and {one, other} <= set(f.variant)]
-        answers = known[0] if known else None
-        return metrics.paired_difference(answers_of(answers, one), answers_of(answers, other))
+        return statistics.apart(self.results, known[0] if known else None, one, other)
+
+    def rival(self) -> answer.Rival | None:
+        """The best model of one technique alone, at the full pipeline's bytes or the nearest."""
+        return answer.single(self.results)
+
+    def papers_size(self) -> bool:
+        return claims.at_papers_size(self.results)
+
+    def blocks_for(self, gb: float) -> int:
+        """How many of 32 blocks must go until the planned peak at 7B, in 4-bit AWQ, fits."""
+        depths = range(paper.BLOCKS)
+        return next(n for n in depths if model.peak_gib(n, "awq") * model.GB <= gb)
+
+    def speed(self) -> dict[str, float] | None:
+        """By what factor a token of the unpruned model takes longer, than pruned, packed, both."""
+        names = {"pruned": self.results.main[2], "full": self.results.full}
+        names["packed"] = self.results.variant(0, quantizer="awq")
+        known = self.results.one_prompt
+        if known is None:
+            return None
+        ms = known.set_index("variant").decode_ms_per_token
+        if not {*names.values(), self.results.variant(0)} <= set(ms.index):
+            return None
+        return {way: ms[self.results.variant(0)] / ms[name] for way, name in names.items()}
+
+    def smallest_margin(self) -> float:
+        """What the test pictures can show, in points; nan where nothing was compared."""
+        if self.results.evaluation is None or self.results.full is None:
+            return np.nan
+        return statistics.smallest_margin(self.results)
+
+    def specimen(self) -> dict | None:
+        """How well an embedded model was made: what it can see at best; None of any other."""
+        folder = PACKAGE / "model" / f"{self.base()}_llava"
+        if not (folder / "recipe.json").is_file():
+            return None
+        told = read_json(folder / "recipe.json")
+        seen = told["tower_accuracy"]
+        config = read_json(folder / "config.json").get("text_config", {})
+        start = config.get("initializer_range") if self.base() == "tiny" else None
+        return told | {"worst": min(seen, key=seen.get), "initializer_range": start}
 
     def recovery(self) -> metrics.Recovery:
         """What SFT gives back at the operating point, net of what it gives the unpruned model."""

@@ -9,6 +9,7 @@ import pandas as pd
 from derm_compress.method.importance.criteria import CRITERIA, PUBLISHED
 from derm_compress.method.importance.rankings import OPTIONS
 from derm_compress.method.quantization.methods import METHODS
+from derm_compress.report import rule
 
 ORDERS = {one.name: one for one in (*CRITERIA.values(), PUBLISHED)}
 NAMES = {name: method.words for name, method in METHODS.items()}
@@ -52,14 +53,17 @@ def spread(row, name: str) -> str:
 
 
 def verdict(row, first: str, second: str, name: str = "difference") -> str:
-    """Which of two scored better, or that the interval of their difference holds 0."""
+    """How one score lies to another: above or below, alike within the margin, or open."""
     value, lo, hi = ends(row, name)
-    if lo <= 0 <= hi:
-        interval = f"{value:.1f} points, {lo:.1f} to {hi:.1f}"
-        return f"{first} cannot be told apart from {second} ({interval})"
-    low, high = sorted((abs(lo), abs(hi)))
-    side = "above" if lo > 0 else "below"
-    return f"{first} scores {abs(value):.1f} points ({low:.1f} to {high:.1f}) {side} {second}"
+    if lo > 0 or hi < 0:
+        low, high = sorted((abs(lo), abs(hi)))
+        side = "above" if lo > 0 else "below"
+        said = f"{first} scores {abs(value):.1f} points ({low:.1f} to {high:.1f}) {side} {second}"
+        return said + (f", less than the {rule.POINTS} that matter" if high < rule.POINTS else "")
+    interval = f"{value:+.1f} points, {lo:.1f} to {hi:.1f}"
+    if rule.alike(lo, hi):
+        return f"{first} scores like {second} ({interval})"
+    return f"{first} may score above or below {second} ({interval})"
 
 
 def p(value: float) -> str:

@@ -131,49 +131,10 @@ def test_unscored_answers_and_other_models_are_left_out():
     assert against_rivals(gap).n.tolist() == [57]
 
 
-def test_the_cliff_is_where_a_block_costs_most():
-    results = study(own={2: 3.4, 4: 3.3, 5: 2.6, 9: 1.6}, other={2: 2.0, 4: 1.9})
-    table = criteria.cliffs(results).set_index("criterion")
-    own, other = table.loc["own"], table.loc["other"]
-    assert (own.fall_from, own.fall_to) == (4, 5) and own.fall_lo < own.fall < own.fall_hi
-    assert own.fall == own.fall_per_block == pytest.approx(25 * 0.7, abs=2)
-    assert (other.fall_from, other.fall_per_block) == (0, other.fall / 2)
-    low = direct(results, "pruned-4", "pruned-5")
-    assert (own.fall_lo, own.fall_hi) == pytest.approx((low.lo, low.hi))
-
-
-def test_level_ends_before_the_first_depth_that_is_clearly_worse_than_the_unpruned_model():
-    dips = {2: 3.5, 4: 3.0, 6: 3.6}
-    results = study(own={2: 3.5, 4: 3.6, 6: 2.0}, other={2: 3.0}, dips=dips, flat={2: 3.6, 4: 3.6})
-    level = criteria.cliffs(results).set_index("criterion").level_until
-    assert level.to_dict() == {"own": 4, "other": 0, "dips": 2, "flat": 4}
-
-
-def sublayer_study(share=1 / 3):
-    """Own's blocks 1 to 4 and models without 3 and 7 attentions, which take `share` of a block."""
-    results = study(3, own={1: 3.0, 2: 2.8, 3: 2.4, 4: 2.0}, attention={3: 3.4, 7: 1.5})
-    table = results.variants
-    cut = table.criterion == "attention"
-    table = table.assign(attentions_removed=table.blocks_removed.where(cut, 0))
-    table["blocks_removed"] = table.blocks_removed.where(~cut, 0)
-    gone = table.blocks_removed + share * table.attentions_removed
-    sizes = pd.DataFrame({"variant": table.variant, "params_b": 1 - gone / 10})
-    return dataclasses.replace(results, variants=table, memory=sizes)
-
-
-def test_sublayers_stand_beside_the_nearest_model_of_whole_blocks():
-    results = sublayer_study()
-    table = criteria.sublayers(results)
-    assert table.nearest.tolist() == ["pruned-1", "pruned-2"]
-    assert table.apart.tolist() == pytest.approx([0, 1 / 3])
-    told = direct(results, "pruned-3-attention", "pruned-1").difference
-    assert table.difference[0] == told > 0 > table.difference[1]
-    assert criteria.sublayers(sublayer_study(0.5)).nearest[1] in ("pruned-3", "pruned-4")
-
-
-def test_sublayers_are_no_rivals_and_without_sizes_nothing_is_near():
-    results = sublayer_study()
-    assert criteria.criteria_tests(results).empty
-    assert list(criteria.cliffs(results).criterion) == ["own"]
-    none = criteria.sublayers(dataclasses.replace(results, memory=None))
-    assert len(none) == 2 and "nearest" not in none
+def test_sublayers_are_no_rivals():
+    results = study(3, own={1: 3.0, 2: 2.8, 3: 2.4}, attention={3: 3.4})
+    cut = results.variants.criterion == "attention"
+    parts = results.variants.blocks_removed.where(cut, 0)
+    blocks = results.variants.blocks_removed.where(~cut, 0)
+    table = results.variants.assign(attentions_removed=parts, blocks_removed=blocks)
+    assert criteria.criteria_tests(dataclasses.replace(results, variants=table)).empty

@@ -8,11 +8,10 @@ import pandas as pd
 import pytest
 
 from derm_compress.evaluate import metrics
-from derm_compress.report import tables
+from derm_compress.report import rule, tables
 from derm_compress.report.results import Results, load_results
 from derm_compress.report.sentences import Facts
 from derm_compress.report.tables import claims, specimen
-from derm_compress.report.tables.verdicts import UNTESTED
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,8 @@ def of_variant(frame, named, **changes):
 def test_every_control_of_a_good_specimen_holds_and_no_claim_is_lost(finished):
     assert set(holds(finished).values()) == {True}
     table = claims.claims(finished)
-    assert table.failed.isna().all()
-    assert (
-        "all of them hold" in Facts(finished, {"extra_verdicts": table}).said("extra_controls")[0]
-    )
+    assert table.failed.eq("").all()
+    assert "all of them hold" in Facts(finished, {"claims": table}).said("extra_controls")[0]
 
 
 TURNED = {
@@ -76,21 +73,22 @@ def test_a_control_that_fails_takes_along_what_rests_on_it_and_nothing_else(fini
     turned = dataclasses.replace(finished, **TURNED[specimen.OUTLIERS](finished))
     assert specimen.failed(turned) == [specimen.OUTLIERS]
     table = claims.claims(turned)
-    resting = table.rests_on.fillna("").str.contains(specimen.OUTLIERS)
-    assert (table.verdict[resting] == UNTESTED).all()
-    assert (table.failed[resting] == specimen.OUTLIERS).all() and table.failed[
-        ~resting
-    ].isna().all()
-    said = Facts(turned, {"extra_verdicts": table}).said("extra_controls")
+    resting = table.rests_on.str.contains(specimen.OUTLIERS)
+    assert (table.verdict[resting] == rule.UNTESTABLE).all() and resting.sum() > 3
+    assert (table.failed[resting] == specimen.OUTLIERS).all() and table.failed[~resting].eq(
+        ""
+    ).all()
+    assert (table.because[resting] == f"fails: {specimen.OUTLIERS}").all()
+    said = Facts(turned, {"claims": table}).said("extra_controls")
     assert "1 of them fails: outlier channels" in said[0]
-    assert f"So {resting.sum()} of the paper's {len(table) - 1} claims" in said[1]
+    assert f"So {resting.sum()} of the paper's {table.counted.sum()} claims" in said[1]
 
 
 def test_every_control_has_a_claim_on_it_and_every_claim_on_scores_has_controls():
     named = {name for claim in claims.CLAIMS for name in claim.rests_on}
     assert named == {control.name for control in specimen.CONTROLS}
-    shapes = (claims.within, claims.own_peak, claims.saves, claims.faster)
-    assert all(bool(claim.rests_on) != (claim.test in shapes) for claim in claims.CLAIMS)
+    shapes = (claims.weights, claims.peak, claims.saved, claims.faster)
+    assert all(bool(claim.rests_on) != (claim.measure in shapes) for claim in claims.CLAIMS)
 
 
 def test_what_a_run_leaves_out_is_neither_held_nor_failed():
@@ -107,7 +105,7 @@ def test_one_row_a_control_with_its_interval_for_people_and_as_csv(finished):
     assert list(table)[:7] == ["control", "question", "expected", "value", "lo", "hi", "holds"]
     assert (table.claims > 0).all()
     people = tables.readable(table).set_index("control")
-    assert people.value[specimen.OUTLIERS] == "50" and people.holds[specimen.OUTLIERS] == "yes"
+    assert people.value[specimen.OUTLIERS] == "50.00" and people.holds[specimen.OUTLIERS] == "yes"
     assert "to" in people.value[specimen.BLANK]
 
 

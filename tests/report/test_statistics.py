@@ -1,4 +1,4 @@
-"""Statistics in closed form: Holm, power against simulation, seeds with known noise, diagnoses."""
+"""Statistics in closed form: Holm, the smallest margin, seeds with known noise, diagnoses."""
 
 import dataclasses
 
@@ -15,20 +15,13 @@ from derm_compress.report.tables import statistics
 FULL = "pruned-6+sft|awq4"
 
 
-def test_power_in_closed_form_and_against_simulation():
-    assert statistics.quantiles() == pytest.approx(1.959964 + 0.841621, abs=1e-5)
-    line = statistics.detectable(10, 39)
-    assert line == pytest.approx(2.801585 * 10 / np.sqrt(39), abs=1e-4)
-    assert statistics.power(10, 39, line) == pytest.approx(statistics.POWER, abs=1e-4)
-    assert statistics.power(10, 39, 0) == pytest.approx(statistics.ALPHA)
-    assert statistics.images_needed(10, line) in (39, 40)
-    assert statistics.images_needed(10, line / 2) == pytest.approx(156, abs=1)
-    rng, images, repeats = np.random.default_rng(0), 60, 400
-    apart = rng.normal(statistics.detectable(1, images), 1, (repeats, images))
-    found = np.mean([metrics.sign_flip_p(sums, n_permutations=400) < 0.05 for sums in apart])
-    assert abs(found - statistics.POWER) < 0.07
-    unknown = [statistics.detectable(1, 0), statistics.power(0, 9, 1)]
-    assert np.isnan([*unknown, statistics.images_needed(1, 0)]).all()
+def test_the_smallest_margin_is_found_with_power_where_nothing_differs():
+    assert statistics.quantiles() == pytest.approx(1.959964 + 1.281552, abs=1e-5)
+    rng, images, repeats = np.random.default_rng(0), 60, 4000
+    margin = statistics.quantiles() / np.sqrt(images)
+    means = rng.normal(0, 1 / np.sqrt(images), repeats)
+    excluded = np.abs(means) + 1.959964 / np.sqrt(images) < margin
+    assert abs(excluded.mean() - statistics.POWER) < 0.03
 
 
 def test_comparisons_are_paired_and_corrected_over_the_whole_family(results):
@@ -42,16 +35,14 @@ def test_comparisons_are_paired_and_corrected_over_the_whole_family(results):
     assert len(five) == 4 and five.to_dict() == pytest.approx(table.p_holm[five.index].to_dict())
 
 
-def test_the_power_table_follows_the_runs_own_spread(results):
-    table = statistics.powers(results)
-    images = table.groupby("pictures").images.unique().map(list).to_dict()
-    assert images == {"test": [39], "test and held-out": [59]}
-    row = table[(table.variant == "pruned-6") & (table.pictures == "test")].iloc[0]
+def test_the_smallest_margin_follows_the_test_pictures_own_spread(results):
     test = results.evaluation[results.evaluation.split == "test"]
-    marks = [test[test.variant == v].groupby("item").score.mean() for v in ("pruned-6", FULL)]
-    apart = 25 * (marks[0] - marks[1])
-    assert (row.sd, row.difference, row.n) == pytest.approx((apart.std(), apart.mean(), 117))
-    assert row.detectable == pytest.approx(statistics.detectable(row.sd, 39))
+    names = statistics.family(results).variant
+    marks = {name: test[test.variant == name].groupby("item").score.mean() for name in names}
+    full = test[test.variant == FULL].groupby("item").score.mean()
+    errors = [25 * (one - full).std() / np.sqrt(39) for one in marks.values()]
+    known = statistics.quantiles() * np.median(errors)
+    assert statistics.smallest_margin(results) == pytest.approx(known)
 
 
 def seeds_of(training, rng, *, items=200, seeds=3, error=0.0):

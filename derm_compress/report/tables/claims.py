@@ -1,277 +1,392 @@
-"""Is what the paper claims true of a run? One row a claim, its verdict by the rules."""
+"""Is what the paper claims true of a run? One row a claim, its verdict by the one rule.
+
+Sizes at 7B are arithmetic of shapes: they stand in the table and are not counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 
 from derm_compress.evaluate import metrics
 from derm_compress.method.quantization.methods import METHODS
 from derm_compress.model.variants import paper_depth
+from derm_compress.report import rule
 from derm_compress.report.paper import model, numbers
-from derm_compress.report.paper.numbers import SAVED, SPEEDUP
 from derm_compress.report.results import Results, answers_of
-from derm_compress.report.tables import joins, specimen, verdicts
-from derm_compress.report.tables.verdicts import LIMIT, NOT, REPRODUCED, UNTESTED, Tested, Verdict
+from derm_compress.report.rule import PERCENT, POINTS
+from derm_compress.report.tables import answer, joins, specimen, statistics
 
-ALIKE = 0.1  # two sizes that differ by less are one compression ratio
-PRUNED, HEALED = "Pruning Only", "Pruning and SFT"
-UNHEALED, FULL_4 = "Prune + Quant", "Prune + SFT + Quant"
-FULL, NF4 = "Full pipeline (ours)", "Bitsandbytes quantization"
-MAGNITUDE, ROUNDED = "Pruning Based on Magnitude Baseline", "Round to neighbour Quantization"
-DEPTH = model.blocks_gone(numbers.table(4).paper_params_b.iloc[-1])  # of the paper's pipeline
+ONE = numbers.table(1).set_index("blocks_removed").paper_score
+FOUR = numbers.table(4).set_index("setting")
+FIVE = numbers.table(5).set_index("setting").paper_score
+THREE = numbers.table(3).query("role == 'operating'").set_index("quantizer").paper_score
+WHOLE, PRUNED, HEALED, PACKED, UNHEALED, FULL = FOUR.index
+OURS, NF4, MAGNITUDE, ROUNDED = FIVE.index
+DEPTH = model.blocks_gone(FOUR.paper_params_b[FULL])  # of the paper's pipeline
 FREE = [name for name, m in METHODS.items() if not m.scaling and 4 in m.widths]  # see no data
+NEAR_FLOOR = metrics.FLOOR + POINTS
 
 
-def within(results: Results, what: str) -> Tested:
-    gib = getattr(model, f"{what}_gib")(DEPTH, "awq")
-    told = verdicts.verdict(gib < LIMIT, _in_both(gib))
-    return Tested(LIMIT, f"7B plan, GiB: {what}, {DEPTH} of 32 blocks", told, [gib])
+class Found(NamedTuple):
+    """What a run has: a value with its interval, or why it has none."""
+
+    ours: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    because: str = ""
+    untestable: bool = False
 
 
-def own_peak(results: Results) -> Tested | None:
-    """The peak at the run's own depth, which the paper claims nothing of."""
-    depth, gib = joins.values(results.memory, results.full, ["blocks_removed_7b", "peak_gib_7b"])
-    if gib is None:
-        return None
-    tested_as = f"7B plan, GiB: peak, {depth:.0f} of 32 blocks"
-    return Tested(None, tested_as, Verdict(verdicts.OURS, _in_both(gib)), [gib])
+UNSCORED = Found(because="no scores of these models", untestable=True)
+Measure = Callable[[Results], Found]
 
 
-def _in_both(gib: float) -> str:
-    """4.01 GiB are 4.31 GB, and whether either is within the limit."""
-    both = {"GiB": gib, "GB": gib * model.GB}
-    units = " and ".join(unit for unit, size in both.items() if size < LIMIT) or "neither unit"
-    return f"{both['GiB']:.2f} GiB are {both['GB']:.2f} GB: below {LIMIT:g} in {units}"
+def weights(results: Results) -> Found:
+    return _in_both_units(model.weights_gib(DEPTH, "awq"))
 
 
-def saves(results: Results, claimed: float) -> Tested:
-    small, whole = model.weights_gib(DEPTH, "awq"), model.weights_gib(0)
-    saved = 100 * (1 - small / whole)
-    told = verdicts.verdict(saved >= claimed, f"{small:.2f} instead of {whole:.2f} GiB")
-    return Tested(claimed, f"7B plan, %: weights, {DEPTH} of 32 blocks", told, [saved])
+def peak(results: Results) -> Found:
+    return _in_both_units(model.peak_gib(DEPTH, "awq"))
 
 
-def faster(results: Results, claimed: float) -> Tested:
+def _in_both_units(gib: float) -> Found:
+    """The paper writes GB; as an interval it is what lies between both units."""
+    gb = gib * model.GB
+    said = f"{gib:.2f} GiB or {gb:.2f} GB, {DEPTH} of 32 blocks removed"
+    return Found(gb, gib, gb, said)
+
+
+def saved(results: Results) -> Found:
+    """Of the weights; of the peak it is less."""
+    share = 100 * (1 - model.weights_gib(DEPTH, "awq") / model.weights_gib(0))
+    of_peak = 100 * (1 - model.peak_gib(DEPTH, "awq") / model.peak_gib(0))
+    said = f"{share:.0f} % of the weights, {of_peak:.0f} % of the peak"
+    return Found(share, *sorted((of_peak, share)), said)
+
+
+def faster(results: Results) -> Found:
     """Testable on a T4 with the paper's model alone."""
     names = results.variant(0), results.full
-    whole, full = (
-        joins.values(results.one_prompt, name, ["total_ms_per_token"])[0] for name in names
-    )
-    kind, told = "ratio of ms/token", Verdict(UNTESTED, "needs the 7B model on a T4")
-    if whole is None or full is None:
-        return Tested(claimed, kind, told)
-    of = "another model"
-    if verdicts.at_papers_size(results):
-        of = verdicts.machine(results) or "a CPU"
-    told = Verdict(UNTESTED, f"{told.why}; ours is the ratio of {of}")
-    if verdicts.on_papers_machine(results):
-        told = verdicts.verdict(whole / full >= claimed, "on this run's T4")
-    return Tested(claimed, kind, told, [whole / full])
+    columns = [f"total_ms_per_token{end}" for end in ("", "_lo", "_hi")]
+    whole, full = (joins.values(results.one_prompt, name, columns) for name in names)
+    own = FOUR.paper_ms_per_token[WHOLE] / FOUR.paper_ms_per_token[FULL]
+    said = f"the paper's own Table 4 gives {own:.2f}"
+    if not on_papers_machine(results) or None in (whole[0], full[0]):
+        return Found(because=f"needs the 7B model on a T4; {said}", untestable=True)
+    ratio, least, most = whole[0] / full[0], whole[1] / full[2], whole[2] / full[1]
+    return Found(ratio, least, most, said)
 
 
-def beats(results: Results, points: float, name: str) -> Tested:
-    """The pipeline against the smallest model of pruning or quantization alone that is no smaller
-    than itself."""
-    table, sizes = results.variants, pd.Series(dtype=float)
-    pruned = (table.blocks_removed > 0) & (table.bits == 16)
-    packed = (table.blocks_removed == 0) & (table.bits < 16) & (table.method == "awq")
-    alone = pruned & (table.criterion == results.criterion) if name == "pruning" else packed
-    if results.memory is not None:
-        sizes = results.memory.drop_duplicates("variant").set_index("variant").vram_gib_7b
-    own = sizes.get(results.full, float("inf"))
-    rivals = sizes[sizes.index.isin(table.variant[alone & ~table.healed.astype(bool)])]
-    rivals = rivals[rivals >= own]
-    if rivals.empty:
-        why = f"no {name}-only model of this size or more"
-        return Tested(points, "direction", Verdict(UNTESTED, why))
-    rival, size = rivals.idxmin(), rivals.min()
-    change = verdicts.difference(results.together, results.full, rival)
-    told = _direction_and_points(results, points, change)
-    if size / own - 1 > ALIKE and told.verdict == NOT:
-        told = Verdict(UNTESTED, "no rival of the same size was run")
-    why = f"{told.why}; rival {rival}, {size:.2f} GiB at 7B against {own:.2f}"
-    return _paired(results, points, change, Verdict(told.verdict, why))
+def points(one: Callable, other: Callable) -> Measure:
+    """One variant above another, both named by what finds them in a run."""
+
+    def measure(results: Results) -> Found:
+        change = statistics.apart(results, results.together, one(results), other(results))
+        return Found(*change[:3]) if change.n else UNSCORED
+
+    return measure
 
 
-def differs(results: Results, number: int, one: str, other: str) -> Tested:
-    """Two settings of a paper's table: is one above the other as it is there?"""
-    rows = joins.of_paper(results, number).set_index("setting")
-    points = rows.paper_score[one] - rows.paper_score[other]
-    change = verdicts.difference(results.together, rows.variant[one], rows.variant[other])
-    return _paired(results, points, change, _direction_and_points(results, points, change))
+def setting(number: int, name: str) -> Callable[[Results], str | None]:
+    """What finds the variant of a row of the paper's Table 4 or 5."""
+    return lambda results: joins.of_paper(results, number).set_index("setting").variant[name]
 
 
-def needs_calibration(results: Results) -> Tested:
-    """Methods that look at no data fail: every one that was run must lie clearly below AWQ."""
-    changes = {}
+def beats(technique: str) -> Measure:
+    """The full pipeline against the best model of one technique alone, of the same bytes."""
+
+    def measure(results: Results) -> Found:
+        rival = answer.single(results, technique)
+        if rival is None:
+            return Found(because=f"no {technique} alone of these bytes or more", untestable=True)
+        change = statistics.apart(results, results.together, results.full, rival.variant)
+        larger = f"; it takes {rival.larger:.0f} % more bytes" if rival.larger > PERCENT else ""
+        said = f"against {rival.called}{larger}"
+        lost = rival.larger > PERCENT and change.lo <= POINTS_ALONE
+        return Found(*change[:3], because=said, untestable=bool(lost))
+
+    return measure
+
+
+def recovered(results: Results) -> Found:
+    """Of what pruning took, net of what the same SFT gives the unpruned model, in percent."""
+    four = [*results.main, results.variant(0, healed=True)]
+    back = metrics.recovery(*(answers_of(results.answers, name) for name in four))
+    if pd.isna(back.lo):
+        return Found(because="pruning took too little to tell", untestable=True)
+    variance = 2 * statistics.training_variance(results) * (100 / back.loss) ** 2
+    said = f"{back.net:.1f} of {back.loss:.1f} points, net of the control's gain"
+    return Found(back.share, *rule.widened(back.share, back.lo, back.hi, variance), said)
+
+
+def without_calibration(results: Results) -> Found:
+    """What the best of these methods costs the healed model, against its 16 bits."""
+    n = results.operating
+    costs = {}
     for method in FREE:
-        rival = results.variant(results.operating, healed=True, quantizer=method)
-        change = verdicts.difference(results.together, results.full, rival)
-        if change.n:
-            changes[method] = change
-    if not changes:
-        why = "no such method was scored in this run"
-        return Tested(None, "direction", Verdict(UNTESTED, why))
-    closest = min(changes, key=lambda method: changes[method].lo)
-    five = numbers.table(5).set_index("setting").paper_score
-    told = verdicts.points_to(five[FULL] - max(five[NF4], five[ROUNDED]), changes[closest])
-    best = f"AWQ minus {METHODS[closest].words}, the one that does best of {len(changes)}"
-    return _paired(results, None, changes[closest], Verdict(told.verdict, f"{told.why}; {best}"))
+        name = results.variant(n, healed=True, quantizer=method)
+        cost = statistics.apart(results, results.together, name, results.main[2])
+        if cost.n:
+            costs[METHODS[method].words] = cost
+    if not costs:
+        return UNSCORED
+    best = max(costs, key=lambda name: costs[name].difference)
+    return Found(*costs[best][:3], because=f"{best}, the best of {len(costs)} methods")
 
 
-def stays(results: Results, blocks: int) -> Tested:
-    """No depth up to so many of 32 blocks may score clearly below the unpruned model."""
-    scores = numbers.table(1).set_index("blocks_removed").paper_score
-    scores[6] = numbers.table(4).set_index("setting").paper_score[PRUNED]
-    drop, changes = scores[blocks] - scores[0], {}
-    for n in sorted(set(results.models.units_removed) - {0}):
-        if n <= paper_depth(blocks, results.blocks):
-            change = verdicts.difference(results.answers, results.variant(n), results.variant(0))
-            changes |= {n: change} if change.n else {}
-    if not changes:
-        return Tested(drop, "direction", Verdict(UNTESTED, "no scores at such a depth"))
-    lost = {n: change for n, change in changes.items() if change.hi < 0}
-    worst = min(lost or changes, key=lambda n: changes[n].lo)
-    return _paired(results, drop, changes[worst], verdicts.stable(worst, changes[worst]))
+def worst_until(blocks: int) -> Measure:
+    """The largest loss at any depth up to so many of 32 blocks."""
+
+    def measure(results: Results) -> Found:
+        most, found = paper_depth(blocks, results.blocks), {}
+        for n in sorted(set(results.models.units_removed) - {0}):
+            if n <= most:
+                pair = results.variant(n), results.variant(0)
+                found[n] = statistics.apart(results, results.answers, *pair)
+        found = {n: change for n, change in found.items() if change.n}
+        if not found:
+            return UNSCORED
+        worst = min(found, key=lambda n: found[n].difference)
+        return Found(*found[worst][:3], because=f"with {worst} of {results.blocks} removed")
+
+    return measure
 
 
-def unusable(results: Results, number: int, setting: str) -> Tested:
-    """A setting of a paper's table: does its score end near the floor?"""
-    row = joins.of_paper(results, number).set_index("setting").loc[setting]
-    return _at_floor(results, row.paper_score, answers_of(results.together, row.variant))
+def score(name: Callable) -> Measure:
+    def measure(results: Results) -> Found:
+        found = statistics.score(results, results.together, name(results))
+        return Found(*found[:3]) if found.n else UNSCORED
+
+    return measure
 
 
-def collapses(results: Results, blocks: int) -> Tested:
-    """So many of 32 blocks removed: does the score end near the floor?"""
-    printed = numbers.table(1).set_index("blocks_removed").paper_score[blocks]
-    own = results.variant(paper_depth(blocks, results.blocks))
-    return _at_floor(results, printed, answers_of(results.answers, own))
+def at_papers_size(results: Results) -> bool:
+    """Whether the run's own model is as large as the paper's."""
+    if results.memory is None:
+        return False
+    return abs(results.memory.params_b.max() * 1e9 / model.TOTAL - 1) < 0.01
 
 
-def _at_floor(results: Results, printed: float, answers: pd.DataFrame) -> Tested:
-    score, kind = metrics.score_interval(answers), _kind(results, "score")
-    if not score.n:
-        return Tested(printed, kind, Verdict(UNTESTED, verdicts.UNSCORED))
-    above = score.hi - metrics.FLOOR
-    why = f"the interval ends {above:.1f} above the floor"
-    return Tested(printed, kind, verdicts.verdict(above <= verdicts.NEAR, why), score[:3])
-
-
-def _paired(results: Results, points, change: metrics.Difference, told: Verdict) -> Tested:
-    return Tested(points, _kind(results, "points"), told, change[:3] if change.n else ())
-
-
-def _direction_and_points(results: Results, points: float, change) -> Verdict:
-    """The direction and, on the paper's model, also the points."""
-    told = verdicts.points_to(points, change)
-    if told.verdict == REPRODUCED and verdicts.at_papers_size(results):
-        return verdicts.lies_in(points, change.lo, change.hi)
-    return told
-
-
-def _kind(results: Results, what: str) -> str:
-    if verdicts.at_papers_size(results):
-        return f"value, {what}"
-    return f"direction, {what}, this run's model"
+def on_papers_machine(results: Results) -> bool:
+    """Whether times are of the paper's model on its GPU."""
+    known = results.one_prompt
+    if known is None or "gpu" not in known or not at_papers_size(results):
+        return False
+    return re.search(r"\bT4\b", str(known.gpu.iloc[0])) is not None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed, where, its test and what that is told beside the results, and the controls
-    that it rests on, without which the test would say nothing."""
+    """What is claimed and where; the paper's figure and the bound that a run's must lie beyond; how
+    a run is asked, and the controls without which the answer would say nothing."""
 
     claim: str
     where: str
-    test: Callable[..., Tested | None]
-    given: tuple = ()
+    paper: float
+    bound: float
+    measure: Measure
     rests_on: tuple[str, ...] = ()
+    above: bool = True
+    counted: bool = True
 
 
+def full(results: Results) -> str | None:
+    return results.full
+
+
+def original(results: Results) -> str | None:
+    return results.variant(0)
+
+
+def of_32(blocks: int) -> Callable[[Results], str | None]:
+    """What finds the model with so many of 32 blocks removed."""
+    return lambda results: results.variant(paper_depth(blocks, results.blocks))
+
+
+def difference(claim: str, where: str, number: int, one: str, other: str, rests_on) -> Claim:
+    """A claim that one row of the paper's Table 4 or 5 scores above another."""
+    scores = FOUR.paper_score if number == 4 else FIVE
+    paper = scores[one] - scores[other]
+    measure = points(setting(number, one), setting(number, other))
+    return Claim(claim, where, paper, rule.bound(paper, POINTS), measure, rests_on)
+
+
+LIMIT = 4.0  # GB that the abstract promises
+SAVED = numbers.SAVED["Discussion"]
+POINTS_ALONE = rule.bound(4, POINTS)  # of the 4 that either technique alone is said to lie below
 SCORES = (specimen.BLANK, specimen.OTHER, specimen.JUDGE)  # they tell who sees and who does not
 REMOVAL = (*SCORES, specimen.PROTECTED, specimen.RUN, specimen.CHANCE)
 TRAINED = (*SCORES, specimen.TRAINING)
-WHOLE = (*REMOVAL, specimen.TRAINING)
+EVERYTHING = (*REMOVAL, specimen.TRAINING)
 ACTIVATIONS = (*SCORES, specimen.OUTLIERS, specimen.OWN_GRID, specimen.THREE_BITS)
+COST = THREE["bitsandbytes"] - FOUR.paper_score[HEALED]
+RECOVERED = FOUR.paper_score[HEALED] - FOUR.paper_score[PRUNED]
+RECOVERED = round(100 * RECOVERED / (FOUR.paper_score[WHOLE] - FOUR.paper_score[PRUNED]), 1)
 CLAIMS = (
-    Claim("a 7B model runs within 4 GB", "Abstract", within, ("weights",)),
-    Claim("a 7B model runs within 4 GB", "Abstract", within, ("peak",)),
-    Claim("ours, beside it: this run's depth within 4 GB", "this run", own_peak),
-    *(Claim(f"{share} % less memory", where, saves, (share,)) for where, share in SAVED.items()),
-    Claim(f"{SPEEDUP:g} times faster inference on a T4", "Discussion", faster, (SPEEDUP,)),
     Claim(
-        "better than pruning alone at the same compression, by 4 points",
+        "Weights of the 7B model fit 4 GB",
+        "Abstract",
+        LIMIT,
+        LIMIT,
+        weights,
+        above=False,
+        counted=False,
+    ),
+    Claim(
+        "Its peak while answering fits 4 GB",
+        "Abstract",
+        LIMIT,
+        LIMIT,
+        peak,
+        above=False,
+        counted=False,
+    ),
+    Claim(
+        "Memory falls by 70 % (71 % in 4.6.1)",
+        "Discussion",
+        SAVED,
+        rule.bound(SAVED, SAVED * PERCENT / 100),
+        saved,
+        counted=False,
+    ),
+    Claim(
+        "Inference is 4.2 times faster on a T4",
+        "Discussion",
+        numbers.SPEEDUP,
+        rule.bound(numbers.SPEEDUP, numbers.SPEEDUP * PERCENT / 100),
+        faster,
+    ),
+    Claim(
+        "4 points above pruning alone at equal compression",
         "Abstract, Discussion",
-        beats,
-        (4, "pruning"),
-        WHOLE,
+        4,
+        POINTS_ALONE,
+        beats(answer.PRUNING),
+        EVERYTHING,
     ),
     Claim(
-        "better than quantization alone at the same compression, by 4 points",
+        "4 points above quantization alone at equal compression",
         "Abstract, Discussion",
-        beats,
-        (4, "quantization"),
-        WHOLE,
-    ),
-    Claim("SFT heals the pruned model", "4.4, Table 2", differs, (4, HEALED, PRUNED), TRAINED),
-    Claim(
-        "SFT before quantizing raises the score", "4.6.1", differs, (4, FULL_4, UNHEALED), TRAINED
+        4,
+        POINTS_ALONE,
+        beats(answer.QUANTIZATION),
+        EVERYTHING,
     ),
     Claim(
-        "AWQ scores 7 points above bitsandbytes",
-        "4.6.2, Table 5",
-        differs,
-        (5, FULL, NF4),
+        "SFT gives back two thirds of what pruning took",
+        "4.4, Table 2",
+        RECOVERED,
+        rule.bound(RECOVERED, PERCENT),
+        recovered,
+        TRAINED,
+    ),
+    difference(
+        "SFT before quantizing gains 29 points", "4.6.1, Table 4", 4, FULL, UNHEALED, TRAINED
+    ),
+    Claim(
+        "AWQ costs the unpruned model next to nothing",
+        "Introduction",
+        FOUR.paper_score[PACKED] - FOUR.paper_score[WHOLE],
+        -POINTS,
+        points(setting(4, PACKED), original),
+        SCORES,
+    ),
+    difference(
+        "AWQ scores 7 points above bitsandbytes", "4.6.2, Table 5", 5, OURS, NF4, ACTIVATIONS
+    ),
+    Claim(
+        "Without calibration, quantizing costs a pruned model 27 points",
+        "Introduction, Table 3",
+        COST,
+        rule.bound(COST, POINTS),
+        without_calibration,
         ACTIVATIONS,
+        above=False,
     ),
     Claim(
-        "the criterion scores 4 points above magnitude",
+        "Rounding to nearest gives unintelligible answers",
         "4.6.2, Table 5",
-        differs,
-        (5, FULL, MAGNITUDE),
+        FIVE[ROUNDED],
+        NEAR_FLOOR,
+        score(setting(5, ROUNDED)),
+        ACTIVATIONS,
+        above=False,
+    ),
+    Claim(
+        "Without SFT the quantized model is unusable",
+        "4.6.1, Table 4",
+        FOUR.paper_score[UNHEALED],
+        NEAR_FLOOR,
+        score(setting(4, UNHEALED)),
+        (*REMOVAL, specimen.OUTLIERS),
+        above=False,
+    ),
+    difference(
+        "The criterion scores 4 points above magnitude",
+        "4.6.2, Table 5",
+        5,
+        OURS,
+        MAGNITUDE,
         (*SCORES, specimen.DRAWS, specimen.CHANCE),
     ),
     Claim(
-        "without SFT the quantized model is unusable",
-        "4.6.1",
-        unusable,
-        (4, UNHEALED),
-        (*REMOVAL, specimen.OUTLIERS),
+        "Scores are stable with up to 4 of 32 blocks removed",
+        "4.3",
+        ONE[4] - ONE[0],
+        -POINTS,
+        worst_until(4),
+        REMOVAL,
     ),
     Claim(
-        "quantization without calibration fails on the pruned model",
-        "Introduction",
-        needs_calibration,
-        (),
-        ACTIVATIONS,
+        "Scores are stable with up to 6 of 32 blocks removed",
+        "3.3",
+        FOUR.paper_score[PRUNED] - ONE[0],
+        -POINTS,
+        worst_until(6),
+        REMOVAL,
     ),
     Claim(
-        "round-to-nearest gives unintelligible output",
-        "4.6.2, Table 5",
-        unusable,
-        (5, ROUNDED),
-        ACTIVATIONS,
+        "Without 10 of 32 blocks the model collapses",
+        "4.3, Table 1",
+        ONE[10],
+        NEAR_FLOOR,
+        score(of_32(10)),
+        REMOVAL,
+        above=False,
     ),
-    Claim("stable with up to 6 of 32 blocks removed", "3.3", stays, (6,), REMOVAL),
-    Claim("stable with up to 4 of 32 blocks removed", "4.3", stays, (4,), REMOVAL),
-    Claim("collapse with 10 of 32 blocks removed", "4.3", collapses, (10,), REMOVAL),
 )
 
 
-def claims(results: Results) -> pd.DataFrame:
+def claims(results: Results, wanted: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
     """One row a claim of the abstract, the text or the discussion."""
     failed, rows = specimen.failed(results), []
-    for claim in CLAIMS:
-        if found := claim.test(results, *claim.given):
-            lacking = [name for name in claim.rests_on if name in failed]
-            if lacking:
-                found = found._replace(told=Verdict(UNTESTED, found.told.why))
-            told = {"where": claim.where, "rests_on": ", ".join(claim.rests_on) or None}
-            told["failed"] = ", ".join(lacking) or None
-            rows.append({"claim": claim.claim, **found.columns(), **told})
-    return pd.DataFrame(rows)
+    for claim in wanted:
+        found = claim.measure(results)
+        lacking = [name for name in claim.rests_on if name in failed]
+        told = {name: getattr(claim, name) for name in ("claim", "where", "paper")}
+        told |= found._asdict() | {"bound": claim.bound, "above": claim.above}
+        told |= {"counted": claim.counted, "rests_on": ", ".join(claim.rests_on)}
+        told["failed"] = ", ".join(lacking)
+        told["untestable"] = found.untestable or bool(lacking)
+        rows.append(told)
+    frame = pd.DataFrame(rows).astype({"ours": float, "lo": float, "hi": float, "paper": float})
+    frame = rule.judge(frame)
+    return frame.assign(because=[why(row) for row in frame.to_dict("records")])
+
+
+def why(row: dict) -> str:
+    """What a verdict rests on, in a few words."""
+    if row["failed"]:
+        return f"fails: {row['failed']}"
+    if row["untestable"] or not row["counted"]:
+        return row["because"]
+    said = f"holds {'above' if row['above'] else 'below'} {row['bound']:.3g}"
+    return f"{said}; {row['because']}" if row["because"] else said
 
 
 def controls_beside(results: Results) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Criteria in pairs: which pruned models answer better, where the score falls, what sublayers give.
+"""Criteria in pairs: which pruned models answer better.
 
 Only unhealed 16-bit models count here; all random orders count as one rival, their mean.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pandas as pd
 
 from derm_compress.evaluate import metrics
@@ -132,60 +131,3 @@ def _change(one: pd.DataFrame, other: pd.DataFrame, depths: list[int]) -> metric
     """Paired difference of the mean marks over these depths, where both have them all."""
     means = [curve.reindex(columns=depths).mean(axis=1, skipna=False) for curve in (one, other)]
     return metrics.paired_difference(*(mean.rename("score").reset_index() for mean in means))
-
-
-def cliffs(results: Results) -> pd.DataFrame:
-    """Each criterion's steepest fall, per block, between neighbouring depths, and how far it stays
-    level.
-
-    fall: points lost from fall_from to fall_to blocks, with the paired interval of that pair, which
-    was chosen for its fall; level_until: the last depth before the first whose paired interval to
-    the unpruned one lies below 0.
-    """
-    rows = []
-    for name, curve in curves(results).items():
-        depths = np.array(sorted(curve))
-        if depths[0] != 0 or len(depths) == 1:
-            continue
-        falls = metrics.mean_intervals(-curve[depths].diff(axis=1).iloc[:, 1:])
-        steps = falls["mean"].to_numpy() / np.diff(depths)
-        at = int(np.nanargmax(steps)) if np.isfinite(steps).any() else 0
-        change = metrics.mean_intervals(curve[depths].sub(curve[0], axis=0))
-        clear = change.index[change.hi < 0].min()  # nan where none is
-        level = change.index[(change.hi >= 0) & ~(change.index >= clear)]
-        rows.append(
-            {
-                "criterion": name,
-                "depths": len(depths) - 1,
-                "fall_from": depths[at],
-                "fall_to": depths[at + 1],
-                **joins.interval("fall", falls.iloc[at]),
-                "fall_per_block": steps[at],
-                "level_until": level.max(),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def sublayers(results: Results) -> pd.DataFrame:
-    """Models without single attentions or MLPs, each beside the own whole-block model of the
-    nearest parameter count.
-
-    apart: parameter counts' difference in the own model's blocks; the difference in points is
-    sublayers minus blocks.
-    """
-    table = joins.scored(pruned_only(results), results, results.answers)
-    cut = table[~table.whole].sort_values(["criterion", "units_removed"])
-    cut = cut.reset_index(drop=True)
-    blocks = table[table.whole & (table.criterion == results.criterion)]
-    blocks = blocks.dropna(subset=["params_b"]).reset_index(drop=True)
-    if cut.empty or blocks.empty:
-        return cut
-    whole = table.params_b[table.variant == results.variant(0)].max()
-    a_block = ((whole - blocks.params_b) / blocks.blocks_removed).median()
-    apart = np.abs(np.subtract.outer(cut.params_b.to_numpy(), blocks.params_b.to_numpy()))
-    near = blocks.loc[apart.argmin(axis=1), ["variant", "params_b", *joins.SCORE[:3]]]
-    near = near.reset_index(drop=True).where(cut.params_b.notna()).add_prefix("nearest_")
-    near = near.rename(columns={"nearest_variant": "nearest"})
-    change = joins.changes(results.answers, cut.variant, near.nearest)[joins.CHANGE]
-    return cut.join([near, change]).assign(apart=apart.min(axis=1) / a_block)

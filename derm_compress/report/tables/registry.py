@@ -8,8 +8,8 @@ from derm_compress.errors import DermError
 from derm_compress.report.parts import PARTS
 from derm_compress.report.results import Results
 from derm_compress.report.tables import (
+    answer,
     answers,
-    cells,
     claims,
     criteria,
     pipeline,
@@ -21,6 +21,9 @@ from derm_compress.report.tables import (
 from derm_compress.report.tables.text import readable, whole
 
 TABLES = {  # stem: a function of Results to a frame, empty where they do not suffice; their fields
+    "answer": (answer.beside, "variants"),
+    "claims": (claims.claims, "variants"),
+    "decisions": (answer.decisions, "variants answers"),
     "table1_pruning": (pipeline.pruning, "variants"),
     "table2_sft": (pipeline.sft, "variants"),
     "extra_healed_rivals": (pipeline.healed_rivals, "variants answers"),
@@ -34,20 +37,14 @@ TABLES = {  # stem: a function of Results to a frame, empty where they do not su
     "extra_calibration_size": (rankings.calibration_sizes, "values"),
     "extra_criteria": (criteria.criteria, "variants"),
     "extra_criteria_tests": (criteria.criteria_tests, "variants answers"),
-    "extra_cliffs": (criteria.cliffs, "variants answers"),
-    "extra_sublayers": (criteria.sublayers, "variants"),
     "extra_measured": (pipeline.running, "variants latency"),
     "extra_baselines": (pipeline.baselines, "variants"),
     "extra_judges": (answers.judges, "judge_controls"),
     "extra_latency": (answers.latencies, "latency"),
-    "extra_comparisons": (statistics.comparisons, "variants evaluation"),
-    "extra_power": (statistics.powers, "variants evaluation"),
     "extra_seeds": (statistics.seeds, "variants answers"),
     "extra_diagnosis": (answers.diagnoses, "predictions"),
     "extra_secondary": (answers.secondary_scores, "predictions"),
-    "extra_side_by_side": (cells.cells, "variants"),
     "extra_controls": (claims.controls_beside, ""),
-    "extra_verdicts": (claims.claims, "variants"),
 }
 
 

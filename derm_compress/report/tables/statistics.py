@@ -1,4 +1,4 @@
-"""How sure is each comparison, what could be seen at all, and how much is training noise?"""
+"""How sure is each comparison, and how much of it is training noise?"""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.evaluate import metrics
+from derm_compress.report import rule
 from derm_compress.report.results import Results, answers_of, pick
 from derm_compress.report.tables import joins
 
-ALPHA, POWER = 0.05, 0.80
+POWER = 0.80
 ALONE = ("Quantization Only", "Pruning Only")
 
 
@@ -35,79 +36,71 @@ def comparisons(results: Results) -> pd.DataFrame:
     return table.assign(p_holm=metrics.holm(table.p))
 
 
-def powers(results: Results) -> pd.DataFrame:
-    """What the paper's 39 pictures, and all of stage 08's, can tell of the family's differences."""
-    every, rows = results.evaluation, []
-    sets = {"test": every[every.split == "test"], "test and held-out": every}
-    if len(sets["test"]) == len(every):
-        del sets["test and held-out"]
-    for pictures, frame in sets.items():
-        full = answers_of(frame, results.full)
-        for row in family(results).itertuples():
-            one = answers_of(frame, row.variant)
-            apart = metrics.by_image_difference(one, full)
-            if len(apart) < 2:
-                continue
-            sd, images, found = apart.std(ddof=1), len(apart), apart.mean()
-            rows.append(
-                {
-                    "pictures": pictures,
-                    "setting": row.setting,
-                    "variant": row.variant,
-                    "images": images,
-                    "n": min(one.score.count(), full.score.count()),
-                    "sd": sd,
-                    "detectable": detectable(sd, images),
-                    "difference": found,
-                    "power": power(sd, images, found),
-                    "images_needed": images_needed(sd, found),
-                }
-            )
-    return pd.DataFrame(rows)
+def apart(results: Results, answers, one: str | None, other: str | None) -> metrics.Difference:
+    """One variant minus another in points, paired over pictures; the interval is of pictures and,
+    where several SFT seeds say how far trainings lie apart, of trainings."""
+    pair = answers_of(answers, one), answers_of(answers, other)
+    found = metrics.paired_difference(*pair, n_permutations=1)
+    known = results.variants[results.variants.variant.isin([one, other])]
+    trained = known[known.healed.astype(bool)].source.nunique()
+    if not found.n or known.source.nunique() == 1:  # both were made of the same training
+        return found
+    lo, hi = rule.widened(*found[:3], trained * training_variance(results))
+    return found._replace(lo=lo, hi=hi)
 
 
-# The normal approximation for a paired mean over m images: with s the differences' standard
-# deviation, a two-sided test at ALPHA finds a true difference D with the chance `power` where
-# D = (z(1 - ALPHA/2) + z(power)) s / sqrt(m).
+def score(results: Results, answers, variant: str | None) -> metrics.Score:
+    """A variant's score; the interval as that of apart()."""
+    found = metrics.score_interval(answers_of(answers, variant))
+    known = results.variants[results.variants.variant == variant]
+    if not found.n or not known.healed.any():
+        return found
+    lo, hi = rule.widened(*found[:3], training_variance(results))
+    return found._replace(lo=lo, hi=hi)
+
+
+def training_variance(results: Results) -> float:
+    """Of a healed model's score, in points squared: beyond what the pictures drawn explain, mean
+    over the models that were trained with several seeds; 0 where none was."""
+    every = [variances(marks) for marks in by_seed(results).values()]
+    return float(np.mean([max(0.0, between - chance) for between, chance in every] or [0.0]))
+
+
+def smallest_margin(results: Results) -> float:
+    """The smallest difference that the test pictures can exclude with POWER where there is none:
+    the median over the full pipeline's rivals, in points; nan without any."""
+    test = results.evaluation[results.evaluation.split == "test"]
+    full, margins = answers_of(test, results.full), []
+    for variant in family(results).variant:
+        points = metrics.by_image_difference(answers_of(test, variant), full)
+        margins.append(quantiles() * points.sem())
+    return float(np.median(margins)) if margins else np.nan
 
 
 def quantiles() -> float:
-    """z(1 - ALPHA/2) + z(POWER): 2.802."""
-    return NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(POWER)
+    """z(0.975) + z((1 + POWER) / 2): standard errors that two one-sided tests need."""
+    return rule.Z + NormalDist().inv_cdf((1 + POWER) / 2)
 
 
-def detectable(sd: float, images: int) -> float:
-    """The smallest true difference found with POWER, in sd's unit; nan without images or spread."""
-    return quantiles() * sd / np.sqrt(images) if images and sd else np.nan
-
-
-def images_needed(sd: float, difference: float) -> float:
-    """Images from which on such a true difference is found with POWER; nan for none."""
-    return np.ceil((quantiles() * sd / difference) ** 2) if difference else np.nan
-
-
-def power(sd: float, images: int, difference: float) -> float:
-    """How often a true difference is found; nan without spread."""
-    if not sd:
-        return np.nan
-    line = NormalDist().inv_cdf(1 - ALPHA / 2)
-    shift = abs(difference) * np.sqrt(images) / sd
-    return NormalDist().cdf(shift - line) + NormalDist().cdf(-shift - line)
+def by_seed(results: Results) -> dict[str, pd.DataFrame]:
+    """{healed model: its marks, [answers, seeds]}, of those trained with several seeds."""
+    known, marks = results.models, {}
+    healed = known[known.healed & (known.bits == 16)].sort_values("sft_seed", kind="stable")
+    for _, group in healed.groupby(["units_removed", "criterion"]):
+        trained = wide(results.answers, list(group.variant))
+        if len(group) > 1 and len(trained):
+            marks[group.variant.iloc[0]] = trained
+    return marks
 
 
 def seeds(results: Results) -> pd.DataFrame:
     """Noise of training and of the pictures drawn, told apart, for each healed model with several
     SFT seeds; and of its gain, net of the control's."""
-    known, marks, gains = results.models, {}, {}
-    healed = known[known.healed & (known.bits == 16)].sort_values("sft_seed", kind="stable")
-    for (removed, criterion), group in healed.groupby(["units_removed", "criterion"]):
-        trained = wide(results.answers, list(group.variant))
-        if len(group) < 2 or trained.empty:
-            continue
-        same = {"units_removed": removed, "criterion": criterion, "bits": 16, "healed": False}
-        before = wide(results.answers, [pick(known, **same)])
-        base = group.variant.iloc[0]
-        marks[base] = trained
+    marks, gains = by_seed(results), {}
+    models = results.models.set_index("variant")
+    for base, trained in marks.items():
+        same = models.loc[base, ["units_removed", "criterion"]].to_dict()
+        before = wide(results.answers, [pick(results.models, **same, bits=16, healed=False)])
         gains[base] = trained.sub(before[0], axis=0) if len(before) else before
     control = gains.pop(results.variant(0, healed=True), pd.DataFrame())
     rows = [{"measure": f"score of {base}", **spread(frame)} for base, frame in marks.items()]

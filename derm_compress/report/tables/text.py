@@ -88,6 +88,6 @@ def cell(name: str, value, lo, hi) -> str:
         return "< 0.001" if value < 0.001 else f"{value:.2g}"
     if pd.isna(lo):
         return digits % value
-    if name == "ours":  # as scores are, of which most are
+    if name == "ours" and abs(value) >= 10:  # as scores are, of which most are
         digits = "%.1f"
     return f"{digits % value} ({digits % lo} to {digits % hi})"

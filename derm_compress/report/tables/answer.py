@@ -1,0 +1,159 @@
+"""The answer: the compressed model beside those it must be compared with, and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from derm_compress.evaluate import metrics
+from derm_compress.report import rule, wording
+from derm_compress.report.paper import model
+from derm_compress.report.results import Results
+from derm_compress.report.tables import joins, statistics
+
+PRUNING, QUANTIZATION = "pruning", "quantization"
+MIB = 1024  # in a GiB
+BUDGETS = (4, 6, 8, 12)  # GB of 10^9 bytes: cards that people have
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A variant of one technique alone, and by how many percent its weights are larger."""
+
+    variant: str
+    called: str
+    larger: float
+
+
+def single(results: Results, technique: str = "") -> Rival | None:
+    """The best model of one technique alone (of either, unless one is named) that has the full
+    pipeline's bytes; where there is none, the best of the smallest that have more.
+
+    The technique gets the same SFT where the run has such a model. Bytes are the planned weights of
+    the run's own model.
+    """
+    if results.memory is None or results.full is None:
+        return None
+    table = results.variants.merge(results.memory[["variant", "vram_gib"]], on="variant")
+    own = table.vram_gib[table.variant == results.full].max()
+    scores = results.together.groupby("variant").score.mean()
+    table = table.assign(larger=100 * (table.vram_gib / own - 1), score=table.variant.map(scores))
+    pruned, packed = table.blocks_removed > 0, table.bits < 16
+    known = table.criterion.isin(["", results.criterion]) & table.sft_seed.eq(0)
+    ways = {PRUNING: pruned & ~packed, QUANTIZATION: packed & ~pruned}
+    alone = ways[technique] if technique else ways[PRUNING] | ways[QUANTIZATION]
+    table = table[alone & known & table.score.notna() & table.larger.ge(-rule.PERCENT)]
+    if table.empty:
+        return None
+    nearest = max(table.larger.min() + rule.PERCENT / 2, rule.PERCENT)
+    best = table[table.larger <= nearest].sort_values(["healed", "score"]).iloc[-1]
+    return Rival(best.variant, wording.label(best, results.criterion), float(best.larger))
+
+
+def beside(results: Results) -> pd.DataFrame:
+    """At most six models, all on stage 08's pictures; difference: the full pipeline above each."""
+    wanted = [results.variant(0), results.variant(0, healed=True), *results.main[1:]]
+    wanted += [results.variant(0, quantizer="awq"), results.full]
+    rival, asked = single(results), set()
+    if results.evaluation is not None:
+        asked = set(results.evaluation.variant)
+    if rival and rival.variant in asked and rival.variant not in wanted:
+        wanted[2] = rival.variant
+    table = pd.DataFrame({"variant": [name for name in wanted if name]})
+    table = joins.scored(table, results, results.evaluation)
+    table["model"] = [called(results, name) for name in table.variant]
+    changes = [against(results, name) for name in table.variant]
+    table[joins.CHANGE[:3]] = pd.DataFrame([change[:3] for change in changes])
+    four = joins.of_paper(results, 4)[["variant", "paper_score"]].dropna()
+    table = table.merge(four, on="variant", how="left")
+    return table.assign(weights_mib=table.vram_gib * MIB)
+
+
+def against(results: Results, other: str | None) -> metrics.Difference:
+    """The full pipeline above another model, on stage 08's pictures."""
+    if other == results.full:
+        return metrics.Difference(*[np.nan] * 4, 0, 0)
+    return statistics.apart(results, results.evaluation, results.full, other)
+
+
+def decisions(results: Results) -> pd.DataFrame:
+    """What to take for a card of so many GB, peak included, as planned at 7B; what a narrower width
+    asks for; and how far pruning alone is safe."""
+    if results.memory is None or results.evaluation is None:
+        return pd.DataFrame()
+    rows = []
+    for gb in BUDGETS:
+        found = for_budget(results, gb)
+        if not rows or found["take"] != rows[-1]["take"]:
+            rows.append(found)
+    rows += [for_width(results, bits) for bits in sorted(set(results.variants.bits)) if bits < 4]
+    rows.append(without_training(results))
+    return pd.DataFrame([row for row in rows if row])
+
+
+def for_budget(results: Results, gb: float) -> dict:
+    """The best scored model whose planned peak at 7B fits so many GB."""
+    sizes = results.memory.drop_duplicates("variant").set_index("variant").peak_gib_7b * model.GB
+    names = results.evaluation.variant[results.evaluation.score.notna()].unique()
+    fit = [name for name in names if sizes.get(name, np.inf) <= gb]
+    if not fit:
+        return row(f"{gb} GB at 7B, peak included", "nothing that was scored fits")
+    scores = results.evaluation.groupby("variant").score.mean()
+    best = max(fit, key=lambda name: scores[name])
+    said = f"best of {len(fit)} that fit; planned peak {sizes[best]:.1f} GB"
+    change = statistics.apart(results, results.evaluation, best, control(results))
+    return row(f"{gb} GB at 7B, peak included", called(results, best), change, said)
+
+
+def for_width(results: Results, bits: int) -> dict | None:
+    """The best scored model of the run at one narrow width, against its own 16 bits."""
+    table = results.variants[results.variants.bits.eq(bits)]
+    scores = results.answers.groupby("variant").score.mean()
+    known = table[table.variant.isin(scores.dropna().index)]
+    if known.empty:
+        return None
+    best = known.loc[known.variant.map(scores).idxmax()]
+    change = statistics.apart(results, results.answers, best.variant, best.source)
+    said = f"best of {len(known)} at this width; against its own 16 bits"
+    return row(f"only {bits:g} bits fit", called(results, best.variant), change, said)
+
+
+def without_training(results: Results) -> dict | None:
+    """The most blocks whose removal costs less than the margin, surely, at every depth until it."""
+    last, change = 0, None
+    for n in sorted(set(results.models.units_removed) - {0}):
+        pair = results.variant(n), results.variant(0)
+        found = statistics.apart(results, results.answers, *pair)
+        if not found.n or found.lo <= -rule.POINTS:
+            break
+        last, change = n, found
+    said = f"deeper, a loss of {rule.POINTS} points cannot be excluded"
+    do = f"remove at most {last} of {results.blocks} blocks" if last else "remove no block"
+    return row("no training after pruning", do, change, said)
+
+
+def row(situation: str, do: str, change: metrics.Difference | None = None, said: str = "") -> dict:
+    """A line of the table; how sure it is, in words."""
+    found = {"situation": situation, "take": do}
+    if change is not None and change.n:
+        if rule.alike(change.lo, change.hi):
+            sure = f"more than {rule.POINTS} points lost: excluded"
+        elif change.hi < -rule.POINTS:
+            sure = f"more than {rule.POINTS} points are lost"
+        else:
+            sure = f"more than {rule.POINTS} points lost: possible"
+        found |= joins.interval("difference", change)
+        said = f"{sure}; {said}"
+    return found | {"sure": said}
+
+
+def control(results: Results) -> str | None:
+    """The unpruned model with the same SFT; without one, the unpruned model."""
+    return results.variant(0, healed=True) or results.variant(0)
+
+
+def called(results: Results, variant: str) -> str:
+    row = results.variants[results.variants.variant == variant].iloc[0]
+    return wording.label(row, results.criterion)
