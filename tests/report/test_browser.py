@@ -19,6 +19,7 @@ ASKED = """
 const all = (query, d) => [...d.querySelectorAll(query)], frames = all("iframe", document);
 const look = f => {
   const told = {}, d = f.contentDocument, w = f.contentWindow, root = d.documentElement;
+  all("details", d).forEach(e => { e.open = true; });
   told.scroll = root.scrollWidth; told.width = w.innerWidth;
   const asked = w.performance.getEntriesByType("resource").map(r => r.name);
   told.requests = asked.filter(n => !n.startsWith("data:"));
