@@ -40,7 +40,7 @@ ASKED = (
         "difference",
         "Does {model} gain by {quantizer} instead of AWQ at {bits} bits?",
     ),
-    Asked("extra_comparisons", "difference", "{against}: is {setting} above the full pipeline?"),
+    Asked("table5_ablation", "difference", "Is {setting} above the full pipeline?"),
 )
 
 
@@ -78,7 +78,7 @@ def differences(folder: Path) -> pd.DataFrame:
     for asked in ASKED:
         columns = [asked.column + end for end in ENDS]
         for row in in_words(folder, asked.stem):
-            value, lo, hi = (row[column] for column in columns)
+            value, lo, hi = (row.get(column) for column in columns)
             if not pd.isna(lo):
                 said = f"{value:+.1f} ({lo:.1f} to {hi:.1f})"
                 rows.append((asked.question.format(**row), said, int(lo > 0) - int(hi < 0)))
@@ -101,7 +101,7 @@ def in_words(folder: Path, stem: str) -> list[dict]:
         names = {0: "the unpruned model"} | dict.fromkeys(operating, "the pruned model")
         table["model"] = table.blocks_removed.map(names)
         table = table.dropna(subset="model")
-    if "healed" in table:
+    if {"healed", "model"} <= set(table):
         table["model"] += table.healed.map({True: " after SFT", False: ""})
     return table.to_dict("records")
 
