@@ -23,6 +23,7 @@ LONG = (
     "test_study",
     "test_checkpoint",
     "test_finetune",
+    "test_small_smoke",
 )  # files to begin with, the longest first
 
 
