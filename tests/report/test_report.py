@@ -73,7 +73,7 @@ def test_the_page_follows_the_papers_order_below_the_answer(home):
     text = (home / "index.html").read_text()
     first = [f'<section id="{name}">' for name in ("answer", "claims", "decisions", "sure")]
     first += [f'<section id="{name}">' for name in ("references", "appendix")]
-    shown = [f'<details id="{stem}">' for stem, part in PARTS.items() if not part.first]
+    shown = [f'<details id="{stem}"' for stem, part in PARTS.items() if not part.first]
     found = [part for part in shown if part in text]
     places = [text.index(part) for part in (QUESTION, *first, *found)]
     assert len(found) == len(shown) - 1 and places == sorted(places)

@@ -17,10 +17,10 @@ from derm_compress.report.page import page
 from derm_compress.report.sentences import Facts
 
 QUESTION = "features"  # the one with the longest answers
-CHANGED = {"fontweight": "bold"}
+NEW = {"fontweight": "bold"}
 BETWEEN = {1: "{}", 2: "{} and {}"}  # names of so many neighbours
 CELL, TEXT = 11, 18  # columns of the cosine and of the answer
-WHOLE, SHOWN = 300, 78  # characters of the whole model's answer, and of a changed one
+LONG, WHOLE, SHOWN = 400, 300, 72  # characters that are compared, of the whole answer, of changes
 
 
 @style.figure("without_each_block", "ablations")
@@ -71,13 +71,14 @@ def together(data: pd.DataFrame) -> list[dict]:
     rows = []
     for _, same in data.groupby(data.answer.ne(data.answer.shift()).cumsum()):
         one, last = same.iloc[0], same.block.iloc[-1]
-        pieces = compared(typeset.plain(one.answer, 400), typeset.plain(one.original, 400))
+        pieces = changed(typeset.plain(one.answer, LONG), typeset.plain(one.original, LONG))
+        if one.answer == one.original:
+            pieces = [("the same, word for word", False)]
         rows.append(
             {
                 "blocks": BETWEEN.get(len(same), "{} to {}").format(one.block, last),
                 "similarity": one.similarity,
                 "colour": shade(one.similarity),
-                "same": one.answer == one.original,
                 "pieces": pieces,
             }
         )
@@ -89,36 +90,33 @@ def shade(similarity: float) -> str:
     return to_hex(colormaps["Blues"](min(1.0, max(0.0, 1 - similarity) ** 0.5) * 0.9))
 
 
-def compared(answer: str, whole: str) -> list[tuple[str, bool]]:
-    """The answer in pieces: (words, whether they are new beside the whole model's answer)."""
+def changed(answer: str, whole: str) -> list[tuple[str, bool]]:
+    """An answer from its first change on: (words, whether they are new); of one that only ends
+    earlier, the last words."""
     ours, theirs = answer.split(), whole.split()
     steps = difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes()
-    return [(" ".join(ours[a:b]), kind != "equal") for kind, _, _, a, b in steps if a < b]
+    pieces = [(" ".join(ours[a:b]), kind != "equal") for kind, _, _, a, b in steps if a < b]
+    news = [i for i, (_, new) in enumerate(pieces) if new]
+    if not news:
+        return [(f"ends with: {' '.join(ours[-4:])}", False)]
+    found, room = [("...", False)] if news[0] else [], SHOWN
+    for words, new in pieces[news[0] :]:
+        found.append((textwrap.shorten(words, max(4, room), placeholder=" ..."), new))
+        room -= len(words) + 1
+        if room < 0:
+            break
+    return found
 
 
 def answer_lines(row: dict) -> typeset.Lines:
-    """A row of the figure: from the first changed word on."""
+    """A row of the figure."""
     cell = {"bbox": {"facecolor": row["colour"], "edgecolor": "#888888", "linewidth": 0.4}}
     cell["bbox"]["pad"] = 1.6
     cell["color"] = "white" if row["similarity"] < 0.6 else "black"
-    if row["same"]:
-        lines = typeset.flow("the same, word for word", look=typeset.SMALL, at=TEXT)
-    else:
-        lines = changed_lines(row["pieces"])
+    text, spans = "", []
+    for words, new in row["pieces"]:
+        spans += [(len(text), len(text) + len(words), NEW)] if new else []
+        text += f"{words} "
+    lines = typeset.flow(text, spans, look=typeset.SMALL, at=TEXT)
     lines[0] = [(1, row["blocks"], {}), (CELL, f"{row['similarity']:5.3f}", cell), *lines[0]]
     return lines
-
-
-def changed_lines(pieces: list[tuple[str, bool]]) -> typeset.Lines:
-    """An answer from its first change on; where it only ends earlier, its last words."""
-    changes = [i for i, (_, changed) in enumerate(pieces) if changed]
-    if not changes:
-        ending = " ".join(pieces[-1][0].split()[-4:]) if pieces else ""
-        return typeset.flow(f"ends with: {ending}", look=typeset.SMALL, at=TEXT)
-    text, spans = "... " if changes[0] else "", []
-    for words, changed in pieces[changes[0] :]:
-        if changed:
-            spans.append((len(text), len(text) + len(words), CHANGED))
-        text += f"{words} "
-    text = textwrap.shorten(text, SHOWN, placeholder=" ...")
-    return typeset.flow(text, spans, look=typeset.SMALL, at=TEXT)
