@@ -25,12 +25,12 @@ from derm_compress.report.tables.quantizers import plain_awq
 STAGES = {  # stage: the templates that its notebook ends with
     "01_data": "data",
     "02_finetune": "extra_baselines",
-    "03_layer_importance": "fig3_layer_importance extra_agreement extra_calibration_size",
+    "03_layer_importance": "fig3_layer_importance extra_agreement",
     "04_pruning": "table1_pruning extra_criteria",
     "05_sft": "table2_sft extra_healed_rivals extra_seeds",
     "06_activation_analysis": "fig4_activations",
     "07_quantization": "table3_quantization extra_alpha extra_equal_bytes",
-    "08_evaluation": "answer table4_efficiency table5_ablation extra_diagnosis extra_secondary "
+    "08_evaluation": "answer table4_efficiency table5_ablation extra_diagnosis "
     "extra_baselines extra_judges extra_controls claims",
 }
 
@@ -52,20 +52,11 @@ def headline(results: Results) -> str:
     return Facts(results).said("answer")[0]
 
 
-def rank_correlation(rows: list[dict], one: str, other: str) -> float:
-    """Spearman's, over the rows that have both; nan where there is nothing to rank."""
-    known = pd.DataFrame(rows, columns=[one, other], dtype=float).dropna()
-    if len(known) < 3 or known.nunique().min() < 2:
-        return np.nan
-    return known[one].corr(known[other], method="spearman")
-
-
 KNOWN = {  # in templates, beside the facts
     "controls": controls,
     "rule": rule,
     "paper": paper,
     "plain_awq": plain_awq,
-    "rank_correlation": rank_correlation,
     "SURE": rule.SURE,  # a corrected p below this is a difference
     "FEW": 3,  # rivals, up to which each gets its own sentence
 }

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from derm_compress.report import rule
-from derm_compress.report.paper import model
+from derm_compress.report.paper import model, numbers
 from derm_compress.report.results import Results
 from derm_compress.report.rule import HOLDS, NOT, OPEN, UNTESTABLE
 from derm_compress.report.tables import answer, claims, statistics
@@ -41,7 +41,7 @@ def run(marks=MARKS, *, sizes=None, pictures=12):
 
 
 def row_of(results, start):
-    (claim,) = [claim for claim in claims.CLAIMS if claim.claim.startswith(start)]
+    (claim,) = [one for one in claims.TOLD["claims"] if one["claim"].startswith(start)]
     return claims.claims(results, [claim]).iloc[0]
 
 
@@ -52,6 +52,24 @@ def verdict_of(results, start):
 @pytest.mark.parametrize("claimed,at", [(20, 15), (-20, -15), (4, 2), (-8, -4), (10, 5)])
 def test_a_bound_is_the_claim_less_its_margin_but_at_least_half_of_it(claimed, at):
     assert rule.bound(claimed, 5) == at
+
+
+def test_the_papers_figures_are_those_of_its_tables():
+    scores = {n: numbers.table(n).set_index("setting").paper_score for n in (4, 5)}
+    one, told = numbers.table(1).set_index("blocks_removed").paper_score, []
+    for claim in claims.TOLD["claims"]:
+        name, *where = claim["ask"]
+        if name == "difference":
+            told.append(scores[where[0]][where[1]] - scores[where[0]][where[2]])
+        elif name in ("score", "score_without"):
+            told.append(scores[where[0]][where[1]] if name == "score" else one[where[0]])
+        else:
+            continue
+        assert claim["paper"] == pytest.approx(told[-1]), claim["claim"]
+        assert (claims.bound(claim) < claim["paper"]) != claim.get(
+            "below", False
+        ) or "bound" in claim
+    assert len(told) == 7
 
 
 @pytest.mark.parametrize(
@@ -152,7 +170,7 @@ def test_speed_is_tested_with_the_papers_model_on_its_machine_alone():
         ("Tesla T4", 30.0, run().memory, UNTESTABLE),
     ):
         results = dataclasses.replace(run(), latency=timed(full, gpu), memory=size)
-        assert verdict_of(results, "Inference is 4.2") == verdict
+        assert verdict_of(results, "A T4 answers") == verdict
 
 
 def test_trainings_widen_what_was_trained_and_only_that(full):

@@ -89,10 +89,5 @@ def test_errors_by_block_stand_side_by_side(results):
         for b in (0, 1)
     ]
     results = dataclasses.replace(results, errors=pd.concat(each))
-    errors = tables.make("extra_errors", results)
-    assert len(errors) == 3 * 3 * 2 and list(errors)[4:] == [f"error_{name}" for name in METHODS]
-    row = errors.query("blocks_removed == 6 and healed and bits == 3 and block == 1")
-    assert row.error_awq.tolist() == [0.1] and row.error_rtn.tolist() == [0.2]
-    assert "0.2000" in tables.to_csv(row) and "error rtn symmetric" in tables.readable(errors)
     third = tables.make("table3_quantization", results)
     assert third.relative_error[third.method == "awq"].tolist() == pytest.approx([0.075] * 9)

@@ -35,8 +35,8 @@ def pair(values, one, other, **how):
     return table.loc[(one, other)]
 
 
-def curve_of(value, protected=PROTECTED, removed=4, **how):
-    return rankings.calibration_curve(values_of(a=value), protected, removed=removed, **how)
+def halves(value, protected=PROTECTED, **how):
+    return rankings.halves_agree(values_of(a=value), protected, "a", **how)
 
 
 def test_equal_rankings_agree_and_reversed_ones_disagree_in_every_draw():
@@ -86,39 +86,14 @@ def test_a_draw_is_the_same_for_all_rankings():
     assert pair(values_of(a=shared, b=noisy(30, seed=9)), "a", "b").rho_lo < 0.6
 
 
-def test_two_draws_share_no_item_and_smaller_ones_lie_within_larger():
-    largest, _ = rankings.disjoint(15, 7, draws=50, seed=4)
-    for size in (1, 3, 7):
-        one, other = rankings.disjoint(15, size, draws=50, seed=4)
-        assert one.shape == other.shape == (50, size)
-        assert all(len({*a, *b}) == 2 * size for a, b in zip(one, other, strict=True))
-        assert all(set(a) <= set(b) for a, b in zip(one, largest, strict=True))
-    assert len(np.unique(np.sort(one), axis=0)) > 40
-
-
-def test_sizes_go_up_to_half_of_the_items():
-    assert rankings.sizes(7) == [1, 2, 5, 7] and rankings.sizes(50) == [1, 2, 5, 10, 20, 50]
-    assert rankings.sizes(1) == [1] and rankings.sizes(0) == []
-    assert curve_of(noisy(1, items=15))["items"].tolist() == [1, 2, 5, 7]
-    assert curve_of(np.arange(BLOCKS)).empty  # it reads no picture
-
-
-def test_a_curve_without_noise_is_flat_and_one_with_noise_rises():
-    flat = curve_of(noisy(0))
-    assert (flat[["rho", "rho_lo", "overlap", "overlap_lo"]] == 1).all(axis=None)
-    assert flat.chance[0] == 0.4
-    curve = curve_of(noisy(6))
-    assert curve.rho.is_monotonic_increasing and curve.overlap.is_monotonic_increasing
-    assert curve.rho.iloc[0] < 0.6
-    assert ((curve.rho_lo < curve.rho) & (curve.rho < curve.rho_hi)).all()
-
-
-def test_pure_noise_agrees_as_chance_does():
-    rng = np.random.default_rng(3)
-    curve = curve_of(rng.normal(size=(BLOCKS, 60)), (), removed=3, draws=1000)
-    assert abs(curve.rho[0]) < 0.08 and curve.overlap[0] == pytest.approx(curve.chance[0], abs=0.05)
-    level = curve_of(np.ones((BLOCKS, 8)), (), removed=3)
-    assert (level.rho == 0).all()  # no order at all agrees with none
+def test_halves_agree_as_far_as_noise_lets_them():
+    assert halves(noisy(0)) == pytest.approx((1, 1, 1))
+    few, many = halves(noisy(6, items=8)), halves(noisy(6, items=80))
+    assert few[0] < many[0] and few[1] < few[0] < few[2]
+    assert halves(np.arange(BLOCKS)) is None and halves(noisy(1, items=1)) is None
+    noise = np.random.default_rng(3).normal(size=(BLOCKS, 60))
+    assert abs(halves(noise, (), draws=1000)[0]) < 0.08
+    assert halves(np.ones((BLOCKS, 8)), ()) == (0, 0, 0)  # no order at all agrees with none
 
 
 def test_draws_are_compared_in_pairs_the_studys_own_among_them():

@@ -38,57 +38,59 @@ def test_every_control_of_a_good_specimen_holds_and_no_claim_is_lost(finished):
 
 
 TURNED = {
-    specimen.PROTECTED: lambda r: {
+    "protected blocks": lambda r: {
         "removal_answers": of_variant(r.removal_answers, "protected-1", score=4)
     },
-    specimen.RUN: lambda r: {"removal_answers": of_variant(r.removal_answers, "run", score=2)},
-    specimen.CHANCE: lambda r: {
+    "run of blocks": lambda r: {"removal_answers": of_variant(r.removal_answers, "run", score=2)},
+    "criterion against chance": lambda r: {
         "removal_answers": of_variant(r.removal_answers, "random", score=4)
     },
-    specimen.OUTLIERS: lambda r: {"inputs": r.inputs.assign(outlier_channels=0)},
-    specimen.OWN_GRID: lambda r: {
+    "outlier channels": lambda r: {"inputs": r.inputs.assign(outlier_channels=0)},
+    "weights off the grid": lambda r: {
         "rounded": r.rounded.assign(
             relative_error=r.rounded.relative_error.mask(r.rounded.weights == "as they are", 0)
         )
     },
-    specimen.THREE_BITS: lambda r: {"losses": of_variant(r.losses, "awq", loss=0.9)},
-    specimen.BLANK: lambda r: {"evaluation": of_variant(r.evaluation, "blank", score=4)},
-    specimen.OTHER: lambda r: {"evaluation": of_variant(r.evaluation, "shuffled", score=4)},
-    specimen.JUDGE: lambda r: {"judge_controls": r.judge_controls.assign(score=4.0)},
-    specimen.TRAINING: lambda r: {"answers": of_variant(r.answers, r"original\+sft", score=4)},
-    specimen.DRAWS: lambda r: {
+    "AWQ at 3 bits": lambda r: {"losses": of_variant(r.losses, "awq", loss=0.9)},
+    "blank pictures": lambda r: {"evaluation": of_variant(r.evaluation, "blank", score=4)},
+    "other pictures": lambda r: {"evaluation": of_variant(r.evaluation, "shuffled", score=4)},
+    "copied answer": lambda r: {"judge_controls": r.judge_controls.assign(score=4.0)},
+    "training without pruning": lambda r: {
+        "answers": of_variant(r.answers, r"original\+sft", score=4)
+    },
+    "two draws": lambda r: {
         "values": r.values.assign(value=np.random.default_rng(0).permutation(r.values.value))
     },
 }
 
 
-@pytest.mark.parametrize("control", specimen.CONTROLS, ids=lambda control: control.name)
-def test_a_control_turns_with_its_data(finished, control):
-    turned = dataclasses.replace(finished, **TURNED[control.name](finished))
-    assert control.measure(finished).holds is True
-    assert control.measure(turned).holds is False
+@pytest.mark.parametrize("name", specimen.CONTROLS)
+def test_a_control_turns_with_its_data(finished, name):
+    turned = dataclasses.replace(finished, **TURNED[name](finished))
+    assert specimen.measure(name, finished).holds is True
+    assert specimen.measure(name, turned).holds is False
 
 
 def test_a_control_that_fails_takes_along_what_rests_on_it_and_nothing_else(finished):
-    turned = dataclasses.replace(finished, **TURNED[specimen.OUTLIERS](finished))
-    assert specimen.failed(turned) == [specimen.OUTLIERS]
+    turned = dataclasses.replace(finished, **TURNED["outlier channels"](finished))
+    assert specimen.failed(turned) == ["outlier channels"]
     table = claims.claims(turned)
-    resting = table.rests_on.str.contains(specimen.OUTLIERS)
+    resting = table.rests_on.str.contains("outlier channels")
     assert (table.verdict[resting] == rule.UNTESTABLE).all() and resting.sum() > 3
-    assert (table.failed[resting] == specimen.OUTLIERS).all() and table.failed[~resting].eq(
+    assert (table.failed[resting] == "outlier channels").all() and table.failed[~resting].eq(
         ""
     ).all()
-    assert (table.because[resting] == f"fails: {specimen.OUTLIERS}").all()
+    assert (table.because[resting] == f"fails: {'outlier channels'}").all()
     said = Facts(turned, {"claims": table}).said("extra_controls")
     assert "1 of them fails: outlier channels" in said[0]
     assert f"So {resting.sum()} of the paper's {table.counted.sum()} claims" in said[1]
 
 
 def test_every_control_has_a_claim_on_it_and_every_claim_on_scores_has_controls():
-    named = {name for claim in claims.CLAIMS for name in claim.rests_on}
-    assert named == {control.name for control in specimen.CONTROLS}
-    shapes = (claims.weights, claims.peak, claims.saved, claims.faster)
-    assert all(bool(claim.rests_on) != (claim.measure in shapes) for claim in claims.CLAIMS)
+    told = claims.TOLD["claims"]
+    assert {name for claim in told for name in claims.controls_of(claim)} == set(specimen.CONTROLS)
+    shapes = {"weights", "peak", "saved", "faster"}
+    assert all(bool(claims.controls_of(claim)) != (claim["ask"][0] in shapes) for claim in told)
 
 
 def test_what_a_run_leaves_out_is_neither_held_nor_failed():
@@ -101,12 +103,12 @@ def test_what_a_run_leaves_out_is_neither_held_nor_failed():
 
 def test_one_row_a_control_with_its_interval_for_people_and_as_csv(finished):
     table = tables.make("extra_controls", finished)
-    assert list(table.control) == [one.name for one in specimen.CONTROLS]
+    assert list(table.control) == list(specimen.CONTROLS)
     assert list(table)[:7] == ["control", "question", "expected", "value", "lo", "hi", "holds"]
     assert (table.claims > 0).all()
     people = tables.readable(table).set_index("control")
-    assert people.value[specimen.OUTLIERS] == "50.00" and people.holds[specimen.OUTLIERS] == "yes"
-    assert "to" in people.value[specimen.BLANK]
+    assert people.value["outlier channels"] == "50.00" and people.holds["outlier channels"] == "yes"
+    assert "to" in people.value["blank pictures"]
 
 
 def test_random_orders_are_drawn_again_beside_pictures():

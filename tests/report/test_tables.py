@@ -88,7 +88,7 @@ def test_a_run_under_way_has_the_tables_that_its_frames_suffice_for(tmp_path, re
     assert tables.build(load_results({})) == {}
     assert tables.table("table1_pruning", Results()) is None
     third = load_results({}, values=results.values, plans=results.plans, scores=results.scores)
-    known = {"extra_agreement", "extra_calibration_size", "extra_controls"}
+    known = {"extra_agreement", "extra_controls"}
     assert set(tables.build(third)) == known
     last = load_results({}, predictions=results.predictions)
     assert last.evaluation.variant.isin(["blank"]).any() and (last.answers.split == "test").all()

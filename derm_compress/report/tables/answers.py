@@ -9,11 +9,9 @@ from derm_compress.evaluate.judges import controls
 from derm_compress.report.results import ANSWERING, Results
 from derm_compress.report.tables import joins
 
-OPEN = ["none", "several"]  # diagnoses that name no one disease
-
 
 def diagnoses(results: Results) -> pd.DataFrame:
-    """Which disease the answer to the name question names: accuracy, the commonest confusion."""
+    """Which disease the answer to the name question names: accuracy."""
     rows = []
     for variant, part in named(results).groupby("variant", sort=False):
         right = (part.diagnosis == part.disease).astype(float)
@@ -25,7 +23,6 @@ def diagnoses(results: Results) -> pd.DataFrame:
                 "balanced": 100 * right.groupby(part.disease).mean().mean(),
                 "none": (part.diagnosis == "none").sum(),
                 "several": (part.diagnosis == "several").sum(),
-                "most_confused": most_confused(part),
                 "n": share.n,
             }
         )
@@ -38,31 +35,6 @@ def named(results: Results) -> pd.DataFrame:
     if every is None:
         return pd.DataFrame({"variant": [], "disease": [], "diagnosis": []})
     return every[(every.stage == ANSWERING[-1]) & every.diagnosis.notna()]
-
-
-def most_confused(part: pd.DataFrame) -> str:
-    wrong = part[(part.diagnosis != part.disease) & ~part.diagnosis.isin(OPEN)]
-    counts = wrong.groupby(["disease", "diagnosis"]).size()
-    if counts.empty:
-        return ""
-    disease, called = counts.idxmax()
-    return f"{disease} called {called} ({counts.max()})"
-
-
-def secondary_scores(results: Results) -> pd.DataFrame:
-    """Scores that no judge gives, and runaway answers, of every variant on the test pictures."""
-    every, rows = results.predictions, []
-    for variant, part in every[every.split == "test"].groupby("variant", sort=False):
-        right = (part.diagnosis == part.disease).astype(float).where(part.diagnosis.notna())
-        marks = {"name_exact": right, "fact_f1": part.fact_f1, "similarity": part.similarity}
-        row = {"variant": variant, "score": metrics.percent(part.score.astype(float).mean())}
-        for name, values in marks.items():
-            row |= joins.interval(name, metrics.share_interval(part["item"], values))
-        runaway = (~part.stopped.astype(bool)).sum()
-        rows.append(row | {"runaway": runaway, "n": len(part)})
-    known = [] if results.variants is None else results.variants.variant
-    place = {name: i for i, name in enumerate(dict.fromkeys(known))}
-    return pd.DataFrame(sorted(rows, key=lambda row: place.get(row["variant"], len(place))))
 
 
 def latencies(results: Results) -> pd.DataFrame:

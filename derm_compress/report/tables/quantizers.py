@@ -10,8 +10,6 @@ from derm_compress.report.results import Results
 from derm_compress.report.tables import joins
 
 COST = {"difference": "cost", "difference_lo": "cost_lo", "difference_hi": "cost_hi", "p": "p_cost"}
-BLOCK = ["blocks_removed", "healed", "bits", "block"]
-ERROR = "error_"  # before a method's name, a column each
 
 
 def quantized(results: Results) -> pd.DataFrame:
@@ -75,11 +73,3 @@ def equal_bytes(results: Results) -> pd.DataFrame:
     order = ["budget", "healed", "blocks_removed"]
     table = table.sort_values(order, ascending=[False, True, True], kind="stable")
     return joins.scored(table, results, results.answers)
-
-
-def block_errors(results: Results) -> pd.DataFrame:
-    """Output errors of the own models' blocks, by original indices, the methods side by side."""
-    table = quantized(results).merge(results.errors, on="variant")
-    wide = table.pivot(index=BLOCK, columns="method", values="relative_error")
-    wide = wide[list(dict.fromkeys(table.method))].add_prefix(ERROR).reset_index()
-    return wide.sort_values(BLOCK, ascending=[True, True, False, True])

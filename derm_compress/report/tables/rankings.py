@@ -1,4 +1,4 @@
-"""Do rankings of blocks agree, and how many calibration pictures does a ranking need?
+"""Do rankings of blocks agree, by criterion and by calibration pictures?
 
 A `values` frame has one row per (ranking, unit, item): `ranking`, `block`, `part`, `item` (the
 picture; "" where the criterion needs none) and `value`, the lower the less important. Only whole
@@ -17,18 +17,12 @@ from scipy.stats import rankdata
 from derm_compress.report.results import Results
 from derm_compress.report.tables import joins
 
-SIZES = (1, 2, 5)  # of a calibration set, times powers of ten
 TAILS = (0.025, 0.975)
 
 
 def agreements(results: Results) -> pd.DataFrame:
     """Rank correlation of every two rankings of whole blocks."""
     return agreement(results.values, results.protected)
-
-
-def calibration_sizes(results: Results) -> pd.DataFrame:
-    """How well two disjoint draws of calibration pictures agree, by their size."""
-    return calibration_curve(results.values, results.protected, removed=results.operating)
 
 
 def agreement(
@@ -57,30 +51,24 @@ def agreement(
     return pd.DataFrame(rows)
 
 
-def calibration_curve(
-    values: pd.DataFrame, protected: Iterable[int], *, removed: int, draws: int = 200, seed: int = 0
-) -> pd.DataFrame:
-    """What a second study with other pictures would find: two disjoint draws of k items each, k up
-    to half of them.
+def halves_agree(
+    values: pd.DataFrame, protected: Iterable[int], ranking: str, *, draws: int = 200, seed: int = 0
+) -> tuple[float, float, float] | None:
+    """Rank correlation of two halves of the calibration pictures: mean over ways to halve them, and
+    its 2.5 and 97.5 percentiles; None for a ranking that reads no pictures.
 
-    rho: correlation of the two rankings; overlap: share of the `removed` least important blocks
-    that both name, `chance` its expectation for random orders. Means over draws with 2.5 and 97.5
-    percentiles (_lo, _hi).
+    What a second study with other pictures would find, each study having half as many.
     """
-    rows = []
-    for name, table in by_block(values, protected).items():
-        of_item = table.to_numpy()  # [blocks, items]
-        gone = min(removed, len(of_item))
-        for size in sizes(table.shape[1] // 2) if needs_data(table) else ():
-            parts = disjoint(table.shape[1], size, draws=draws, seed=seed)
-            one, other = (of_item[:, part].mean(-1).T for part in parts)  # [draws, blocks]
-            rho = (standardised(one) * standardised(other)).sum(1)
-            overlap = (first(one, gone) & first(other, gone)).sum(1) / gone
-            row = {"ranking": name, "items": size}
-            for measure, each in (("rho", rho), ("overlap", overlap)):
-                row |= joins.interval(measure, (each.mean(), *np.quantile(each, TAILS)))
-            rows.append(row | {"chance": gone / len(of_item)})
-    return pd.DataFrame(rows)
+    table = by_block(values, protected).get(ranking)
+    if table is None or not needs_data(table) or table.shape[1] < 2:
+        return None
+    of_item, items = table.to_numpy(), table.shape[1]  # [blocks, items]
+    order = np.random.default_rng(seed).permuted(np.tile(np.arange(items), (draws, 1)), axis=1)
+    half = items // 2
+    parts = order[:, :half], order[:, items - half :]
+    one, other = (standardised(of_item[:, part].mean(-1).T) for part in parts)  # [draws, blocks]
+    rho = (one * other).sum(1)
+    return rho.mean(), *np.quantile(rho, TAILS)
 
 
 def draws_apart(results: Results) -> list[float]:
@@ -125,25 +113,3 @@ def standardised(scores: np.ndarray) -> np.ndarray:
     ranks = ranks - ranks.mean(1, keepdims=True)
     length = np.linalg.norm(ranks, axis=1, keepdims=True)
     return np.divide(ranks, length, out=np.zeros_like(ranks), where=length != 0)
-
-
-def first(scores: np.ndarray, count: int) -> np.ndarray:
-    """Which blocks of [draws, blocks] are among the `count` lowest of their row; of equals the
-    earlier is."""
-    order = np.argsort(scores, axis=1, kind="stable")[:, :count]
-    among = np.zeros(scores.shape, bool)
-    np.put_along_axis(among, order, True, axis=1)
-    return among
-
-
-def disjoint(items: int, size: int, *, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of `size` item positions that share none, [draws, size] each; smaller sets lie
-    within larger ones."""
-    order = np.random.default_rng(seed).permuted(np.tile(np.arange(items), (draws, 1)), axis=1)
-    return order[:, :size], order[:, items - size :]
-
-
-def sizes(most: int) -> list[int]:
-    """1, 2, 5, 10, … below `most`, and `most` itself."""
-    steps = [step * 10**power for power in range(len(str(most))) for step in SIZES]
-    return [*(step for step in steps if step < most), most] if most else []

@@ -31,10 +31,8 @@ TABLES = {  # stem: a function of Results to a frame, empty where they do not su
     "table4_efficiency": (pipeline.efficiency, "variants"),
     "table5_ablation": (pipeline.ablation, "variants"),
     "extra_quantization_tests": (quantizers.method_tests, "variants answers"),
-    "extra_errors": (quantizers.block_errors, "variants errors"),
     "extra_equal_bytes": (quantizers.equal_bytes, "variants equal_bytes"),
     "extra_agreement": (rankings.agreements, "values"),
-    "extra_calibration_size": (rankings.calibration_sizes, "values"),
     "extra_criteria": (criteria.criteria, "variants"),
     "extra_criteria_tests": (criteria.criteria_tests, "variants answers"),
     "extra_measured": (pipeline.running, "variants latency"),
@@ -43,7 +41,6 @@ TABLES = {  # stem: a function of Results to a frame, empty where they do not su
     "extra_latency": (answers.latencies, "latency"),
     "extra_seeds": (statistics.seeds, "variants answers"),
     "extra_diagnosis": (answers.diagnoses, "predictions"),
-    "extra_secondary": (answers.secondary_scores, "predictions"),
     "extra_controls": (claims.controls_beside, ""),
 }
 

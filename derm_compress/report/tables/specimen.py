@@ -6,12 +6,13 @@ untestable in this run. One that a run's parameters leave out says nothing eithe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from derm_compress.evaluate import metrics
 from derm_compress.evaluate.judges.controls import COPIED
@@ -20,6 +21,8 @@ from derm_compress.model.variants import ORIGINAL
 from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import rankings
 
+FILE = Path(__file__).parents[1] / "paper" / "controls.yaml"
+CONTROLS = yaml.safe_load(FILE.read_text("utf-8"))
 LOUD = 25  # % of the projections; outliers in fewer layers are none (Dettmers et al. 2022)
 OFF = 95  # %; weights on one of our grids would lose nothing
 FATAL = 50  # % of the score above the floor
@@ -32,20 +35,6 @@ class Found(NamedTuple):
     lo: float | None
     hi: float | None
     holds: bool
-
-
-Measure = Callable[[Results], Found | None]
-
-
-@dataclass(frozen=True)
-class Control:
-    """What a claim can rest on; `stage`: whose notebook shows it first."""
-
-    name: str
-    stage: str
-    question: str
-    expected: str
-    measure: Measure
 
 
 def beyond(estimate: Iterable[float], least: float = 0.0) -> Found | None:
@@ -72,11 +61,8 @@ def draws_agree(results: Results) -> Found | None:
         return None
     if apart := rankings.draws_apart(results):
         return beyond((np.mean(apart), min(apart), max(apart)))
-    table = rankings.calibration_sizes(results)
-    if table.empty or results.criterion not in set(table.ranking):
-        return None
-    row = table[table.ranking == results.criterion].iloc[-1]
-    return beyond((row.rho, row.rho_lo, row.rho_hi))
+    known = results.values, results.protected, results.criterion
+    return beyond(rankings.halves_agree(*known) or (np.nan,) * 3)
 
 
 def protected_fatal(results: Results) -> Found | None:
@@ -91,17 +77,13 @@ def protected_fatal(results: Results) -> Found | None:
     return beyond(metrics.ratio_interval(whole - kept, whole), FATAL)
 
 
-def against_chance(control: str) -> Measure:
+def against_chance(results: Results, control: str) -> Found | None:
     """Points above the mean of the random orders, over these and pictures."""
-
-    def measure(results: Results) -> Found | None:
-        marks = removals(results)
-        if marks is None or control not in marks:
-            return None
-        apart = marks[control].to_numpy() - marks[removed.RANDOM].to_numpy()  # [pictures, orders]
-        return beyond((apart.mean(), *metrics.crossed_interval(apart)))
-
-    return measure
+    marks = removals(results)
+    if marks is None or control not in marks:
+        return None
+    apart = marks[control].to_numpy() - marks[removed.RANDOM].to_numpy()  # [pictures, orders]
+    return beyond((apart.mean(), *metrics.crossed_interval(apart)))
 
 
 def removals(results: Results) -> pd.DataFrame | None:
@@ -132,14 +114,10 @@ def awq_beats_rounding(results: Results) -> Found | None:
     return beyond(100 * (ratios - 1))
 
 
-def seeing(name: str) -> Measure:
+def seeing(results: Results, name: str) -> Found | None:
     """What the original loses without the right picture."""
-
-    def measure(results: Results) -> Found | None:
-        pair = (answers_of(results.together, one) for one in (ORIGINAL, name))
-        return beyond(metrics.paired_difference(*pair, n_permutations=1))
-
-    return measure
+    pair = (answers_of(results.together, one) for one in (ORIGINAL, name))
+    return beyond(metrics.paired_difference(*pair, n_permutations=1))
 
 
 def healing(results: Results) -> Found | None:
@@ -169,100 +147,24 @@ def copied_is_worse(results: Results) -> Found | None:
     return beyond(metrics.paired_difference(*pair, n_permutations=1))
 
 
-JUDGE, BLANK, OTHER = "copied answer", "blank pictures", "other pictures"
-PROTECTED, RUN, CHANCE = "protected blocks", "run of blocks", "criterion against chance"
-DRAWS, OUTLIERS, THREE_BITS = "two draws", "outlier channels", "AWQ at 3 bits"
-OWN_GRID = "weights off the grid"
-TRAINING = "training without pruning"
-CONTROLS = (
-    Control(
-        DRAWS,
-        "03_layer_importance",
-        "Do two draws of calibration pictures rank the blocks alike?",
-        "a rank correlation above 0",
-        draws_agree,
-    ),
-    Control(
-        PROTECTED,
-        "04_pruning",
-        "Is it fatal to remove a protected block?",
-        f"on average more than {FATAL} % of the score above the floor is lost",
-        protected_fatal,
-    ),
-    Control(
-        RUN,
-        "04_pruning",
-        "Is a run of alike blocks (angular distance) missed less than blocks drawn by chance?",
-        "with a quarter of the blocks removed, more than 0 points above random orders",
-        against_chance(removed.RUN),
-    ),
-    Control(
-        CHANCE,
-        "04_pruning",
-        "Does the study's criterion beat a random order?",
-        "with a quarter of the blocks removed, more than 0 points above random orders",
-        against_chance(removed.CHOSEN),
-    ),
-    Control(
-        TRAINING,
-        "05_sft",
-        "Does SFT give the pruned model more than it gives the unpruned one?",
-        "more than 0 points",
-        healing,
-    ),
-    Control(
-        OUTLIERS,
-        "06_activation_analysis",
-        "Do some input channels stand out?",
-        f"{LOUD} % of the projections or more read one that peaks above 6 times the median channel",
-        outliers,
-    ),
-    Control(
-        OWN_GRID,
-        "07_quantization",
-        "Has the base no 4-bit grid that ours coincide with?",
-        f"rounding errs at least {OFF} % as much as on weights with noise, at every width",
-        off_the_grid,
-    ),
-    Control(
-        THREE_BITS,
-        "07_quantization",
-        "Does AWQ beat rounding at 3 bits on the unpruned model?",
-        "rounding's perplexity is more than 0 % above AWQ's",
-        awq_beats_rounding,
-    ),
-    Control(
-        BLANK,
-        "08_evaluation",
-        "Does the score fall without a picture?",
-        "by more than 0 points",
-        seeing("blank"),
-    ),
-    Control(
-        OTHER,
-        "08_evaluation",
-        "Does the score fall with a picture of another disease?",
-        "by more than 0 points",
-        seeing("shuffled"),
-    ),
-    Control(
-        JUDGE,
-        "08_evaluation",
-        "Does the judge mark an answer copied from another picture lower?",
-        "by more than 0 points",
-        copied_is_worse,
-    ),
-)
+MEASURES = (draws_agree, protected_fatal, against_chance, healing, outliers, off_the_grid, seeing)
+MEASURES = {one.__name__: one for one in (*MEASURES, awq_beats_rounding, copied_is_worse)}
+
+
+def measure(name: str, results: Results) -> Found | None:
+    """What a run finds for a control; None where it does not test it."""
+    function, *told = CONTROLS[name]["measure"]
+    return MEASURES[function](results, *told)
 
 
 def controls(results: Results, stage: str = "") -> pd.DataFrame:
     """One row a control, of one stage or of all; empty cells where a run did not test it."""
     rows = []
-    for control in CONTROLS:
-        if stage in ("", control.stage):
-            found = control.measure(results) or Found(*[None] * 4)
-            told = {"control": control.name, "question": control.question}
-            rows.append(told | {"expected": control.expected} | found._asdict())
+    for name, told in CONTROLS.items():
+        if stage in ("", told["stage"]):
+            found = measure(name, results) or Found(*[None] * 4)
+            said = {"control": name, "question": told["question"], "expected": told["expected"]}
+            rows.append(said | found._asdict())
     frame = pd.DataFrame(rows)
     return frame.astype(dict.fromkeys(("value", "lo", "hi"), float) | {"holds": object})
 
