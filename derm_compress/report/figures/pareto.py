@@ -24,29 +24,27 @@ COSTS = {"memory": "vram_gib", "time": "total_ms_per_token"}
 
 
 def points(results: Results) -> pd.DataFrame:
-    """Stage 08's models: scores on the held-out pictures where there are any, else on all.
+    """Stage 08's models, scored as in Table 4.
 
     memory, time: percent of the unpruned model's weights and time a token. best_memory, best_time:
-    whether no model that costs no more scores as much, on the test pictures; none are, where there
-    are no others to draw the scores from.
+    whether no model that costs no more scores as much, on the test and on the held-out pictures.
     """
     answers = results.evaluation
     table = results.models[results.models.variant.isin(answers.variant)].drop_duplicates("variant")
     done = zip(table.units_removed > 0, table.healed.astype(bool), table.bits < 16, strict=True)
     table = table[["variant"]].assign(kind=[KINDS[what][0] for what in done])
-    held = answers[answers.split == "heldout"]
-    apart = len(held) > 0
-    shown = metrics.score_table(held if apart else answers, ["variant"], n_boot=500)
-    chosen = answers[answers.split == "test"].groupby("variant").score.mean()
-    table = table.merge(shown, on="variant")
+    table = table.merge(metrics.score_table(answers, ["variant"]), on="variant")
+    halves = [answers[answers.split == split] for split in ("test", "heldout")]
+    means = [table.variant.map(half.groupby("variant").score.mean()) for half in halves]
     frames = {"memory": results.memory, "time": results.one_prompt}
     for name, column in COSTS.items():
         known = pd.Series(dtype=float)
         if frames[name] is not None:
             known = frames[name].drop_duplicates("variant").set_index("variant")[column]
-        table[name] = 100 * table.variant.map(known) / known.get(results.variant(0), float("nan"))
-        best = front(table[name], table.variant.map(chosen))
-        table[f"best_{name}"] = best if apart else False
+        whole = known.get(results.variant(0), float("nan"))
+        table[name] = 100 * table.variant.map(known) / whole
+        one, other = (front(table[name], mean) for mean in means)
+        table[f"best_{name}"] = one & other
     return table
 
 
@@ -60,7 +58,7 @@ def front(cost: pd.Series, score: pd.Series) -> pd.Series:
 
 @style.figure("pareto", "table4_efficiency", "evaluation")
 def pareto(facts: Facts, table4: pd.DataFrame, answers: pd.DataFrame) -> Drawing:
-    """Scores against memory and against time, with the paper's; the best as chosen elsewhere."""
+    """Scores against memory and against time, with the paper's."""
     table = points(facts.results).dropna(subset=["score"])
     table["label"] = [facts.label(name) for name in table.variant]
     theirs = {"memory": table4.paper_vram, "time": table4.paper_ms_per_token}
@@ -81,7 +79,7 @@ def pareto(facts: Facts, table4: pd.DataFrame, answers: pd.DataFrame) -> Drawing
 
 
 def _scatter(ax, table: pd.DataFrame, cost: str) -> None:
-    """The points by kind, and a line through the best for their cost."""
+    """The points by kind, those ringed that are best for their cost."""
     for label, colour, marker in dict.fromkeys(KINDS.values()):
         rows = table[table.kind == label]
         if len(rows):
@@ -89,7 +87,8 @@ def _scatter(ax, table: pd.DataFrame, cost: str) -> None:
             ax.errorbar(
                 rows[cost], rows.score, yerr=style.reach(rows, "score"), label=label, **look
             )
-    best = table[table[f"best_{cost}"]].sort_values(cost)
+    best = table[table[f"best_{cost}"]]
     if len(best):
-        label = "best for its cost, on other pictures"
-        ax.plot(best[cost], best.score, "-", color=style.PAPER, linewidth=0.8, label=label)
+        label = "best on both sets of pictures"
+        look = {"color": style.PAPER, "mfc": "none", "ms": 10, "label": label}
+        ax.plot(best[cost], best.score, "o", **look)

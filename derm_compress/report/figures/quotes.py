@@ -26,8 +26,8 @@ RED = "#b00020"
 ALARM = {"color": RED, "fontweight": "bold"}
 RIGHT = {"color": QUANTIZED, "fontweight": "bold"}
 WRONG = {"color": RED, "fontstyle": "italic"}
-DRAWN, SHOWN = 220, 600  # characters of an answer in the drawing, in the page
-DEPTHS = 8  # answers of Figure 7 at most, first and last among them; its csv has all
+DRAWN, SHOWN = 220, 320  # characters of an answer in the drawing, in the page
+DEPTHS = 6  # answers of Figure 7 at most, first and last among them; its csv has all
 PROMPT = 4000  # of a line of the judge's prompt
 
 
