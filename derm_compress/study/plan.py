@@ -103,8 +103,12 @@ class Plan:
         return {name: self.values[name] for name in self.notebooks[stage].schema}
 
     def counted(self, stage: str) -> dict:
-        """Those of its parameters that say what is made, not where or how."""
-        return {k: v for k, v in self.parameters(stage).items() if k not in PLACES}
+        """Those of its parameters that say what is made, not where or how.
+
+        The device is a place, too: what a GPU began a CPU finishes. Shapes alone are another thing.
+        """
+        places = PLACES if self.values.get("device") == "meta" else (*PLACES, "device")
+        return {k: v for k, v in self.parameters(stage).items() if k not in places}
 
     def told(self, stage: str) -> dict:
         """The same as notes and reports may show it."""

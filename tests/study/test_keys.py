@@ -172,3 +172,12 @@ def test_a_sentence_transformer_counts_by_what_it_holds(tmp_path):
     after = planned(ROOT, "tiny", embedder=str(tmp_path)).keys
     assert before["02_finetune"] == after["02_finetune"]
     assert before["03_layer_importance"] != after["03_layer_importance"]
+
+
+def test_a_gpu_and_a_cpu_share_results_and_shapes_alone_are_apart():
+    notebooks = read_notebooks(ROOT)
+    on = {
+        name: make_plan(ROOT, notebooks, {"device": name}).keys for name in ("cpu", "cuda", "meta")
+    }
+    assert on["cpu"] == on["cuda"]
+    assert changed(on["cpu"], on["meta"]) == list(on["cpu"])[1:]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
@@ -33,6 +34,8 @@ TARGETS = anatomy.ADAPTED  # plain name lists would also hit the tower
 WARMUP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 WIDTHS = 32  # a GPU's batches are multiples of so many tokens wide: few shapes to record
+# cuDNN's attention, which torch prefers on an H200, gives gradients of padded rows that are NaN
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 AMPLE = 0.7  # of a GPU's memory: the plan has the length of the first batch
 
 
@@ -232,7 +235,7 @@ def gradients_of(tuned, optimizer, *, base: str, recorded: bool = False) -> Call
 
     def work(x, attention_mask, labels):
         read = {"inputs_embeds": x, "attention_mask": attention_mask, "labels": labels}
-        with autocast(tuned.device.type, enabled=base == "half"):
+        with sdpa_kernel(ATTENTION), autocast(tuned.device.type, enabled=base == "half"):
             loss = tuned(**read, use_cache=False).loss
         found = torch.autograd.grad(scale * loss, weights)
         return loss.detach(), *(gradient.div_(scale) for gradient in found)
