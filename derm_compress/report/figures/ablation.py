@@ -56,7 +56,7 @@ def example(ablations: pd.DataFrame) -> pd.DataFrame:
     if "answer" not in ablations:
         return ablations.iloc[:0]
     known = ablations[ablations.answer.notna() & (ablations.part == "block")]
-    known = known[(known.question == QUESTION) & (known.ranking == known.ranking.head(1).max())]
+    known = known[known.question == QUESTION].drop_duplicates(["block", "item"])
     if known.empty:
         return known
     wide = known.pivot(index="block", columns="item", values="value")

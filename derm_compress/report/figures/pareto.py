@@ -83,10 +83,8 @@ def _scatter(ax, table: pd.DataFrame, cost: str) -> None:
     for label, colour, marker in dict.fromkeys(KINDS.values()):
         rows = table[table.kind == label]
         if len(rows):
-            look = {"fmt": marker, "color": colour, "markersize": 5, "elinewidth": 0.8}
-            ax.errorbar(
-                rows[cost], rows.score, yerr=style.reach(rows, "score"), label=label, **look
-            )
+            look = {"fmt": marker, "color": colour, "ms": 5, "elinewidth": 0.8, "label": label}
+            ax.errorbar(rows[cost], rows.score, yerr=style.reach(rows, "score"), **look)
     best = table[table[f"best_{cost}"]]
     if len(best):
         label = "best on both sets of pictures"

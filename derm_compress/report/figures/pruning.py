@@ -62,6 +62,7 @@ def block_removal(facts: Facts, plan: dict) -> Drawing:
     finding = facts.title("fig2_block_removal", plan=plan, gone=len(gone))
     rows = [("full model", []), *tries[:2], ("...", None), *tries[-1:]]
     rows.append((f"{len(gone)} removed", gone))
+    turns = {b: i for i, b in enumerate(plan["order"], 1)}
     figure, (axes,) = style.canvas(finding, 2.6)
     for y, (_, out) in enumerate(rows):
         for b in range(blocks) if out is not None else ():
@@ -69,11 +70,10 @@ def block_removal(facts: Facts, plan: dict) -> Drawing:
             if b in protected:
                 look = {"facecolor": DENSE, "edgecolor": "white", "hatch": "////"}
             if b in out:
-                turn = out.index(b) / len(out) if out is gone else 1
+                turn = turns[b] / len(out) if turns and out is gone else 1
                 look = {"facecolor": colormaps["Blues"](0.8 * (1 - turn)), "edgecolor": PRUNED}
                 look["linestyle"] = ":"
             axes.add_patch(Rectangle((b + 0.06, y - 0.36), 0.88, 0.72, **look))
-    turns = {} if plan.get("starts") else {b: i for i, b in enumerate(plan["order"], 1)}
     axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_xticks([b + 0.5 for b in range(0, blocks, 4)], range(0, blocks, 4))
@@ -145,7 +145,7 @@ def _random_orders(axes, curves: pd.DataFrame) -> None:
 @style.figure("extra_criteria", "extra_criteria", "table1_pruning")
 def criteria(facts: Facts, table: pd.DataFrame, table1: pd.DataFrame) -> Drawing | None:
     """Score against blocks removed: a panel a rival, with the study's own and the random orders."""
-    if table.score.isna().all():
+    if table[table.criterion == facts.results.criterion].score.isna().all():
         return None
     own, curves = facts.results.criterion, _curves(table, table1)
     behind = {row["criterion"]: row["difference_all"] for row in facts.rows("extra_criteria_tests")}

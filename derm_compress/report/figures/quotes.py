@@ -123,10 +123,10 @@ def grade(score) -> str:
 
 
 def cost(facts: Facts, variant: str) -> str:
-    """4.9 MiB (7B: 13.2 GiB), 8.7 ms a token."""
-    gib, gib_7b = joins.values(facts.results.memory, variant, ["vram_gib", "vram_gib_7b"])
+    """4.9 MiB, 8.7 ms a token."""
+    (gib,) = joins.values(facts.results.memory, variant, ["vram_gib"])
     (ms,) = joins.values(facts.results.one_prompt, variant, ["total_ms_per_token"])
-    said = [] if gib is None else [f"{size(gib)} (7B: {size(gib_7b)})"]
+    said = [] if gib is None else [size(gib)]
     said += [] if ms is None else [f"{ms:.1f} ms a token"]
     return ", ".join(said)
 

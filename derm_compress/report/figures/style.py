@@ -85,9 +85,8 @@ class Drawing:
     def _repr_mimebundle_(self, include=None, exclude=None):
         """What Jupyter shows; nbconvert turns `alt` into the text alternative."""
         picture = base64.b64encode(self.png).decode()
-        return {"image/png": picture}, {
-            "image/png": {"alt": self.finding, "width": int(100 * WIDTH)}
-        }
+        told = {"alt": self.finding, "width": int(100 * WIDTH)}
+        return {"image/png": picture}, {"image/png": told}
 
 
 def figure(stem: str, *needs: str):
