@@ -136,16 +136,21 @@ class Facts:
         return next(n for n in depths if model.peak_gib(n, "awq") * model.GB <= gb)
 
     def speed(self) -> dict[str, float] | None:
-        """By what factor a token of the unpruned model takes longer, than pruned, packed, both."""
+        """How many times as fast a token is pruned, packed, and both (`full`); `ms` of the whole,
+        and whether the quartiles of both lie apart from it."""
         names = {"pruned": self.results.main[2], "full": self.results.full}
         names["packed"] = self.results.variant(0, quantizer="awq")
         known = self.results.one_prompt
         if known is None:
             return None
-        ms = known.set_index("variant").decode_ms_per_token
-        if not {*names.values(), self.results.variant(0)} <= set(ms.index):
+        known, whole = known.set_index("variant"), self.results.variant(0)
+        if not {*names.values(), whole} <= set(known.index):
             return None
-        return {way: ms[self.results.variant(0)] / ms[name] for way, name in names.items()}
+        ms = known.decode_ms_per_token
+        ends = known.loc[[whole, names["full"]], [f"decode_ms_per_token_{e}" for e in ("lo", "hi")]]
+        (lo, hi), (full_lo, full_hi) = ends.to_numpy()
+        told = {"ms": ms[whole], "apart": full_hi < lo or hi < full_lo}
+        return told | {way: ms[whole] / ms[name] for way, name in names.items()}
 
     def smallest_margin(self) -> float:
         """What the test pictures can show, in points; nan where nothing was compared."""

@@ -106,8 +106,10 @@ class Words(HTMLParser):
 
     def count(self, text):
         if self.depth < 2 and not self.hidden:
-            text = re.sub(r"\]\([^)]*\)", " ", text)  # addresses of Markdown's links
-            self.whole += len(re.findall(r"[^\W_]\S*", text))
+            text = re.sub(
+                r"\]\([^)]*\)|[|*]|---|(?m:^[-#]+ )", " ", text
+            )  # Markdown's links and tables
+            self.whole += len(text.split())
 
 
 @pytest.fixture(scope="module")

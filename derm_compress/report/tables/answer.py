@@ -14,6 +14,7 @@ from derm_compress.report.results import Results
 from derm_compress.report.tables import joins, statistics
 
 PRUNING, QUANTIZATION = "pruning", "quantization"
+ABOVE = ["compressed_above", "compressed_above_lo", "compressed_above_hi"]
 MIB = 1024  # in a GiB
 BUDGETS = (4, 6, 8, 12)  # GB of 10^9 bytes: cards that people have
 
@@ -53,7 +54,7 @@ def single(results: Results, technique: str = "") -> Rival | None:
 
 
 def beside(results: Results) -> pd.DataFrame:
-    """At most six models, all on stage 08's pictures; difference: the full pipeline above each."""
+    """At most six models, all on stage 08's pictures, and the full pipeline above each."""
     wanted = [results.variant(0), results.variant(0, healed=True), *results.main[1:]]
     wanted += [results.variant(0, quantizer="awq"), results.full]
     rival, asked = single(results), set()
@@ -65,7 +66,7 @@ def beside(results: Results) -> pd.DataFrame:
     table = joins.scored(table, results, results.evaluation)
     table["model"] = [called(results, name) for name in table.variant]
     changes = [against(results, name) for name in table.variant]
-    table[joins.CHANGE[:3]] = pd.DataFrame([change[:3] for change in changes])
+    table[ABOVE] = pd.DataFrame([change[:3] for change in changes])
     four = joins.of_paper(results, 4)[["variant", "paper_score"]].dropna()
     table = table.merge(four, on="variant", how="left")
     return table.assign(weights_mib=table.vram_gib * MIB)
@@ -99,24 +100,24 @@ def for_budget(results: Results, gb: float) -> dict:
     names = results.evaluation.variant[results.evaluation.score.notna()].unique()
     fit = [name for name in names if sizes.get(name, np.inf) <= gb]
     if not fit:
-        return row(f"{gb} GB at 7B, peak included", "nothing that was scored fits")
+        return row(f"{gb} GB for a 7B model, peak included", "nothing that was scored fits")
     scores = results.evaluation.groupby("variant").score.mean()
     best = max(fit, key=lambda name: scores[name])
-    said = f"best of {len(fit)} that fit; planned peak {sizes[best]:.1f} GB"
+    said = f"the best of {len(fit)} that fit, planned peak {sizes[best]:.1f} GB"
     change = statistics.apart(results, results.evaluation, best, control(results))
-    return row(f"{gb} GB at 7B, peak included", called(results, best), change, said)
+    return row(f"{gb} GB for a 7B model, peak included", called(results, best), change, said)
 
 
 def for_width(results: Results, bits: int) -> dict | None:
-    """The best scored model of the run at one narrow width, against its own 16 bits."""
+    """The best scored model of the run at one narrow width."""
     table = results.variants[results.variants.bits.eq(bits)]
     scores = results.answers.groupby("variant").score.mean()
     known = table[table.variant.isin(scores.dropna().index)]
     if known.empty:
         return None
     best = known.loc[known.variant.map(scores).idxmax()]
-    change = statistics.apart(results, results.answers, best.variant, best.source)
-    said = f"best of {len(known)} at this width; against its own 16 bits"
+    change = statistics.apart(results, results.answers, best.variant, control(results))
+    said = f"the best of {len(known)} at this width"
     return row(f"only {bits:g} bits fit", called(results, best.variant), change, said)
 
 
@@ -129,7 +130,7 @@ def without_training(results: Results) -> dict | None:
         if not found.n or found.lo <= -rule.POINTS:
             break
         last, change = n, found
-    said = f"deeper, a loss of {rule.POINTS} points cannot be excluded"
+    said = f"of deeper ones {rule.POINTS} points may be lost"
     do = f"remove at most {last} of {results.blocks} blocks" if last else "remove no block"
     return row("no training after pruning", do, change, said)
 
@@ -139,12 +140,12 @@ def row(situation: str, do: str, change: metrics.Difference | None = None, said:
     found = {"situation": situation, "take": do}
     if change is not None and change.n:
         if rule.alike(change.lo, change.hi):
-            sure = f"more than {rule.POINTS} points lost: excluded"
+            sure = f"no more than {rule.POINTS} points are lost"
         elif change.hi < -rule.POINTS:
             sure = f"more than {rule.POINTS} points are lost"
         else:
-            sure = f"more than {rule.POINTS} points lost: possible"
-        found |= joins.interval("difference", change)
+            sure = f"{rule.POINTS} points may be lost"
+        found |= joins.interval("to_unpruned", change)
         said = f"{sure}; {said}"
     return found | {"sure": said}
 

@@ -198,7 +198,7 @@ def why(row: dict) -> str:
         return f"fails: {row['failed']}"
     if row["untestable"] or not row["counted"]:
         return row["because"]
-    said = f"holds {'above' if row['above'] else 'below'} {row['bound']:.3g}"
+    said = f"needs {'more' if row['above'] else 'less'} than {row['bound']:.3g}"
     return f"{said}; {row['because']}" if row["because"] else said
 
 
