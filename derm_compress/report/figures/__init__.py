@@ -7,15 +7,7 @@ from derm_compress.report.figures.style import FIGURES, Drawing
 from derm_compress.report.results import Results
 from derm_compress.report.sentences import Facts
 
-MODULES = (
-    ablation,
-    answer,
-    importance,
-    pareto,
-    pruning,
-    quantization,
-    quotes,
-)  # each registers figures
+MODULES = (ablation, importance, pareto, pruning, quantization, quotes)  # each registers figures
 
 
 def figure(stem: str, results: Results) -> Drawing | None:
