@@ -153,12 +153,6 @@ def test_every_figure_of_a_full_study_can_be_read_on_a_phone(drawn):
         assert drawing.figure.get_figwidth() == style.WIDTH, stem
 
 
-def test_the_front_holds_what_nothing_cheaper_beats(results):
-    cost, score = pd.Series([1.0, 2, 2, 3, 4, None]), pd.Series([30.0, 50, 60, 60, 70, 99])
-    assert pareto.front(cost, score).tolist() == [True, False, True, False, True, False]
-    assert not pareto.front(cost, score * float("nan")).any()
-
-
 def test_points_are_scored_as_in_table_4_and_best_on_two_sets_of_pictures(results):
     answers, four = results.evaluation, tables.make("table4_efficiency", results)
     points = pareto.points(results).set_index("variant")
@@ -173,6 +167,8 @@ def test_points_are_scored_as_in_table_4_and_best_on_two_sets_of_pictures(result
     kinds = points.kind[["original", "pruned-6", "pruned-6+sft|awq4"]]
     assert kinds.tolist() == ["unpruned", "pruned", "pruned, healed, quantized"]
     assert len(FIGURES["pareto"](facts(results, latency=None)).figure.axes) == 1
+    cost, score = pd.Series([1.0, 2, 2, 3, 4, None]), pd.Series([30.0, 50, 60, 60, 70, 99])
+    assert pareto.front(cost, score).tolist() == [True, False, True, False, True, False]
 
 
 SAID = "Psoriasis or melanoma <script>x</script>."

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 from matplotlib import colormaps
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
 
 from derm_compress.evaluate import metrics
 from derm_compress.report import paper
@@ -35,22 +35,16 @@ def pipeline(facts: Facts) -> Drawing | None:
     axes.set(xlim=(0, 2), ylim=(len(rows) - 0.5, -0.5))
     centre = {stage: (2 * i + 1) / len(row) for row in rows for i, stage in enumerate(row)}
     for stage, y in level.items():
-        _box(axes, stage, centre[stage], y, width=1.8 / len(rows[y]))
+        colour = STAGE_COLOURS.get(stage[:2], DENSE)
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": colour}
+        look = {"fontweight": "bold", "ha": "center", "va": "center", "bbox": box}
+        axes.text(centre[stage], y, stage.replace("_", " "), **look)
         for name in facts.graph[stage]:
             if level.get(name) == y - 1:
-                x = centre[name] if len(rows[y]) < len(rows[y - 1]) else centre[stage]
-                arrow = {"arrowstyle": "-|>", "color": "#444444"}
-                axes.annotate("", (x, y - 0.3), (x, y - 0.7), arrowprops=arrow)
+                places = (centre[stage], y - 0.3), (centre[name], y - 0.7)
+                axes.annotate("", *places, arrowprops={"arrowstyle": "-|>", "color": "#444444"})
     edges = [(stage, name) for stage in level for name in facts.graph[stage]]
     return Drawing(figure, pd.DataFrame(edges, columns=["stage", "reads"]), finding)
-
-
-def _box(axes, stage: str, x: float, y: float, *, width: float) -> None:
-    colour = STAGE_COLOURS.get(stage[:2], DENSE)
-    look = {"facecolor": colour + "28", "edgecolor": colour, "linewidth": 1.4}
-    round_ = "round,pad=0,rounding_size=0.06"
-    axes.add_patch(FancyBboxPatch((x - width / 2, y - 0.3), width, 0.6, boxstyle=round_, **look))
-    axes.text(x, y, stage.replace("_", " "), fontweight="bold", ha="center", va="center")
 
 
 @style.figure("fig2_block_removal", "plan")

@@ -30,27 +30,21 @@ def flow(
     text: str, spans: Sequence[tuple] = (), *, look: dict | None = None, at: int = 1, to: int = 0
 ) -> Lines:
     """Lines of runs between two columns, in one look; spans: (start, end, look) of other words."""
-    width = (to or COLUMNS - 1) - at
+    end = to or COLUMNS - 1
     found: Lines = [[]]
     column = at
-    for word in re.finditer(rf"\S{{1,{width}}}", text):
+    for word in re.finditer(rf"\S{{1,{end - at}}}", text):
         looks = [other for a, b, other in spans if a < word.end() and word.start() < b]
-        if column > at and column + len(word.group()) > at + width:
+        own = looks[0] if looks else look or {}
+        if column > at and column + len(word.group()) > end:
             found.append([])
             column = at
-        found[-1].append((column, word.group(), looks[0] if looks else look or {}))
+        start, words = column, word.group()
+        if found[-1] and found[-1][-1][2] == own:
+            start, before, _ = found[-1].pop()
+            words = f"{before} {words}"
+        found[-1].append((start, words, own))
         column += len(word.group()) + 1
-    return [joined(line) for line in found]
-
-
-def joined(line: list[Run]) -> list[Run]:
-    """Neighbouring words of one look as one run."""
-    found: list[Run] = []
-    for column, words, look in line:
-        if found and found[-1][2] == look:
-            start, before, _ = found.pop()
-            column, words = start, f"{before} {words}"
-        found.append((column, words, look))
     return found
 
 
