@@ -15,6 +15,7 @@ from safetensors import safe_open
 from derm_compress.evaluate import schema
 from derm_compress.files import read_frame, read_json
 from derm_compress.method.importance.rankings import OPTIONS
+from derm_compress.method.quantization.methods import MIXED
 from derm_compress.model.variants import paper_depth
 from derm_compress.report.paper.numbers import BLOCKS
 
@@ -131,13 +132,15 @@ class Results:
 
     @cached_property
     def models(self) -> pd.DataFrame | None:
-        """`variants` with `units_removed`, which plans count: blocks, or attentions and MLPs."""
+        """`variants` with `units_removed`, which plans count (blocks, or attentions and MLPs), and
+        whether their bits are `mixed`."""
         if self.variants is None:
             return None
         known = self.variants
         in_a_block = 1 + known.criterion.map(removes_parts).astype(int)
         parts = known.attentions_removed + known.mlps_removed
-        return known.assign(units_removed=in_a_block * known.blocks_removed + parts)
+        mixed = known.quantizer.str.endswith(f"-{MIXED}")
+        return known.assign(units_removed=in_a_block * known.blocks_removed + parts, mixed=mixed)
 
     def variant(
         self, removed: int, *, criterion: str = "", healed=False, quantizer="", bits=0

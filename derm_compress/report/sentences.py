@@ -197,18 +197,8 @@ class Facts:
             return said
         return f"{said} ({1000 * memory.params_b.max():.3g} M parameters)"
 
-    def called(self, variant: str) -> str:
-        """A variant for people; its id where no stage says what it is."""
-        known = self.results.variants
-        if known is None or variant not in set(known.variant):
-            return variant
-        row = known[known.variant == variant].iloc[0]
-        if row.bits == 16:
-            return wording.model(row)
-        return f"{wording.model(row)}, in {row.bits:g} bits by {wording.quantizer(row.quantizer)}"
-
     def label(self, variant: str) -> str:
-        """A variant in a figure; its id where no stage says what it is."""
+        """A variant for people; its id where no stage says what it is."""
         known = self.results.variants
         if known is None or variant not in set(known.variant):
             return variant
@@ -239,17 +229,6 @@ class Facts:
     def gone(self, name: str) -> list:
         """What a plan removes up to the operating point."""
         return first_to_go(self.results.plans[name], self.results.operating)
-
-    def shared(self) -> list[dict]:
-        """How many of the blocks to go each other plan of whole blocks removes, fewest first."""
-        gone, found = set(self.gone(self.results.criterion)), []
-        for name, plan in self.results.plans.items():
-            theirs = set(self.gone(name))
-            whole = not any(isinstance(unit, str) for unit in plan["order"])
-            other = name != self.results.criterion and not name.startswith("random")
-            if whole and other and len(theirs) == len(gone):
-                found.append({"name": name, "blocks": len(gone & theirs)})
-        return sorted(found, key=lambda row: row["blocks"])
 
     def agreeing(self) -> list[dict]:
         """The study's ranking beside each other that looks at blocks, the least alike first."""

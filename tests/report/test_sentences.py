@@ -130,10 +130,6 @@ def test_rankings_are_compared_where_they_look_at_blocks(results, plain, full):
     turned = full.values.assign(value=full.values.value.mask(turn, -full.values.value))
     text = said(dataclasses.replace(full, values=turned), "extra_agreement")
     assert "the lowest is that with perplexity, -0.82" in text
-    plans = said(full, "fig3_layer_importance")
-    assert "the other 16 rankings" in plans and "chance alone would give 1.2" in plans  # 6 * 6 / 29
-    deep = dataclasses.replace(full, choice={"operating": 16, "deeper": 16})
-    assert "the other 15 rankings" in said(deep, "fig3_layer_importance")  # the published one ends
 
 
 def test_many_rivals_are_counted_and_the_extremes_named(results, plain, full):

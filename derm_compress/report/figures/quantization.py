@@ -76,7 +76,7 @@ def equal_bytes(facts: Facts, table: pd.DataFrame) -> Drawing:
 def _way(row) -> str:
     """6 removed, 4 bits."""
     said = f"{row.blocks_removed} removed, {row.mean_bits:.3g} bits"
-    return f"{said} mixed" if row.method.endswith("-mixed") else said
+    return f"{said} mixed" if row.mixed else said
 
 
 def _dots(finding: str, panels: dict[str, pd.DataFrame]) -> Figure:

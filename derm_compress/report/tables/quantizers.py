@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from derm_compress.evaluate import metrics
-from derm_compress.method.quantization.methods import MIXED, quantizers
+from derm_compress.method.quantization.methods import quantizers
 from derm_compress.report.results import Results
 from derm_compress.report.tables import joins
 
@@ -14,11 +14,10 @@ COST = {"difference": "cost", "difference_lo": "cost_lo", "difference_hi": "cost
 
 def quantized(results: Results) -> pd.DataFrame:
     """The study's own models at one width each; the quantizer's name as `method`."""
-    table = results.variants
+    table = results.models
     own = table[(table.bits == 16) & (table.sft_seed == 0)]
     own = own[own.criterion.isin(["", results.criterion])]
-    table = table[(table.bits < 16) & table.source.isin(own.variant)]
-    table = table[~table.quantizer.str.endswith(f"-{MIXED}")]
+    table = table[(table.bits < 16) & ~table.mixed & table.source.isin(own.variant)]
     return table.assign(bits=table.bits.astype(int), method=table.quantizer)
 
 
@@ -62,7 +61,7 @@ def equal_bytes(results: Results) -> pd.DataFrame:
         budget=wanted.budget.astype(int),
         method=wanted.quantizer,
     )[["variant", "budget", "method"]]
-    known = results.variants[["variant", "blocks_removed", "healed", "bits"]]
+    known = results.models[["variant", "blocks_removed", "healed", "bits", "mixed"]]
     table = table.merge(known.rename(columns={"bits": "mean_bits"}), on="variant")
     beside = [
         results.variant(0, healed=healed, quantizer="awq", bits=budget)
