@@ -224,7 +224,8 @@ class Facts:
         columns = [*keys, "method", "relative_error"]
         rows = pd.DataFrame(self.of_main_models("table3_quantization"), columns=columns)
         wide = rows.pivot(index=keys, columns="method", values="relative_error")
-        return wide.reindex(columns=["awq", "rtn"]).dropna().reset_index().to_dict("records")
+        wide = wide.reindex(columns=["awq", "rtn"]).dropna().reset_index()
+        return wide.assign(worse=wide.awq > wide.rtn).to_dict("records")
 
     def gone(self, name: str) -> list:
         """What a plan removes up to the operating point."""

@@ -91,11 +91,13 @@ class Words(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.depth += tag == "details"
-        self.hidden += tag in ("style", "title", "summary")
+        self.depth -= tag == "summary"  # seen while its part is folded
+        self.hidden += tag in ("style", "title")
 
     def handle_endtag(self, tag):
         self.depth -= tag == "details"
-        self.hidden -= tag in ("style", "title", "summary")
+        self.depth += tag == "summary"
+        self.hidden -= tag in ("style", "title")
 
     def handle_data(self, data):
         before, appendix, after = data.partition("Appendix: every table")

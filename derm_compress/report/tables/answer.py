@@ -130,7 +130,7 @@ def without_training(results: Results) -> dict | None:
         if not found.n or found.lo <= -rule.POINTS:
             break
         last, change = n, found
-    said = f"of deeper ones {rule.POINTS} points may be lost"
+    said = f"without more blocks {rule.POINTS} points may be lost"
     do = f"remove at most {last} of {results.blocks} blocks" if last else "remove no block"
     return row("no training after pruning", do, change, said)
 

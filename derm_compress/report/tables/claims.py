@@ -199,6 +199,8 @@ def why(row: dict) -> str:
     if row["untestable"] or not row["counted"]:
         return row["because"]
     said = f"needs {'more' if row['above'] else 'less'} than {row['bound']:.3g}"
+    if row["verdict"] == rule.OPEN and row["p"] < rule.SURE:
+        said += ", unsure among so many claims"
     return f"{said}; {row['because']}" if row["because"] else said
 
 
