@@ -91,3 +91,11 @@ def test_errors_by_block_stand_side_by_side(results):
     results = dataclasses.replace(results, errors=pd.concat(each))
     third = tables.make("table3_quantization", results)
     assert third.relative_error[third.method == "awq"].tolist() == pytest.approx([0.075] * 9)
+
+
+def test_advice_for_a_width_takes_whole_widths_alone(results):
+    asked = dataclasses.replace(results, evaluation=results.answers.assign(split="test"))
+    table = tables.make("decisions", asked)
+    told = [name for name in table.situation if "fit" in name]
+    assert told == ["only 2 bits fit", "only 3 bits fit"]
+    assert not table["take"].str.contains("mixed").any()

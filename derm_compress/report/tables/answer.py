@@ -65,6 +65,8 @@ def beside(results: Results) -> pd.DataFrame:
     table = pd.DataFrame({"variant": [name for name in wanted if name]})
     table = joins.scored(table, results, results.evaluation)
     table["model"] = [called(results, name) for name in table.variant]
+    scores = [statistics.score(results, results.evaluation, name) for name in table.variant]
+    table[joins.SCORE] = pd.DataFrame(scores).replace({"n": 0}, np.nan)
     changes = [against(results, name) for name in table.variant]
     table[ABOVE] = pd.DataFrame([change[:3] for change in changes])
     four = joins.of_paper(results, 4)[["variant", "paper_score"]].dropna()
@@ -89,7 +91,8 @@ def decisions(results: Results) -> pd.DataFrame:
         found = for_budget(results, gb)
         if not rows or found["take"] != rows[-1]["take"]:
             rows.append(found)
-    rows += [for_width(results, bits) for bits in sorted(set(results.variants.bits)) if bits < 4]
+    one_width = results.models.bits[~results.models.mixed]
+    rows += [for_width(results, bits) for bits in sorted(set(one_width)) if bits < 4]
     rows.append(without_training(results))
     return pd.DataFrame([row for row in rows if row])
 
@@ -110,7 +113,7 @@ def for_budget(results: Results, gb: float) -> dict:
 
 def for_width(results: Results, bits: int) -> dict | None:
     """The best scored model of the run at one narrow width."""
-    table = results.variants[results.variants.bits.eq(bits)]
+    table = results.models[results.models.bits.eq(bits) & ~results.models.mixed]
     scores = results.answers.groupby("variant").score.mean()
     known = table[table.variant.isin(scores.dropna().index)]
     if known.empty:

@@ -118,10 +118,10 @@ def without_calibration(results: Results) -> Found:
 def worst_until(results: Results, blocks: int) -> Found:
     """The largest loss at any depth up to so many of 32 blocks."""
     most, found = paper_depth(blocks, results.blocks), {}
-    for n in sorted(set(results.models.units_removed) - {0}):
+    for n in set(results.models.units_removed) & set(range(1, most + 1)):
         pair = results.variant(n), results.variant(0)
         change = statistics.apart(results, results.answers, *pair)
-        if n <= most and change.n:
+        if change.n:
             found[n] = change
     if not found:
         return UNSCORED
