@@ -183,19 +183,24 @@ def train(
     optimizer = torch.optim.AdamW(weights.values(), lr=training.learning_rate, weight_decay=0.0)
     curve, told = resume(checkpoint, weights, optimizer)
     done, batch_size = len(curve), min(training.batch_size, len(items))
-    asked = {"base": training.base, "recorded": not checkpointing}
-    gradients = gradients_of(tuned, optimizer, **asked)
+    gradients = gradients_of(tuned, optimizer, base=training.base, recorded=not checkpointing)
     tuned.train()
-    for step in track(range(done, training.steps), what, total=training.steps - done):
-        began = time.perf_counter()
+
+    def batch_of(step: int) -> dict:
         rng = np.random.default_rng([training.seed, step])
         chosen = [items[i] for i in rng.choice(len(items), batch_size, replace=False)]
-        batch = training_batch(model, processor, chosen, images, rng)
+        return training_batch(model, processor, chosen, images, rng)
+
+    batch = batch_of(done)
+    for step in track(range(done, training.steps), what, total=training.steps - done):
+        began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * schedule(step, training.steps)
         with oom.naming("finetune_batch or sft_batch", what):
-            how = {"base": training.base, "gradients": gradients}
-            loss, taken = one_step(tuned, batch, optimizer, **how)
+            found = asked(tuned, batch, gradients, base=training.base)
+            if step + 1 < training.steps:  # made while a GPU computes
+                batch = batch_of(step + 1)
+            loss, taken = take(optimizer, *found)
         curve.append((step, loss))
         told["skipped"] += not taken
         check_skipped(told["skipped"], step + 1, training.steps, what)
@@ -205,19 +210,23 @@ def train(
     return tuned.eval(), pd.DataFrame(curve, columns=["step", "loss"]), told
 
 
-def one_step(
-    tuned, batch: dict, optimizer, *, base: str = "nf4", gradients: Callable | None = None
-) -> tuple[float, bool]:
-    """The loss, and whether a step was taken: in half precision gradients may overflow.
+def one_step(tuned, batch: dict, optimizer, *, base: str = "nf4") -> tuple[float, bool]:
+    """The loss, and whether a step was taken: in half precision gradients may overflow."""
+    gradients = gradients_of(tuned, optimizer, base=base)
+    return take(optimizer, *asked(tuned, batch, gradients, base=base))
 
-    gradients: gradients_of() the same model and base, where there are further steps.
-    """
-    gradients = gradients or gradients_of(tuned, optimizer, base=base)
+
+def asked(tuned, batch: dict, gradients: Callable, *, base: str) -> tuple[torch.Tensor, ...]:
+    """Loss and gradients of a batch, by gradients_of(); a GPU is told to compute them."""
     with torch.no_grad(), autocast(tuned.device.type, enabled=base == "half"):
         x = embedded(tuned.get_base_model(), batch)
+    return gradients(x, batch["attention_mask"], batch["labels"])
+
+
+def take(optimizer, loss: torch.Tensor, *gradients: torch.Tensor) -> tuple[float, bool]:
+    """The step that asked() is for, once it is there: as one_step()."""
     weights = optimizer.param_groups[0]["params"]
-    loss, *found = gradients(x, batch["attention_mask"], batch["labels"])
-    for weight, gradient in zip(weights, found, strict=True):
+    for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient
     finite = bool(torch.nn.utils.clip_grad_norm_(weights, 1.0).isfinite())
     if finite:
