@@ -3,7 +3,7 @@
 A claim of so many points holds beyond its bound, the claim less its margin. It holds where the
 whole interval lies beyond it, does not hold where the whole interval falls short of it, and is
 open else: claims of a difference and of none are tested alike (two one-sided tests, TOST). The
-margins, paper/margins.yaml, were set before the runs.
+margins are fixed in paper/margins.yaml.
 """
 
 from __future__ import annotations
