@@ -133,7 +133,7 @@ def without_training(results: Results) -> dict | None:
         if not found.n or found.lo <= -rule.POINTS:
             break
         last, change = n, found
-    said = f"without more blocks {rule.POINTS} points may be lost"
+    said = f"if more go, {rule.POINTS} points may be lost"
     do = f"remove at most {last} of {results.blocks} blocks" if last else "remove no block"
     return row("no training after pruning", do, change, said)
 
