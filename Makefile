@@ -1,6 +1,7 @@
 # make report [RUN=tiny] [SET="key=value other=value"]   the study and its report, in reports/$(RUN)/
 # make test | bench | lab                                all tests | all benchmarks | the notebooks in JupyterLab
 # make rehearsal-gpu                      the 7B shapes on an NVIDIA GPU, installing nothing, in reports/gpu-rehearsal/
+# make check-gpu [CHECK="name other"]      what tests on a CPU cannot see, on any GPU in eight minutes; installs nothing
 # make kaggle [OWNER=you]                 the data set and kernels to push, in build/kaggle
 # make mock-kaggle                        the smoke study in two sessions of a mock Kaggle, from a fresh build
 # The others install what is missing into .venv; PYTHON=... names another Python (3.11 to 3.13).
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 VENV := .venv/bin/python
 export SET
 
-.PHONY: report test bench lab kaggle mock-kaggle rehearsal-gpu install
+.PHONY: report test bench lab kaggle mock-kaggle rehearsal-gpu check-gpu install
 .DEFAULT_GOAL := report
 
 report: install
@@ -40,6 +41,9 @@ install: .venv/installed
 	$(VENV) -m pip install --disable-pip-version-check -r requirements.txt
 	$(VENV) -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+check-gpu:
+	@PYTHONPATH=. "$(PYTHON)" -m tools.check_gpu $(CHECK)
 
 rehearsal-gpu:
 	@PYTHONPATH=. "$(PYTHON)" benchmarks/gpu.py --out reports/gpu-rehearsal

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from derm_compress.data import items
 from derm_compress.errors import DermError
@@ -147,6 +148,20 @@ def test_steps_that_overflow_are_counted_and_a_checkpoint_needs_none(
     overflowing(monkeypatch, ())
     _, again, told = trained(dataset, tmp_path)
     assert told["skipped"] == 2 and again.equals(curve)
+
+
+def test_blocks_that_are_computed_again_take_the_same_attention(dataset, pico):
+    """Whatever torch would take by itself: another one keeps other tensors, or gives NaN."""
+    tuned = train.attach(pico[0], TRAINING).train()
+    train.save_memory(pico[0])
+    optimizer = torch.optim.AdamW(weight for weight in tuned.parameters() if weight.requires_grad)
+    some, rng = dataset.of("train")[:2], np.random.default_rng(0)
+    batch = train.training_batch(*pico, some, dataset.images, rng)
+    found = []
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend):
+            found.append(train.one_step(tuned, batch, optimizer)[0])
+    assert found[1] < found[0]
 
 
 def test_a_training_that_overflows_is_refused(dataset, tmp_path, monkeypatch):

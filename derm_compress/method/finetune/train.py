@@ -244,9 +244,10 @@ def gradients_of(tuned, optimizer, *, base: str, recorded: bool = False) -> Call
 
     def work(x, attention_mask, labels):
         read = {"inputs_embeds": x, "attention_mask": attention_mask, "labels": labels}
-        with sdpa_kernel(ATTENTION), autocast(tuned.device.type, enabled=base == "half"):
-            loss = tuned(**read, use_cache=False).loss
-        found = torch.autograd.grad(scale * loss, weights)
+        with sdpa_kernel(ATTENTION):  # blocks that are computed again take the same
+            with autocast(tuned.device.type, enabled=base == "half"):
+                loss = tuned(**read, use_cache=False).loss
+            found = torch.autograd.grad(scale * loss, weights)
         return loss.detach(), *(gradient.div_(scale) for gradient in found)
 
     return Recorded(work, "training") if recorded else work
