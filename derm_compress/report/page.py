@@ -46,7 +46,7 @@ def page(template: str, **view) -> str:
 
 def inert(text) -> str:
     """Text that Markdown shows as it is, whatever it says."""
-    return html.escape(str(text)).translate(str.maketrans(MARKS))
+    return html.escape(str(text), quote=False).translate(str.maketrans(MARKS))
 
 
 def to_markdown(frame: pd.DataFrame) -> str:

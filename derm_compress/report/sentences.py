@@ -138,7 +138,7 @@ class Facts:
     def speed(self) -> dict[str, float] | None:
         """How many times as fast a token is pruned, packed, and both (`full`); `ms` of the whole,
         and whether the quartiles of both lie apart from it."""
-        names = {"pruned": self.results.main[2], "full": self.results.full}
+        names = {"pruned": self.results.main[1], "full": self.results.full}
         names["packed"] = self.results.variant(0, quantizer="awq")
         known = self.results.one_prompt
         if known is None:

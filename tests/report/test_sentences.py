@@ -82,7 +82,7 @@ def test_a_headline_says_what_a_run_lacks_and_what_is_the_matter_with_the_judge(
         ("answer", "variant == @HEALED_AWQ", 4, "scores 100.0 % (100.0 to 100.0)"),
         ("answer", "variant == @HEALED_AWQ", 4, "above the unpruned model with the same training"),
         ("answer", "variant == @HEALED_AWQ", 1, "scores 25.0 % (25.0 to 25.0)"),
-        ("answer", "variant == @HEALED_AWQ", 4, "above it, on 59 pictures"),
+        ("answer", "variant == @HEALED_AWQ", 4, "above it. The paper reports"),
         ("extra_criteria", "criterion == 'magnitude'", 1, "above magnitude, p < 0.001"),
         ("extra_criteria", "criterion == 'magnitude'", 4, "below magnitude, p < 0.001"),
         ("table1_pruning", "variant == 'pruned-12'", 1, "to 25.0 % (25.0 to 25.0)"),
