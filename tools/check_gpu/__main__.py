@@ -10,7 +10,7 @@ import torch
 from derm_compress.files import write_json
 from derm_compress.study.plan import environment
 from tools.check_gpu import read_checks
-from tools.check_gpu.running import BAD, run_all, try_here
+from tools.check_gpu.running import run_all, try_here
 
 LINE = "{result:<8} {name:<15} {seconds:>6} s {peak_gib:>6} GiB  {says}"
 
@@ -34,7 +34,7 @@ def main() -> int:
     write_json(out / "results.json", where | {"device": told.device, "results": results})
     for row in results:
         print(LINE.format(**row), *row.get("log", ()), sep="\n    ")
-    return int(any(row["result"] in BAD for row in results))
+    return int(any(row["result"] == "failed" for row in results))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ from derm_compress.data import save_dataset
 from derm_compress.method import Job, Training, fine_tune_all, loss_curves, materialize
 from derm_compress.method.finetune import train
 from derm_compress.model import devices, graphs, loading, writing
-from tools.check_gpu import Skip, answering, check, rig
+from tools.check_gpu import answering, check, rig
 
 TRAINING = Training(8, 8, 4e-3, steps=8, batch_size=4, seed=0, checkpoint_every=3)
 CUDNN = [SDPBackend.CUDNN_ATTENTION, *train.ATTENTION]
 
 
-def finite_gradients(device: str, base: str) -> str:
-    """Padded batches give finite gradients, the same where blocks are computed twice."""
+def gradients_on(base: str, device: str) -> str:
     data, training = rig.drawn(), replace(TRAINING, base=base)
     model, processor = loading.load_base("tiny", device)
     tuned = train.attach(model, training).train()
@@ -33,33 +32,26 @@ def finite_gradients(device: str, base: str) -> str:
     mask = batch["attention_mask"]
     assert not mask.all() and (device == "cpu" or mask.shape[1] % train.WIDTHS == 0), mask.shape
 
-    def gradients():
+    def found():
         with torch.no_grad(), train.autocast(device, enabled=base == "half"):
             x = train.embedded(model, batch)
-        _, *found = train.gradients_of(tuned, optimizer, base=base)(x, mask, batch["labels"])
-        return torch.cat([part.flatten() for part in found])
+        _, *parts = train.gradients_of(tuned, optimizer, base=base)(x, mask, batch["labels"])
+        return torch.cat([part.flatten() for part in parts])
 
-    once = gradients()
+    once = found()
     with patch.object(train, "ATTENTION", CUDNN):
-        cudnn = bool(gradients().isfinite().all())
+        cudnn = bool(found().isfinite().all())
     train.save_memory(model)
-    far = rig.apart(gradients(), once)
+    far = rig.apart(found(), once)
     assert once.isfinite().all() and once.norm() > 0 and far < 0.05, f"computed twice: {far} apart"
     return f"computed twice within {far:.1e}; cuDNN's finite: {cudnn}"
 
 
-@check(120)
-def gradients_half(device, folder):
-    """On an unquantized base padded batches give finite gradients, the same computed twice."""
-    return finite_gradients(device, "half")
-
-
-@check(120)
-def gradients_nf4(device, folder):
-    """The same on an NF4 base."""
-    if not rig.has_nf4(device):
-        raise Skip("bitsandbytes does not work here")
-    return finite_gradients(device, "nf4")
+@check(150)
+def gradients(device, folder):
+    """Padded batches give finite gradients, the same where blocks are computed twice."""
+    bases = ["half"] + ["nf4"] * rig.has_nf4(device)
+    return "; ".join(f"{base}: {gradients_on(base, device)}" for base in bases)
 
 
 @check(300)
@@ -117,37 +109,26 @@ def timed(module, make, work):
         return found, len(calls) / (time.perf_counter() - began), made
 
 
-def recorded(device: str, module, work, same) -> str:
-    """work() gives the same with CUDA graphs and without; steps a second of both."""
-    work()  # what is slow the first time does not count
-    plain, slow, _ = timed(module, lambda function, what: function, work)
-    found, fast, made = timed(module, graphs.Recorded, work)
-    ways = [way for one in made for way in one.ways.values()]
-    held = sum(isinstance(way, graphs.Recording) for way in ways)
-    assert held or device == "cpu", "nothing was recorded"
-    assert same(found, plain), f"{found} {plain}"
-    return f"{slow:.0f} steps a second, {fast:.0f} with {held} recordings"
-
-
-@check(120)
-def recorded_answers(device, folder):
-    """In fp32 answers are the same with CUDA graphs and without; steps a second of both."""
-    model, data = loading.load_base("tiny", device, torch.float32), rig.drawn()
-    return recorded(device, writing, lambda: answering.told(*model, data), list.__eq__)
-
-
-@check(120)
-def recorded_training(device, folder):
-    """Losses are the same with CUDA graphs and without; steps a second of both."""
-    steps = 3 if device == "cpu" else 40
+@check(200)
+def recordings(device, folder):
+    """Answers and losses are the same with CUDA graphs and without; steps a second of both."""
+    data, steps, said = rig.drawn(), 3 if device == "cpu" else 40, []
+    model = loading.load_base("tiny", device, torch.float32)
     training = replace(TRAINING, steps=steps, checkpoint_every=99, base=rig.base(device))
-    data = rig.drawn()
 
     def losses():
         asked = *loading.load_base("tiny", device), data.of("train"), data.images, training
-        return train.train(*asked, checkpoint=folder / "none", what="training")[1].loss
+        curve = train.train(*asked, checkpoint=folder / "none", what="training")[1]
+        return curve.loss[:8].tolist()  # further on rounding adds up
 
-    def alike(some, others):
-        return np.allclose(some[:8], others[:8], rtol=0.02)  # further on rounding adds up
-
-    return recorded(device, train, losses, alike)
+    for module, work in ((writing, lambda: answering.told(*model, data)), (train, losses)):
+        work()  # what is slow the first time does not count
+        plain, slow, _ = timed(module, lambda function, what: function, work)
+        found, fast, made = timed(module, graphs.Recorded, work)
+        ways = [way for one in made for way in one.ways.values()]
+        held = sum(isinstance(way, graphs.Recording) for way in ways)
+        assert held or device == "cpu", f"{made[0].what}: nothing was recorded"
+        same = found == plain if module is writing else np.allclose(found, plain, rtol=0.02)
+        assert same, f"{made[0].what}: {found} {plain}"
+        said.append(f"{made[0].what}: {slow:.0f} steps a second, {fast:.0f} of {held} recordings")
+    return "; ".join(said)
