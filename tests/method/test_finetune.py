@@ -320,6 +320,20 @@ def test_several_fine_tunes_on_a_cpu_go_side_by_side(recipe, tmp_path, monkeypat
     assert seen == [asked[1:]]
 
 
+def test_a_gpu_takes_as_many_fine_tunes_as_it_holds(recipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(jobs, "side_by_side", lambda work, todo, processes: seen.append(processes))
+    monkeypatch.setattr(jobs, "fine_tune", lambda job, **_: seen.append(job.adapter))
+    monkeypatch.setattr(jobs.shutil, "copytree", lambda *_: None)
+    asked = [Job(name, name, recipe.to_json(), TRAINING, "cuda") for name in "abcd"]
+    one = jobs.CONTEXT + sum(jobs.plan_of(asked[0], checkpointing=False).values())
+    for models in (9, 3.01, 1.99):
+        monkeypatch.setattr(devices, "room", lambda _, models=models: models * one / train.AMPLE)
+        where = {"data": tmp_path, "store": None, "scratch": tmp_path}
+        jobs.fine_tune_all(tmp_path / "out", asked, **where, processes=6)
+    assert seen == [4, 3, *"abcd"]
+
+
 def test_further_seeds_train_with_other_seeds():
     sources = pd.DataFrame({"adapter": ["a", "a~1"], "recipe": ["{}", "{}"], "sft_seed": [0, 1]})
     sources["healed_variant"] = ["a+sft", "a+sft~1"]
