@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable
 
 import torch
@@ -16,18 +18,29 @@ class Recorded:
     """A function of tensors, on a GPU recorded when it meets inputs of the same shapes again.
 
     It must not look at values on the CPU, nor keep anything but in tensors that are there before.
-    What it returns is overwritten by its next call. On a CPU, and where recording fails, it is
-    called as it is.
+    What it returns is overwritten by its next call. On a CPU, where recording fails, and from where
+    memory is exceeded on, it is called as it is.
     """
 
     def __init__(self, function: Callable[..., Tensors], what: str):
         self.function, self.what = function, what
         self.ways: dict[tuple, Callable] = {}
         self.pool = None  # of memory, for the recordings of all shapes: one runs at a time
+        self.given_up = False
 
     def __call__(self, *inputs: torch.Tensor) -> Tensors:
-        if inputs[0].device.type != "cuda":
+        if self.given_up or inputs[0].device.type != "cuda":
             return self.function(*inputs)
+        # suppressed rather than caught: its traceback would keep the tensors alive
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._on_gpu(inputs)
+        self.ways, self.pool, self.given_up = {}, None, True  # recordings hold memory of their own
+        gc.collect()
+        torch.cuda.empty_cache()
+        say(f"{self.what}: without CUDA graphs from here on, for want of memory")
+        return self.function(*inputs)
+
+    def _on_gpu(self, inputs: Tensors) -> Tensors:
         shapes = tuple((tuple(each.shape), each.dtype) for each in inputs)
         if shapes not in self.ways:
             self.ways[shapes] = None  # the first of a shape also makes what later ones find

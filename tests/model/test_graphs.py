@@ -100,6 +100,23 @@ def test_on_a_cpu_a_function_is_called_as_it_is():
     assert [work(torch.tensor(i))[0].item() for i in range(3)] == [1, 2, 3] and len(calls) == 3
 
 
+def test_recordings_are_given_up_where_memory_is_exceeded(capsys):
+    calls = []
+
+    def work(x):
+        calls.append(x)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError
+        return (len(calls),)
+
+    class OnGpu:
+        device, shape, dtype = torch.device("cuda"), (1,), None
+
+    recorded = Recorded(work, "adding")
+    assert [recorded(OnGpu())[0] for _ in range(3)] == [2, 3, 4] and not recorded.ways
+    assert "adding: without CUDA graphs from here on" in capsys.readouterr().out
+
+
 @needs_gpu
 def test_a_recording_gives_what_the_function_gives():
     calls = []
