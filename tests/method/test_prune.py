@@ -45,9 +45,9 @@ def gated(model, batch, units, more=6):
     ids, x = batch["input_ids"], model.get_input_embeddings()(batch["input_ids"])
     features = model.model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
     x[ids == model.config.image_token_id] = torch.cat(list(features))
-    gates, scores = torch.ones(1, 2 * len(anatomy.blocks(model)), dtype=torch.bool), []
+    gates, scores = {}, []
     for unit in units:
-        gates[:, slice(*unit.span)] = False
+        gates |= dict.fromkeys(range(*unit.span), torch.tensor([False]))
     for _ in range(more):
         last = reading.run(
             model, x, cache.PrefixCache(), None, torch.arange(x.shape[1])[None], gates=gates
