@@ -158,7 +158,7 @@ def test_a_few_that_can_never_be_read_do_not_stop_a_later_run(tmp_path):
 
 
 @pytest.mark.parametrize("stopped", [DermError, KeyboardInterrupt])
-def test_what_arrives_after_the_end_is_kept(stopped, tmp_path):
+def test_what_arrives_after_the_end_is_kept(stopped, tmp_path, request):
     """Three replies are under way when others that say nothing, or Ctrl-C, end the run."""
 
     def slow_where_it_can_be_read(body):
@@ -169,6 +169,8 @@ def test_what_arrives_after_the_end_is_kept(stopped, tmp_path):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return "I give it a 4."
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     bad = 1 if stopped is KeyboardInterrupt else 9
     frame = answers(*(f"good {n}" for n in range(3)), *(f"bad {n}" for n in range(bad)))
     with Server(slow_where_it_can_be_read) as server:
