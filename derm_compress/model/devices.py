@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from derm_compress.model.anatomy import blocks, tied
 from derm_compress.model.memory import GIB
+
+# cuDNN's, which torch prefers on an H200, gives gradients of padded rows that are NaN
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention_with_gradients():
+    """A context in which attention takes a kernel whose gradients are right; around both passes."""
+    return sdpa_kernel(ATTENTION)
 
 
 def half(device: str) -> torch.dtype:

@@ -31,20 +31,21 @@ class Recorded:
     def __call__(self, *inputs: torch.Tensor) -> Tensors:
         if self.given_up or inputs[0].device.type != "cuda":
             return self.function(*inputs)
+        shapes = tuple((tuple(each.shape), each.dtype) for each in inputs)
+        first = shapes not in self.ways  # as it is, which also makes what later ones find
+        self.ways.setdefault(shapes)
+        if first and not self.pool:
+            return self.function(*inputs)
         # suppressed rather than caught: its traceback would keep the tensors alive
         with contextlib.suppress(torch.OutOfMemoryError):
-            return self._on_gpu(inputs)
+            return self.function(*inputs) if first else self._replayed(shapes, inputs)
         self.ways, self.pool, self.given_up = {}, None, True  # recordings hold memory of their own
         gc.collect()
         torch.cuda.empty_cache()
         say(f"{self.what}: without CUDA graphs from here on, for want of memory")
         return self.function(*inputs)
 
-    def _on_gpu(self, inputs: Tensors) -> Tensors:
-        shapes = tuple((tuple(each.shape), each.dtype) for each in inputs)
-        if shapes not in self.ways:
-            self.ways[shapes] = None  # the first of a shape also makes what later ones find
-            return self.function(*inputs)
+    def _replayed(self, shapes: tuple, inputs: Tensors) -> Tensors:
         if self.ways[shapes] is None:
             self.ways[shapes] = self._recorded(inputs)
         return self.ways[shapes](*inputs)

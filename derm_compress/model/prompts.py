@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.nn.functional import pad as pad_right
+from torch.nn.utils.rnn import pad_sequence
 
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
@@ -207,13 +208,13 @@ def collate(
     multiple: of so many tokens is its width.
     """
     ids, labels = zip(*pieces, strict=True)
-    width = -(-max(map(len, ids)) // multiple) * multiple
-    fills = {
-        "input_ids": (ids, pad),
-        "labels": (labels, IGNORED),
-        "attention_mask": ([torch.ones_like(row) for row in ids], 0),
-    }
+
+    def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+        made = pad_sequence(rows, batch_first=True, padding_value=value)
+        return pad_right(made, (0, -made.shape[1] % multiple), value=value)
+
     return {
-        name: torch.stack([pad_right(row, (0, width - len(row)), value=fill) for row in rows])
-        for name, (rows, fill) in fills.items()
+        "input_ids": padded(ids, pad),
+        "labels": padded(labels, IGNORED),
+        "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
     }

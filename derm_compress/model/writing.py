@@ -113,10 +113,10 @@ class Writer:
         self.ahead = self.AHEAD if guessing else 0
         alike = anatomy.decoder(model).device.type == "cuda" and not devices.is_spread(model)
         self.cache = SlotCache(lines, width + self.ahead, whole=alike)
-        self.guesses, self.reading = Guesses(), Step(model, self.cache)
+        self.guesses, self.forward = Guesses(), Step(model, self.cache)
         if guessing:  # then rows may lack a unit
-            self.reading.gated = range(2 * len(anatomy.blocks(model)))
-        self.read = Recorded(self.reading, "writing answers")
+            self.forward.gated = range(2 * len(anatomy.blocks(model)))
+        self.read = Recorded(self.forward, "writing answers")
         self.answers: list[Answer] = []  # under way; the first lines are theirs
 
     def ended(self, tokens: Sequence[int]) -> bool:
@@ -164,7 +164,7 @@ class Writer:
             if answer.unit:
                 gates[row, slice(*answer.unit.span)] = False
         if not self.cache.whole:
-            self.reading.gated = (~gates).any(0).nonzero().flatten().tolist()
+            self.forward.gated = (~gates).any(0).nonzero().flatten().tolist()
         device = anatomy.decoder(self.model).device
         tokens, near = self.read(ids.to(device), places.to(device), gates.to(device))
         return tokens[: len(asked)].tolist(), near[: len(asked)].tolist()

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from derm_compress.method.finetune import train
-from derm_compress.model import loading, writing
+from derm_compress.model import graphs, loading, writing
 from derm_compress.model.graphs import Recorded
 
 WAITS = {  # what a recording cannot hold: a look at values, or sizes that depend on them
@@ -83,7 +83,7 @@ def test_answers_of_lines_that_are_all_read_are_the_same(pico, dataset, monkeypa
     class Whole(writing.Writer):
         def __init__(self, *args, **how):
             super().__init__(*args, **how)
-            self.cache.whole, self.read = True, checked(self.reading)
+            self.cache.whole, self.read = True, checked(self.forward)
 
         def predict(self, guessed):
             said = super().predict(guessed)
@@ -100,21 +100,47 @@ def test_on_a_cpu_a_function_is_called_as_it_is():
     assert [work(torch.tensor(i))[0].item() for i in range(3)] == [1, 2, 3] and len(calls) == 3
 
 
-def test_recordings_are_given_up_where_memory_is_exceeded(capsys):
+class OnGpu:
+    """As much of a tensor on a GPU as is looked at."""
+
+    device, dtype = torch.device("cuda"), None
+
+    def __init__(self, size):
+        self.shape = (size,)
+
+
+@pytest.mark.parametrize(("full", "sizes"), [("recording", (1, 1, 1)), (3, (1, 1, 2, 2))])
+def test_recordings_are_given_up_where_memory_is_exceeded(full, sizes, monkeypatch, capsys):
+    """While one is made, or by the first work of another shape beside those that are there."""
     calls = []
 
     def work(x):
         calls.append(x)
-        if len(calls) == 1:
+        if len(calls) == full:
             raise torch.OutOfMemoryError
-        return (len(calls),)
+        return (x.shape,)
 
-    class OnGpu:
-        device, shape, dtype = torch.device("cuda"), (1,), None
+    def recording(function, inputs, pool):
+        if full == "recording":
+            raise torch.OutOfMemoryError
+        return function
+
+    monkeypatch.setattr(graphs, "Recording", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    recorded = Recorded(work, "adding")
+    assert [recorded(OnGpu(size))[0] for size in sizes] == [(size,) for size in sizes]
+    assert recorded.given_up and not recorded.ways
+    assert capsys.readouterr().out.count("adding: without CUDA graphs from here on") == 1
+
+
+def test_where_nothing_is_recorded_want_of_memory_is_the_callers(capsys):
+    def work(x):
+        raise torch.OutOfMemoryError
 
     recorded = Recorded(work, "adding")
-    assert [recorded(OnGpu())[0] for _ in range(3)] == [2, 3, 4] and not recorded.ways
-    assert "adding: without CUDA graphs from here on" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        recorded(OnGpu(1))
+    assert not recorded.given_up and not capsys.readouterr().out
 
 
 @needs_gpu

@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText
 
 from derm_compress.data import synthetic
 from derm_compress.method import NF4Grid
-from derm_compress.method.finetune import train
 from derm_compress.method.quantization import packed
 from derm_compress.model import anatomy, devices, loading, prompts, shapes, usage
 from derm_compress.model.memory import GIB
@@ -60,7 +59,7 @@ def be_t4(device: str, *, capped: bool = False) -> None:
     """From now on in this process: a T4's kernels, and no more memory than it has."""
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    train.ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    devices.ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     packed.has_kernel = lambda *_: False
     if capped and device != "cpu":
         free, total = (size / GIB for size in torch.cuda.mem_get_info())

@@ -16,7 +16,7 @@ from derm_compress.model import devices, graphs, loading, writing
 from tools.check_gpu import answering, check, rig
 
 TRAINING = Training(8, 8, 4e-3, steps=8, batch_size=4, seed=0, checkpoint_every=3)
-CUDNN = [SDPBackend.CUDNN_ATTENTION, *train.ATTENTION]
+CUDNN = [SDPBackend.CUDNN_ATTENTION, *devices.ATTENTION]
 
 
 def gradients_on(base: str, device: str) -> str:
@@ -39,7 +39,7 @@ def gradients_on(base: str, device: str) -> str:
         return torch.cat([part.flatten() for part in parts])
 
     once = found()
-    with patch.object(train, "ATTENTION", CUDNN):
+    with patch.object(devices, "ATTENTION", CUDNN):
         cudnn = bool(found().isfinite().all())
     train.save_memory(model)
     far = rig.apart(found(), once)

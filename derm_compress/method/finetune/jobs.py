@@ -22,7 +22,7 @@ from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.model import anatomy, devices, loading, memory, shapes, usage
 from derm_compress.model.recipe import Recipe
 
-CONTEXT = 1.0  # GiB of a GPU that a process takes beside its tensors
+CONTEXT = 1.0  # GiB of a GPU that a process takes beside its tensors: CUDA, its work space
 
 
 @dataclass(frozen=True)

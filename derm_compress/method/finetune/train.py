@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
@@ -34,8 +33,6 @@ TARGETS = anatomy.ADAPTED  # plain name lists would also hit the tower
 WARMUP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 WIDTHS = 32  # a GPU's batches are multiples of so many tokens wide: few shapes to record
-# cuDNN's attention, which torch prefers on an H200, gives gradients of padded rows that are NaN
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 AMPLE = 0.7  # of a GPU's memory: the plan has the length of the first batch
 
 
@@ -71,8 +68,8 @@ def training_batch(
     expanded = anatomy.image_tokens(model.config)
     told = [dialogue.conversation(item.disease, item.facts, rng) for item in items]
     pieces = [encode(processor, turns, image_tokens=expanded) for turns in told]
-    steps = WIDTHS if model.device.type == "cuda" else 1
-    batch = collate(pieces, pad=processor.tokenizer.pad_token_id, multiple=steps)
+    multiple = WIDTHS if model.device.type == "cuda" else 1
+    batch = collate(pieces, pad=processor.tokenizer.pad_token_id, multiple=multiple)
     pictures = list(images[[item.row for item in items]])
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     batch["pixel_values"] = pixels.to(model.dtype)
@@ -197,10 +194,10 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * schedule(step, training.steps)
         with oom.naming("finetune_batch or sft_batch", what):
-            found = asked(tuned, batch, gradients, base=training.base)
+            found = forward_backward(tuned, batch, gradients, base=training.base)
             if step + 1 < training.steps:  # made while a GPU computes
                 batch = batch_of(step + 1)
-            loss, taken = take(optimizer, *found)
+            loss, taken = update(optimizer, *found)
         curve.append((step, loss))
         told["skipped"] += not taken
         check_skipped(told["skipped"], step + 1, training.steps, what)
@@ -213,18 +210,20 @@ def train(
 def one_step(tuned, batch: dict, optimizer, *, base: str = "nf4") -> tuple[float, bool]:
     """The loss, and whether a step was taken: in half precision gradients may overflow."""
     gradients = gradients_of(tuned, optimizer, base=base)
-    return take(optimizer, *asked(tuned, batch, gradients, base=base))
+    return update(optimizer, *forward_backward(tuned, batch, gradients, base=base))
 
 
-def asked(tuned, batch: dict, gradients: Callable, *, base: str) -> tuple[torch.Tensor, ...]:
-    """Loss and gradients of a batch, by gradients_of(); a GPU is told to compute them."""
+def forward_backward(
+    tuned, batch: dict, gradients: Callable, *, base: str
+) -> tuple[torch.Tensor, ...]:
+    """Loss and gradients of a batch, by gradients_of(); a GPU may still be computing them."""
     with torch.no_grad(), autocast(tuned.device.type, enabled=base == "half"):
         x = embedded(tuned.get_base_model(), batch)
     return gradients(x, batch["attention_mask"], batch["labels"])
 
 
-def take(optimizer, loss: torch.Tensor, *gradients: torch.Tensor) -> tuple[float, bool]:
-    """The step that asked() is for, once it is there: as one_step()."""
+def update(optimizer, loss: torch.Tensor, *gradients: torch.Tensor) -> tuple[float, bool]:
+    """One clipped optimiser step by what forward_backward() gives; returns as one_step()."""
     weights = optimizer.param_groups[0]["params"]
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient
@@ -244,7 +243,7 @@ def gradients_of(tuned, optimizer, *, base: str, recorded: bool = False) -> Call
 
     def work(x, attention_mask, labels):
         read = {"inputs_embeds": x, "attention_mask": attention_mask, "labels": labels}
-        with sdpa_kernel(ATTENTION):  # blocks that are computed again take the same
+        with devices.attention_with_gradients():
             with autocast(tuned.device.type, enabled=base == "half"):
                 loss = tuned(**read, use_cache=False).loss
             found = torch.autograd.grad(scale * loss, weights)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.method.importance.calibration import Calibration
-from derm_compress.model import anatomy, removal
+from derm_compress.model import anatomy, devices, removal
 from derm_compress.model.reading import Reading, logits
 from derm_compress.model.units import SUBLAYERS, Unit
 
@@ -151,7 +151,8 @@ def taylor(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
     with gradients(c.model, list(owners), use):
         for item in c.items:
             moved.clear()
-            (scale * answer_loss(c, item)).backward()
+            with devices.attention_with_gradients():
+                (scale * answer_loss(c, item)).backward()
             for unit in units:
                 value = sum(moved[s] for s in unit.sublayers)
                 yield {"unit": unit, "item": item.id, "value": value}

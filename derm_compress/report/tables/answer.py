@@ -99,16 +99,17 @@ def decisions(results: Results) -> pd.DataFrame:
 
 def for_budget(results: Results, gb: float) -> dict:
     """The best scored model whose planned peak at 7B fits so many GB."""
+    situation = f"{gb} GB for a 7B model, peak included"
     sizes = results.memory.drop_duplicates("variant").set_index("variant").peak_gib_7b * model.GB
     names = results.evaluation.variant[results.evaluation.score.notna()].unique()
     fit = [name for name in names if sizes.get(name, np.inf) <= gb]
     if not fit:
-        return row(f"{gb} GB for a 7B model, peak included", "nothing that was scored fits")
+        return row(situation, "nothing that was scored fits")
     scores = results.evaluation.groupby("variant").score.mean()
     best = max(fit, key=lambda name: scores[name])
     said = f"the best of {len(fit)} that fit, planned peak {sizes[best]:.1f} GB"
     change = statistics.apart(results, results.evaluation, best, control(results))
-    return row(f"{gb} GB for a 7B model, peak included", called(results, best), change, said)
+    return row(situation, called(results, best), change, said)
 
 
 def for_width(results: Results, bits: int) -> dict | None:
