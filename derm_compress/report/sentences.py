@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateNotFound
 from derm_compress.evaluate import metrics
 from derm_compress.evaluate.judges import controls
 from derm_compress.files import PACKAGE, read_json
-from derm_compress.report import rule, tables, wording
+from derm_compress.report import rule, tables, trainings, wording
 from derm_compress.report.page import inert, page
 from derm_compress.report.paper import model
 from derm_compress.report.paper import numbers as paper
@@ -121,7 +121,7 @@ class Facts:
         """One variant minus another, on all of stage 08's pictures where it has both."""
         frames = [self.results.evaluation, self.results.answers]
         known = [f for f in frames if f is not None and {one, other} <= set(f.variant)]
-        return statistics.apart(self.results, known[0] if known else None, one, other)
+        return trainings.apart(self.results, known[0] if known else None, one, other)
 
     def rival(self) -> answer.Rival | None:
         """The best model of one technique alone, at the full pipeline's bytes or the nearest."""

@@ -6,11 +6,11 @@ import fabricate
 import pandas as pd
 import pytest
 
-from derm_compress.report import rule
+from derm_compress.report import rule, tables, trainings
 from derm_compress.report.paper import model, numbers
 from derm_compress.report.results import Results
 from derm_compress.report.rule import HOLDS, NOT, OPEN, UNTESTABLE
-from derm_compress.report.tables import answer, claims, statistics
+from derm_compress.report.tables import answer, claims
 
 FULL, HEALED = "pruned-6+sft|awq4", "pruned-6+sft"
 MARKS = {"original": 3.4, "original+sft": 3.4, "pruned-4": 3.3, "pruned-6": 2.5, "pruned-10": 1.0}
@@ -177,14 +177,20 @@ def test_trainings_widen_what_was_trained_and_only_that(full):
     better = full.answers.score.mask(full.answers.variant == f"{HEALED}~1", 4.0)
     several = dataclasses.replace(full, answers=full.answers.assign(score=better))
     once = dataclasses.replace(several, variants=full.variants[full.variants.sft_seed == 0])
-    variance = statistics.training_variance(several)
-    assert variance > 0 == statistics.training_variance(once)
-    for one, other, trainings in (
+    variance = trainings.variance(several)
+    assert variance > 0 == trainings.variance(once)
+    for one, other, trained in (
         (HEALED, "pruned-6", 1),
         (FULL, "original+sft", 2),
         (FULL, f"{HEALED}|rtn4", 0),  # both of one training
         ("pruned-6", "original", 0),
     ):
-        wide, plain = (statistics.apart(run, run.answers, one, other) for run in (several, once))
-        reach = ((plain.hi - plain.difference) ** 2 + trainings * rule.Z**2 * variance) ** 0.5
+        wide, plain = (trainings.apart(run, run.answers, one, other) for run in (several, once))
+        reach = ((plain.hi - plain.difference) ** 2 + trained * rule.Z**2 * variance) ** 0.5
         assert wide.hi - wide.difference == pytest.approx(reach)
+    two, plain = (
+        tables.make("table2_sft", run).set_index("blocks_removed") for run in (several, once)
+    )
+    for column, trained in (("score_before", 0), ("score_after", 1), ("gain", 1)):
+        wide, narrow = (t.loc[6, f"{column}_hi"] - t.loc[6, column] for t in (two, plain))
+        assert wide**2 - narrow**2 == pytest.approx(trained * rule.Z**2 * variance)

@@ -8,7 +8,7 @@ import pytest
 from fabricate import answers, seeds
 
 from derm_compress.evaluate import metrics, secondary
-from derm_compress.report import tables
+from derm_compress.report import tables, trainings
 from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import statistics
 
@@ -72,7 +72,7 @@ def test_seeds_that_are_equally_good_have_no_training_noise_on_average():
     rng, runs = np.random.default_rng(2), {}
     for training in (0, 0.2):
         draws = [seeds_of(training, rng, items=39, error=0.6)[0] for _ in range(200)]
-        runs[training] = np.mean([statistics.variances(marks) for marks in draws], axis=0)
+        runs[training] = np.mean([trainings.variances(marks) for marks in draws], axis=0)
     assert runs[0][0] == pytest.approx(runs[0][1], rel=0.15)
     assert np.sqrt(runs[0.2][0] - runs[0.2][1]) == pytest.approx(25 * 0.2, rel=0.15)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.evaluate import metrics
-from derm_compress.report import rule, wording
+from derm_compress.report import rule, trainings, wording
 from derm_compress.report.paper import model
 from derm_compress.report.results import Results
-from derm_compress.report.tables import joins, statistics
+from derm_compress.report.tables import joins
 
 PRUNING, QUANTIZATION = "pruning", "quantization"
 ABOVE = ["compressed_above", "compressed_above_lo", "compressed_above_hi"]
@@ -65,8 +65,6 @@ def beside(results: Results) -> pd.DataFrame:
     table = pd.DataFrame({"variant": [name for name in wanted if name]})
     table = joins.scored(table, results, results.evaluation)
     table["model"] = [called(results, name) for name in table.variant]
-    scores = [statistics.score(results, results.evaluation, name) for name in table.variant]
-    table[joins.SCORE] = pd.DataFrame(scores).replace({"n": 0}, np.nan)
     changes = [against(results, name) for name in table.variant]
     table[ABOVE] = pd.DataFrame([change[:3] for change in changes])
     four = joins.of_paper(results, 4)[["variant", "paper_score"]].dropna()
@@ -78,7 +76,7 @@ def against(results: Results, other: str | None) -> metrics.Difference:
     """The full pipeline above another model, on stage 08's pictures."""
     if other == results.full:
         return metrics.Difference(*[np.nan] * 4, 0, 0)
-    return statistics.apart(results, results.evaluation, results.full, other)
+    return trainings.apart(results, results.evaluation, results.full, other)
 
 
 def decisions(results: Results) -> pd.DataFrame:
@@ -108,7 +106,7 @@ def for_budget(results: Results, gb: float) -> dict:
     scores = results.evaluation.groupby("variant").score.mean()
     best = max(fit, key=lambda name: scores[name])
     said = f"the best of {len(fit)} that fit, planned peak {sizes[best]:.1f} GB"
-    change = statistics.apart(results, results.evaluation, best, control(results))
+    change = trainings.apart(results, results.evaluation, best, control(results))
     return row(situation, called(results, best), change, said)
 
 
@@ -120,7 +118,7 @@ def for_width(results: Results, bits: int) -> dict | None:
     if known.empty:
         return None
     best = known.loc[known.variant.map(scores).idxmax()]
-    change = statistics.apart(results, results.answers, best.variant, control(results))
+    change = trainings.apart(results, results.answers, best.variant, control(results))
     said = f"the best of {len(known)} at this width"
     return row(f"only {bits:g} bits fit", called(results, best.variant), change, said)
 
@@ -130,7 +128,7 @@ def without_training(results: Results) -> dict | None:
     last, change = 0, None
     for n in sorted(set(results.models.units_removed) - {0}):
         pair = results.variant(n), results.variant(0)
-        found = statistics.apart(results, results.answers, *pair)
+        found = trainings.apart(results, results.answers, *pair)
         if not found.n or found.lo <= -rule.POINTS:
             break
         last, change = n, found

@@ -12,10 +12,10 @@ import yaml
 from derm_compress.evaluate import metrics
 from derm_compress.method.quantization.methods import METHODS
 from derm_compress.model.variants import paper_depth
-from derm_compress.report import rule
+from derm_compress.report import rule, trainings
 from derm_compress.report.paper import model, numbers
 from derm_compress.report.results import Results, answers_of
-from derm_compress.report.tables import answer, joins, specimen, statistics
+from derm_compress.report.tables import answer, joins, specimen
 
 FILE = Path(__file__).parents[1] / "paper" / "claims.yaml"
 TOLD = yaml.safe_load(FILE.read_text("utf-8"))
@@ -74,7 +74,7 @@ def faster(results: Results) -> Found:
 def difference(results: Results, number: int, one: str, other: str) -> Found:
     """One row of the paper's Table 4 or 5 above another, in points."""
     names = joins.of_paper(results, number).set_index("setting").variant
-    change = statistics.apart(results, results.together, names[one], names[other])
+    change = trainings.apart(results, results.together, names[one], names[other])
     return Found(*change[:3]) if change.n else UNSCORED
 
 
@@ -83,7 +83,7 @@ def beats(results: Results, technique: str) -> Found:
     rival = answer.single(results, technique)
     if rival is None:
         return Found(because=f"no {technique} alone of these bytes or more", untestable=True)
-    change = statistics.apart(results, results.together, results.full, rival.variant)
+    change = trainings.apart(results, results.together, results.full, rival.variant)
     larger = rival.larger > rule.PERCENT
     said = f"; it takes {rival.larger:.0f} % more bytes" if larger else ""
     lost = bool(larger and change.lo <= AHEAD)  # to lose against more bytes says nothing
@@ -96,7 +96,7 @@ def recovered(results: Results) -> Found:
     back = metrics.recovery(*(answers_of(results.answers, name) for name in four))
     if pd.isna(back.lo):
         return Found(because="pruning took too little to tell", untestable=True)
-    variance = 2 * statistics.training_variance(results) * (100 / back.loss) ** 2
+    variance = 2 * trainings.variance(results) * (100 / back.loss) ** 2
     said = f"{back.net:.1f} of {back.loss:.1f} points, net of the control's gain"
     return Found(back.share, *rule.widened(back.share, back.lo, back.hi, variance), said)
 
@@ -106,7 +106,7 @@ def without_calibration(results: Results) -> Found:
     costs = {}
     for method in FREE:
         name = results.variant(results.operating, healed=True, quantizer=method)
-        cost = statistics.apart(results, results.together, name, results.main[2])
+        cost = trainings.apart(results, results.together, name, results.main[2])
         if cost.n:
             costs[METHODS[method].words] = cost
     if not costs:
@@ -120,7 +120,7 @@ def worst_until(results: Results, blocks: int) -> Found:
     most, found = paper_depth(blocks, results.blocks), {}
     for n in set(results.models.units_removed) & set(range(1, most + 1)):
         pair = results.variant(n), results.variant(0)
-        change = statistics.apart(results, results.answers, *pair)
+        change = trainings.apart(results, results.answers, *pair)
         if change.n:
             found[n] = change
     if not found:
@@ -138,7 +138,7 @@ def score_without(results: Results, blocks: int) -> Found:
 
 
 def _score(results: Results, variant: str | None) -> Found:
-    found = statistics.score(results, results.together, variant)
+    found = trainings.score(results, results.together, variant)
     return Found(*found[:3]) if found.n else UNSCORED
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.evaluate import metrics
+from derm_compress.report import trainings
 from derm_compress.report.paper import numbers
-from derm_compress.report.results import ANSWER, Results, answers_of
+from derm_compress.report.results import Results
 
 SCORE = ["score", "score_lo", "score_hi", "n"]
 CHANGE = ["difference", "difference_lo", "difference_hi", "p"]
@@ -46,22 +47,25 @@ def sized(table: pd.DataFrame, results: Results) -> pd.DataFrame:
 
 def scored(table: pd.DataFrame, results: Results, answers: pd.DataFrame | None) -> pd.DataFrame:
     """Scores with intervals over `answers`, and planned sizes, beside each variant."""
-    known = None
-    if answers is not None:
-        asked = answers[answers.variant.isin(table.variant)].drop_duplicates(ANSWER)
-        known = metrics.score_table(asked, ["variant"])
-    return sized(join(table, known, SCORE), results)
+    found = [trainings.score(results, answers, name) for name in table.variant]
+    found = pd.DataFrame(found, columns=metrics.Score._fields)
+    table = table.assign(**dict(zip(SCORE, found.where(found.n > 0).T.to_numpy(), strict=True)))
+    return sized(table, results)
 
 
 def changes(
-    answers: pd.DataFrame | None, ones: Iterable[str], others: Iterable[str | None]
+    results: Results,
+    answers: pd.DataFrame | None,
+    ones: Iterable[str],
+    others: Iterable[str | None],
 ) -> pd.DataFrame:
     """CHANGE, n and images of each variant minus the other in its place, paired over images; empty
     for a variant beside itself, and where not both have answers."""
     rows = []
     for one, other in zip(ones, others, strict=True):
-        beside = answers_of(answers, other if other != one else None)
-        rows.append(metrics.paired_difference(answers_of(answers, one), beside))
+        beside = other if other != one else None
+        flips = metrics.PERMUTATIONS
+        rows.append(trainings.apart(results, answers, one, beside, n_permutations=flips))
     return pd.DataFrame(rows, columns=[*CHANGE, "n", "images"])
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from derm_compress.evaluate import metrics
 from derm_compress.model.variants import paper_depth
+from derm_compress.report import trainings
 from derm_compress.report.paper import numbers
-from derm_compress.report.results import Results, answers_of
+from derm_compress.report.results import Results
 from derm_compress.report.tables import joins, quantizers, statistics
 
 CONTROL = "Original and the same SFT (control)"
@@ -36,15 +36,17 @@ def sft(results: Results) -> pd.DataFrame:
     rows = []
     for row in own(results, healed=True).itertuples():
         unhealed = results.variant(row.units_removed)
-        before, after = (answers_of(results.answers, v) for v in (unhealed, row.variant))
-        score = metrics.score_interval(after)
+        before, score = (
+            trainings.score(results, results.answers, name) for name in (unhealed, row.variant)
+        )
+        gain = trainings.apart(results, results.answers, row.variant, unhealed)
         rows.append(
             {
                 "variant": row.variant,
                 "blocks_removed": row.blocks_removed,
-                **joins.interval("score_before", metrics.score_interval(before)),
+                **joins.interval("score_before", before),
                 **joins.interval("score_after", score),
-                **joins.interval("gain", metrics.paired_difference(after, before)),
+                **joins.interval("gain", gain),
                 "n": score.n or None,
             }
         )
@@ -62,11 +64,10 @@ def healed_rivals(results: Results) -> pd.DataFrame:
     same = models.healed & models.bits.eq(16) & models.sft_seed.eq(0)
     rows = []
     for row in models[same & models.units_removed.eq(results.operating)].itertuples():
-        ours, theirs = (answers_of(results.answers, name) for name in (own_model, row.variant))
-        score = metrics.score_interval(theirs)
+        score = trainings.score(results, results.answers, row.variant)
         told = {"criterion": row.criterion, **joins.interval("score", score), "n": score.n or None}
         if row.variant != own_model:
-            apart = metrics.paired_difference(ours, theirs)
+            apart = trainings.apart(results, results.answers, own_model, row.variant)
             told |= joins.interval("difference", apart)
         rows.append(told)
     return pd.DataFrame(rows) if len(rows) > 1 else pd.DataFrame()

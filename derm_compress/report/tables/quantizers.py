@@ -42,8 +42,8 @@ def method_tests(results: Results) -> pd.DataFrame:
     table = quantized(results).reset_index(drop=True)
     awq = table[table.method == "awq"].set_index(["source", "bits"]).variant
     beside = [awq.get(key) for key in zip(table.source, table.bits, strict=True)]
-    against_awq = joins.changes(results.answers, table.variant, beside)
-    against_16 = joins.changes(results.answers, table.variant, table.source)
+    against_awq = joins.changes(results, results.answers, table.variant, beside)
+    against_16 = joins.changes(results, results.answers, table.variant, table.source)
     table["calibrated"] = [calibrated(name) for name in table.method]
     table = table.join([against_awq[joins.CHANGE], against_16.rename(columns=COST)])
     for p in ("p", "p_cost"):
@@ -67,7 +67,7 @@ def equal_bytes(results: Results) -> pd.DataFrame:
         results.variant(0, healed=healed, quantizer="awq", bits=budget)
         for healed, budget in zip(table.healed, table.budget, strict=True)
     ]
-    table = table.join(joins.changes(results.answers, table.variant, beside)[joins.CHANGE])
+    table = table.join(joins.changes(results, results.answers, table.variant, beside)[joins.CHANGE])
     table["p_holm"] = metrics.holm(table.p)
     order = ["budget", "healed", "blocks_removed"]
     table = table.sort_values(order, ascending=[False, True, True], kind="stable")
