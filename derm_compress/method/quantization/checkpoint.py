@@ -52,6 +52,8 @@ def save(model, folder):
     """Write a packed model's weights and config into a folder; returns the layout."""
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "grid")}
     layout = layout_of(packed.values())
+    if layout == "autoawq" and len(packed) < linear_count(model):
+        layout = "own"  # readers of the other take every linear for packed
     state = model.state_dict()
     if anatomy.tied(model):
         del state[anatomy.HEAD]  # readers make it of the embedding
@@ -155,6 +157,7 @@ def load(path, device="cpu"):
     told = json.loads((path / "config.json").read_text("utf-8")).get("quantization_config")
     if told is None:
         return loading.load_base(str(path), device)
+    some = None
     match told["quant_method"]:
         case "bitsandbytes":
             model = _load_bitsandbytes(path, device)
@@ -163,10 +166,11 @@ def load(path, device="cpu"):
             model = _load_packed(path, device, partial(_gemm_modules, told))
         case "derm_compress":
             model = _load_packed(path, device, partial(_own_modules, told))
+            some = len(told["modules"])  # the others are whole, or their weights are missing
         case other:
             known = f"this package reads awq, bitsandbytes and {OWN}"
             raise DermError(f"model {path}: quantized by {other!r}; {known}")
-    _check_counts(model, path)
+    _check_counts(model, path, some or linear_count(model))
     return model.eval(), AutoProcessor.from_pretrained(path)
 
 
@@ -258,11 +262,15 @@ def _own_modules(told, tensors):
     return made
 
 
-def _check_counts(model, path):
-    """Of a file's model all linears of the decoder are quantized, and none else."""
-    whole = sum(len(anatomy.linears(block)) for block in anatomy.blocks(model))
+def linear_count(model):
+    """How many linears all blocks have."""
+    return sum(len(anatomy.linears(block)) for block in anatomy.blocks(model))
+
+
+def _check_counts(model, path, wanted):
+    """Of a file's model so many linears of the decoder are quantized, and none else."""
     for part, count in quantized_linears(model).items():
-        expected = whole if part == "decoder" else 0
+        expected = wanted if part == "decoder" else 0
         if count != expected:
             said = f"{count} linears of its {part} are quantized, not {expected}"
             raise DermError(f"model {path}: {said}")

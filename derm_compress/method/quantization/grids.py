@@ -137,13 +137,13 @@ class Int8Grid(Grid):
 GRIDS = {grid.kind: grid for grid in (IntegerGrid, HQQGrid, NF4Grid, Int8Grid)}
 
 
-def grid_of(form, block=None):
-    """The grid of a block's linears in a form (methods.Form)."""
+def grid_of(form, block=None, name=""):
+    """The grid of a block's linear in a form (methods.Form)."""
     kind = form.kind.grid
     if kind not in GRIDS:
         said = f"{form.method} asks for grid {kind!r}; grids are {', '.join(GRIDS)}"
         raise DermError(f"quantize: {said}")
-    return GRIDS[kind].of(form, form.block_bits.get(block, form.bits))
+    return GRIDS[kind].of(form, form.bits_of(block, name))
 
 
 def _as_fp16(scales):

@@ -15,6 +15,8 @@ from derm_compress.errors import DermError, first_line
 from derm_compress.model.memory import FP16, FP32, Format
 
 MIXED = "mixed"  # how names end where blocks have several widths
+WHOLE = 16  # bits of a linear that is not quantized
+MAPS = ("block_bits", "linear_bits")  # a form's widths by place
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Form:
 
     duo: scales also know the weights' magnitudes. clip: groups may be clipped. double: NF4's absmax
     in 8 bits. text: calibrated without pictures. block_bits: {block of the model at hand: bits}
-    where they differ from `bits`.
+    where they differ from `bits`; linear_bits: {"12.mlp.down_proj": bits} over both, WHOLE for one
+    that stays as it is.
     """
 
     method: str
@@ -112,6 +115,7 @@ class Form:
     double: bool = False
     text: bool = False
     block_bits: Mapping[int, int] = field(default_factory=dict, hash=False)
+    linear_bits: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -119,8 +123,11 @@ class Form:
         widths = {int(block): bits for block, bits in self.block_bits.items()}  # JSON's keys: texts
         object.__setattr__(self, "block_bits", widths)
         self.kind.check_options(self.options)
-        for bits in {self.bits, *widths.values()}:
+        for bits in {self.bits, *widths.values(), *self.linear_bits.values()} - {WHOLE}:
             self.kind.check_size(bits, self.group_size)
+        if self.linear_bits and self.searched:
+            said = f"{self.method} searches whole blocks of one width"
+            raise DermError(f"quantizer: {said}; linears of several widths take rtn or hqq")
 
     @staticmethod
     def of(step: Mapping) -> Form:
@@ -131,12 +138,13 @@ class Form:
             said = f"a recipe's step has unknown fields {unknown}; known: {known}"
             raise DermError(f"quantize: {said}")
         try:
-            for name in told.keys() - {"method", "block_bits"}:
+            for name in told.keys() - {"method", *MAPS}:
                 if type(told[name]) is not type(getattr(Form, name)):
                     raise TypeError(f"{name} is {told[name]!r}")
-            for bits in told.get("block_bits", {}).values():
-                if type(bits) is not int:
-                    raise TypeError(f"block_bits have {bits!r}")
+            for name in MAPS:
+                for bits in told.get(name, {}).values():
+                    if type(bits) is not int:
+                        raise TypeError(f"{name} have {bits!r}")
             return Form(**told)
         except (AttributeError, TypeError, ValueError) as error:
             raise DermError(
@@ -150,6 +158,8 @@ class Form:
         step |= {option: True for option in self.options if option != "text"}
         if self.block_bits:
             step["block_bits"] = {str(block): bits for block, bits in self.block_bits.items()}
+        if self.linear_bits:
+            step["linear_bits"] = dict(self.linear_bits)
         return step
 
     @property
@@ -181,7 +191,12 @@ class Form:
         return self._named(self.method if self.method.endswith(bits) else self.method + bits)
 
     def _named(self, method: str) -> str:
-        return "-".join([method, *self.options, *([MIXED] if self.block_bits else [])])
+        mixed = [MIXED] if self.block_bits or self.linear_bits else []
+        return "-".join([method, *self.options, *mixed])
+
+    def bits_of(self, block: int, name: str) -> int:
+        """The width of a block's linear."""
+        return self.linear_bits.get(f"{block}.{name}", self.block_bits.get(block, self.bits))
 
     def format(self, blocks: int = 1) -> Format:
         """How the linears of so many blocks are stored; `bits` are the blocks' mean."""

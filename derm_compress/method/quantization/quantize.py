@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from derm_compress.errors import DermError
 from derm_compress.method.quantization.grids import Int8Grid, grid_of
 from derm_compress.method.quantization.groups import check_linear, clip_ends
-from derm_compress.method.quantization.methods import Form
+from derm_compress.method.quantization.methods import WHOLE, Form
 from derm_compress.model import anatomy
 
 
@@ -17,10 +17,14 @@ def targets(model, form):
         said = f"bits are given for blocks {beyond}; the model has {len(blocks)}"
         raise DermError(f"quantize: {said}")
     for index, block in enumerate(blocks):
-        grid = grid_of(form, index)
         for name, linear in anatomy.linears(block).items():
-            check_linear(linear, f"block {index} {name}", grid.group_size)
-            found[f"{index}.{name}"] = block, name, grid
+            if form.bits_of(index, name) != WHOLE:
+                grid = grid_of(form, index, name)
+                check_linear(linear, f"block {index} {name}", grid.group_size)
+                found[f"{index}.{name}"] = block, name, grid
+    known = {f"{i}.{name}" for i, block in enumerate(blocks) for name in anatomy.linears(block)}
+    if beyond := sorted(form.linear_bits.keys() - known):
+        raise DermError(f"quantize: bits are given for {beyond[0]}, which the model has not")
     return found
 
 

@@ -1,0 +1,156 @@
+"""Allocations: the programme, bytes against files, and what becomes of a model."""
+
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from derm_compress.errors import DermError
+from derm_compress.evaluate.export import export_model
+from derm_compress.method.allocation import sizes
+from derm_compress.method.allocation.allocation import ROUNDING, Allocation, read_allocation
+from derm_compress.method.allocation.programme import best_bits
+from derm_compress.method.assemble import materialize
+from derm_compress.method.quantization import checkpoint, packed
+from derm_compress.method.quantization.grids import grid_of
+from derm_compress.method.quantization.methods import Form
+from derm_compress.method.quantization.quantize import quantize_step
+from derm_compress.model import anatomy, loading, shapes
+from derm_compress.model.memory import GIB
+
+IDS = torch.arange(5, 25).view(1, -1)
+LINEARS = [f"{i}.{name}" for i in range(8) for g in anatomy.SEPARATE.values() for name in g.linears]
+
+
+def allocation(fingerprint, removed=(), bits=(), method="rtn", group_size=64):
+    """Of the pico model, each linear of what stays with the next of these widths."""
+    left = [name for name in LINEARS if int(name[0]) not in removed]
+    widths = dict(zip(left, itertools.cycle(bits), strict=False))
+    return Allocation("pico", fingerprint, 8, widths, removed, method, group_size)
+
+
+def options(seed, linears=6):
+    """A row for each of three linears of two blocks, and each of four widths."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for i in range(linears):
+        block, name = divmod(i, 3)
+        size, cost = 64 * int(draw.integers(3, 90)), draw.random(4).cumsum()[::-1]
+        for bits, one in zip((2, 3, 4, 8), cost, strict=True):
+            told = {"block": block, "linear": f"mlp.{name}_proj", "bits": bits}
+            rows.append(told | {"cost": one, "bytes": size * bits // 8})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_optimum_is_what_trying_everything_finds(seed):
+    table = options(seed)
+    parts = [part for _, part in table.groupby(["block", "linear"])]
+    tried = list(itertools.product(*(part.to_dict("records") for part in parts)))
+    totals = [[sum(row[key] for row in rows) for key in ("cost", "bytes")] for rows in tried]
+    costs, taken = np.array(totals).T
+    for room in np.quantile(taken, [0.02, 0.3, 0.7]).astype(int):
+        found = pd.Series(best_bits(table, room), name="bits").rename_axis("name").reset_index()
+        named = table.assign(name=table.block.astype(str) + "." + table.linear)
+        chosen = named.merge(found, on=["name", "bits"])
+        assert len(chosen) == 6 and chosen.bytes.sum() <= room
+        assert chosen.cost.sum() == pytest.approx(costs[taken <= room].min(), rel=1e-9)
+
+
+def test_a_budget_holds_to_the_byte_or_its_least_is_named():
+    table = options(9)
+    least = int(table.groupby(["block", "linear"]).bytes.min().sum())
+    assert set(best_bits(table, least).values()) == {2}
+    with pytest.raises(DermError, match=f"needs {least} bytes"):
+        best_bits(table, least - 1)
+
+
+def test_queries_keys_and_values_share_a_width_unless_they_are_free():
+    table = options(5)
+    names = ["q_proj", "k_proj", "v_proj"]
+    table["linear"] = [f"self_attn.{names[int(name[4])]}" for name in table.linear]
+    room = int(table.groupby(["block", "linear"]).bytes.max().sum() * 0.6)
+    tied, free = best_bits(table, room), best_bits(table, room, tied=False)
+    for block in "01":
+        assert len({bits for name, bits in tied.items() if name[0] == block}) == 1
+    assert len(set(free.values())) > 2 and tied != free
+
+
+@pytest.mark.parametrize("method", ROUNDING)
+@pytest.mark.parametrize("shape", [(64, 192), (9, 64), (5, 48)])
+def test_a_linears_bytes_are_those_that_it_holds(method, shape):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(*shape[::-1], bias=False).requires_grad_(False)
+    for bits in (2, 3, 4, 8):
+        held = grid_of(Form(method, bits, 16)).packed(linear)
+        zeros = 0 if held.zeros is None else held.zeros.nbytes
+        assert sizes.linear_bytes(shape, bits, method, 16) == (
+            held.codes.nbytes,
+            held.scales.nbytes + zeros,
+        )
+
+
+def test_planned_bytes_are_file_bytes_and_the_folder_says_the_same(recipe, store, tmp_path):
+    """Two blocks gone, five widths: planned, exported, and opened again."""
+    made = allocation(recipe.fingerprint, (3, 6), (2, 3, 4, 8, 16, 3))
+    applied = made.applied(recipe, recipe.fingerprint)
+    arch = shapes.architecture(loading.config_of("pico"))
+    planned = sizes.planned_bytes(arch, made.removed, made.bits, "rtn", 64)
+    folder = export_model(applied.to_json(), store, tmp_path / "out", half=True)
+    stored = [load_file(path) for path in folder.glob("*.safetensors")]
+    assert sum(t.nbytes for file in stored for t in file.values()) == sizes.file_bytes(planned)
+    export_model(applied.to_json(), store, tmp_path / "full")
+    opened, _ = checkpoint.load(tmp_path / "full")
+    packed.use_kernels(opened, False)
+    whole, _ = materialize(applied, store, quantize=quantize_step)
+    with torch.no_grad():
+        assert torch.equal(opened(input_ids=IDS).logits, whole(input_ids=IDS).logits)
+
+
+def test_sixteen_bits_everywhere_are_the_model_bit_by_bit(recipe, store, pico):
+    made = allocation(recipe.fingerprint, bits=[16])
+    assert made.applied(recipe, recipe.fingerprint) == recipe
+    forms = Form("rtn", linear_bits=dict.fromkeys(LINEARS, 16))
+    same, _ = materialize(recipe.then("quantize", **forms.step), store, quantize=quantize_step)
+    before = pico[0].state_dict()
+    assert all(torch.equal(t, before[name]) for name, t in same.state_dict().items())
+
+
+def test_an_allocation_is_read_back_and_refuses_another_model(recipe, tmp_path):
+    made = allocation(recipe.fingerprint, (2,), (3, 4))
+    made.write(tmp_path / "a.json")
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert (
+        told["removed"] == [2] and told["bits"]["0.mlp.down_proj"] == made.bits["0.mlp.down_proj"]
+    )
+    assert read_allocation(tmp_path / "a.json") == made
+    with pytest.raises(DermError, match="made for a model of 8 blocks .* allocate anew"):
+        made.applied(recipe, "another")
+    (tmp_path / "a.json").write_text(json.dumps(told | {"bits": {"2.mlp.up_proj": 4}}))
+    with pytest.raises(DermError, match="2.mlp.up_proj has bits, but no kept block"):
+        read_allocation(tmp_path / "a.json")
+
+
+def test_a_7b_budget_means_the_same_share_of_16_bits():
+    tiny, seven = shapes.architecture(loading.config_of("tiny")), shapes.llava_7b()
+    whole = sum(sizes.around(seven, ()).values()) + 2 * seven.decoder_linears()
+    own = sum(sizes.around(tiny, ()).values()) + 2 * tiny.decoder_linears()
+    assert sizes.own_budget(whole / GIB, tiny, seven) == own
+    with pytest.raises(DermError, match="1.63 around 7B's blocks"):
+        sizes.own_budget(1.5, tiny, seven)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "awq"}, "awq searches whole blocks"),
+        ({"linear_bits": {"0.mlp.up_proj": 5}}, "rtn has 2, 3, 4, 8, not 5"),
+    ],
+)
+def test_widths_by_linear_are_for_methods_without_a_search(change, said):
+    with pytest.raises(DermError, match=said):
+        Form(**{"method": "rtn", "linear_bits": {"0.mlp.up_proj": 3}} | change)
