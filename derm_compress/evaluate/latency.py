@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -18,8 +19,11 @@ from derm_compress.method.assemble import materialize
 from derm_compress.method.quantization import packed
 from derm_compress.method.quantization.quantize import quantize_step
 from derm_compress.model import anatomy, devices, prompts, usage
+from derm_compress.model.cache import SlotCache
+from derm_compress.model.graphs import Recorded
 from derm_compress.model.memory import GIB
 from derm_compress.model.recipe import Recipe
+from derm_compress.model.writing import Step, choose
 from derm_compress.progress import say, track
 
 
@@ -138,9 +142,8 @@ def measure_latency(
     """
     if new_tokens < 2 or repeats < 1:
         raise DermError("measure_latency: needs at least 2 new tokens and 1 repeat")
-    runs = [
-        greedy_tokens(model, inputs, new_tokens=new_tokens)[1:] for _ in range(warmup + repeats)
-    ]
+    going = greedy_runs(model, inputs, new_tokens=new_tokens)
+    runs = [times for _, *times in islice(going, warmup + repeats)]
     prefill, decode = 1000 * np.array(runs[warmup:]).T  # [repeats] each
     samples = {
         "prefill_ms": prefill,
@@ -156,23 +159,33 @@ def measure_latency(
     return result
 
 
-def greedy_tokens(model, inputs, *, new_tokens: int):
-    """(tokens [B, new_tokens], prefill seconds, decode seconds): greedy, deaf to end tokens."""
-    step, mask = inputs, inputs["attention_mask"]
-    tokens, clock = [], [_clock(model.device)]
-    with torch.inference_mode():
-        while len(tokens) < new_tokens:
-            out = model(**step, use_cache=True, logits_to_keep=1)
-            tokens.append(out.logits.argmax(-1))
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            step = {
-                "input_ids": tokens[-1],
-                "attention_mask": mask,
-                "past_key_values": out.past_key_values,
-            }
-            if len(tokens) in (1, new_tokens):  # no waiting for the device in between
-                clock.append(_clock(model.device))
-    return torch.cat(tokens, 1), clock[1] - clock[0], clock[2] - clock[1]
+@torch.inference_mode()
+def greedy_runs(model, inputs, *, new_tokens: int) -> Iterator[tuple[torch.Tensor, float, float]]:
+    """The same again and again: (tokens [B, new_tokens], prefill seconds, decode seconds).
+
+    Greedy, deaf to end tokens, of prompts that are equally long. Tokens are written as answers are
+    (writing.Step), into one cache, by a step that a GPU records.
+    """
+    device, (rows, asked) = model.device, inputs["input_ids"].shape
+    cache = SlotCache(rows, asked + new_tokens, whole=device.type == "cuda")
+    step, gates = Recorded(Step(model, cache), "latency"), torch.ones(rows, 0, device=device)
+    while True:
+        began = _clock(device)
+        tokens = [_read(model, inputs, cache)]
+        read = _clock(device)
+        for place in range(asked, asked + new_tokens - 1):  # no waiting for the device in between
+            places = torch.full((rows, 1), place, device=device)
+            tokens.append(step(tokens[-1], places, gates)[0].clone())
+        yield torch.cat(tokens, 1), read - began, _clock(device) - read
+
+
+def _read(model, inputs, cache: SlotCache) -> torch.Tensor:
+    """The first new token of every prompt [B, 1], whose keys and values go to the cache."""
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    layers = enumerate(out.past_key_values.layers)
+    held = ((i, (layer.keys, layer.values)) for i, layer in layers if layer.is_initialized)
+    cache.fill(slice(None), held)
+    return choose(out.logits)[0]
 
 
 def _clock(device) -> float:
