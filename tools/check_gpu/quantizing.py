@@ -1,18 +1,21 @@
 """Quantizers of the embedded models: rounded, packed, searched, exported."""
 
 import copy
+import time
 from importlib.util import find_spec
 from unittest.mock import patch
 
 import pandas as pd
 import torch
+from torch.cuda import _utils
 
 from derm_compress import evaluate, method
-from derm_compress.method.quantization import checkpoint, packed, scaling, wanted
+from derm_compress.method.quantization import checkpoint, gemv, packed, scaling, wanted
 from derm_compress.method.quantization.grids import grid_of
 from derm_compress.method.quantization.methods import Form, forms
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import loading, variants
+from derm_compress.model.graphs import Recorded
 from derm_compress.model.recipe import Recipe
 from tools.check_gpu import Skip, check, rig
 
@@ -32,6 +35,42 @@ def int4_kernel(device, folder):
     assert small.steps is not None and torch.equal(small.encoded()[0], codes), "codes have changed"
     assert far < 0.02, f"{far} apart"
     return f"within {far:.1e}"
+
+
+@check(90)
+def gemv_kernel(device, folder):
+    """The kernel for a T4 compiles, gives what decoded weights give, and sooner than decoding."""
+    rig.need_gpu(device)
+    linear = torch.nn.Linear(4096, 11008, bias=False, device=device, dtype=torch.float16)
+    times = {"fp16": microseconds(linear, linear.weight[:1])}
+    small = grid_of(Form("rtn", 4, 128)).packed(linear.requires_grad_(False))
+    if packed.has_kernel(small.grid, small.shape, small.codes.device):
+        times["torch's int4"] = microseconds(copy.deepcopy(small), linear.weight[:1])
+    rig.be_t4(device)
+    known = small.zeros.dtype
+    _utils._nvrtc_compile(gemv.source(gemv.MOST, 128, known), "product", "75")
+    for tokens in (1, 3, gemv.MOST):
+        x = torch.randn(tokens, 4096, device=device, dtype=torch.float16)
+        far = rig.apart(small(x).float(), x.float() @ small.dequantized().T)
+        assert small.by_kernel, "it was not compiled"
+        assert far < 1e-3, f"{tokens} tokens are {far} apart"
+        times[f"{tokens} tokens"] = microseconds(small, x)
+    packed.use_kernels(small, False)
+    times["decoded"] = microseconds(small, x)
+    assert times["1 tokens"] < times["decoded"] / 2, times
+    return f"microseconds: {times}"
+
+
+def microseconds(module, x) -> float:
+    """A call's, of fifty that are recorded together."""
+    recorded = Recorded(lambda x: tuple(module(x) for _ in range(50)), "timing")
+    for _ in range(3):
+        recorded(x)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    recorded(x)
+    torch.cuda.synchronize()
+    return round(1e6 * (time.perf_counter() - began) / 50, 1)
 
 
 @check(200)

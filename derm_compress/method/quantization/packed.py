@@ -1,6 +1,7 @@
 """The W4 linear: what a quantized linear becomes for inference, with one copy of its codes.
 
-Planes of bytes (codes.py), or what torch's int4 kernel reads once few enough tokens come for it.
+Planes of bytes (codes.py), as gemv.py's kernel reads them, too, or what torch's int4 kernel reads
+once few enough tokens come for it.
 """
 
 import functools
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from derm_compress.method.quantization import gemv
 from derm_compress.method.quantization.codes import pack, unpack
 
 FEW = 128  # tokens up to which torch's int4 kernel was faster on a CPU than decoding all weights
@@ -21,13 +23,14 @@ TILE = (8, 16 * INNER_TILES)  # outputs and inputs of its tiles
 class PackedLinear(nn.Module):
     """A linear holding packed codes, fp16 scales [out, in / g] and, if asymmetric, zeros.
 
-    Without torch's int4 kernel (other grids or widths, long inputs, older GPUs, `kernels` off) the
-    forward decodes the whole weight: the same numbers as an unpacked model, on any device, and no
-    faster.
-    The kernel computes in bfloat16, and keeps 4 / g bytes a weight more.
+    Without a kernel (other grids or widths, long inputs, `kernels` off) the forward decodes the
+    whole weight: the same numbers as an unpacked model, on any device, and no faster.
+    torch's int4 kernel computes in bfloat16, and keeps 4 / g bytes a weight more. On a GPU that it
+    is not for, as a T4, gemv.py's reads a few tokens in fp16.
     """
 
     kernels = True
+    by_kernel = False  # whether one has read it
 
     def __init__(self, grid, shape, codes, scales, zeros=None, *, bias=None):
         """codes, zeros: as codes.pack() gives them."""
@@ -63,15 +66,24 @@ class PackedLinear(nn.Module):
         return weight
 
     def forward(self, x):
-        few = self.kernels and x.numel() <= FEW * self.in_features
-        if not few or not has_kernel(self.grid, self.shape, x.device):
+        out = self._by_kernel(x.reshape(-1, self.in_features)) if self.kernels else None
+        if out is None:
             return F.linear(x, self.dequantized(x.dtype), self.bias)
-        if self.steps is None:
-            self._to_kernel()
-        flat = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        out = int4_product(flat, self.codes, self.grid.group_size, self.steps).to(x.dtype)
+        self.by_kernel = True
+        out = out.to(x.dtype)
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
+
+    def _by_kernel(self, x):
+        """The product of x [tokens, in] without bias; None where no kernel reads so many."""
+        if len(x) <= FEW and has_kernel(self.grid, self.shape, x.device):
+            if self.steps is None:
+                self._to_kernel()
+            return int4_product(x.to(torch.bfloat16), self.codes, self.grid.group_size, self.steps)
+        if self.steps is not None or x.dtype != torch.float16:
+            return None
+        kernel = gemv.kernel(len(x), self.grid, self.shape, self.zeros, x.device)
+        return kernel and gemv.product(kernel, x, self.codes, self.scales, self.zeros, self.shape)
 
     def _to_kernel(self):
         codes, scales, zeros = self.encoded()
@@ -97,14 +109,14 @@ def packed_linears(model):
 
 
 def use_kernels(model, use):
-    """Let the packed linears of a model use torch's int4 kernel (the default), or never."""
+    """Let the packed linears of a model use a kernel where there is one (the default), or never."""
     for module in packed_linears(model):
         module.kernels = use
 
 
 def kernel_share(model):
-    """Of a model's packed linears, the share that torch's int4 kernel has read; nan without any."""
-    used = [module.steps is not None for module in packed_linears(model)]
+    """Of a model's packed linears, the share that a kernel has read; nan without any."""
+    used = [module.by_kernel for module in packed_linears(model)]
     return sum(used) / len(used) if used else float("nan")
 
 
