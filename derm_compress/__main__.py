@@ -126,6 +126,33 @@ def prune(
     tell_written(model, path)
 
 
+@app.command()
+def allocate(
+    model: Annotated[str, typer.Argument(help="tiny, small, a model folder or a hub id")],
+    path: Path,
+    budget: Annotated[float, typer.Option(help="GiB of weights and of what running needs")],
+    run: Annotated[str, typer.Option(help="whose pictures decide; without it drawn ones")] = "",
+    ranking: Annotated[str, typer.Option(help="order of removal")] = "perplexity-iterative",
+    method: Annotated[str, typer.Option(help="rtn, rtn_symmetric or hqq")] = "rtn",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Write a model within a budget: which blocks go, and how many bits each linear gets."""
+    from derm_compress.data import Request, load_dataset, load_source, sample
+    from derm_compress.evaluate.allocate import allocate_folder
+    from derm_compress.model.loading import config_of
+    from derm_compress.study.plan import find_plan
+
+    if run:
+        dataset = load_dataset(find_plan(run).made("01_data") / "dataset")
+    else:
+        size = config_of(model).vision_config.image_size
+        dataset, _ = load_source(Request(image_size=size, n_train=24, n_dev=12, n_test=1))
+    items, how = sample(dataset.of("train"), 12, 0), {"ranking": ranking, "method": method}
+    unseen = sample(dataset.of("dev"), 12, 0)
+    allocate_folder(model, path, budget, items, unseen, dataset.images, device=device, **how)
+    tell_written(model, path)
+
+
 def tell_written(model: str, path: Path) -> None:
     """Says what was written, and who cannot open it."""
     from derm_compress.evaluate import cards

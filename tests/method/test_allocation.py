@@ -10,17 +10,31 @@ import torch
 from safetensors.torch import load_file
 
 from derm_compress.errors import DermError
+from derm_compress.evaluate import allocate
 from derm_compress.evaluate.export import export_model
 from derm_compress.method.allocation import sizes
 from derm_compress.method.allocation.allocation import ROUNDING, Allocation, read_allocation
+from derm_compress.method.allocation.candidates import (
+    JOINT,
+    allocated_variants,
+    allocations,
+    decided,
+)
+from derm_compress.method.allocation.costs import linear_costs
+from derm_compress.method.allocation.divergence import divergences
 from derm_compress.method.allocation.programme import best_bits
+from derm_compress.method.allocation.ways import Problem
 from derm_compress.method.assemble import materialize
+from derm_compress.method.importance.calibration import Calibration
+from derm_compress.method.importance.scoring import answer_loss
+from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization import checkpoint, packed
 from derm_compress.method.quantization.grids import grid_of
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize_step
 from derm_compress.model import anatomy, loading, shapes
 from derm_compress.model.memory import GIB
+from derm_compress.model.units import Unit
 
 IDS = torch.arange(5, 25).view(1, -1)
 LINEARS = [f"{i}.{name}" for i in range(8) for g in anatomy.SEPARATE.values() for name in g.linears]
@@ -154,3 +168,79 @@ def test_a_7b_budget_means_the_same_share_of_16_bits():
 def test_widths_by_linear_are_for_methods_without_a_search(change, said):
     with pytest.raises(DermError, match=said):
         Form(**{"method": "rtn", "linear_bits": {"0.mlp.up_proj": 3}} | change)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    arch = shapes.architecture(loading.config_of("pico"))
+    plan = Plan("last", tuple(map(Unit, [6, 5, 4, 3, 2])), (0, 1, 7), 8)
+    return Problem("pico", anatomy.fingerprint(loading.load_base("pico")[0]), arch, plan)
+
+
+def test_a_width_costs_what_its_change_does_to_the_loss_at_most(pico, dataset):
+    c = Calibration(*pico, dataset.of("train")[:1], dataset.images)
+    found = {(r["block"], r["linear"], r["bits"]): r["cost"] for r in linear_costs(c, "rtn", 64)}
+    weight = anatomy.blocks(pico[0])[5].mlp.up_proj.weight
+    answer_loss(c, c.items[0]).backward()
+    change = grid_of(Form("rtn", 3)).rounded(weight.detach()) - weight
+    assert found[5, "mlp.up_proj", 3] == pytest.approx((weight.grad * change).abs().sum().item())
+    costs = [found[5, "mlp.up_proj", bits] for bits in (2, 3, 4, 8, 16)]
+    assert costs == sorted(costs, reverse=True) and costs[-1] == 0 and len(found) == 8 * 7 * 5
+
+
+def costs_of(problem, depths):
+    """As if every weight counted alike, the first blocks' more."""
+    rows = []
+    for n in depths:
+        for block, name in problem.linears(n):
+            size = np.prod(problem.arch.linears[name]) / (1 + block)
+            told = {"units_removed": n, "block": block, "linear": name}
+            rows += [told | {"bits": b, "cost": size / 2**b * (b < 16)} for b in (2, 3, 4, 8, 16)]
+    return pd.DataFrame(rows)
+
+
+def test_every_way_keeps_the_budget_and_the_nearest_to_the_model_is_chosen(
+    problem, recipe, store, dataset
+):
+    costs = costs_of(problem, [0, 2])
+    budget = sum(problem.uniform(1, 4).bytes.values())
+    asked = allocations(problem, costs, {3.0: budget}, operating=2)
+    tried = asked[asked.way != "probe"]
+    assert set(tried.way) == {
+        *("candidate", "bits alone", "drops alone", "uniform", "last blocks wide"),
+        *("paper's pipeline", "random"),
+    }
+    assert (tried.bytes_planned <= budget).all()
+    assert tried[tried.way == "drops alone"].units_removed.item() == 1
+    best = (
+        tried[tried.way.isin(["bits alone", "uniform", "last blocks wide"])].set_index("way").cost
+    )
+    assert best.idxmin() == "bits alone"
+    some = asked[asked.way.isin(["candidate", "probe"])]
+    variants = allocated_variants(some, problem, recipe, [0, 2])
+    items = dataset.of("train")[:1]
+    how = {"store": store, "device": "cpu", "batch_size": 12, "quantize": quantize_step}
+    kl = divergences(variants, items, dataset.images, **how)
+    kl = kl.set_index("variant").kl
+    assert kl["original"] == 0 and (kl.drop("original") > 0).all()
+    table = decided(some, kl.reset_index())
+    chosen = table[table.way == JOINT].iloc[0]
+    assert chosen.kl == table[table.way == "candidate"].kl.min()
+    probe = table[table.way == "probe"].iloc[0]
+    assert probe.predicted == pytest.approx(probe.kl)
+
+
+def test_a_folder_within_a_budget(problem, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(allocate, "DEPTHS", (0, 8))
+    read = dataset.of("train")
+    given = read[:1], read[1:2], dataset.images
+    least = sum(problem.uniform(2, 2).bytes.values())
+    with pytest.raises(DermError, match=f"too few; the smallest that is feasible is {least}"):
+        allocate.allocate_folder("pico", tmp_path / "x", (least - 1) / GIB, *given, ranking="last")
+    budget = sum(problem.uniform(1, 3).bytes.values())
+    made = allocate.allocate_folder("pico", tmp_path / "x", budget / GIB, *given, ranking="last")
+    assert sum(made.bytes.values()) <= budget
+    assert read_allocation(tmp_path / "x" / allocate.ALLOCATION) == made
+    stored = load_file(tmp_path / "x" / "packed.safetensors").values()
+    assert sum(t.nbytes for t in stored) == sizes.file_bytes(made.bytes)
+    assert len(anatomy.blocks(checkpoint.load(tmp_path / "x")[0])) == len(made.kept)
