@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from derm_compress.errors import DermError
 from derm_compress.method.finetune.merge import merge_adapter
-from derm_compress.model import removal, usage
+from derm_compress.model import fresh, removal, usage
 from derm_compress.model.anatomy import META, blocks, fingerprint
 from derm_compress.model.hf import LlavaForConditionalGeneration, LlavaProcessor
 from derm_compress.model.loading import load_base
-from derm_compress.model.recipe import Recipe
+from derm_compress.model.recipe import NEEDED, Recipe
 
 
 def materialize(
@@ -31,20 +31,22 @@ def materialize(
         )
     kept, absent = tuple(range(len(blocks(model)))), ()
     for step in recipe.steps:
-        if device == META and step["step"] in ("adapter", "quantize"):
-            continue  # neither changes a shape; formats are planned (memory.plan_weights)
+        if device == META and step["step"] != "prune":
+            continue  # no other changes a shape; formats are planned (memory.plan_weights)
         match step["step"]:
             case "adapter":
                 merge_adapter(model, store.resolve(step["ref"]), step, kept=kept, absent=absent)
             case "prune":
                 kept = removal.apply_step(model, step, kept)
                 absent = tuple(step.get("absent", ()))
+            case "reinitialize":
+                fresh.reinitialize(model, step["seed"])
             case "quantize" if quantize is None:
                 raise DermError("recipe: it quantizes, and nothing was given that does")
             case "quantize":
                 quantize(model, step, store)
             case unknown:
-                raise DermError(f"recipe: unknown step {unknown!r}; adapter, prune or quantize")
+                raise DermError(f"recipe: unknown step {unknown!r}; known are {', '.join(NEEDED)}")
     return model, processor
 
 

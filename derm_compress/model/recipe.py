@@ -16,7 +16,12 @@ from derm_compress.model.units import Unit
 REF = re.compile(rf"{STAGE.pattern}/{KEY.pattern}(/[^/\\\0]+)*")
 
 FIELDS = {"base": str, "fingerprint": str, "blocks": int, "steps": list}
-NEEDED = {"adapter": ("ref", "sha256", "kept"), "prune": ("kept",), "quantize": ("method",)}
+NEEDED = {
+    "adapter": ("ref", "sha256", "kept"),
+    "prune": ("kept",),
+    "reinitialize": ("seed",),
+    "quantize": ("method",),
+}
 MOST = 10_000  # blocks that any model has
 
 
@@ -24,9 +29,9 @@ MOST = 10_000  # blocks that any model has
 class Recipe:
     """How a variant is made: `steps` applied to `base`, a name load_base knows, of `blocks` blocks.
 
-    Steps are `adapter` (ref, sha256, kept), `prune` (kept) and `quantize` (a Form's fields; ref to
-    searched scales). Where blocks are kept without their attention or MLP, `prune` and later
-    `adapter` steps list these as `absent`.
+    Steps are `adapter` (ref, sha256, kept), `prune` (kept), `reinitialize` (seed: all blocks get
+    random weights) and `quantize` (a Form's fields; ref to searched scales). Where blocks are kept
+    without their attention or MLP, `prune` and later `adapter` steps list these as `absent`.
     """
 
     base: str

@@ -15,7 +15,8 @@ from derm_compress.model.recipe import Recipe
 
 ORIGINAL, HEALED = "original", "+sft"
 RIVAL = "magnitude"  # the criterion that the study's own is compared with, healed and quantized
-SHUFFLED = "shuffled"  # stands for a criterion where the kept blocks are in random order
+# These stand for a criterion where the kept blocks are in random order, or have random weights.
+SHUFFLED, REINITIALIZED = "shuffled", "reinitialized"
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,14 @@ def to_heal(
     rivals: Sequence[str] = (RIVAL,),
     depths: Sequence[int] = (),
     seeds: int = 1,
-    shuffled: int | None = None,
+    relearning: int | None = None,
 ) -> pd.DataFrame:
     """What SFT is given: the model of every role, and the study's own plan at further `depths`.
 
     `rivals`: rankings whose models of the operating depth are healed, too, as far as there are
     such. `depths` are of 32; `seeds`: trainings of the operating point and of its control;
-    `shuffled`: the seed of an order of the operating point's blocks, to be healed beside it. Adds
+    `relearning`: the seed of what is as deep as the operating point and can only learn anew, its
+    blocks in random order and with random weights, to be healed beside it. Adds
     `sft_seed` (0 for the first), `adapter`, the name of the folder to train into, and
     `healed_variant`, what it makes. DermError where stage 04 has no model of a depth.
     """
@@ -138,20 +140,24 @@ def to_heal(
     first = named(known, names).assign(sft_seed=0)
     more = named(first, [role["unpruned"], role["operating"]])
     again = [more.assign(sft_seed=seed) for seed in range(1, seeds)]
-    if shuffled is not None:
-        again.append(pd.DataFrame([in_random_order(known, role["operating"], shuffled)]))
+    if relearning is not None:
+        again.append(pd.DataFrame(learning_anew(known, role["operating"], relearning)))
     frame = pd.concat([first, *again], ignore_index=True)
     marks = [f"~{seed}" if seed else "" for seed in frame.sft_seed]
     names = {"adapter": frame.variant + marks, "healed_variant": frame.variant + HEALED + marks}
     return frame.assign(**names)
 
 
-def in_random_order(known: pd.DataFrame, name: str, seed: int) -> dict:
-    """A pruned variant with its blocks in random order: as deep, but no model that was trained."""
+def learning_anew(known: pd.DataFrame, name: str, seed: int) -> list[dict]:
+    """A pruned variant with its blocks in random order, and with random weights: as deep, but no
+    models that were trained."""
     recipe = recipe_of(known, name)
     kept = np.random.default_rng([seed, 5]).permutation(recipe.kept()).tolist()
-    shuffled = recipe.pruned(kept, recipe.absent())
-    return variant(f"{name}-{SHUFFLED}", shuffled, criterion=SHUFFLED)
+    made = {
+        SHUFFLED: recipe.pruned(kept, recipe.absent()),
+        REINITIALIZED: recipe.then("reinitialize", seed=seed),
+    }
+    return [variant(f"{name}-{how}", made[how], criterion=how) for how in made]
 
 
 def to_quantize(known: pd.DataFrame, choice: dict) -> tuple[list[str], list[str]]:

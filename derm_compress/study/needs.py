@@ -65,7 +65,7 @@ class Needs:
         p, arch = self.p, self.arch
         pictures = p["n_train"] + p["n_test"] + p["n_heldout"]
         rivals = len({*p["sft_rivals"]} & {*p["rankings"]})
-        tuned = 3 + rivals + p["relearning"] + len(p["sft_depths"]) + 2 * (p["sft_seeds"] - 1)
+        tuned = 3 + rivals + 2 * p["relearning"] + len(p["sft_depths"]) + 2 * (p["sft_seeds"] - 1)
         tune, heal = self.training(p["finetune_rank"]), self.training(p["sft_rank"])
         adapters = self.adapter(p["finetune_rank"]), tuned * self.adapter(p["sft_rank"])
         statistics = 10 * 3 * self.tokens(1) * arch.hidden

@@ -27,6 +27,24 @@ def test_recipes_out_of_order_are_refused(recipe, store):
         materialize(recipe.pruned([0, 1, 2]).pruned([0, 5]), store)
 
 
+def test_reinitialized_blocks_have_random_weights_and_all_else_is_kept(recipe, store):
+    (model, _), (before, _) = (
+        materialize(made, store) for made in (recipe.then("reinitialize", seed=3), recipe)
+    )
+    again, _ = materialize(recipe.then("reinitialize", seed=3), store)
+    deviation = model.config.text_config.initializer_range
+    trained = before.state_dict()
+    for name, weights in model.state_dict().items():
+        assert torch.equal(weights, again.state_dict()[name])
+        if ".language_model.layers." not in f".{name}":
+            assert torch.equal(weights, trained[name])
+        elif weights.dim() == 1:
+            assert (weights == 1).all()
+        else:
+            assert not torch.equal(weights, trained[name])
+            assert weights.std().item() == pytest.approx(deviation, rel=0.2)
+
+
 def adapter(folder, model, name):
     """A rank-1 adapter of ones on one linear, as peft writes it."""
     folder.mkdir()

@@ -122,17 +122,19 @@ def test_further_depths_and_seeds_are_healed_beside_the_roles(known, tmp_path):
     assert last["kept"] == [0, 1, 4, 5, 6, 7]
 
 
-def test_rivals_and_a_random_order_are_healed_where_asked(known):
+def test_rivals_and_what_can_only_learn_anew_are_healed_where_asked(known):
     rival = variants_of.variant("r", ORIGINAL.pruned([0, 1, *range(4, 8)]), criterion="random-0")
     every = pd.concat([known, pd.DataFrame([rival])], ignore_index=True)
     rivals = ("random-0", "magnitude")
-    asked = variants_of.to_heal(every, CHOICE, rivals=rivals, shuffled=0)
-    assert [*asked.adapter] == ["original", "pruned-2", "pruned-3", "r", "pruned-2-shuffled"]
-    order = Recipe.from_json(asked.recipe.iloc[-1])
+    asked = variants_of.to_heal(every, CHOICE, rivals=rivals, relearning=0)
+    anew = ["pruned-2-shuffled", "pruned-2-reinitialized"]
+    assert [*asked.adapter] == ["original", "pruned-2", "pruned-3", "r", *anew]
+    order, drawn = (Recipe.from_json(text) for text in asked.recipe.iloc[-2:])
+    assert drawn.steps[-1] == {"step": "reinitialize", "seed": 0} and drawn.in_order
     own = variants_of.recipe_of(known, "pruned-2")
     assert sorted(order.kept()) == [*own.kept()] != [*order.kept()]
     assert own.in_order and not order.in_order and asked.blocks_removed.iloc[-1] == 2
-    again = variants_of.to_heal(every, CHOICE, rivals=rivals, shuffled=0)
+    again = variants_of.to_heal(every, CHOICE, rivals=rivals, relearning=0)
     assert again.equals(asked)
 
 

@@ -154,10 +154,10 @@ def test_faster_is_what_quartiles_tell_apart(results, plain):
         assert f"together {factor} times" in said_then and "no clear change" not in said_then
 
 
-def test_photographs_are_told_from_drawn_pictures(results, plain):
+def test_photographs_are_told_from_synthetic_pictures(results, plain):
     photographs = dataclasses.replace(results, data_report=fabricate.NOTED | {"source": "folder"})
-    assert not plain("photographs") and "drawn pictures" in plain("answer")
+    assert not plain("photographs") and "synthetic pictures" in plain("answer")
     text = said(photographs, "photographs")
     assert "1737 photographs, 0 of them test images" in text
-    assert "drawn pictures" not in said(photographs, "answer")
-    assert "A model trained on drawn pictures" in text
+    assert "synthetic pictures" not in said(photographs, "answer")
+    assert "A model trained on synthetic pictures" in text
