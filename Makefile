@@ -1,6 +1,6 @@
 # make report [RUN=tiny] [SET="key=value other=value"]   the study and its report, in reports/$(RUN)/
 # make test | bench | lab                                all tests | all benchmarks | the notebooks in JupyterLab
-# make rehearsal-gpu                      the 7B shapes on an NVIDIA GPU, installing nothing, in reports/gpu-rehearsal/
+# make rehearsal-gpu                      times at 7B's shapes on an NVIDIA GPU, installing nothing, in reports/gpu-rehearsal/
 # make check-gpu [CHECK="name other"]      what tests on a CPU cannot see, on any GPU in eight minutes; installs nothing
 # make kaggle [OWNER=you]                 the data set and kernels to push, in build/kaggle
 # make mock-kaggle                        the smoke study in two sessions of a mock Kaggle, from a fresh build

@@ -1,347 +1,241 @@
-"""What LLaVA-1.5-7B's shapes cost on an NVIDIA GPU, with random weights: memory beside its plan.
+"""Training, answers, decoding and loading at LLaVA-1.5-7B's shapes: the plain way and this one's.
 
-Weights and peaks stand beside the plans of derm_compress.model.memory, decoding beside the time to
-read its bytes once. Neither weights nor a network are needed; without a GPU small shapes run on the
-CPU. `--out FOLDER` keeps README.md, rehearsal.csv and rehearsal.json. Last line: one JSON object,
-with the range of measured / planned of each quantity.
+One after the other in one process, with random weights. The plain ways are kept here, but that of
+answers, which a model over several GPUs still goes. Without a GPU small shapes run on the CPU: that
+tries the code and measures nothing. `--out FOLDER` keeps benchmark.json.
+
+Last line: one JSON object. `ratio` is the plain way's time over the other's; `texts_equal` compares
+answers in fp32; decoding is one prompt's, over the time to read its bytes once. null: not measured.
 """
 
 import argparse
-import functools
 import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose awq.py would stand before AutoAWQ's package
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # which has tools
 
+import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import LlavaForConditionalGeneration
 
-from derm_compress.errors import DermError
+from derm_compress.data.items import Item
+from derm_compress.evaluate import answers as answering
 from derm_compress.evaluate import latency
-from derm_compress.files import atomic, write_json
-from derm_compress.method.finetune import train
-from derm_compress.method.quantization import calibration, nf4, scaling
+from derm_compress.files import write_json
+from derm_compress.method.finetune import train as finetune
+from derm_compress.method.iterate import each_model
 from derm_compress.method.quantization.methods import Form
-from derm_compress.method.quantization.quantize import quantize
-from derm_compress.model import anatomy, loading, memory, removal, usage
-from derm_compress.model.shapes import Architecture, architecture, llava_7b_config
+from derm_compress.method.quantization.quantize import quantize, quantize_step
+from derm_compress.model import anatomy, devices, prompts, removal, usage, variants
+from derm_compress.model.recipe import Recipe
+from derm_compress.study.plan import environment
+from tools.check_gpu import rig
 
-FORMS = {"fp16": None, "NF4": Form("bitsandbytes", 4, 64), "packed W4": Form("rtn", 4, 64)}
-COLUMNS = ["step", "variant", "quantity", "unit", "measured", "planned"]
-Rows = Iterator[tuple[str, str, float | None, float | None]]  # from "quantity"; None: unknown
+W4 = {"method": "rtn", "bits": 4, "group_size": 64}
+WAYS = {"plain_tokens": answering.batch_replies, "tokens": answering.picture_replies}
 
 
 @dataclass(frozen=True)
-class Rig:
-    """What is measured where: `shapes` 7b or small (12 tiny blocks), and the sizes of requests."""
+class Sizes:
+    """Of what is measured. cut: blocks where all would take too long; 0 is all of them."""
 
-    shapes: str
     device: str
-    prompt_tokens: int = 64  # beside a picture's
-    new_tokens: int = 32
-    text_tokens: int = 128  # of a conversation
-    conversations: int = 8
-    draft_tokens: int = 48  # of an answer that is verified
-    repeats: int = 3  # of each timing, after one run that does not count
+    blocks: int = 0
+    cut: int = 8
+    rows: int = 4  # of a training batch
+    pictures: int = 16
+    batch: int = 16
+    new_tokens: int = 40
+    repeats: int = 5
 
-    def config(self):
-        """A fresh LlavaConfig: pruning writes into it."""
-        if self.shapes == "7b":
-            return llava_7b_config()
-        config = AutoConfig.from_pretrained(loading.TINY)
-        config.text_config.num_hidden_layers = 12
-        return config
+    def model(self, blocks: int | None = None) -> tuple[object, object, list[Item], np.ndarray]:
+        """(model, processor, items, pictures of noise), the device emptied before."""
+        gc.collect()
+        usage.reset_peak(self.device)
+        made = rig.shapes_7b(self.device, blocks=self.blocks if blocks is None else blocks)
+        return *made, *rig.noise(made[0], self.pictures)
 
-    @functools.cached_property
-    def arch(self) -> Architecture:
-        return architecture(self.config())
+    def seconds(self, work, repeats: int = 0) -> float:
+        """Median of work(), after three that do not count: by then all is recorded."""
+        taken = [self.once(work) for _ in range(3 + (repeats or self.repeats))]
+        return statistics.median(taken[3:])
 
-
-SMALL = Rig("small", "cpu", 8, 3, 8, 2, 4, 1)
-
-
-@functools.cache
-def nf4_trouble(device: str) -> str:
-    """Why bitsandbytes cannot quantize here, in one line; empty where it can."""
-    try:
-        nf4.NF4Grid(64).rounded(torch.ones(64, 64, dtype=torch.float16, device=device))
-    except Exception as error:  # a library that misses its CUDA part may fail in any way
-        return f"bitsandbytes does not work here: {type(error).__name__}"
-    return ""
-
-
-def build(rig: Rig, *, removed: int = 0, form: str = "fp16"):
-    """The model with random fp16 weights, `removed` blocks gone, the decoder in that form."""
-    torch.manual_seed(0)
-    with torch.device(rig.device):  # no copy on the host
-        model = AutoModelForImageTextToText.from_config(rig.config(), dtype=torch.float16)
-    model.eval().requires_grad_(False)
-    removal.apply(model, range(rig.arch.kept(removed)))
-    return quantize(model, FORMS[form], packed=True) if FORMS[form] else model
-
-
-def request(rig: Rig, batch: int, text_tokens: int) -> dict[str, torch.Tensor]:
-    """Random words about one random picture a row, as the processor would give them."""
-    config = rig.config()
-    side, image = config.vision_config.image_size, config.image_token_id
-    with torch.device(rig.device):
-        pictures = torch.full((batch, rig.arch.image_tokens), image)
-        ids = torch.cat([pictures, torch.randint(image, (batch, text_tokens))], 1)
-        pixels = torch.randn(batch, 3, side, side, dtype=torch.float16)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
-def release(rig: Rig) -> float:
-    """Give back what nobody holds and start the peak anew; GiB still allocated on the GPU."""
-    gc.collect()
-    if rig.device == "cpu":
-        return 0.0
-    usage.reset_peak(rig.device)
-    return torch.cuda.memory_allocated() / memory.GIB
-
-
-def held_gib(rig: Rig, model, before: float) -> float:
-    """GiB that the model has taken of the GPU since `before`; on a CPU its tensors'."""
-    return usage.tensor_gib(model) if rig.device == "cpu" else release(rig) - before
-
-
-def peak_gib(rig: Rig) -> float | None:
-    """Peak GiB allocated since release(); unknown on a CPU, whose peak cannot start anew."""
-    return None if rig.device == "cpu" else usage.peak_gib(rig.device)
-
-
-def timed(rig: Rig, work) -> float:
-    """Median seconds of work(), after one run that does not count."""
-    samples = []
-    for _ in range(1 + rig.repeats):
-        began = time.perf_counter()
+    def once(self, work) -> float:
+        began = self.now()
         work()
-        if rig.device == "cuda":
+        return self.now() - began
+
+    def now(self) -> float:
+        if self.device != "cpu":
             torch.cuda.synchronize()
-        samples.append(time.perf_counter() - began)
-    return statistics.median(samples[1:])
+        return time.perf_counter()
 
 
-bandwidth = functools.cache(latency.bandwidth)
+SMALL = Sizes("cpu", blocks=2, cut=2, rows=2, pictures=2, batch=4, new_tokens=4, repeats=1)
 
 
-def limits(rig: Rig) -> Rows:
-    """What the device does with large tensors; a copy counts bytes read and written."""
-    yield "copy on the device", "GB/s", bandwidth(rig.device) / 1e9, None
-    wide = 8192 if rig.device == "cuda" else 256
-    for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
-        a, b = torch.randn(2, wide, wide, dtype=dtype, device=rig.device)
-        seconds = timed(rig, functools.partial(torch.mm, a, b))
-        yield f"{name} product", "TFLOP/s", 2e-12 * wide**3 / seconds, None
-
-
-def weights(rig: Rig, *, removed: int) -> Rows:
-    """The fp16 model as it lies in memory, beside `memory.plan_weights`."""
-    before, model = release(rig), build(rig, removed=removed)
-    plan = memory.plan_weights(rig.arch, blocks_removed=removed)
-    yield "parameters", "", model.num_parameters(), rig.arch.parameters(removed)
-    yield "weights", "GiB", held_gib(rig, model, before), sum(plan.values())
-
-
-def generate(rig: Rig, *, form: str, removed: int, batch: int) -> Rows:
-    """Answering: peak beside `memory.plan_peak`, decoding beside the time to read its bytes."""
-    before, model = release(rig), build(rig, removed=removed, form=form)
-    held, inputs = held_gib(rig, model, before), request(rig, batch, rig.prompt_tokens)
-    release(rig)
-    long = {"new_tokens": rig.new_tokens}
-    told = latency.measure_latency(model, inputs, warmup=1, repeats=rig.repeats, **long)
-    peak, floor = peak_gib(rig), latency.floor(model, told, bandwidth(rig.device))["floor_ms"]
-    what = {"blocks_removed": removed}
-    if FORMS[form]:
-        what["form"] = FORMS[form].format()
-    sizes = {"batch": batch, "prompt_tokens": rig.prompt_tokens} | long
-    kernel = any(getattr(module, "steps", None) is not None for module in model.modules())
-    plan = memory.plan_peak(rig.arch, int4_kernel=kernel, **sizes, **what)
-    yield "weights", "GiB", held, sum(memory.plan_weights(rig.arch, **what).values())
-    yield "peak", "GiB", peak, sum(plan.values())
-    yield "prefill", "ms", told["prefill_ms"], None
-    yield "decode", "ms/token", told["decode_ms_per_token"], floor
-
-
-def training(rig: Rig, *, removed: int, batch: int, checkpointing: bool) -> Rows:
-    """QLoRA, a picture and its conversation a row: peak beside `memory.plan_training`."""
-    settings = train.Training(16, 8, learning_rate=1e-4, steps=1, batch_size=1, seed=0)
-    model = build(rig, removed=removed)
-    tuned = train.attach(model, settings).train()
-    if checkpointing:
-        anatomy.decoder(model).gradient_checkpointing_enable()
-    inputs = request(rig, batch, rig.text_tokens)
-    learned = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned)
+def train(sizes: Sizes) -> dict:
+    """A step of QLoRA; plainly every block is computed twice."""
+    model, processor, items, images = sizes.model()
+    base, rows = rig.base(sizes.device), items[: sizes.rows]
+    training = finetune.Training(16, 8, 1e-4, steps=1, batch_size=sizes.rows, seed=0, base=base)
+    tuned = finetune.attach(model, training).train()
+    batch = finetune.training_batch(model, processor, rows, images, np.random.default_rng(0))
+    learned = [weight for weight in tuned.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=training.learning_rate)
+    finetune.save_memory(model)
+    plain = sizes.seconds(lambda: plain_step(tuned, batch, optimizer))
+    anatomy.decoder(model).gradient_checkpointing_disable()
+    gradients = finetune.gradients_of(tuned, optimizer, base=base, recorded=True)
 
     def step():
-        loss = tuned(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+        found = finetune.forward_backward(tuned, batch, gradients, base=base)
+        finetune.update(optimizer, *found)
+
+    tokens, recorded = batch["input_ids"].numel(), sizes.seconds(step)
+    speeds = {"plain_tokens_s": tokens / plain, "tokens_s": tokens / recorded}
+    return {"ratio": plain / recorded, **speeds, "peak_gib": usage.peak_gib(sizes.device)}
+
+
+def plain_step(tuned, batch: dict, optimizer) -> None:
+    with devices.attention_with_gradients():
+        loss = tuned(**batch, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-
-    release(rig)
-    seconds, peak = timed(rig, step), peak_gib(rig)
-    sizes = {"batch": batch, "text_tokens": rig.text_tokens, "checkpointing": checkpointing}
-    plan = memory.plan_training(rig.arch, blocks_removed=removed, rank=16, **sizes)
-    yield "peak", "GiB", peak, sum(plan.values())
-    yield "step", "s", seconds, None
-    yield "speed", "tokens/s", inputs["input_ids"].numel() / seconds, None
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
 
 
-def awq(rig: Rig, *, blocks: int) -> Rows:
-    """Activation-aware quantization: a block's share of the statistics and the search."""
-    model = build(rig, removed=rig.arch.blocks - blocks)
-    batches = [request(rig, 1, rig.text_tokens) for _ in range(rig.conversations)]
-    form = Form("awq", 4, 64)
-
-    def search():
-        for i, found in kept.items():
-            scaling.search_block(model, i, found, form)
-
-    before = release(rig)
-    kept = dict(calibration.collect(model, batches))
-    held = (release(rig) - before) / blocks if before else None
-    calibrating = timed(rig, lambda: dict(calibration.collect(model, batches)))
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    widths = [rig.arch.linears[told.linears[0]][1] for told in anatomy.SEPARATE.values()]
-    values = sum(width * min(width, tokens) for width in widths)  # H = X^T X, or X if smaller
-    yield "statistics of a block", "GiB", held, memory.FP32 * values / memory.GIB
-    yield "calibration of a block", "s", calibrating / blocks, None
-    yield "search of a block", "s", timed(rig, search) / blocks, None
+def answers(sizes: Sizes) -> dict:
+    """Answers to the three questions about each picture; plainly each is a prompt of its own."""
+    asked, found = sizes.model(), {}
+    how = {"batch_size": sizes.batch, "max_new_tokens": sizes.new_tokens}
+    for name, way in WAYS.items():
+        replies = way(*asked, **how)
+        tokens = sum(reply["tokens"] for reply in replies.values())
+        found[f"{name}_s"] = tokens / sizes.once(lambda way=way: way(*asked, **how))
+    ratio = found["tokens_s"] / found["plain_tokens_s"]
+    devices.let_go(asked[0])
+    model, *asked = sizes.model(sizes.cut)
+    said = [way(model.float(), *asked, **how) for way in WAYS.values()]
+    return {"ratio": ratio, "texts_equal": said[0] == said[1], **found}
 
 
-def importance(rig: Rig, *, batch: int) -> Rows:
-    """Verifying a draft answer in one pass, beside answering anew."""
-    model, asked, draft = build(rig), rig.prompt_tokens, rig.draft_tokens
-    prompt, drafted = request(rig, batch, asked), request(rig, batch, asked + draft)
-
-    @torch.inference_mode()
-    def verify():
-        model(**drafted, use_cache=False, logits_to_keep=draft + 1)
-
-    verifying = timed(rig, verify)
-    answering = timed(rig, lambda: latency.greedy_tokens(model, prompt, new_tokens=draft))
-    yield "verifying a draft", "s", verifying, None
-    yield "answering", "s", answering, None
-    yield "answering over verifying", "", answering / verifying, None
-
-
-STEPS = {step.__name__: step for step in (limits, weights, generate, training, awq, importance)}
-
-
-def cases(rig: Rig) -> Iterator[tuple[str, str, dict]]:
-    """(step, variant, its settings), in the order of the page."""
-    whole = rig.arch.blocks
-    yield "limits", "large tensors", {}
-    for removed in (0, 6, 7, 8, 9, 10):
-        yield "weights", f"fp16, {whole - removed} blocks", {"removed": removed}
-    forms = (("fp16", 0), ("fp16", 6), ("NF4", 0), ("packed W4", 0), ("packed W4", 6))
-    for (form, removed), batch in product(forms, (1, 8)):
-        name = f"{form}, {whole - removed} blocks, batch {batch}"
-        yield "generate", name, {"form": form, "removed": removed, "batch": batch}
-    for removed, checkpointing, batch in product((0, 6), (False, True), (1, 4)):
-        how = {"removed": removed, "batch": batch, "checkpointing": checkpointing}
-        name = f"NF4, {whole - removed} blocks, batch {batch}"
-        yield "training", f"{name}, checkpointing" if checkpointing else name, how
-    yield "awq", "fp16, 2 blocks", {"blocks": 2}
-    yield "importance", f"fp16, {whole} blocks, batch 8", {"batch": 8}
+def decode(sizes: Sizes) -> dict:
+    """A token of one prompt, in fp16 and in packed integers of 4 bits; plainly launch by launch."""
+    model, processor, _, images = sizes.model()
+    text, found = prompts.prompt(processor, "features"), {}
+    inputs = prompts.prepare(processor, [text], images[:1], model.device)
+    speed, how = latency.bandwidth(sizes.device), {"new_tokens": sizes.new_tokens}
+    for name, form in (("fp16", None), ("w4", Form(**W4))):
+        if form:
+            quantize(model, form, packed=True)
+        told = latency.measure_latency(model, inputs, warmup=1, repeats=sizes.repeats, **how)
+        floor = latency.floor(model, told, speed)
+        found[f"{name}_over_floor"] = floor["times_floor"]
+        found[f"{name}_floor_ms"] = floor["floor_ms"]
+        found[f"{name}_ms"] = told["decode_ms_per_token"]
+        runs = [plain_decoding(model, inputs, sizes) for _ in range(1 + sizes.repeats)]
+        found[f"plain_{name}_ms"] = 1000 * statistics.median(runs[1:])
+    return {"w4_over_fp16": found["w4_ms"] / found["fp16_ms"], **found, "bandwidth": speed}
 
 
-def measure(rig: Rig, chosen) -> tuple[pd.DataFrame, list[dict]]:
-    """Of the chosen cases the rows, tidy, and what was skipped with the reason."""
-    rows, skipped = [], []
-    for step, variant, settings in chosen:
-        print(f"{step}: {variant}", flush=True)
+@torch.inference_mode()
+def plain_decoding(model, inputs, sizes: Sizes) -> float:
+    """Seconds a token, with a cache that grows and every kernel launched anew."""
+    step, mask, began = inputs, inputs["attention_mask"], 0.0
+    for place in range(sizes.new_tokens):
+        out = model(**step, use_cache=True, logits_to_keep=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        step = {"input_ids": out.logits.argmax(-1), "attention_mask": mask}
+        step["past_key_values"] = out.past_key_values
+        if place == 0:
+            began = sizes.now()
+    return (sizes.now() - began) / (sizes.new_tokens - 1)
+
+
+def load(sizes: Sizes) -> dict:
+    """A model, cut and in 4 bits, as each_model gives them; plainly each is read, by the host."""
+    model, processor, *_ = sizes.model(sizes.cut)
+    blocks = len(anatomy.blocks(model))
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (model, processor):
+            part.save_pretrained(folder)
+        whole = Recipe(folder, anatomy.fingerprint(model), blocks)
+        devices.let_go(model)
+        recipes = [whole, *(whole.pruned(range(n)) for n in range(1, blocks))]
+        recipes += [recipe.then("quantize", **W4) for recipe in recipes[:2]]
+        plain = sizes.once(lambda: [plain_model(recipe, sizes) for recipe in recipes])
+        rows = [variants.variant(f"v{i}", recipe) for i, recipe in enumerate(recipes)]
+        asked = pd.DataFrame(rows), None, sizes.device, "models"
+        shared = sizes.once(lambda: [None for _ in each_model(*asked, quantize=quantize_step)])
+    return {"ratio": plain / shared, "models": len(recipes), "plain_s": plain, "shared_s": shared}
+
+
+def plain_model(recipe: Recipe, sizes: Sizes) -> None:
+    half = devices.half(sizes.device)
+    model = LlavaForConditionalGeneration.from_pretrained(recipe.base, dtype=half)
+    model = model.to(sizes.device)
+    assert anatomy.fingerprint(model) == recipe.fingerprint
+    for step in recipe.steps:
+        if step["step"] == "prune":
+            removal.apply(model, recipe.kept())
+        else:
+            quantize_step(model, step, None)
+    devices.let_go(model)
+
+
+PARTS = {
+    train: ["ratio"],
+    answers: ["ratio", "texts_equal"],
+    decode: ["fp16_over_floor", "w4_over_fp16", "w4_over_floor"],
+    load: ["ratio"],
+}
+
+
+def measure(sizes: Sizes) -> dict:
+    """{part: figures}; a part that exceeds memory has none."""
+    found = {}
+    for part in PARTS:
         try:
-            if "NF4" in variant and (trouble := nf4_trouble(rig.device)):
-                raise DermError(trouble)
-            rows += [(step, variant, *row) for row in STEPS[step](rig, **settings)]
-        except (torch.OutOfMemoryError, DermError) as error:
-            reason = str(error).splitlines()[0].split(". ")[0]
-            skipped.append({"step": step, "variant": variant, "reason": reason})
-        release(rig)
-    frame = pd.DataFrame(rows, columns=COLUMNS).astype({"measured": float, "planned": float})
-    return frame.assign(ratio=frame.measured / frame.planned), skipped
+            found[part.__name__] = part(sizes)
+        except torch.OutOfMemoryError as error:
+            found[part.__name__] = {"skipped": str(error).split(". ")[0]}
+        print(f"{part.__name__}: {found[part.__name__]}", flush=True)
+    return found
 
 
-ABOUT = """# Rehearsal of the {shapes} shapes on {device}
-
-What do they cost here, and do the plans of `derm_compress.model.memory` hold? The weights are
-random: no answer and no loss means anything, only what it costs. A cell is "measured of planned
-(ratio)"; times are medians of {repeats} runs after one that does not count. Memory carries over to
-another device where attention is fused, times do not. It is what tensors hold once the model
-stands: a CUDA context and the allocator's reserve come on top."""
-
-
-def number(value: float) -> str:
-    """Three digits, or whole from a thousand on."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def table(rows: pd.DataFrame) -> str:
-    """Markdown with a line a variant."""
-    lines: dict[str, dict[str, str]] = {}
-    for row in rows.itertuples():
-        cell = number(row.measured)
-        if not pd.isna(row.planned):
-            cell += f" of {number(row.planned)} ({number(row.ratio)})"
-        head = f"{row.quantity}, {row.unit}".strip(", ")
-        lines.setdefault(row.variant, {})[head] = cell
-    heads = next(iter(lines.values()))
-    text = [f"| variant | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
-    text += [f"| {name} | {' | '.join(cells.values())} |" for name, cells in lines.items()]
-    return "\n".join(text)
-
-
-def write(out: Path, where: dict, rows: pd.DataFrame, skipped: list[dict]) -> None:
-    """README.md, rehearsal.csv and rehearsal.json."""
-    parts = [ABOUT.format(**where)]
-    for step, part in rows.groupby("step", sort=False):
-        parts += [f"## {step}", STEPS[step].__doc__, table(part)]
-    if skipped:
-        parts += [
-            "## Skipped",
-            *("{step} ({variant}): {reason}".format(**case) for case in skipped),
-        ]
-    facts = ", ".join(f"{name} {value}" for name, value in where.items())
-    parts += ["## Provenance", f"`make rehearsal-gpu`; {facts}. All rows: `rehearsal.csv`."]
-    texts = {"README.md": "\n\n".join(parts) + "\n", "rehearsal.csv": rows.to_csv(index=False)}
-    for name, text in texts.items():
-        with atomic(out / name) as file:
-            file.write_text(text, encoding="utf-8")
-    records = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    write_json(out / "rehearsal.json", {"where": where, "rows": records, "skipped": skipped})
+def summary(found: dict, device: str) -> dict:
+    """The last line; of a CPU, whose shapes are small, what needs no clock."""
+    told = {"device": device if device == "cpu" else torch.cuda.get_device_name()}
+    for part, names in PARTS.items():
+        figures = found[part.__name__]
+        kept = names if device != "cpu" else {"texts_equal"} & set(names)
+        told[part.__name__] = {name: figures.get(name) if name in kept else None for name in names}
+    return told
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked.add_argument("--out", type=Path)
-    out, device = asked.parse_args().out, "cuda" if torch.cuda.is_available() else "cpu"
-    if out and device == "cpu":
+    words = asked.parse_args()
+    if words.out and words.device == "cpu":
         asked.error("--out needs an NVIDIA GPU: torch sees no CUDA device")
-    rig = Rig("7b", device) if device == "cuda" else SMALL
-    rows, skipped = measure(rig, cases(rig))
-    libraries = ("torch", "transformers", "peft", "accelerate")
-    where = asdict(rig) | {name: version(name) for name in libraries}
-    if device == "cuda":
-        where["device"] = torch.cuda.get_device_name()
-    if out:
-        write(out, where, rows, skipped)
-    planned = rows.dropna(subset="ratio").groupby(rows.step + " " + rows.quantity).ratio
-    ranges = {name: [ratios.min(), ratios.max()] for name, ratios in planned}
-    print(json.dumps({**where, "skipped": len(skipped), "measured_over_planned": ranges}))
+    found = measure(SMALL if words.device == "cpu" else Sizes(words.device))
+    told = summary(found, words.device)
+    if words.out:
+        write_json(words.out / "benchmark.json", {**told, "all": found, "where": environment()})
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

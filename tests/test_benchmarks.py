@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from derm_compress.model import anatomy, shapes
+from derm_compress.model import shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,35 +25,29 @@ def gpu():
     return script("gpu")
 
 
-def test_each_step_gives_rows_and_files(gpu, tmp_path):
-    last = {case[0]: case for case in gpu.cases(gpu.SMALL)}
-    rows, skipped = gpu.measure(gpu.SMALL, last.values())
-    assert set(rows.step) == set(gpu.STEPS) and not skipped
-    held = rows[rows.quantity == "weights"]
-    assert len(held) == 2 and held.ratio.sub(1).abs().max() < 0.01
-    assert (rows[rows.unit != "GiB"].measured > 0).all()
-    assert rows[rows.quantity == "peak"].measured.isna().all()  # unknown on a CPU, not zero
-    gpu.write(tmp_path, {"shapes": "small", "device": "cpu", "repeats": 1}, rows, skipped)
-    kept = pd.read_csv(tmp_path / "rehearsal.csv").fillna({"unit": ""})
-    pd.testing.assert_frame_equal(kept, rows)
-    assert len(json.loads((tmp_path / "rehearsal.json").read_text())["rows"]) == len(rows)
-    assert "| fp16, 2 blocks |" in (tmp_path / "README.md").read_text("utf-8")
+def test_every_part_is_tried_on_a_cpu_and_not_measured(gpu):
+    found = gpu.measure(gpu.SMALL)
+    assert all(each["ratio"] > 0 for each in (found["train"], found["answers"], found["load"]))
+    assert found["decode"]["w4_floor_ms"] < 0.6 * found["decode"]["fp16_floor_ms"]  # it is packed
+    assert found["answers"]["texts_equal"] and found["load"]["models"] == 4
+    assert gpu.summary(found, "cpu") == {
+        "device": "cpu",
+        "train": {"ratio": None},
+        "answers": {"ratio": None, "texts_equal": True},
+        "decode": {"fp16_over_floor": None, "w4_over_fp16": None, "w4_over_floor": None},
+        "load": {"ratio": None},
+    }
 
 
-def test_what_does_not_fit_is_skipped(gpu, monkeypatch):
+def test_what_exceeds_memory_has_no_figures(gpu, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(gpu, "build", full)
-    rows, skipped = gpu.measure(gpu.SMALL, [("weights", "fp16", {"removed": 0})])
-    assert rows.empty
-    assert skipped == [{"step": "weights", "variant": "fp16", "reason": "CUDA out of memory"}]
-
-
-def test_a_pruned_model_has_fewer_blocks(gpu):
-    model = gpu.build(gpu.SMALL, removed=6)
-    assert len(anatomy.blocks(model)) == model.config.text_config.num_hidden_layers == 6
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    monkeypatch.setattr(gpu.rig, "shapes_7b", full)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    found = gpu.measure(gpu.SMALL)
+    assert found["load"] == {"skipped": "CUDA out of memory"}
+    assert gpu.summary(found, "cuda")["decode"]["fp16_over_floor"] is None
 
 
 def test_the_committed_figures_are_those_planned():
