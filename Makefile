@@ -2,7 +2,7 @@
 # make test | bench | lab                                all tests | all benchmarks | the notebooks in JupyterLab
 # make rehearsal-gpu                      times at 7B's shapes on an NVIDIA GPU, installing nothing, in reports/gpu-rehearsal/
 # make check-gpu [CHECK="name other"]      what tests on a CPU cannot see, on any GPU in eight minutes; installs nothing
-# make kaggle [OWNER=you]                 the data set and kernels to push, in build/kaggle
+# make kaggle OWNER=you [RUN=small MODEL=... IMAGE=...]   what goes to Kaggle, in build/kaggle; installs nothing
 # make mock-kaggle                        the smoke study in two sessions of a mock Kaggle, from a fresh build
 # The others install what is missing into .venv; PYTHON=... names another Python (3.11 to 3.13).
 RUN := tiny
@@ -27,8 +27,10 @@ bench: install
 lab: install
 	@$(VENV) -m jupyterlab notebooks
 
-kaggle: install
-	@$(VENV) -m derm_compress kaggle build/kaggle $(if $(OWNER),--owner "$(OWNER)")
+kaggle: RUN := small
+kaggle:
+	@PYTHONPATH=. "$(PYTHON)" -m derm_compress.kaggle.build build/kaggle --run "$(RUN)" --owner "$(OWNER)" \
+		--model "$(MODEL)" --image "$(IMAGE)"
 
 mock-kaggle: install
 	@OMP_NUM_THREADS=1 $(VENV) tests/mock_kaggle.py

@@ -1,4 +1,4 @@
-"""Compute and report the runs of the study, export its models, carry it to Kaggle."""
+"""Compute and report the runs of the study, export its models, carry a run elsewhere."""
 
 import signal
 import sys
@@ -215,14 +215,6 @@ def unpack(path: Path) -> None:
     from derm_compress.kaggle.carry import unpack as take
 
     print(*take(path), sep="\n")
-
-
-@app.command()
-def kaggle(path: Path, owner: Owner = "") -> None:
-    """Build the data set and the kernels that go to Kaggle."""
-    from derm_compress.kaggle.build import build, describe
-
-    print(describe(build(path, owner=owner), owner))
 
 
 if __name__ == "__main__":

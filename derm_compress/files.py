@@ -11,18 +11,20 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from derm_compress.errors import DermError
 from derm_compress.progress import say
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 CLOSED += (errno.ENOTEMPTY, errno.ENAMETOOLONG)
 PACKAGE = Path(__file__).resolve().parent
 MODELS = "DERM_COMPRESS_MODELS"  # names the folder of models that the package makes
 CHECKSUM = "checksum"  # of all else that a note says
-_HELD: dict[Path, FileLock] = {}  # a second lock on one file would wait for this process's own
+_HELD: dict[Path, "FileLock"] = {}  # a second lock on one file would wait for this process's own
 STAGE, KEY = re.compile(r"[0-9]{2}_[a-z0-9_]+"), re.compile(r"[0-9a-f]{64}")
 
 
@@ -173,6 +175,8 @@ def hold(path: Path, *, waiting: str = "") -> bool:
 
     Where another process has it: says `waiting` and waits, or is False if there is nothing to say.
     """
+    from filelock import FileLock, Timeout  # what goes to Kaggle is built without it
+
     if path in _HELD:
         return True
     lock = FileLock(path, thread_local=False)

@@ -1,15 +1,21 @@
-"""Builds what goes to Kaggle: a data set with this package, a kernel a notebook and one for all."""
+"""Builds what goes to Kaggle for a run, by Python alone: a data set, a kernel a notebook, studies.
 
+python -m derm_compress.kaggle.build build/kaggle --run small --owner you
+"""
+
+import argparse
+import base64
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
-from importlib.util import find_spec
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+from derm_compress import __version__
 from derm_compress.errors import DermError
 from derm_compress.files import (
     atomic,
@@ -18,11 +24,11 @@ from derm_compress.files import (
     project_root,
     read_json,
     remove,
+    shown,
     write_json,
     write_text,
 )
 from derm_compress.kaggle.setup import HOURS, contents
-from derm_compress.study.params import read_notebooks
 
 NAME, DERMNET = "derm-compress", "shubhamgoel27/dermnet"
 NOBODY = "INSERT_USERNAME_HERE"  # as the Kaggle client writes it
@@ -44,7 +50,8 @@ BROUGHT = (  # nbconvert's and openai's own, which the image lacks or has too ol
     "truststore==0.10.5",
     "typing-extensions==4.16.0",
 )
-STUDY = '''"""The study, as far as {hours} hours go: attach this kernel's output, and it goes on."""
+STUDIES = ("study", "study-2", "study-3")  # each goes on from what those before it have saved
+STUDY = '''"""The study, as far as {hours} hours go; the next study kernel goes on from there."""
 
 {setup}
 import subprocess
@@ -54,30 +61,103 @@ words = ["run", os.environ["DERM_COMPRESS_PARAMS"], "--hours", "{hours}"]
 asked = [sys.executable, "-m", "derm_compress", *words]
 done = subprocess.run(asked, cwd=os.environ["DERM_COMPRESS_ROOT"]).returncode
 if done == 130:
-    print("OUT OF TIME: what is kept is saved; attach this kernel's output to it and run it again")
+    print("OUT OF TIME: what is kept is saved; the next study kernel goes on from there")
 sys.exit(0 if done == 130 else done)
 '''
 
 
-def build(path: Path, *, owner: str = "", root: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one run: whose they are, what is attached to them, which image they take.
+
+    model: a model of Kaggle's or a data set, as metadata name it; image: a docker image's name.
+    """
+
+    run: str
+    owner: str
+    datasets: list[str]
+    model: str = ""
+    image: str = ""
+
+    def slug(self, name: str) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", f"derm-{self.run}-{name}".lower())
+
+    def metadata(self, name: str, file: str, earlier: Sequence[str]) -> dict:
+        """All that Kaggle would otherwise choose by itself is said."""
+        parts = self.model.count("/") + 1
+        if self.model and parts not in (2, 5):
+            known = "OWNER/MODEL/FRAMEWORK/VARIATION/VERSION, or a data set's OWNER/NAME"
+            raise DermError(f"kaggle: the model is {self.model!r}; write {known}")
+        told = {
+            "id": f"{self.owner}/{self.slug(name)}",
+            "title": self.slug(name),
+            "code_file": file,
+            "language": "python",
+            "kernel_type": "notebook" if file.endswith(".ipynb") else "script",
+            "is_private": True,
+            "enable_gpu": True,
+            "enable_tpu": False,
+            "enable_internet": True,
+            "machine_shape": "NvidiaTeslaT4",  # two of them; one alone cannot be had
+            "docker_image_pinning_type": "original",  # another image's versions make other keys
+            "dataset_sources": [*self.datasets, *([self.model] if parts == 2 else [])],
+            "kernel_sources": [f"{self.owner}/{self.slug(other)}" for other in earlier],
+            "competition_sources": [],
+            "model_sources": [self.model] if parts == 5 else [],
+        }
+        return told | ({"docker_image": self.image} if self.image else {})
+
+    def write(self, folder: Path, file: str, code: str, earlier: Sequence[str]) -> None:
+        write_json(folder / "kernel-metadata.json", self.metadata(folder.name, file, earlier))
+        (folder / file).write_text(code, encoding="utf-8")
+
+
+def build(
+    path: Path,
+    run: str,
+    *,
+    owner: str = "",
+    model: str = "",
+    image: str = "",
+    root: Path | None = None,
+) -> Path:
     """Writes path/dataset and path/kernels/<name>, anew; DermError if something else lies there."""
     root, owner = project_root(root), owner or NOBODY
     if not (path / "dataset" / "kaggle_setup.py").is_file():  # of an earlier build
         check_new(path, "kaggle")
-    stages = list(read_notebooks(root))
+    kernels = Kernels(run, owner, [f"{owner}/{NAME}", *pictures(root, run)], model, image)
+    notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    stages = [notebook.stem for notebook in notebooks]
     remove(path)
     with atomic(path) as part:
         write_dataset(part / "dataset", root, owner)
         setup = file_digest(part / "dataset" / "kaggle_setup.py")
         for number, stage in enumerate(stages):
-            notebook = read_json(root / "notebooks" / f"{stage}.ipynb")
+            notebook = read_json(notebooks[number])
             cell = setup_cell(notebook)
-            cell["source"] = signed("".join(cell["source"]), "SETUP", setup)
+            cell["source"] = first_cell("".join(cell["source"]), run, setup)
             code = json.dumps(notebook, indent=1, ensure_ascii=False)
-            write_kernel(part, owner, stage, "ipynb", code, stages[:number])
+            kernels.write(part / "kernels" / stage, f"{stage}.ipynb", code, stages[:number])
         study = STUDY.format(hours=HOURS, setup=cell["source"])
-        write_kernel(part, owner, "study", "py", study, [])
+        for number, name in enumerate(STUDIES):
+            kernels.write(part / "kernels" / name, "study.py", study, STUDIES[:number])
     return path
+
+
+def pictures(root: Path, run: str) -> list[str]:
+    """The data sets of Kaggle's that a run reads."""
+    file = root / "params" / f"{run}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
+        raise DermError(f"kaggle: there is no {shown(file)}; known runs are {known}")
+    dermnet = re.search("^source: *dermnet\\b", file.read_text("utf-8"), re.MULTILINE)
+    return [DERMNET] if dermnet else []
+
+
+def first_cell(code: str, run: str, setup: str) -> str:
+    """The setup cell of a kernel: which run it computes, and by which script alone."""
+    named = f'import os\n\nos.environ["DERM_COMPRESS_RUN"] = "{run}"\n'
+    return named + signed(code, "SETUP", setup)
 
 
 def setup_cell(notebook: dict) -> dict:
@@ -93,35 +173,6 @@ def signed(code: str, name: str, digest: str) -> str:
     if code.count(empty) != 1:
         raise DermError(f"kaggle: one line `{empty}` is needed, {code.count(empty)} are there")
     return code.replace(empty, f'{name} = "{digest}"')
-
-
-def slug(name: str) -> str:
-    return f"{NAME}-{name.replace('_', '-')}"
-
-
-def write_kernel(
-    top: Path, owner: str, name: str, ending: str, code: str, earlier: list[str]
-) -> None:
-    """A kernel with its metadata: all that Kaggle would otherwise choose by itself is said."""
-    metadata = {
-        "id": f"{owner}/{slug(name)}",
-        "title": slug(name),
-        "code_file": f"{name}.{ending}",
-        "language": "python",
-        "kernel_type": "notebook" if ending == "ipynb" else "script",
-        "is_private": True,
-        "enable_gpu": True,
-        "enable_tpu": False,
-        "enable_internet": True,
-        "machine_shape": "NvidiaTeslaT4",  # two of them
-        "docker_image_pinning_type": "original",  # another image's versions make other keys
-        "dataset_sources": [f"{owner}/{NAME}", DERMNET],
-        "kernel_sources": [f"{owner}/{slug(other)}" for other in earlier],
-        "competition_sources": [],
-        "model_sources": [],
-    }
-    write_json(top / "kernels" / name / "kernel-metadata.json", metadata)
-    (top / "kernels" / name / metadata["code_file"]).write_text(code, encoding="utf-8")
 
 
 def write_dataset(folder: Path, root: Path, owner: str) -> None:
@@ -150,29 +201,61 @@ def pins(root: Path) -> list[str]:
 
 
 def write_wheel(folder: Path, root: Path) -> None:
-    """A wheel from a clean copy of the sources: an old build/ beside them would get into it."""
-    with tempfile.TemporaryDirectory() as copy:
-        for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
-            shutil.copyfile(root / name, Path(copy, name))
-        cached = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(root / "derm_compress", Path(copy, "derm_compress"), ignore=cached)
-        pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
-        pip += ["--disable-pip-version-check", "--wheel-dir", str(folder), copy]
-        if find_spec("setuptools"):
-            pip.append("--no-build-isolation")
-        env = os.environ | {"SOURCE_DATE_EPOCH": "315532800"}  # the same sources, the same wheel
-        if subprocess.run(pip, env=env).returncode:
-            raise DermError("the wheel could not be built: see pip's words above")
+    """A wheel of the package, whose format Python alone can write: the same sources, the same file.
+
+    It names no requirements: what the image lacks, pins() lists.
+    """
+    stem = f"derm_compress-{__version__}"
+    info = f"{stem}.dist-info"
+    about = f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {__version__}\n"
+    format_ = "Wheel-Version: 1.0\nGenerator: make\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    held = {f"{info}/METADATA": about.encode(), f"{info}/WHEEL": format_.encode()}
+    held[f"{info}/licenses/LICENSE"] = (root / "LICENSE").read_bytes()
+    for path in sorted((root / "derm_compress").rglob("*.*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            held[path.relative_to(root).as_posix()] = path.read_bytes()
+    record = [f"{name},sha256={short(content)},{len(content)}" for name, content in held.items()]
+    held[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        for name, content in held.items():
+            wheel.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+
+
+def short(content: bytes) -> str:
+    """A digest as a wheel's record has it."""
+    return base64.urlsafe_b64encode(sha256(content).digest()).decode().rstrip("=")
 
 
 def describe(path: Path, owner: str) -> str:
-    """What to do with a build."""
+    """What to do with a build, in order."""
     files = [file for file in (path / "dataset").rglob("*") if file.is_file()]
     lines = [
         f"{path}/dataset: {sum(file.stat().st_size for file in files) / 2**20:.0f} MB",
         f"kaggle datasets create -p {path}/dataset --dir-mode zip",
+        f"kaggle datasets status {owner or NOBODY}/{NAME}   # push no kernel before it says ready",
         f"kaggle kernels push -p {path}/kernels/study   # or one notebook after the other",
     ]
     if not owner:
         lines.append("name yourself: make kaggle OWNER=...")
     return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 built, 2 a wrong request."""
+    parser = argparse.ArgumentParser(prog="python -m derm_compress.kaggle.build")
+    parser.add_argument("path", type=Path, help="the folder to write")
+    parser.add_argument("--run", default="small", help="params/RUN.yaml")
+    parser.add_argument("--owner", default="", help="your user name on Kaggle")
+    parser.add_argument("--model", default="", help="a model or data set there, to be attached")
+    parser.add_argument("--image", default="", help="the docker image that an earlier kernel had")
+    asked = vars(parser.parse_args(argv))
+    try:
+        print(describe(build(**asked), asked["owner"]))
+    except DermError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ from pathlib import Path
 from derm_compress.errors import DermError
 from derm_compress.files import atomic, check_new, hold, release, remove
 from derm_compress.kaggle import parts
-from derm_compress.kaggle.build import NOBODY, slug, write_metadata
+from derm_compress.kaggle.build import NAME, NOBODY, write_metadata
 from derm_compress.kaggle.setup import add_lines
 from derm_compress.study.plan import Plan, find_plan
 from derm_compress.study.store import Store, passing, reached
@@ -32,7 +32,7 @@ def pack(
             remove(artifacts)
             taken.append(f"{len(made)} parts")
         else:
-            write_metadata(draft, slug(run), owner or NOBODY, "other")
+            write_metadata(draft, f"{NAME}-{run}".replace("_", "-"), owner or NOBODY, "other")
     return taken
 
 

@@ -21,7 +21,6 @@ KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 INPUT, WORKING, SCRATCH = KAGGLE / "input", KAGGLE / "working", KAGGLE / "temp"
 DEEPEST = 7  # input/models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
 PICTURES = "Acne and Rosacea Photos"  # one of DermNet's folders
-PARAMS = "kaggle-t4"
 HOURS = 11.3  # of the 12 that Kaggle gives a session: the rest is for saving
 CONTENTS = ""  # digest of what lies beside this script; `make kaggle` fills it in
 BLOCKS = int(os.environ.get("DERM_COMPRESS_BLOCKS", 32))  # fewer are what pruning leaves
@@ -38,6 +37,7 @@ def main() -> None:
         "run": Path(os.environ["DERM_COMPRESS_PARAMS"]).stem,
         "installed": " ".join(installed) or "this package only",
         "saved in": str(WORKING),
+        "image": os.environ.get("KAGGLE_DOCKER_IMAGE", "unknown"),
     }
     print("\n".join(f"{name:10}  {value}" for name, value in told.items()), flush=True)
     if "ipykernel" in sys.modules:  # a notebook; the study as a script has its own limit
@@ -128,7 +128,7 @@ def set_environment(root: Path, site: Path) -> None:
     for name, path in (("PYTHONPATH", site), ("JUPYTER_PATH", site / "share" / "jupyter")):
         os.environ[name] = os.pathsep.join(filter(None, [str(path), os.environ.get(name)]))
     os.environ["DERM_COMPRESS_ROOT"] = str(root)
-    run = os.environ.get("DERM_COMPRESS_RUN", PARAMS)
+    run = os.environ["DERM_COMPRESS_RUN"]  # as the kernel's first cell says
     defaults = {
         "DERM_COMPRESS_PARAMS": str(root / "params" / f"{run}.yaml"),
         "HF_HOME": str(SCRATCH / "huggingface"),  # 14 GB that need not be saved

@@ -17,7 +17,7 @@ import toy
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from derm_compress import files
+from derm_compress import __version__, files
 from derm_compress.errors import DermError
 from derm_compress.kaggle import build, setup
 from derm_compress.study import params
@@ -45,10 +45,12 @@ OLDER = {"traitlets"}
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return build.build(tmp_path_factory.mktemp("kaggle") / "build", owner="me", root=ROOT)
+    return build.build(
+        tmp_path_factory.mktemp("kaggle") / "build", "kaggle-t4", owner="me", root=ROOT
+    )
 
 
-def test_the_data_set_has_all_that_a_session_needs(built):
+def test_the_data_set_has_all_that_a_session_needs(built, tmp_path):
     folder = built / "dataset"
     there = {path.name for path in folder.iterdir()}
     assert {"params", "notebooks", "kaggle_setup.py", "requirements-kaggle.txt"} <= there
@@ -59,6 +61,11 @@ def test_the_data_set_has_all_that_a_session_needs(built):
     assert len(files) > 60
     assert {path.relative_to(ROOT).as_posix() for path in files if path.is_file()} <= packed
     assert json.loads((folder / "dataset-metadata.json").read_text())["id"] == "me/derm-compress"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target"]
+    subprocess.run([*pip, tmp_path, wheel], check=True)
+    (found,) = importlib.metadata.distributions(name="derm-compress", path=[str(tmp_path)])
+    assert found.version == __version__
+    assert all(file.locate().is_file() for file in found.files)
 
 
 def test_our_pins_are_those_installed_and_nothing_that_the_image_pins(built):
@@ -116,25 +123,75 @@ def test_what_the_package_imports_is_pinned_or_on_the_image():
     assert names - set(pinned) - set(IMAGE) == {own, absent}
 
 
+def told(built, name):
+    return json.loads((built / "kernels" / name / "kernel-metadata.json").read_text())
+
+
 def test_kernels_say_machine_internet_and_inputs(built):
-    paths = sorted((built / "kernels").glob("*/kernel-metadata.json"))
-    told = [json.loads(path.read_text()) for path in paths]
-    assert len(told) == 9
-    for one in told:
-        assert one["machine_shape"] == "NvidiaTeslaT4"
+    names = [path.name for path in (built / "kernels").iterdir()]
+    assert len(names) == 11
+    for name in names:
+        one = told(built, name)
+        assert one["machine_shape"] == "NvidiaTeslaT4" and "docker_image" not in one
         assert one["enable_internet"] is True and one["enable_gpu"] is True
-        assert set(one["dataset_sources"]) == {"me/derm-compress", "shubhamgoel27/dermnet"}
-        assert (
-            built / "kernels" / one["title"].partition("compress-")[2].replace("-", "_")
-        ).is_dir()
+        assert one["dataset_sources"] == ["me/derm-compress", "shubhamgoel27/dermnet"]
+        assert one["title"] == f"derm-kaggle-t4-{name}".replace("_", "-")
+        assert one["id"] == f"me/{one['title']}" and len(one["title"]) <= 50
+        assert (built / "kernels" / name / one["code_file"]).is_file()
     earlier = ("01-data", "02-finetune", "03-layer-importance")
-    assert told[3]["kernel_sources"] == [f"me/derm-compress-{name}" for name in earlier]
+    sources = told(built, "04_pruning")["kernel_sources"]
+    assert sources == [f"me/derm-kaggle-t4-{name}" for name in earlier]
+
+
+def test_a_study_goes_on_from_all_before_it_by_the_same_script(built):
+    sources = {name: told(built, name)["kernel_sources"] for name in build.STUDIES}
+    first, second = "me/derm-kaggle-t4-study", "me/derm-kaggle-t4-study-2"
+    assert sources == {"study": [], "study-2": [first], "study-3": [first, second]}
+    assert len({(built / "kernels" / name / "study.py").read_bytes() for name in sources}) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "models", "datasets"),
+    [
+        ("", [], []),
+        ("them/llava/transformers/7b/1", ["them/llava/transformers/7b/1"], []),
+        ("them/llava", [], ["them/llava"]),
+    ],
+)
+def test_model_and_image_are_attached_to_every_kernel(model, models, datasets):
+    kernels = build.Kernels("small", "me", ["me/derm-compress"], model, "gcr.io/x@sha256:1")
+    made = kernels.metadata("study", "study.py", [])
+    assert made["model_sources"] == models and made["docker_image"] == "gcr.io/x@sha256:1"
+    assert made["dataset_sources"] == ["me/derm-compress", *datasets]
+
+
+def test_a_run_that_draws_its_pictures_needs_no_data_set():
+    assert build.pictures(ROOT, "small") == []
+    assert build.pictures(ROOT, "kaggle-t4") == ["shubhamgoel27/dermnet"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"run": "nix"}, "no .*nix.yaml.* small"),
+        ({"run": "small", "model": "a/b/c"}, "OWNER/MODEL"),
+    ],
+)
+def test_what_cannot_be_built_says_what_to_write(tmp_path, asked, words):
+    with pytest.raises(DermError, match=words):
+        build.build(tmp_path / "build", root=ROOT, **asked)
+
+
+def test_the_build_needs_nothing_but_python():
+    words = [sys.executable, "-S", "-m", "derm_compress.kaggle.build", "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--image" in done.stdout, done.stderr
 
 
 def test_a_build_overwrites_no_other_folder(tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(DermError, match="kaggle: .* is not empty"):
-        build.build(tmp_path, root=ROOT)
+        build.build(tmp_path, "small", root=ROOT)
     assert (tmp_path / "mine").exists()
 
 
@@ -157,9 +214,8 @@ def test_setup_cells_are_alike_do_nothing_elsewhere_and_are_no_part_of_keys():
 
 def first_cells(built):
     """What each kernel runs first, by the kernel's name."""
-    cells = {
-        "study": (built / "kernels/study/study.py").read_text("utf-8").split("\nimport subp")[0]
-    }
+    study = (built / "kernels/study/study.py").read_text("utf-8")
+    cells = {"study": study.split("\nimport subp")[0]}
     for path in built.glob("kernels/*/*.ipynb"):
         cells[path.stem] = "".join(build.setup_cell(files.read_json(path))["source"])
     assert len(cells) == 9
@@ -171,6 +227,7 @@ def test_a_kernel_runs_the_script_that_it_was_built_with_and_no_other(built, tmp
     env = {"PATH": os.environ["PATH"], "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
     refused = "RuntimeError: attach the data set built with this notebook, alone; found "
     for name, cell in first_cells(built).items():
+        assert 'os.environ["DERM_COMPRESS_RUN"] = "kaggle-t4"' in cell, name
         assert files.file_digest(built / "dataset/kaggle_setup.py") in cell, name
 
     def ran(**scripts):
