@@ -61,7 +61,7 @@ class Needs:
         self.rival = RIVAL in p["rankings"] and RIVAL in p["sft_rivals"]
 
     def steps(self) -> list[Step]:
-        """All parts of all stages, in order."""
+        """All parts of all stages."""
         p, arch = self.p, self.arch
         pictures = p["n_train"] + p["n_test"] + p["n_heldout"]
         rivals = len({*p["sft_rivals"]} & {*p["rankings"]})
@@ -82,11 +82,13 @@ class Needs:
         def ranking(one):
             return step("03_layer_importance", one.name, self.scoring(one), "importance_batch")
 
-        return [
+        def merging(stage):
+            return step(stage, "merging", lambda _: self.merging())
+
+        steps = [
             step("01_data", "pictures", lambda _: 0.0, disk=pictures * p["image_size"] ** 2 * 3),
             answers("02_finetune"),
             step("02_finetune", "fine-tuning", tune, "finetune_batch", disk=adapters[0]),
-            step("03_layer_importance", "plans", lambda _: self.weights),
             *map(ranking, rankings([*p["rankings"], RUN])),
             answers("04_pruning"),
             step("05_sft", "fine-tuning", heal, "sft_batch", disk=adapters[1]),
@@ -104,6 +106,12 @@ class Needs:
             answers("08_evaluation"),
             step("08_evaluation", "latency", self.timing, "latency_batches"),
         ]
+        return [*steps, *map(merging, list(dict.fromkeys(one.stage for one in steps))[1:])]
+
+    def merging(self) -> float:
+        """GiB while an adapter becomes part of the weights, linear by linear, on one GPU."""
+        largest = max(out * into for out, into in self.arch.linears.values())
+        return self.weights + (FP32 + FP16) * largest / GIB
 
     def answering(self, batch: int) -> float:
         """GiB on the first GPU: of a spread model, whose blocks and cache are on all, or whole."""

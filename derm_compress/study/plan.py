@@ -29,6 +29,7 @@ ARITHMETIC = {  # what x86 CPUs of the last ten years share: wider vectors sum t
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_CBWR": "AVX2",
 }
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # a GPU's memory in no fixed pieces
 PLACES = ("run", "artifact_root", "processes")  # where and how, not what is made
 PLACES += ("judge_url", "judge_concurrency", "judge_max_tokens")  # a whole reply is the same
 FOLDERS = ("data_root", "model", "judge_model", "embedder")  # by content, if they are here
@@ -196,8 +197,11 @@ def git_state(root: Path) -> dict:
 
 
 def settle() -> None:
-    """The same vector instructions for all kernels from now on; what is set already stays."""
-    for name, value in ARITHMETIC.items():
+    """Vector instructions and GPU allocator of all kernels from now on; what is set already stays.
+
+    Torch reads both as it starts.
+    """
+    for name, value in (ARITHMETIC | ALLOCATOR).items():
         os.environ.setdefault(name, value)
 
 

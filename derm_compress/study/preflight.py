@@ -11,7 +11,8 @@ from derm_compress.model.shapes import Architecture
 from derm_compress.study import batches
 from derm_compress.study.needs import Needs, Step
 
-CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: of the 14.74 that a T4 reports 14.2 are left
+CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: of the 14.56 that a T4 reports 14.02 are left
+CLOSE = 0.3  # GiB: a plan holds tensors only
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Machine:
     disk_gb: float = 20
 
 
-KAGGLE = Machine("Kaggle, two T4", gpus=2, gib=14.2)
+KAGGLE = Machine("Kaggle, two T4", gpus=2, gib=14.56 - CONTEXT)
 
 
 def architecture(values: dict) -> Architecture:
@@ -45,6 +46,8 @@ def says(plan, stages: Collection[str]) -> str:
         disk = sum(step.disk for step in parts) / 1e9
         by = f"{most.what}, {most.parameter} {most.batch}" if most.parameter else most.what
         lines.append(f"{stage:<24} {most.gib(most.batch):5.1f} GiB ({by}), {disk:.2f} GB of disk")
+        if 0 <= machine.gib - most.gib(most.batch) < CLOSE:
+            lines[-1] += f"; close to the {machine.gib:.2f} GiB of one GPU"
     return "\n".join([*lines, *faults(plan.values, arch, machine, stages)])
 
 
@@ -63,7 +66,7 @@ def here() -> Machine | None:
         return None
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gib = min(gpu.total_memory for gpu in found) / GIB - CONTEXT
-    return Machine(f"{len(found)} x {found[0].name}", len(found), round(gib, 1))
+    return Machine(f"{len(found)} x {found[0].name}", len(found), gib)
 
 
 def faults(
@@ -74,7 +77,7 @@ def faults(
     steps = steps_of(stages, p, arch, machine)
     for step in steps:
         if (gib := step.gib(step.batch)) > machine.gib:
-            over = f"{gib:.1f} GiB of {machine.gib:g} on one GPU"
+            over = f"{gib:.2f} GiB of {machine.gib:.2f} on one GPU"
             said.append(f"{step.stage}, {step.what}: {over}; {advice(step, p, machine)}")
         if step.gpus > machine.gpus and sum(plan_weights(arch).values()) > machine.gib / 2:
             need = "two models at once need two GPUs; take a machine that has them"

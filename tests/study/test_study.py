@@ -401,14 +401,15 @@ def test_every_process_of_a_run_has_the_same_arithmetic(root, monkeypatch, capsy
         == plan.environment()["arithmetic"]
     )
     assert execution.KERNEL.items() >= plan.ARITHMETIC.items()
-    for name in plan.ARITHMETIC:
+    for name in plan.ARITHMETIC | plan.ALLOCATOR:
         monkeypatch.delenv(name)
     code = "import derm_compress.study.plan as p; p.settle()"
+    code += "; import os; print(os.environ['PYTORCH_ALLOC_CONF'])"
     code += "; import torch; print(torch.backends.cpu.get_cpu_capability())"
-    told = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    assert told in ("AVX2", "DEFAULT", "NO AVX"), told
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    memory, vectors = done.stdout.splitlines()
+    assert memory == "expandable_segments:True"
+    assert vectors in ("AVX2", "DEFAULT", "NO AVX"), vectors
 
 
 def test_a_stage_and_the_runner_start_without_what_is_heavy(root):

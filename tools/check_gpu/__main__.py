@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from derm_compress.files import write_json
-from derm_compress.study.plan import environment
+from derm_compress.study.plan import environment, settle
 from tools.check_gpu import read_checks
 from tools.check_gpu.running import run_all, try_here
 
@@ -22,6 +22,7 @@ def main() -> int:
     asked.add_argument("--seconds", type=float, default=440, help="that all may take together")
     asked.add_argument("--into", type=Path, help="try one in this process; its result's file")
     told, checks = asked.parse_args(), read_checks()
+    settle()
     if unknown := set(told.names) - set(checks):
         asked.error(f"no checks {sorted(unknown)}; there are {', '.join(checks)}")
     chosen = [checks[name] for name in told.names or checks]

@@ -18,7 +18,6 @@ from derm_compress.method.quantization.search import search_forms
 from derm_compress.model import anatomy, calibration_batches, devices, loading, usage
 from derm_compress.model.recipe import adapter_digest
 from derm_compress.model.units import Unit
-from derm_compress.study.preflight import KAGGLE
 from tools.check_gpu import Skip, check, rig
 
 BYTES = 16e9  # that a kept 7B model takes
@@ -50,7 +49,7 @@ def merge_7b(device, folder):
     )
     far = float((last - expected).abs().max())
     assert far < 1e-3, f"the last weights are {far} from W + B A"
-    return rig.within(device, KAGGLE.gib)
+    return rig.within(device, rig.needs().merging())
 
 
 @check(200, alone=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from derm_compress.errors import DermError
 from derm_compress.model.recipe import adapter_digest
@@ -24,12 +24,13 @@ def merge_adapter(
     folder = Path(folder)
     check_adapter(folder, step, kept=kept, absent=absent)
     config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    weights = load_file(folder / "adapter_model.safetensors", device=str(model.device))
-    for name in (name for name in weights if name.endswith(DOWN)):
-        down, up = weights[name], weights[name.replace("lora_A", "lora_B")]
-        linear = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(DOWN))
-        update = config["lora_alpha"] / config["r"] * (up @ down)
-        linear.weight.data += update.to(linear.weight.dtype)
+    file = folder / "adapter_model.safetensors"
+    with safe_open(file, "pt", device=str(model.device)) as weights:  # a GPU may be almost full
+        for name in [name for name in weights.keys() if name.endswith(DOWN)]:  # noqa: SIM118
+            down, up = map(weights.get_tensor, (name, name.replace("lora_A", "lora_B")))
+            linear = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(DOWN))
+            update = (up @ down).mul_(config["lora_alpha"] / config["r"])
+            linear.weight.data += update.to(linear.weight.dtype)
 
 
 def check_adapter(folder: Path, step: dict, *, kept: tuple[int, ...], absent: tuple[str, ...]):
