@@ -32,6 +32,7 @@ LLAVA_7B = shapes.Architecture(  # shapes.llava_7b() counts the same, with torch
 TOTAL = LLAVA_7B.parameters()
 BLOCK = TOTAL - LLAVA_7B.parameters(1)
 GB = memory.GIB / 1e9  # units of 10^9 bytes in a GiB
+T4_GB_S = 320  # that a T4's memory gives at most, by its data sheet
 
 
 def params_b(blocks_removed: int) -> float:
@@ -52,6 +53,11 @@ def billions(name: str) -> float:
 def weights_gib(blocks_removed: int, quantizer: str = "") -> float:
     """Planned weights, at 16 bits or at 4 in groups of 64."""
     return sum(memory.plan_weights(LLAVA_7B, **_form(blocks_removed, quantizer)).values())
+
+
+def read_ms(blocks_removed: int, quantizer: str = "") -> float:
+    """Milliseconds in which a T4 can read these weights once, as a token needs them."""
+    return 1000 * weights_gib(blocks_removed, quantizer) * GB / T4_GB_S
 
 
 def peak_gib(blocks_removed: int, quantizer: str = "") -> float:
