@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from derm_compress.data import dialogue
 from derm_compress.method.importance.rankings import RUN, Ranking, rankings
+from derm_compress.method.quantization.methods import Form, forms
 from derm_compress.model.memory import (
     ADAPTED,
     FP16,
@@ -70,6 +71,7 @@ class Needs:
         adapters = self.adapter(p["finetune_rank"]), tuned * self.adapter(p["sft_rank"])
         statistics = 10 * 3 * self.tokens(1) * arch.hidden
         scales = (4 + self.rival) * FP32 * arch.blocks * 5 * arch.hidden
+        scales += 3 * sum(map(self.codes, self.coded))
 
         def step(stage, what, gib, parameter="", *, disk=0.0, gpus=1):
             batch = p[parameter] if parameter else 1
@@ -181,22 +183,34 @@ class Needs:
 
         return gib
 
+    @property
+    def coded(self) -> list[Form]:
+        """What GPTQ is asked for."""
+        asked = forms(self.p["methods"], self.p["bits"], self.p["group_size"])
+        return [form for form in asked if form.coded]
+
+    def codes(self, form: Form) -> float:
+        """Bytes of all linears' codes, and their groups' scales and zeros, in a form."""
+        plan = plan_weights(self.arch, form=form.format())
+        return GIB * (plan["decoder_linears"] + plan["quantization_scales"])
+
     def calibrating(self, batch: int) -> float:
         """GiB while one block at a time is on the GPU, with what is before the blocks.
 
-        A block's inputs are summed in fp32. The prompts about a picture are read together: their
-        common beginning, then the rest of each.
+        A block's inputs are summed in fp32, and GPTQ factors the widest sum. The prompts about a
+        picture are read together: their common beginning, then the rest of each.
         """
         arch, plan = self.arch, plan_weights(self.arch)
         around = sum(plan[part] for part in ("vision_tower", "projector", "embedding"))
         block = plan["decoder_linears"] / arch.blocks
         widths = [arch.linears[name][1] for name in GROUPED if name in arch.linears]
-        sums = FP32 * (2 * max(widths) ** 2 + sum(width**2 for width in widths))
+        copies = 4 if self.coded else 2
+        sums = FP32 * (copies * max(widths) ** 2 + sum(width**2 for width in widths))
         pictures = max(1, batch // self.kinds)
         held = FP32 * max(self.calibration(pictures)) * (max(widths) + 4 * arch.hidden)
         read = 2 * arch.cache_width * self.tokens(self.kinds * pictures)
         held += FP16 * (read + pictures * arch.tower_values)
-        return around + 4 * block + (sums + self.waiting() + held) / GIB
+        return around + 2 * copies * block + (sums + self.waiting() + held) / GIB
 
     def calibration(self, pictures: int) -> tuple[float, float]:
         """Tokens that a quantizer's calibration reads once a picture, and once a prompt."""

@@ -45,6 +45,7 @@ for argument in sys.argv[1:]:
 FORMS = {  # and who made the layout that each takes
     Form("awq", 4, clip=True): "awq",
     Form("awq", 3): "derm_compress",
+    Form("awq_gptq", 4): "awq",
     Form("rtn_symmetric", 4): "awq",
     Form("hqq", 4): "derm_compress",
     Form("bitsandbytes", 4): "bitsandbytes",

@@ -67,7 +67,7 @@ def test_mixed_forms_count_their_mean():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("gptq", "methods are awq"),
+        ("spqr", "methods are awq"),
         ("rtn-duo", "rtn has no duo; options of it: clip"),
         ("hqq-text", "hqq has no text; options of it: none"),
         ("awq-clip-clip", "an option is named once"),
@@ -81,7 +81,7 @@ def test_unknown_quantizers_are_refused(name, said):
 @pytest.mark.parametrize(
     ("form", "said"),
     [
-        ({"method": "gptq"}, "'gptq': methods are awq"),
+        ({"method": "spqr"}, "'spqr': methods are awq"),
         ({"method": "rtn", "bits": 5}, "bits: rtn has 2, 3, 4, 8, not 5"),
         ({"method": "rtn", "block_bits": {0: 5}}, "rtn has 2, 3, 4, 8, not 5"),
         ({"method": "bitsandbytes", "bits": 3}, "bitsandbytes has 4, not 3"),

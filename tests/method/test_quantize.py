@@ -35,6 +35,8 @@ FORMS = {
         Form("rtn_symmetric", 4),
         Form("awq", 4),
         Form("awq", 3, clip=True),
+        Form("gptq", 3, actorder=True),
+        Form("awq_gptq", 4),
         Form("hqq", 3),
         Form("bitsandbytes", 4),
         Form("rtn", 4, block_bits={0: 2}),

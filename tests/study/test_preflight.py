@@ -129,6 +129,16 @@ def test_hidden_states_between_two_blocks_take_what_is_planned(pico, dataset):
     assert on_t4.waiting() < 0.1 * memory.GIB < 0.03 * on_t4.calibrating(2) * memory.GIB
 
 
+def test_gptq_takes_memory_for_its_factor_and_disk_for_its_codes():
+    plain, coded = (Needs(values(methods=[name], bits=[4, 3]), ARCH) for name in ("awq", "gptq"))
+    wider = coded.calibrating(3) - plain.calibrating(3)
+    assert wider > 2 * 4 * 11008**2 / memory.GIB  # at least two more of the widest H
+    before, after = (sum(step.disk for step in one.steps()) for one in (plain, coded))
+    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    codes = linears * ((4 + 3) / 8 + (4 + 7 / 8) / 64)  # and each group's fp16 scale and zero
+    assert after - before == pytest.approx(3 * codes)
+
+
 def test_latency_is_planned_at_its_largest_batch_on_one_gpu():
     (said,) = preflight.faults(values(latency_batches=[1, 4]), ARCH)
     assert said.startswith("08_evaluation, latency: 14.")

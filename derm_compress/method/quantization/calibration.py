@@ -20,13 +20,14 @@ from derm_compress.model.cache import PrefixCache, visible
 from derm_compress.model.reading import picture_features
 
 
-def collect(model, batches, *, device=None, skip=()):
+def collect(model, batches, *, device=None, skip=(), instead=None):
     """Yield (block index, {group: InputStatistics}) for each block of the decoder in turn.
 
     Batches are the processor's output; positions outside the attention mask do not count, and
     token_weights, if a batch has them, weigh the others. device: where blocks run, one at a time,
     if it is not the model's. skip: blocks that run but yield {} (their results are kept from
-    before).
+    before). instead: a function of the index that gives the module whose output the next block
+    reads, once the statistics are used; without one it is the block.
     """
     training, home = model.training, model.device
     device = torch.device(device or home)
@@ -42,8 +43,11 @@ def collect(model, batches, *, device=None, skip=()):
         for index, block in enumerate(anatomy.blocks(model)):
             with _on(device, home, [block]):
                 watched = () if index in skip else anatomy.groups(block)
-                sums = _through(block, passes, watched)
+                here = [list(parts) for parts in passes] if instead else passes
+                sums = _through(block, here, watched)
                 yield index, _statistics(index, sums)
+                if instead:
+                    _through(instead(index), passes, ())
     finally:
         model.train(training)
 

@@ -53,7 +53,11 @@ class IntegerGrid(Grid):
         else:
             scales = _as_fp16((high - low) / top)
             zeros = (-low / scales).round().clamp(0, top)
-        return (groups / scales).round_().add_(zeros).clamp_(0, top), scales, zeros
+        return self.nearest(groups, scales, zeros), scales, zeros
+
+    def nearest(self, weight, scales, zeros):
+        """The codes of weights under these scales and zeros, float32."""
+        return (weight / scales).round_().add_(zeros).clamp_(0, 2**self.bits - 1)
 
     def encode(self, weight, ends=None):
         """Weight [out, in] -> uint8 codes, fp16 scales, zeros [out, in / g] (symmetric: None)."""
@@ -101,7 +105,11 @@ class HQQGrid(IntegerGrid):
         zeros = made["zero"].float().view(shape).clamp(-FP16_MAX, FP16_MAX).half().float()
         # the codes anew, as scale and zero are now fp16
         groups = weight.unflatten(-1, (-1, self.group_size))
-        return (groups / scales).add_(zeros).round_().clamp_(0, 2**self.bits - 1), scales, zeros
+        return self.nearest(groups, scales, zeros), scales, zeros
+
+    def nearest(self, weight, scales, zeros):
+        """As IntegerGrid's."""
+        return (weight / scales).add_(zeros).round_().clamp_(0, 2**self.bits - 1)
 
 
 @dataclass(frozen=True)

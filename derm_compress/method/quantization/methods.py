@@ -16,6 +16,7 @@ from derm_compress.model.memory import FP16, FP32, Format
 
 MIXED = "mixed"  # how names end where blocks have several widths
 WHOLE = 16  # bits of a linear that is not quantized
+OPTIONS = ("duo", "clip", "double", "actorder", "text")  # of forms, as names have them
 MAPS = ("block_bits", "linear_bits")  # a form's widths by place
 
 
@@ -24,7 +25,8 @@ class Method:
     """A quantization method, and what may be asked of it.
 
     grid: a kind of grids.GRIDS, symmetric or not. scaling: who chooses the scales: "search" (Eqs.
-    6-8), "autoawq", or nobody. group_sizes: empty for any. in_paper: of the paper's Tables 3 and 5.
+    6-8), "autoawq", or nobody. rounding: who chooses the codes: "gptq", or each weight the nearest.
+    group_sizes: empty for any. in_paper: of the paper's Tables 3 and 5.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Method:
     in_paper: bool = False
     citation: str = ""
     symmetric: bool = False
+    rounding: str = ""
 
     def __post_init__(self):
         self.format(self.widths[0], 64)  # a grid that has none is told before any work
@@ -74,11 +77,14 @@ class Method:
 
 
 CLIP, SEARCHED = ("clip",), ("duo", "clip", "text")
+GPTQ = {"options": ("actorder", "text"), "rounding": "gptq", "citation": "arXiv:2210.17323"}
 BLOCKS = (32, 64, 128, 256)
 AWQ, QLORA = "arXiv:2306.00978", "arXiv:2305.14314"
 _ALL = (
     Method("awq", "AWQ", "integer", "search", options=SEARCHED, in_paper=True, citation=AWQ),
     Method("autoawq", "AutoAWQ", "integer", "autoawq", (4,), options=SEARCHED, citation=AWQ),
+    Method("gptq", "GPTQ", "integer", **GPTQ),
+    Method("awq_gptq", "AWQ-GPTQ", "integer", "search", **GPTQ),
     Method("rtn", "round-to-nearest", "integer", options=CLIP, in_paper=True),
     Method(
         "rtn_symmetric",
@@ -102,9 +108,9 @@ class Form:
     """A method at a width: awq4, awq3-duo-clip, awq4-text, awq2-mixed.
 
     duo: scales also know the weights' magnitudes. clip: groups may be clipped. double: NF4's absmax
-    in 8 bits. text: calibrated without pictures. block_bits: {block of the model at hand: bits}
-    where they differ from `bits`; linear_bits: {"12.mlp.down_proj": bits} over both, WHOLE for one
-    that stays as it is.
+    in 8 bits. actorder: GPTQ begins with the loudest inputs. text: calibrated without pictures.
+    block_bits: {block of the model at hand: bits} where they differ from `bits`; linear_bits:
+    {"12.mlp.down_proj": bits} over both, WHOLE for one that stays as it is.
     """
 
     method: str
@@ -113,6 +119,7 @@ class Form:
     duo: bool = False
     clip: bool = False
     double: bool = False
+    actorder: bool = False
     text: bool = False
     block_bits: Mapping[int, int] = field(default_factory=dict, hash=False)
     linear_bits: Mapping[str, int] = field(default_factory=dict, hash=False)
@@ -125,9 +132,9 @@ class Form:
         self.kind.check_options(self.options)
         for bits in {self.bits, *widths.values(), *self.linear_bits.values()} - {WHOLE}:
             self.kind.check_size(bits, self.group_size)
-        if self.linear_bits and self.searched:
+        if self.linear_bits and (self.scaled or self.clip):
             said = f"{self.method} searches whole blocks of one width"
-            raise DermError(f"quantizer: {said}; linears of several widths take rtn or hqq")
+            raise DermError(f"quantizer: {said}; linears of several widths take gptq, rtn or hqq")
 
     @staticmethod
     def of(step: Mapping) -> Form:
@@ -168,16 +175,21 @@ class Form:
 
     @property
     def options(self) -> tuple[str, ...]:
-        return tuple(name for name in ("duo", "clip", "double", "text") if getattr(self, name))
+        return tuple(name for name in OPTIONS if getattr(self, name))
 
     @property
     def scaled(self) -> bool:
         return bool(self.kind.scaling)
 
     @property
+    def coded(self) -> bool:
+        """Whether calibration inputs choose its codes."""
+        return bool(self.kind.rounding)
+
+    @property
     def searched(self) -> bool:
-        """Whether calibration inputs choose its scales or its clipping."""
-        return self.scaled or self.clip
+        """Whether calibration inputs choose its scales, its clipping or its codes."""
+        return self.scaled or self.clip or self.coded
 
     @property
     def quantizer(self) -> str:

@@ -7,6 +7,7 @@ from derm_compress.errors import DermError
 from derm_compress.method.quantization.grids import Int8Grid, grid_of
 from derm_compress.method.quantization.groups import check_linear, clip_ends
 from derm_compress.method.quantization.methods import WHOLE, Form
+from derm_compress.method.quantization.packed import PackedLinear
 from derm_compress.model import anatomy
 
 
@@ -40,24 +41,44 @@ def quantize(model, form, *, scales=None, packed=False):
         has = "needs the scales of a search" if form.searched else "takes no scales"
         raise DermError(f"quantize: {form.name} {has}")
     scales = scales or {}
-    folded = {key: s for key, s in scales.items() if key not in found}
+    folded = {
+        key: s for key, s in scales.items() if not {key, key.rpartition(".")[0]} & found.keys()
+    }
     if form.scaled or folded:
         fold_scales(model, folded)
-    for key, (block, name, grid) in found.items():
-        linear = block.get_submodule(name)
-        ends = clip_ends(scales[key], grid.bits, linear.weight.device) if key in scales else None
+    for index, block in enumerate(anatomy.blocks(model)):
+        round_block(block, index, form, scales, packed=packed)
+    return model
+
+
+@torch.no_grad()
+def round_block(block, index, form, scales, *, packed=False):
+    """quantize() of one block in place, once its scales are folded in."""
+    for name, linear in anatomy.linears(block).items():
+        if form.bits_of(index, name) == WHOLE:
+            continue
+        grid, key, made, ends = grid_of(form, index, name), f"{index}.{name}", None, None
+        if form.coded:
+            made = _of_codes(linear, grid, key, scales)
+        elif key in scales:
+            ends = clip_ends(scales[key], grid.bits, linear.weight.device)
         if packed or isinstance(grid, Int8Grid):
-            linear = grid.packed(linear, ends)
+            linear = made or grid.packed(linear, ends)
             block.set_submodule(name, linear)
         else:
-            _set(
-                linear.weight,
-                grid.rounded(linear.weight, ends),
-                f"rounded weights of {key}",
-                "quantize in fp32",
-            )
+            weight = made.dequantized() if made else grid.rounded(linear.weight, ends)
+            _set(linear.weight, weight, f"rounded weights of {key}", "quantize in fp32")
         linear.grid = grid
-    return model
+
+
+def _of_codes(linear, grid, key, scales):
+    codes, steps, zeros = (scales.get(f"{key}.{name}") for name in ("codes", "scales", "zeros"))
+    size = linear.out_features, linear.in_features // grid.group_size
+    if codes is None or steps.shape != size:
+        raise DermError("quantize: the codes belong to another model; run the search on this one")
+    held = PackedLinear(grid, linear.weight.shape, codes, steps, zeros)
+    held.to(linear.weight.device).bias = linear.bias
+    return held
 
 
 def _set(parameter, value, what, advice):
@@ -112,11 +133,22 @@ def fold_scales(model, scales):
     widths = {key: linears[0].in_features for key, (_, linears) in groups.items()}
     if widths != {key: len(s) for key, s in scales.items()}:
         raise DermError("quantize: the scales belong to another model; run the search on this one")
-    for key, (before, linears) in groups.items():
-        s, told = scales[key].to(before.weight.device, torch.float32), f"scales of {key}"
+    for index, block in enumerate(anatomy.blocks(model)):
+        fold_block(block, index, scales)
+
+
+@torch.no_grad()
+def fold_block(block, index, scales):
+    """fold_scales() of one block in place, as far as there are scales."""
+    for group in anatomy.groups(block):
+        key = f"{index}.{group}"
+        if key not in scales:
+            continue
+        before, told = absorber(block, group), f"scales of {key}"
+        s = scales[key].to(before.weight.device, torch.float32)
         for parameter in before.parameters():
             rows = s.view(-1, *[1] * (parameter.ndim - 1))
             last = parameter[-len(s) :]
             _set(last, last.float() / rows, told, "calibrate anew")
-        for linear in linears:
+        for linear in group_linears(block, group).values():
             _set(linear.weight, linear.weight.float() * s, told, "calibrate anew")

@@ -56,6 +56,16 @@ class InputStatistics:
         groups = self.inputs.unflatten(1, (-1, size)).transpose(0, 1)
         return groups.transpose(1, 2) @ groups
 
+    def gram_matrix(self):
+        """H [in, in]."""
+        return self.inputs.T @ self.inputs if self.gram is None else self.gram
+
+    def divided(self, s):
+        """The statistics of inputs divided by s [in]."""
+        inputs = None if self.inputs is None else self.inputs / s
+        gram = None if self.gram is None else self.gram / (s[:, None] * s)
+        return InputStatistics(self.mean_abs / s, self.tokens, inputs, gram)
+
     def finite(self):
         held = (self.mean_abs, self.inputs, self.gram)
         return all(anatomy.finite(tensor) for tensor in held if tensor is not None)

@@ -1,8 +1,8 @@
-"""Searches of scales and clipping: one calibration pass serves every form asked for.
+"""Searches of scales, clipping and codes: one calibration pass serves every form asked for.
 
 The result of a form is a dict of tensors ("block.group": s [in]; "block.name": clip indices [out,
-in / g]) and rows (block, group, alpha, loss, loss_rtn). With a scratch folder a killed search goes
-on at its block.
+in / g]; what gptq.py adds) and rows (block, group, alpha, loss, loss_rtn). With a scratch folder a
+killed search goes on at its block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from derm_compress.data.items import Item
 from derm_compress.files import atomic, digest
 from derm_compress.method.assemble import materialize
 from derm_compress.method.iterate import Turn, joined
-from derm_compress.method.quantization import autoawq, calibration, scaling
+from derm_compress.method.quantization import autoawq, calibration, gptq, scaling
 from derm_compress.method.quantization.methods import Form, check_groups
 from derm_compress.method.quantization.quantize import targets
 from derm_compress.method.quantization.wanted import calibrations
@@ -40,22 +40,35 @@ def search_forms(model, batches, forms, *, device=None, scratch=None):
     """{name: (tensors, rows)} of forms {name: Form}; the model is left as it was.
 
     device: where blocks run, one at a time, if not where the model is. scratch: a folder for
-    finished blocks. Forms of method `autoawq` are searched by AutoAWQ's own quantizer.
+    finished blocks. Forms of method `autoawq` are searched by AutoAWQ's own quantizer. One pass
+    serves all others but those of GPTQ, whose blocks read what their quantized ones leave.
     """
     theirs = {name: form for name, form in forms.items() if form.kind.scaling == "autoawq"}
-    found = {name: ({}, []) for name in forms if name not in theirs}
-    batches = list(batches) if theirs else batches  # read again for each of them
+    coded = {name: form for name, form in forms.items() if form.coded}
+    shared = {name: form for name, form in forms.items() if name not in theirs | coded}
+    batches = list(batches) if theirs or coded else batches  # read again for each of them
     for form in forms.values():  # refuses before anything is computed
         targets(model, form)
     for form in theirs.values():
         autoawq.check(model, batches, form)
+    found = _one_pass(model, batches, shared, device, scratch) if shared else {}
+    for name, form in coded.items():
+        own = scratch and Path(scratch) / name
+        found |= _one_pass(model, batches, {name: form}, device, own)
+    return found | {name: autoawq.search(model, batches, form) for name, form in theirs.items()}
+
+
+def _one_pass(model, batches, forms, device, scratch):
+    """search_forms() of forms that one pass serves, or of one whose codes are searched."""
+    found, (form, *_) = {name: ({}, []) for name in forms}, forms.values()
     done = {int(file.stem): file for file in Path(scratch).glob("*.safetensors")} if scratch else {}
-    passes = calibration.collect(model, batches, device=device, skip=done) if found else ()
-    for block, statistics in passes:
+    how = {"device": device, "skip": done}
+    if form.coded:
+        how["instead"] = partial(gptq.quantized_copy, model, form, next(iter(found.values()))[0])
+    search_block = gptq.search_block if form.coded else scaling.search_block
+    for block, statistics in calibration.collect(model, batches, **how):
         if block not in done:
-            made = {
-                name: scaling.search_block(model, block, statistics, forms[name]) for name in found
-            }
+            made = {name: search_block(model, block, statistics, forms[name]) for name in found}
             if scratch:
                 _write(Path(scratch) / f"{block}.safetensors", made)
         else:
@@ -63,7 +76,7 @@ def search_forms(model, batches, forms, *, device=None, scratch=None):
         for name, (tensors, rows) in made.items():
             found[name][0].update({key: t.cpu().contiguous() for key, t in tensors.items()})
             found[name][1].extend(rows)
-    return found | {name: autoawq.search(model, batches, form) for name, form in theirs.items()}
+    return found
 
 
 def search_one(model, batches, form, **how):
