@@ -170,6 +170,14 @@ def test_a_run_that_draws_its_pictures_needs_no_data_set():
     assert build.pictures(ROOT, "kaggle-t4") == ["shubhamgoel27/dermnet"]
 
 
+def test_one_data_set_serves_all_runs(built, tmp_path):
+    other = build.build(tmp_path / "build", "small", owner="me", root=ROOT)
+    same = [path.relative_to(other) for path in (other / "dataset").rglob("*") if path.is_file()]
+    assert len(same) > 15
+    for path in same:
+        assert (other / path).read_bytes() == (built / path).read_bytes(), path
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
@@ -318,6 +326,10 @@ def test_a_mounted_folder_counts_without_its_times(tmp_path, monkeypatch):
             os.utime(tmp_path / name / "a.jpg", (when, when))
             found.append(fingerprint(link))
     assert found[0] == found[1] and found[2] != found[3] and found[0] != found[2]
+    alone = tmp_path / "alone"  # a folder of links to single files
+    alone.mkdir()
+    (alone / "a.jpg").symlink_to(tmp_path / "input" / "a.jpg")
+    assert fingerprint(alone) == found[0]
 
 
 def mounting(root, artifacts, *words):
