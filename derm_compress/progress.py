@@ -1,6 +1,7 @@
 """One line of progress now and then, readable in a log, a notebook and a terminal (no torch)."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,12 @@ def say(text: str) -> None:
     if path := os.environ.get(LOG):
         with Path(path).open("a", encoding="utf-8") as log:
             log.write(text + "\n")
+
+
+def mute() -> None:
+    """For a process whose like beside it says the same."""
+    os.environ.pop(LOG, None)
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  to the end of the process
 
 
 def clock(seconds: float) -> str:

@@ -1,5 +1,6 @@
 import dataclasses
 import gc
+import multiprocessing
 import weakref
 from functools import partial
 
@@ -15,7 +16,7 @@ from derm_compress.errors import DermError
 from derm_compress.method import assemble
 from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import jobs, train
-from derm_compress.method.finetune.jobs import Job
+from derm_compress.method.finetune.jobs import Job, Worker
 from derm_compress.method.finetune.merge import merge_adapter
 from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.method.quantization import quantize
@@ -216,7 +217,7 @@ def test_a_fine_tune_elsewhere_is_the_same_and_finished_ones_are_kept(
     recipes = {"original": recipe, "again": recipe, "pruned-4": pruned}
     asked = [Job(name, f"{name}+sft", one.to_json(), short) for name, one in recipes.items()]
     where = {"data": data, "store": store, "scratch": scratch}
-    side_by_side(partial(jobs.fine_tune, **where), asked[1:2], processes=1)  # in one of its own
+    side_by_side(partial(jobs.fine_tune, **where), asked[1:2])  # in a process of its own
     before = (scratch / "again" / "curve.parquet").stat().st_mtime_ns
     jobs.fine_tune_all(out, asked, **where, processes=1)
     assert (scratch / "again" / "curve.parquet").stat().st_mtime_ns == before
@@ -309,29 +310,74 @@ def test_the_plan_knows_what_adapters_are_trained_on(pico, dataset):
     assert 8 < big["half"] - big["nf4"] < 10  # 6.5 billion weights of 12 bits more
 
 
-def test_several_fine_tunes_on_a_cpu_go_side_by_side(recipe, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(jobs, "side_by_side", lambda work, todo, processes: seen.append(todo))
-    monkeypatch.setattr(jobs.shutil, "copytree", lambda *_: None)
-    asked = [Job(name, name, recipe.to_json(), TRAINING) for name in ("a", "b", "c")]
-    (tmp_path / "a").mkdir()  # finished before
-    where = {"data": tmp_path, "store": None, "scratch": tmp_path}
-    jobs.fine_tune_all(tmp_path / "out", asked, **where, processes=2)
-    assert seen == [asked[1:]]
+def test_two_processes_that_share_batches_make_the_adapter_of_one(dataset, recipe, store, tmp_path):
+    """Of three rows one reads two. Adam divides by gradients: a high rate makes rounding large."""
+    training = dataclasses.replace(TRAINING, steps=2, batch_size=3, learning_rate=1e-3)
+    job, curves = Job("a", "a+sft", recipe.to_json(), training), []
+    items.save_dataset(tmp_path, dataset)
+    for name, ranks in (("alone", 1), ("shared", 2)):
+        scratch = tmp_path / name
+        scratch.mkdir()
+        where = {"data": tmp_path, "store": store, "scratch": scratch}
+        first, *others = (Worker([job], "cpu", r, ranks, scratch / "met") for r in range(ranks))
+        beside = [
+            multiprocessing.get_context("fork").Process(  # has imported all that this one has
+                target=jobs.fine_tune_here, args=[other], kwargs=where
+            )
+            for other in others
+        ]
+        for process in beside:
+            process.start()
+        jobs.fine_tune_here(first, **where)
+        assert [process.join() or process.exitcode for process in beside] == [0] * len(others)
+        curves.append(jobs.loss_curves(scratch, [job]).loss)
+    files = [tmp_path / name / "a" / "adapter_model.safetensors" for name in ("alone", "shared")]
+    alone, shared = map(load_file, files)
+    assert all((alone[name] - shared[name]).abs().max() < 1e-6 for name in alone)
+    assert np.allclose(*curves, rtol=1e-6) and curves[0].iloc[-1] < curves[0].iloc[0]
 
 
-def test_a_gpu_takes_as_many_fine_tunes_as_it_holds(recipe, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(jobs, "side_by_side", lambda work, todo, processes: seen.append(processes))
-    monkeypatch.setattr(jobs, "fine_tune", lambda job, **_: seen.append(job.adapter))
-    monkeypatch.setattr(jobs.shutil, "copytree", lambda *_: None)
-    asked = [Job(name, name, recipe.to_json(), TRAINING, "cuda") for name in "abcd"]
-    one = jobs.CONTEXT + sum(jobs.plan_of(asked[0], checkpointing=False).values())
-    for models in (9, 3.01, 1.99):
-        monkeypatch.setattr(devices, "room", lambda _, models=models: models * one / train.AMPLE)
-        where = {"data": tmp_path, "store": None, "scratch": tmp_path}
-        jobs.fine_tune_all(tmp_path / "out", asked, **where, processes=6)
-    assert seen == [4, 3, *"abcd"]
+@pytest.fixture
+def dealt(recipe, tmp_path, monkeypatch):
+    """(adapters, processes, room of each GPU) -> (adapters, device, rank of ranks) a worker."""
+    one = Job("a", "a", recipe.to_json(), TRAINING, "cuda")
+    needed = (jobs.CONTEXT + sum(jobs.plan_of(one, checkpointing=False).values())) / train.AMPLE
+
+    def deal(names, processes, models):
+        asked = [dataclasses.replace(one, adapter=name) for name in names]
+        if models is None:
+            asked = [dataclasses.replace(job, device="cpu") for job in asked]
+        rooms = [needed * room for room in models or ()]
+        monkeypatch.setattr(devices, "rooms", lambda: rooms)
+        return [
+            ("".join(job.adapter for job in w.jobs), w.device, f"{w.rank} of {w.ranks}")
+            for w in jobs.divided(asked, processes=processes, meeting=tmp_path)
+        ]
+
+    return deal
+
+
+def test_several_fine_tunes_on_a_cpu_go_side_by_side(dealt):
+    assert dealt("abc", 2, None) == [("ac", "cpu", "0 of 1"), ("b", "cpu", "0 of 1")]
+    assert dealt("a", 2, None) == [("a", "cpu", "0 of 1")] and dealt("", 2, None) == []
+
+
+def test_a_gpu_takes_as_many_fine_tunes_as_it_holds(dealt):
+    assert [len(dealt("abcd", 6, [room])) for room in (9, 3.01, 1.99, 0.5)] == [4, 3, 1, 1]
+
+
+def test_gpus_take_fine_tunes_in_turn_and_share_one(dealt):
+    told = dealt("abcde", 3, [2.01, 9])
+    assert told == [
+        ("ad", "cuda:0", "0 of 1"),
+        ("be", "cuda:1", "0 of 1"),
+        ("c", "cuda:0", "0 of 1"),
+    ]
+    for asked in (("ab", 1, [2.01, 2.01]), ("ab", 2, [0.5, 0.5])):
+        assert dealt(*asked) == [("ab", "cuda:0", "0 of 2"), ("ab", "cuda:1", "1 of 2")]
+    devices_of = [(names, device) for names, device, _ in dealt("ab", 2, [1.01] * 4)]
+    assert devices_of == [("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:2"), ("b", "cuda:3")]
+    assert len(dealt("a", 1, [9] * 6)) == TRAINING.batch_size  # a row each
 
 
 def test_further_seeds_train_with_other_seeds():

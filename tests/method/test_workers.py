@@ -22,6 +22,7 @@ def meet(name, folder):
 def fail(name):
     if name == "b":
         raise DermError("fine-tuning b: no")
+    time.sleep(60)
 
 
 def wait_for(true, seconds=60):
@@ -32,19 +33,21 @@ def wait_for(true, seconds=60):
 
 
 def test_pieces_run_at_the_same_time_each_in_a_process_of_its_own(tmp_path):
-    side_by_side(partial(meet, folder=tmp_path), ["a", "b"], processes=2)
+    side_by_side(partial(meet, folder=tmp_path), ["a", "b"])
     workers = {file.read_text() for file in tmp_path.iterdir()}
     assert len(workers) == 2 and str(os.getpid()) not in workers
 
 
-def test_a_failure_is_raised_as_it_was(tmp_path):
+def test_a_failure_is_raised_as_it_was_and_ends_what_waits():
+    began = time.monotonic()
     with pytest.raises(DermError, match="fine-tuning b: no"):
-        side_by_side(fail, ["a", "b"], processes=1)
+        side_by_side(fail, ["a", "b"])
+    assert time.monotonic() - began < 50
 
 
 def test_a_killed_worker_is_said_in_one_line():
     with pytest.raises(DermError, match="a worker process was killed: memory may have run out"):
-        side_by_side(os._exit, [9], processes=1)
+        side_by_side(os._exit, [9])
 
 
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
@@ -56,7 +59,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
         "    open(path, 'w').write(str(os.getpid()))\n"
         "    time.sleep(60)\n"
         "if __name__ == '__main__':\n"
-        "    side_by_side(work, sys.argv[1:], processes=1)\n"
+        "    side_by_side(work, sys.argv[1:])\n"
     )
     told = tmp_path / "pid"
     parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", told])

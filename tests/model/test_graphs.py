@@ -50,12 +50,12 @@ def test_gradients_are_those_of_the_model_and_can_be_recorded(dataset, monkeypat
     optimizer = torch.optim.AdamW(weights, lr=0.01)
     some = dataset.of("train")[:3]
     batch = train.training_batch(model, processor, some, dataset.images, np.random.default_rng(0))
-    with train.autocast("cpu", enabled=base == "half"):
+    with train.autocast("cpu", base):
         loss = tuned(**batch, use_cache=False).loss
     loss.backward()
     expected = [weight.grad.clone() for weight in weights]
     work = train.gradients_of(tuned, optimizer, base=base)
-    with torch.no_grad(), train.autocast("cpu", enabled=base == "half"):
+    with torch.no_grad(), train.autocast("cpu", base):
         x = train.embedded(model, batch)
     asked = x, batch["attention_mask"], batch["labels"]
     found = work(*asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,9 +15,11 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
+from derm_compress import progress
 from derm_compress.data.items import load_dataset
 from derm_compress.files import atomic
 from derm_compress.method.assemble import materialize
+from derm_compress.method.finetune import parallel
 from derm_compress.method.finetune.train import AMPLE, Training, planned, train
 from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.model import anatomy, devices, loading, memory, shapes, usage
@@ -50,35 +53,85 @@ def fine_tune_jobs(sources: pd.DataFrame, training: Training, device: str) -> li
     ]
 
 
+@dataclass(frozen=True)
+class Worker:
+    """Fine-tunes of one process, on its device; `ranks` meet by a file to share batches."""
+
+    jobs: Sequence[Job]
+    device: str
+    rank: int
+    ranks: int
+    meeting: Path
+
+
 def fine_tune_all(
     folder: Path, jobs: Sequence[Job], *, data: Path, store, scratch: Path, processes: int = 1
 ) -> None:
     """Runs jobs into folder/<adapter>, one thread each; finished ones wait in `scratch`.
 
-    Up to `processes` at once, on a GPU as far as its memory holds them.
+    Up to `processes` at once, on GPUs as far as their memory holds them; with fewer fine-tunes than
+    GPUs each has several, which share its batches.
     """
     if jobs[0].device == anatomy.META:
         for job in jobs:
             plan_only(folder / job.adapter, job, scratch=scratch)
         return
     todo = [job for job in jobs if not (scratch / job.adapter).exists()]
-    work = partial(fine_tune, data=data, store=store, scratch=scratch)
-    processes = min(processes, fitting(todo), len(todo))
-    if processes > 1:
-        side_by_side(work, todo, processes=processes)
-    else:
-        for job in todo:
-            work(job)
+    work = partial(fine_tune_here, data=data, store=store, scratch=scratch)
+    with tempfile.TemporaryDirectory() as meeting:
+        workers = divided(todo, processes=processes, meeting=Path(meeting))
+        if len(workers) > 1:
+            usage.reset_peak(jobs[0].device)  # else this process keeps a GPU's memory from them
+            side_by_side(work, workers)
+        elif workers:
+            work(workers[0])
     for job in jobs:
         shutil.copytree(scratch / job.adapter, folder / job.adapter)
 
 
-def fitting(jobs: Sequence[Job]) -> float:
-    """How many of these fit a GPU at once, without gradient checkpointing; on a CPU any number."""
-    if not jobs or jobs[0].device == "cpu":
+def divided(jobs: Sequence[Job], *, processes: int, meeting: Path) -> list[Worker]:
+    """Jobs in turn to as many as run at once, and the GPUs among these."""
+    if not jobs:
+        return []
+    rooms = devices.rooms() if jobs[0].device == "cuda" else []
+    places = [f"cuda:{gpu}" for gpu in range(len(rooms))] or [jobs[0].device]
+    lanes = max(1, min(processes, len(jobs), fitting(jobs, rooms)))
+    ranks = max(1, min(len(places) // lanes, jobs[0].training.batch_size))
+    return [
+        Worker(
+            jobs[lane::lanes],
+            places[(lane * ranks + rank) % len(places)],
+            rank,
+            ranks,
+            meeting / str(lane),
+        )
+        for lane in range(lanes)
+        for rank in range(ranks)
+    ]
+
+
+def fitting(jobs: Sequence[Job], rooms: Sequence[float]) -> float:
+    """How many fit GPUs with so much room at once, without checkpointing; on a CPU any number."""
+    if not rooms:
         return math.inf
     needed = max(CONTEXT + sum(plan_of(job, checkpointing=False).values()) for job in jobs)
-    return int(AMPLE * devices.room(jobs[0].device) / needed)
+    return len(rooms) * int(AMPLE * min(rooms) / needed)
+
+
+def fine_tune_here(worker: Worker, *, data: Path, store, scratch: Path) -> None:
+    """A worker's fine-tunes, one after another."""
+    if worker.device != "cpu":
+        torch.cuda.set_device(worker.device)
+    if worker.rank:
+        progress.mute()
+    if worker.ranks > 1:
+        torch.distributed.init_process_group(
+            init_method=f"file://{worker.meeting}", rank=worker.rank, world_size=worker.ranks
+        )
+    for job in worker.jobs:
+        fine_tune(replace(job, device=worker.device), data=data, store=store, scratch=scratch)
+    if worker.ranks > 1:
+        torch.distributed.destroy_process_group()
 
 
 def plan_of(job: Job, *, checkpointing: bool) -> dict[str, float]:
@@ -104,6 +157,8 @@ def fine_tune(job: Job, *, data: Path, store, scratch: Path) -> None:
     peak, checkpointing = planned(model, processor, *asked, what=what)
     how = {"checkpoint": scratch / f"{job.adapter}.safetensors", "checkpointing": checkpointing}
     tuned, curve, told = train(model, processor, *asked, what=what, **how)
+    if parallel.rank():  # another keeps the same
+        return
     with atomic(scratch / job.adapter) as draft:
         tuned.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)  # peft's card; the export writes ours

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
+from derm_compress.method.finetune import parallel
 from derm_compress.method.quantization import nf4
 from derm_compress.model import anatomy, devices, memory, oom, shapes
 from derm_compress.model.graphs import Recorded
-from derm_compress.model.prompts import collate, encode
+from derm_compress.model.prompts import IGNORED, collate, encode
 from derm_compress.model.reading import picture_features
 from derm_compress.progress import say, track
 
@@ -64,13 +65,13 @@ class Training:
 def training_batch(
     model, processor, items: Sequence[Item], images: np.ndarray, rng: np.random.Generator
 ) -> dict:
-    """One batch of conversations, each with its picture and its turns in random order and words."""
+    """This process's rows of a batch: conversations, each with its picture and turns at random."""
     expanded = anatomy.image_tokens(model.config)
     told = [dialogue.conversation(item.disease, item.facts, rng) for item in items]
-    pieces = [encode(processor, turns, image_tokens=expanded) for turns in told]
+    pieces = [encode(processor, turns, image_tokens=expanded) for turns in parallel.own(told)]
     multiple = WIDTHS if model.device.type == "cuda" else 1
     batch = collate(pieces, pad=processor.tokenizer.pad_token_id, multiple=multiple)
-    pictures = list(images[[item.row for item in items]])
+    pictures = list(images[[item.row for item in parallel.own(items)]])
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     batch["pixel_values"] = pixels.to(model.dtype)
     return {name: part.to(model.device) for name, part in batch.items()}
@@ -88,7 +89,7 @@ def planned_peak(
     """GiB that memory.plan_training gives, with the length of the first batch."""
     first = items[: training.batch_size]
     rng = np.random.default_rng(training.seed)
-    width = training_batch(model, processor, first, images, rng)["input_ids"].shape[1]
+    rows, width = training_batch(model, processor, first, images, rng)["input_ids"].shape
     element = rest = model.get_input_embeddings().weight.element_size()
     form = memory.ADAPTED[training.base]
     if training.base == "half":
@@ -96,7 +97,7 @@ def planned_peak(
     plan = memory.plan_training(
         shapes.architecture(model.config),
         rank=training.rank,
-        batch=len(first),
+        batch=rows,
         text_tokens=width - anatomy.image_tokens(model.config),
         form=form,
         element=element,
@@ -143,10 +144,10 @@ def attach(model, training: Training):
     return tuned
 
 
-def autocast(kind: str, *, enabled: bool) -> torch.autocast:
-    """Half precision around fp32 adapters: fp16 on a GPU, bf16 on a CPU."""
+def autocast(kind: str, base: str) -> torch.autocast:
+    """Half precision around fp32 adapters: fp16 on a GPU; on a CPU bf16, for NF4 none."""
     half = torch.float16 if kind == "cuda" else torch.bfloat16
-    return torch.autocast(kind, half, enabled=enabled)
+    return torch.autocast(kind, half, enabled=kind == "cuda" or base == "half")
 
 
 def save_memory(model) -> None:
@@ -202,7 +203,8 @@ def train(
         told["skipped"] += not taken
         check_skipped(told["skipped"], step + 1, training.steps, what)
         told["seconds"] += time.perf_counter() - began
-        if (step + 1) % training.checkpoint_every == 0 and step + 1 < training.steps:
+        due = (step + 1) % training.checkpoint_every == 0 and step + 1 < training.steps
+        if due and parallel.rank() == 0:
             keep(checkpoint, weights, optimizer, curve, told)
     return tuned.eval(), pd.DataFrame(curve, columns=["step", "loss"]), told
 
@@ -216,10 +218,14 @@ def one_step(tuned, batch: dict, optimizer, *, base: str = "nf4") -> tuple[float
 def forward_backward(
     tuned, batch: dict, gradients: Callable, *, base: str
 ) -> tuple[torch.Tensor, ...]:
-    """Loss and gradients of a batch, by gradients_of(); a GPU may still be computing them."""
-    with torch.no_grad(), autocast(tuned.device.type, enabled=base == "half"):
+    """Loss and gradients of a batch, the whole of which all processes read, by gradients_of().
+
+    A GPU may still be computing them.
+    """
+    with torch.no_grad(), autocast(tuned.device.type, base):
         x = embedded(tuned.get_base_model(), batch)
-    return gradients(x, batch["attention_mask"], batch["labels"])
+    found = gradients(x, batch["attention_mask"], batch["labels"])
+    return parallel.averaged(found, weight=(batch["labels"] != IGNORED).sum())
 
 
 def update(optimizer, loss: torch.Tensor, *gradients: torch.Tensor) -> tuple[float, bool]:
@@ -238,13 +244,16 @@ def gradients_of(tuned, optimizer, *, base: str, recorded: bool = False) -> Call
 
     x: what embedded() gives. recorded: as a CUDA graph, which needs all memory twice for a moment.
     """
+    from peft.helpers import disable_input_dtype_casting
+
     scale = FP16_SCALE if tuned.dtype == torch.float16 else 1
     weights = optimizer.param_groups[0]["params"]
 
     def work(x, attention_mask, labels):
         read = {"inputs_embeds": x, "attention_mask": attention_mask, "labels": labels}
-        with devices.attention_with_gradients():
-            with autocast(tuned.device.type, enabled=base == "half"):
+        casting = disable_input_dtype_casting(tuned, active=base == "half")  # autocast does it
+        with devices.attention_with_gradients(), casting:
+            with autocast(tuned.device.type, base):
                 loss = tuned(**read, use_cache=False).loss
             found = torch.autograd.grad(scale * loss, weights)
         return loss.detach(), *(gradient.div_(scale) for gradient in found)
