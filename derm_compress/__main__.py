@@ -70,6 +70,28 @@ def run(
 
 
 @app.command()
+def emit(
+    kind: Annotated[str, typer.Argument(help="snakemake or slurm")],
+    params: Annotated[list[Path], typer.Argument(help="params/NAME.yaml")],
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="'KEY=VALUE …'", help="over the files' values"),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a node")] = 1,
+    gib: Annotated[
+        float, typer.Option(min=0, help="usable GiB of each; 0: plan for the GPUs here, or Kaggle's")
+    ] = 0,
+) -> None:
+    """Print the runs of parameter files as jobs of a cluster: a Snakefile, or a script of sbatch."""
+    from derm_compress.study.emit import emit as write
+    from derm_compress.study.params import assignments
+    from derm_compress.study.preflight import Machine
+
+    machine = Machine("a node", gpus, gib) if gib else None
+    print(write(kind, params, assignments(sets or []), machine), end="")
+
+
+@app.command()
 def look(
     data: Annotated[Path, typer.Argument(help="photographs: a folder, a zip archive, or a csv")],
     sets: Annotated[

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import zlib
@@ -81,7 +82,7 @@ def disk_guard(path: Path):
 @contextlib.contextmanager
 def atomic(path: Path):
     """Yields a path beside `path`: renamed onto it when the block ends well, else removed."""
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part = path.with_name(f".part-{platform.node()}-{os.getpid()}-{path.name}")
     try:
         with disk_guard(path):
             path.parent.mkdir(parents=True, exist_ok=True)

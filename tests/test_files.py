@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_nothing_remains_of_a_write_that_fails(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     target, journal = tmp_path / "answers.parquet", tmp_path / "journal.jsonl"
-    (tmp_path / f".part-{os.getpid()}-answers.parquet").symlink_to("/dev/full")
+    (tmp_path / f".part-{platform.node()}-{os.getpid()}-answers.parquet").symlink_to("/dev/full")
     said = "the disk is full while writing .*answers.parquet: free some space"
     with pytest.raises(DermError, match=said):
         write_frame(target, pd.DataFrame({"x": range(10000)}))

@@ -164,7 +164,7 @@ def test_a_csv_is_a_data_set_or_one_line(content, asked, photographs):
 
 # Run files and --set
 
-known_names = st.sampled_from([*KNOWN, "seeds", 3, None, "run "])
+known_names = st.sampled_from([*KNOWN, "seeds", 3, None, "run ", "sweep"])
 likely = st.sampled_from(sorted(KNOWN)).flatmap(
     lambda name: st.tuples(st.just(name), st.just(KNOWN[name].default) | values)
 )
@@ -173,8 +173,8 @@ settings_of_runs = st.lists(likely, max_size=3).map(dict) | st.dictionaries(know
 
 def planned(path):
     """What is checked before a kernel starts, all stages being yet to be computed."""
-    plan = run.plan_run(path, {}, ROOT, NOTEBOOKS)
-    checks.check(plan, NOTEBOOKS)
+    for plan in run.plan_runs(path, {}, ROOT, NOTEBOOKS):
+        checks.check(plan, NOTEBOOKS)
     return plan
 
 

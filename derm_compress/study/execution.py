@@ -22,7 +22,6 @@ from derm_compress.study.plan import ARITHMETIC, Plan
 SILENCE = 30  # seconds after which a stage that says nothing is told to be alive
 PATIENCE = 30  # seconds that a stage has for its end when it is told to stop
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-PARAMETERS = "parameters.yaml"  # all of a run's: by these a kernel finds the keys of its inputs
 KERNEL = {  # waiting threads cost more than they give; progress bars print hundreds of lines
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -58,7 +57,6 @@ class Execution:
 
     def go(self) -> bool:
         """Runs all; at the first failure the others are stopped and what they finished is kept."""
-        write_text(self.plan.folder / PARAMETERS, yaml.safe_dump(self.plan.values))
         try:
             while self.todo or self.jobs:
                 self._start_ready()
@@ -134,7 +132,9 @@ def launch(plan: Plan, stage: str) -> subprocess.Popen:
     ):
         env[name] = os.pathsep.join(filter(None, [str(path), os.environ.get(name)]))
     env["DERM_COMPRESS_ROOT"] = str(plan.root)
-    env["DERM_COMPRESS_PARAMS"] = str(plan.folder / PARAMETERS)
+    given = plan.folder / f"{stage}.yaml"  # all of a run's: by these it finds its inputs' keys
+    write_text(given, yaml.safe_dump(plan.values))
+    env["DERM_COMPRESS_PARAMS"] = str(given)
     env[LOG] = str(log_of(plan, stage))
     with log_of(plan, stage).open("w") as log:
         return subprocess.Popen(

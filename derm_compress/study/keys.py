@@ -40,12 +40,13 @@ class Module(NamedTuple):
     strings: frozenset[str]
 
 
+@functools.cache  # the runs of a grid share most
 def code_parts(
-    cells: Iterable[str],
+    cells: tuple[str, ...],
     *,
     package: Path = PACKAGE,
-    words: Collection[str] = (),
-    folders: Collection[str] = RESULTS,
+    words: frozenset[str] = frozenset(),
+    folders: tuple[str, ...] = RESULTS,
 ) -> dict:
     """What results of the cells depend on: their code, the modules it uses, their data files.
 

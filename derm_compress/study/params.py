@@ -167,10 +167,10 @@ class Notebook:
     cells: tuple[tuple[str, frozenset, bool], ...]
     schema: dict[str, Parameter]
 
-    def code(self, *, figures: bool = False) -> list[str]:
+    def code(self, *, figures: bool = False) -> tuple[str, ...]:
         """Code that results depend on, with `figures` what only shows them too."""
         skip = {"setup", "parameters"} if figures else {"setup", "parameters", "figure"}
-        return [text for text, tags, is_code in self.cells if is_code and not tags & skip]
+        return tuple(text for text, tags, is_code in self.cells if is_code and not tags & skip)
 
     def reads(self, earlier: Sequence[str]) -> tuple[str, ...]:
         """The earlier stages that its code reads: stage.input("NN_name"), or stage.inputs()."""
@@ -297,6 +297,11 @@ def check_texts(texts: dict[str, str], known: dict[str, Parameter], where: str) 
 
 def read_params(path: Path, known: dict[str, Parameter]) -> dict:
     """A checked parameter file (YAML, flat)."""
+    return check(read_mapping(path), known, str(path))
+
+
+def read_mapping(path: Path) -> dict:
+    """A YAML file of names and values, yet unchecked."""
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -307,4 +312,4 @@ def read_params(path: Path, known: dict[str, Parameter]) -> dict:
         raise DermError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise DermError(f"{path}: expected lines of `name: value`")
-    return check(values, known, str(path))
+    return values

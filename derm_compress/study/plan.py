@@ -5,7 +5,7 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from derm_compress import files
 from derm_compress.errors import DermError
 from derm_compress.files import located, project_root, public, read_frame, read_note, write_note
 from derm_compress.study import keys as keys_
+from derm_compress.study.grid import find_point
 from derm_compress.study.params import (
     Notebook,
     graph,
     known_parameters,
     read_notebooks,
-    read_params,
     run_name,
     select,
 )
@@ -42,12 +42,16 @@ OPERATING = {  # what a stage does to the operating point; export takes it where
 
 @dataclass(frozen=True)
 class Plan:
-    """One run: the values of all parameters of all notebooks, and what follows from them."""
+    """One run: the values of all parameters of all notebooks, and what follows from them.
+
+    swept: those of its values in which the runs of its grid differ.
+    """
 
     root: Path
     notebooks: dict[str, Notebook]
     values: dict
     package: Path = keys_.PACKAGE
+    swept: dict = field(default_factory=dict)
 
     @property
     def run(self) -> str:
@@ -88,7 +92,7 @@ class Plan:
         for stage, notebook in self.notebooks.items():
             values = self.counted(stage)
             named = {value for value in values.values() if isinstance(value, str)}
-            words = named.union(f"{value}.yaml" for value in named)
+            words = frozenset(named.union(f"{value}.yaml" for value in named))
             parts = keys_.code_parts(notebook.code(), words=words, package=self.package)
             upstream = {earlier: found[earlier] for earlier in self.graph[stage]}
             values = {k: self._by_content(v) if k in FOLDERS else v for k, v in values.items()}
@@ -158,11 +162,13 @@ class Plan:
         return self.store.entry(stage, key)
 
 
-def make_plan(root: Path, notebooks: dict[str, Notebook], values: dict) -> Plan:
+def make_plan(
+    root: Path, notebooks: dict[str, Notebook], values: dict, swept: dict | None = None
+) -> Plan:
     """A run of the given values over the notebooks' defaults."""
     known = known_parameters(notebooks)
     defaults = {name: parameter.default for name, parameter in known.items()}
-    plan = Plan(root, notebooks, defaults | values)
+    plan = Plan(root, notebooks, defaults | values, swept=swept or {})
     check_places(plan)
     return plan
 
@@ -222,12 +228,12 @@ def environment() -> dict:
 
 
 def find_plan(run: str, root: Path | None = None) -> Plan:
-    """A run by its name: of params/<run>.yaml if there is one, else of the defaults."""
+    """A run by its name: of params/, alone or in a grid, if it is there, else of the defaults."""
     run_name(run, "command line")
     root = project_root(root)
-    notebooks, file = read_notebooks(root), root / "params" / f"{run}.yaml"
-    values = read_params(file, known_parameters(notebooks)) if file.exists() else {}
-    return make_plan(root, notebooks, values | {"run": run})
+    notebooks = read_notebooks(root)
+    point = find_point(root / "params", run, known_parameters(notebooks))
+    return make_plan(root, notebooks, point.values | {"run": run}, point.swept)
 
 
 def find_recipe(model: str, *, root: Path | None = None) -> tuple[str, Store]:

@@ -58,6 +58,18 @@ def steps_of(stages: Collection[str], p: dict, arch: Architecture, machine: Mach
     return [step for step in steps if not stages or step.stage in stages]
 
 
+def share(plan, stage: str, machine: Machine | None) -> tuple[int, float]:
+    """How many of a machine's GPUs a stage of a run (a plan.Plan) uses, and GiB of each."""
+    machine = machine or here() or KAGGLE
+    arch = architecture(plan.values)
+    steps = steps_of([stage], plan.values, arch, machine)
+    gib = max((step.gib(step.batch) for step in steps), default=0.0)
+    if not gib:
+        return 0, 0.0
+    spread = Needs(plan.values, arch, machine.gpus, machine.gib).spread
+    return machine.gpus if spread else 1, gib
+
+
 def here() -> Machine | None:
     """The machine at hand, where it has a GPU."""
     import torch

@@ -9,15 +9,10 @@ from pathlib import Path
 from derm_compress import files
 from derm_compress.errors import DermError
 from derm_compress.files import hold, project_root, public, read_note, release, shown, write_note
-from derm_compress.study import keys
+from derm_compress.study import jobs, keys
 from derm_compress.study.execution import Execution, seconds_in, whole
-from derm_compress.study.params import (
-    check_texts,
-    known_parameters,
-    read_notebooks,
-    read_params,
-    select,
-)
+from derm_compress.study.grid import read_points
+from derm_compress.study.params import check_texts, known_parameters, read_notebooks, select
 from derm_compress.study.plan import Plan, git_state, make_plan
 
 
@@ -32,21 +27,25 @@ def run(
     notebooks = read_notebooks(root)
     first = select(from_, notebooks)[0]
     stages = [name for name in select(only, notebooks) if name >= first]
-    plans = [plan_run(Path(path), sets, root, notebooks) for path in params_files]
+    asked = [
+        (path, plan)
+        for path in params_files
+        for plan in plan_runs(Path(path), sets, root, notebooks)
+    ]
+    plans = [plan for _, plan in asked]
     if len({plan.folder for plan in plans}) < len(plans):
         names = ", ".join(plan.run for plan in plans)
         raise DermError(f"two parameter files make one run: {names}")
     for plan in plans if "device" in known_parameters(notebooks) else ():
         foresee(plan, stages if force or list_ else missing(plan, stages), refuse=not list_)
     if list_:
-        for plan in plans:
-            list_stages(plan, stages)
+        print(jobs.listed(plans, stages), flush=True)
         return 0
     overrides = {name: public(text) for name, text in sets.items()}
     try:
         done = [
             run_one(plan, stages, force, {"params_file": public(str(path)), "overrides": overrides})
-            for plan, path in zip(plans, params_files, strict=True)
+            for path, plan in asked
         ]
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the same command goes on from there", flush=True)
@@ -73,24 +72,11 @@ def foresee(plan: Plan, stages: list[str], *, refuse: bool) -> None:
         print(preflight.says(plan, stages), flush=True)
 
 
-def plan_run(path: Path, sets: dict[str, str], root: Path, notebooks) -> Plan:
-    """A parameter file and what the command line sets over it, checked."""
+def plan_runs(path: Path, sets: dict[str, str], root: Path, notebooks) -> list[Plan]:
+    """The runs of a parameter file and what the command line sets over it, checked."""
     known = known_parameters(notebooks)
-    values = read_params(path, known)
-    if values.get("run") != path.stem:
-        advice = f"a file's run is its name, so write `run: {path.stem}`"
-        raise DermError(f"{path}: run is {values.get('run')!r}; {advice}")
-    return make_plan(root, notebooks, values | check_texts(sets, known, "--set"))
-
-
-def list_stages(plan: Plan, stages: list[str]) -> None:
-    for stage in stages:
-        fault = plan.store.fault(stage, plan.keys[stage])
-        state = f"to compute ({fault})" if fault else "cached"
-        state = "to compute" if fault == "absent" else state
-        if not fault and plan.store.lacking(stage, plan.keys[stage]):
-            state = "cached, but lacking: asked again"
-        print(f"{plan.run}  {stage:<24} {plan.keys[stage][:12]}  {state}")
+    points = read_points(path, known, check_texts(sets, known, "--set"))
+    return [make_plan(root, notebooks, point.values, point.swept) for point in points]
 
 
 def run_one(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
@@ -98,7 +84,7 @@ def run_one(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
     plan.adopt()
     stale = force or outdated(plan, stages)
     if stale:
-        with alone(plan):
+        with alone(plan, stages):
             if not compute(plan, stages, force, note):
                 return False
     render_report(plan, changed=bool(stale))
@@ -106,22 +92,26 @@ def run_one(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
 
 
 @contextlib.contextmanager
-def alone(plan: Plan):
-    """Holds the run's lock; DermError where another process has it."""
-    lock = plan.folder / ".lock"
-    if not hold(lock):
-        advice = "wait for it, or give this one another name"
-        raise DermError(f"run {plan.run} is going on in another process: {advice}")
+def alone(plan: Plan, stages: list[str]):
+    """Holds the locks of a run's stages; DermError where another process has one."""
+    locks = [plan.folder / ".locks" / stage for stage in stages]
     try:
+        for lock in locks:
+            if not hold(lock):
+                advice = "wait for it, or give this one another name"
+                raise DermError(f"run {plan.run} is going on in another process: {advice}")
         yield
     finally:
-        release(lock)
+        for lock in locks:
+            release(lock)
 
 
 def compute(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
     """Runs what is outdated and notes it; False where a stage failed."""
     begun = time.monotonic()
     note |= {"run": plan.run, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    if plan.swept:
+        note["sweep"] = {name: public(value) for name, value in plan.swept.items()}
     for stage in stages if force else ():
         plan.store.discard(stage, plan.keys[stage])
     todo = [stage for stage in outdated(plan, stages) if not borrow(plan, stage)]

@@ -16,6 +16,7 @@ STAGES = [f"{number:02}" for number in range(1, 9)]
 
 def planned(root: Path, run: str, **values) -> Plan:
     """A run as a new process sees it, with the package that lies in the project."""
+    keys.code_parts.cache_clear()
     keys.read_module.cache_clear()
     keys.face_of.cache_clear()
     notebooks = read_notebooks(root)
@@ -124,7 +125,7 @@ def test_of_a_face_counts_what_is_taken_and_of_a_folder_all(tmp_path):
     }.items():
         keys.read_module.cache_clear()
         keys.face_of.cache_clear()
-        assert set(keys.code_parts([cell], package=package)["modules"]) == modules, cell
+        assert set(keys.code_parts((cell,), package=package)["modules"]) == modules, cell
 
 
 def test_a_data_folder_counts_by_its_files_not_by_its_place(tmp_path):
@@ -144,7 +145,7 @@ def test_of_the_published_data_sets_that_of_the_source_counts():
     counted = {}
     for source in ("synthetic", "scin"):
         values = make_plan(ROOT, stored, {"source": source}).counted("01_data").values()
-        words = {f"{value}.yaml" for value in values if isinstance(value, str)}
+        words = frozenset(f"{value}.yaml" for value in values if isinstance(value, str))
         data = keys.code_parts(stored["01_data"].code(), words=words)["data"]
         counted[source] = {name for name in data if name.startswith("data/presets")}
     assert counted == {"synthetic": set(), "scin": {"data/presets/scin.yaml"}}

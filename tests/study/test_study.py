@@ -20,7 +20,7 @@ from derm_compress import files, progress
 from derm_compress.errors import DermError
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import variant
-from derm_compress.study import params, plan, run
+from derm_compress.study import jobs, params, plan, run
 from derm_compress.study.stage import resolve, start_stage
 
 
@@ -143,7 +143,7 @@ def test_a_result_that_lacks_something_serves_until_there_is_a_better_one(root):
     assert "a" in pd.read_parquet(stage.store.own("01_data", stage.key) / "asked.parquet").values
 
 
-def test_the_runner_asks_again_and_tells_the_runs_that_share_a_result(root, capsys):
+def test_the_runner_asks_again_and_tells_the_runs_that_share_a_result(root):
     notebooks, stages = params.read_notebooks(root), ["01_data"]
     one, other = (plan.make_plan(root, notebooks, {"run": name}) for name in ("one", "other"))
 
@@ -157,8 +157,7 @@ def test_the_runner_asks_again_and_tells_the_runs_that_share_a_result(root, caps
     finish(["a", None], "other")
     assert run.outdated(one, stages) == run.outdated(other, stages) == stages
     assert not run.borrow(other, "01_data")  # of what lacks something nothing is shown as it is
-    run.list_stages(one, stages)
-    assert capsys.readouterr().out.endswith("  cached, but lacking: asked again\n")
+    assert jobs.listed([one], stages).endswith("  cached, but lacking: asked again")
     finish(["a", "b"], "one")
     assert run.outdated(one, stages) == [] and run.outdated(other, stages) == stages
     assert run.borrow(other, "01_data") and run.outdated(other, stages) == []
@@ -661,14 +660,14 @@ def test_a_finished_store_that_is_read_only_serves(copy):
     assert (copy / "reports" / "tiny" / "index.html").exists()
     more = toy.call(copy, "run", "params/tiny.yaml", "--set", "seed=1")
     assert more.returncode == 2 and more.stderr.count("\n") == 1
-    assert "cannot write artifacts/runs/tiny/.lock: permission denied" in more.stderr
+    assert "cannot write artifacts/runs/tiny/.locks/01_data: permission denied" in more.stderr
 
 
 def test_a_project_that_is_read_only_is_one_line(root):
     read_only(root)
     result = toy.call(root, "run", "params/tiny.yaml")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "cannot write artifacts/runs/tiny/.lock: permission denied" in result.stderr
+    assert "cannot write artifacts/runs/tiny/.locks/01_data: permission denied" in result.stderr
 
 
 @pytest.mark.parametrize(
