@@ -79,10 +79,10 @@ def emit(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of a node")] = 1,
     gib: Annotated[
-        float, typer.Option(min=0, help="usable GiB of each; 0: plan for the GPUs here, or Kaggle's")
+        float, typer.Option(min=0, help="usable GiB of each; 0: those here, or Kaggle's")
     ] = 0,
 ) -> None:
-    """Print the runs of parameter files as jobs of a cluster: a Snakefile, or a script of sbatch."""
+    """Print the runs of parameter files as jobs for a cluster: a Snakefile, or a Slurm script."""
     from derm_compress.study.emit import emit as write
     from derm_compress.study.params import assignments
     from derm_compress.study.preflight import Machine
@@ -199,12 +199,17 @@ def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...")]) -> None
 
 
 @app.command()
-def compare(one: str, other: str) -> None:
-    """Write docs/ONE-and-OTHER.md: which signs hold in two finished runs' reports."""
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN...", help="all that have one, if none is named"),
+    ] = None,
+) -> None:
+    """Write reports/index.html: what the reports of these runs say, side by side."""
     from derm_compress.files import project_root
-    from derm_compress.report.signs import write
+    from derm_compress.report.render import render_index
 
-    print(write(project_root(), one, other))
+    print(render_index(project_root(), runs or ()))
 
 
 @app.command()

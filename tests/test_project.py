@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -54,16 +56,24 @@ LIGHT = ["model/memory.py", "model/shapes.py", "model/usage.py", "evaluate/cards
 LIGHT += ["evaluate/secondary.py", "evaluate/judges/controls.py"]
 
 
-def test_what_reads_plans_and_renders_imports_no_torch_nor_a_judges_client():
+def test_what_reads_plans_and_renders_imports_no_torch_nor_a_judges_client(tmp_path):
     paths = [PACKAGE / name for name in LIGHT]
     for folder in ("data", "report", "study", "kaggle"):
         paths += (PACKAGE / folder).rglob("*.py")
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
     assert len(names) > 60
     code = f"import sys, {', '.join(names)}\n"
+    code += "from derm_compress.__main__ import main\nmain(['compare'])\n"
     code += "print({'torch', 'openai', 'httpx2'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stdout + done.stderr
+    for run in ("one", "two"):
+        shutil.copytree(ROOT / "reports/tiny/tables", tmp_path / "reports" / run / "tables")
+        shutil.copy(ROOT / "reports/tiny/run.json", tmp_path / "reports" / run)
+    env = os.environ | {"DERM_COMPRESS_ROOT": str(tmp_path)}
+    how = {"cwd": ROOT, "env": env, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **how)
+    index = tmp_path / "reports/index.html"
+    assert done.stdout == f"{index}\nset()\n", done.stdout + done.stderr
+    assert "Which signs hold" in index.read_text("utf-8")
 
 
 ORDER = (

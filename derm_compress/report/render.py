@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -226,9 +226,9 @@ def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, Drawing
         os.replace(new, target)
 
 
-def render_index(root: Path) -> Path:
-    """reports/index.html: every run that has a report, beside the others."""
-    target, sections = Path(root, "reports", "index.html"), comparison.sections(Path(root))
+def render_index(root: Path, names: Sequence[str] = ()) -> Path:
+    """reports/index.html: the runs of these names beside each other, or all that have a report."""
+    target, sections = Path(root, "reports", "index.html"), comparison.sections(Path(root), names)
     view = {"title": "derm_compress: all runs", "question": QUESTION, "sections": sections}
     write_text(target, page("runs.html", **view))
     return target

@@ -1,16 +1,14 @@
-"""Which signs hold in two runs: what both reports have tested, side by side. No torch."""
+"""Which signs hold in several runs: what all reports have tested, side by side. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from derm_compress.errors import DermError
-from derm_compress.files import write_text
 from derm_compress.report import wording
-from derm_compress.report.page import to_markdown
 
 CONTROLS, PIPELINE = "extra_controls", "table5_ablation"
 ENDS = ("", "_lo", "_hi")
@@ -44,28 +42,27 @@ ASKED = (
 )
 
 
-def signs(one: Path, other: Path) -> pd.DataFrame:
-    """A row for each question that both reports (their folders) answer, in the order of ASKED, and
+def signs(folders: Sequence[Path]) -> pd.DataFrame:
+    """A row for each question that all reports (their folders) answer, in the order of ASKED, and
     the controls first.
 
-    Columns: question, what each says, same_sign: yes, no, or where an interval holds 0 which one is
+    Columns: question, what each says, same sign: yes, no, or where an interval holds 0 which are
     clear. Depths are those of each report, so that models count by their place in the study.
     """
-    names = one.name, other.name
-    tested = [pd.concat([controls(folder), differences(folder)]) for folder in (one, other)]
-    both = tested[0].merge(tested[1], on="question", suffixes=("", "_other"))
-    told = {
-        "question": both.question,
-        names[0]: both.said,
-        names[1]: both.said_other,
-        "same sign": [alike(*pair, names) for pair in zip(both.sign, both.sign_other, strict=True)],
-    }
-    return pd.DataFrame(told)
+    tested = {}
+    for folder in folders:
+        said = pd.concat([controls(folder), differences(folder)])
+        tested[folder.name] = said.drop_duplicates("question").set_index("question")
+    first, *others = tested.values()
+    asked = [question for question in first.index if all(question in t.index for t in others)]
+    told = {name: table.said[asked].tolist() for name, table in tested.items()}
+    each = [{name: table.sign[question] for name, table in tested.items()} for question in asked]
+    return pd.DataFrame({"question": asked} | told | {"same sign": [alike(one) for one in each]})
 
 
 def controls(folder: Path) -> pd.DataFrame:
     """A report's controls that were tested: question, said, sign (1 where it holds, else -1)."""
-    table = read(folder, CONTROLS).dropna(subset="holds")
+    table = read(folder, CONTROLS).reindex(columns=["question", "holds"]).dropna()
     holds = table.holds.astype(str).eq("True")
     said = holds.map({True: "holds", False: "fails"})
     sign = holds.map({True: 1, False: -1})
@@ -111,12 +108,14 @@ def rival(criterion: str) -> str:
     return wording.words("random-0" if criterion.startswith("random") else criterion)
 
 
-def alike(one: int, other: int, names: tuple[str, str]) -> str:
-    """Whether two signs are the same; where one is 0, which is clear."""
-    if one and other:
-        return "yes" if one == other else "no"
-    clear = [name for sign, name in zip((one, other), names, strict=True) if sign]
-    return f"clear in {clear[0]} alone" if clear else "clear in neither"
+def alike(signs: dict[str, int]) -> str:
+    """Whether the signs of all reports are the same; where some are 0, which are clear."""
+    clear = [name for name, sign in signs.items() if sign]
+    if len({signs[name] for name in clear}) > 1:
+        return "no"
+    if len(clear) == len(signs):
+        return "yes"
+    return f"clear in {wording.listed(clear)} alone" if clear else "clear in none"
 
 
 def read(folder: Path, stem: str) -> pd.DataFrame:
@@ -125,29 +124,12 @@ def read(folder: Path, stem: str) -> pd.DataFrame:
     return pd.read_csv(file) if file.is_file() else pd.DataFrame()
 
 
-def write(root: Path, one: str, other: str) -> Path:
-    """Writes docs/ONE-and-OTHER.md of two finished reports; DermError where one is missing."""
-    folders = [root / "reports" / name for name in (one, other)]
-    for folder in folders:
-        if not (folder / "tables" / f"{CONTROLS}.csv").is_file():
-            again = f"python -m derm_compress run params/{folder.name}.yaml"
-            raise DermError(f"compare: reports/{folder.name} has no tables; {again} makes them")
-    path = root / "docs" / f"{one}-and-{other}.md"
-    write_text(path, text(signs(*folders), one, other))
-    return path
-
-
-def text(table: pd.DataFrame, one: str, other: str) -> str:
-    """The table as a page, with the counts in a sentence."""
+def counted(table: pd.DataFrame) -> str:
+    """A table of signs in a sentence."""
     counts = table["same sign"].value_counts()
     same, opposite = (counts.get(word, 0) for word in ("yes", "no"))
-    open_ = len(table) - same - opposite
-    return f"""# Which signs hold in {one} and in {other}
-
-Of {len(table)} questions that both runs ask, {same} have the same clear answer in both and
-{opposite} have opposite ones; of the other {open_} the interval of one run or of both holds 0.
-Points with 95 % intervals; each run has its own operating point.
-
-{to_markdown(table)}
-Made by `python -m derm_compress compare {one} {other}` from the tables of both reports.
-"""
+    return (
+        f"Of {len(table)} questions that every run answers, {same} have the same clear answer in "
+        f"all and {opposite} opposite ones; of the others an interval holds 0. Points with 95 % "
+        "intervals; each run has its own operating point."
+    )

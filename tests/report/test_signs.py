@@ -1,12 +1,10 @@
-"""What two reports say beside each other: the same sign, opposite ones, or an interval over 0."""
+"""What reports say beside each other: the same sign, opposite ones, or an interval over 0."""
 
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from derm_compress.__main__ import main
-from derm_compress.errors import DermError
 from derm_compress.report import signs
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +52,7 @@ def two(tmp_path):
 
 
 def test_each_question_of_both_has_one_row_and_says_whether_signs_agree(two):
-    table = signs.signs(*two)
+    table = signs.signs(two)
     assert table.question.is_unique
     assert table.set_index("question")["same sign"].to_dict() == {
         "Does it see?": "no",
@@ -62,26 +60,30 @@ def test_each_question_of_both_has_one_row_and_says_whether_signs_agree(two):
         "Is the criterion ahead of a random order before SFT?": "yes",
         "Is the criterion ahead of magnitude over all depths?": "yes",
         "Is the criterion ahead of a random order over all depths?": "yes",
-        "Does SFT raise the score of the unpruned model?": "clear in neither",
+        "Does SFT raise the score of the unpruned model?": "clear in none",
         "Does SFT raise the score of the pruned model?": "yes",
         "Does the unpruned model gain by AWQ (clip) at 3 bits?": "clear in one alone",
-        "Does the pruned model after SFT gain by AWQ (clip) at 3 bits?": "clear in neither",
+        "Does the pruned model after SFT gain by AWQ (clip) at 3 bits?": "clear in none",
     }
     assert table.iloc[1][["one", "other"]].tolist() == ["+3.0 (2.0 to 4.0)", "-3.0 (-4.0 to -2.0)"]
 
 
-def test_the_page_counts_them(two, monkeypatch, capsys):
-    root = two[0].parents[1]
-    monkeypatch.setenv("DERM_COMPRESS_ROOT", str(root))
-    assert main(["compare", "one", "other"]) == 0
-    page = (root / "docs" / "one-and-other.md").read_text("utf-8")
-    assert capsys.readouterr().out.endswith("one-and-other.md\n")
-    assert "Of 9 questions" in page and "4 have the same clear answer in both and\n2 have" in page
-    assert page.count("\n| ") == 9 + 2
-    with pytest.raises(DermError, match="reports/none has no tables; .* run params/none.yaml"):
-        signs.write(root, "one", "none")
+def test_of_three_reports_all_must_answer_and_agree(two):
+    third = study(9, "random-0", magnitude=3, gain=5, cost=-2, holds=True)
+    del third["table2_sft"]
+    table = signs.signs([*two, report(two[0].parents[1], "third", third)])
+    same = table.set_index("question")["same sign"]
+    assert not any("SFT raise" in question for question in same.index)
+    assert same["Does it see?"] == "no"
+    assert same["Does the unpruned model gain by AWQ (clip) at 3 bits?"] == (
+        "clear in one and third alone"
+    )
+    said = signs.counted(table)
+    assert (
+        said.startswith("Of 7 questions") and "3 have the same clear answer in all and 2 " in said
+    )
 
 
 def test_a_committed_report_agrees_with_itself():
-    table = signs.signs(ROOT / "reports/tiny", ROOT / "reports/tiny")
+    table = signs.signs([ROOT / "reports/tiny"] * 2)
     assert len(table) > 30 and "no" not in set(table["same sign"])

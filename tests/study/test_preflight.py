@@ -189,3 +189,11 @@ def test_a_notebook_run_alone_refuses_too_and_prints_no_plan(two_t4, tmp_path, c
     with pytest.raises(DermError, match="does not fit 2 x Tesla T4: .*set batch_size"):
         start_stage("02_finetune", cell, root=ROOT)
     assert "planned for" not in capsys.readouterr().out
+
+
+def test_a_stage_asks_for_as_many_gpus_as_it_computes_on():
+    one = planned()
+    assert preflight.share(one, "01_data", preflight.KAGGLE) == (0, 0.0)
+    gpus, gib = preflight.share(one, "05_sft", preflight.KAGGLE)
+    assert gpus == 2 and 10 < gib < preflight.KAGGLE.gib
+    assert preflight.share(one, "05_sft", preflight.Machine("a node", 1, 78))[0] == 1

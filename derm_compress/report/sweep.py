@@ -1,0 +1,113 @@
+"""Runs that one file sweeps: scores over seeds, against what is swept, paired. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from scipy.special import stdtrit
+
+from derm_compress.evaluate import metrics
+from derm_compress.report.figures import style
+from derm_compress.report.figures.style import Drawing
+
+SEED = "seed"
+SCORES = "table4_efficiency"  # the study's ways to compress, a row each
+COLOURS = {"Quant": style.QUANTIZED, "SFT": style.SFT, "Prun": style.PRUNED, "": style.DENSE}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A file's runs: `scores` has a row for each run and setting, with what is swept (`axes`)."""
+
+    file: str
+    axes: tuple[str, ...]
+    scores: pd.DataFrame
+
+    @property
+    def shown(self) -> list[str]:
+        """What scores are shown against: not the seeds, which are averaged over."""
+        return [axis for axis in self.axes if axis != SEED]
+
+
+def sweeps(infos: dict[Path, dict]) -> list[Sweep]:
+    """The sweeps among reports, given by folder with the run_info of each."""
+    found: dict[tuple, list] = {}
+    for folder, info in infos.items():
+        swept, file = info.get("sweep", {}), folder / "tables" / f"{SCORES}.csv"
+        if swept and file.exists():
+            values = {name: as_value(value) for name, value in swept.items()}
+            others = {k: v for k, v in info.get("overrides", {}).items() if k not in swept}
+            key = info.get("params_file", ""), repr(others), tuple(swept)
+            found.setdefault(key, []).append(pd.read_csv(file).assign(**values))
+    return [
+        Sweep(f, axes, pd.concat(rows, ignore_index=True)) for (f, _, axes), rows in found.items()
+    ]
+
+
+def as_value(value):
+    """What is swept as a number or a text."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def mean_over(values: pd.Series) -> tuple[float, float, float]:
+    """Mean and its 95 % interval by Student's t; of one value no interval."""
+    if len(values) < 2:
+        return values.mean(), float("nan"), float("nan")
+    reach = stdtrit(len(values) - 1, metrics.TAILS[1]) * values.std() / len(values) ** 0.5
+    return values.mean(), values.mean() - reach, values.mean() + reach
+
+
+def over_runs(rows: pd.DataFrame, by: list[str], name: str) -> pd.DataFrame:
+    """The mean of a column over each group's `runs`, with its interval; in order of appearance."""
+    made = []
+    for keys, group in rows.groupby(by, sort=False):
+        known = group[name].dropna()
+        ends = zip((name, f"{name}_lo", f"{name}_hi"), mean_over(known), strict=True)
+        made.append(dict(zip(by, keys, strict=True)) | dict(ends) | {"runs": len(known)})
+    return pd.DataFrame(made)
+
+
+def over_seeds(sweep: Sweep) -> pd.DataFrame:
+    """A row for each point and setting: the mean score, its interval over seeds."""
+    return over_runs(sweep.scores, [*sweep.shown, "setting"], "score")
+
+
+def differences(sweep: Sweep, axis: str) -> pd.DataFrame:
+    """Each value of an axis less the first, by setting; runs alike in all else are pairs."""
+    alike = [*(name for name in sweep.axes if name != axis), "setting"]
+    first, *others = sweep.scores[axis].unique()
+    scores = sweep.scores.set_index(alike)
+    base = scores.score[scores[axis] == first]
+    found = []
+    for value in others:
+        pairs = (scores.score[scores[axis] == value] - base).rename("difference").reset_index()
+        found.append(pairs.assign(**{axis: f"{value} instead of {first}"}))
+    if not found:
+        return pd.DataFrame()
+    return over_runs(pd.concat(found), [axis, "setting"], "difference")
+
+
+def against(sweep: Sweep, axis: str) -> Drawing:
+    """The mean score of each setting at each value of an axis, over all else that is swept."""
+    table = over_runs(sweep.scores, ["setting", axis], "score")
+    values = list(sweep.scores[axis].unique())
+    numbers = pd.api.types.is_numeric_dtype(sweep.scores[axis]) and True not in values
+    finding = f"score by {axis}, mean of {int(table.runs.min())} runs or more a point"
+    with matplotlib.rc_context(style.STYLE):
+        figure, (axes,) = style.canvas(finding, 3.4)
+        for marker, (setting, rows) in zip(
+            "osD^v*X", table.groupby("setting", sort=False), strict=False
+        ):
+            colour = next(one for word, one in COLOURS.items() if word in setting)
+            x = rows[axis] if numbers else rows[axis].map(values.index)
+            look = {"marker": marker, "color": colour, "label": setting, "linewidth": 1}
+            style.scores(axes, x, rows, **look)
+        if not numbers:
+            axes.set_xticks(range(len(values)), map(str, values))
+        axes.set_xlabel(axis)
+        style.score_axis(axes, "score, % (95 % interval over runs)")
+        style.legend_below(figure, 2)
+    return Drawing(figure, table, finding)
