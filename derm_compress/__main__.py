@@ -85,9 +85,12 @@ def emit(
     """Print the runs of parameter files as jobs for a cluster: a Snakefile, or a Slurm script."""
     from derm_compress.study.emit import emit as write
     from derm_compress.study.params import assignments
-    from derm_compress.study.preflight import Machine
 
-    machine = Machine("a node", gpus, gib) if gib else None
+    machine = None
+    if gib:
+        from derm_compress.study.preflight import Machine
+
+        machine = Machine("a node", gpus, gib)
     print(write(kind, params, assignments(sets or []), machine), end="")
 
 
