@@ -42,9 +42,11 @@ def sweeps(infos: dict[Path, dict]) -> list[Sweep]:
             others = {k: v for k, v in info.get("overrides", {}).items() if k not in swept}
             key = info.get("params_file", ""), repr(others), tuple(swept)
             found.setdefault(key, []).append(pd.read_csv(file).assign(**values))
-    return [
-        Sweep(f, axes, pd.concat(rows, ignore_index=True)) for (f, _, axes), rows in found.items()
-    ]
+    made = []
+    for (file, _, axes), rows in found.items():
+        scores = pd.concat(rows).sort_values([*axes], kind="stable", ignore_index=True)
+        made.append(Sweep(file, axes, scores))
+    return made
 
 
 def as_value(value):

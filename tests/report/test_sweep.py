@@ -30,7 +30,7 @@ def report(root, seed, steps, noise):
 @pytest.fixture
 def grid(tmp_path):
     for seed, noise in enumerate((-1.0, 0.0, 1.0)):
-        for steps in (10, 20):
+        for steps in (9, 20):
             report(tmp_path, seed, steps, noise)
     (tmp_path / "reports/plain").mkdir()
     (tmp_path / "reports/plain/run.json").write_text('{"run_info": {}}')
@@ -46,6 +46,7 @@ def of(root):
 def test_a_point_has_the_mean_of_its_seeds_with_students_interval(grid):
     one = of(grid)
     assert (one.file, one.axes, one.shown) == ("params/grid.yaml", ("seed", "steps"), ["steps"])
+    assert one.scores.steps.unique().tolist() == [9, 20]  # as numbers, whatever folders come first
     row = sweep.over_seeds(one).set_index(["steps", "setting"]).loc[20, "Original LLaVA"]
     assert row.score == 84 and row.runs == 3
     assert row.score_hi - 84 == pytest.approx(4.302653 / 3**0.5)  # t of two degrees of freedom
@@ -54,11 +55,11 @@ def test_a_point_has_the_mean_of_its_seeds_with_students_interval(grid):
 
 def test_pairs_leave_the_seeds_out_of_a_difference(grid):
     table = sweep.differences(of(grid), "steps")
-    assert set(table.steps) == {"20 instead of 10"} and len(table) == len(SETTINGS)
+    assert set(table.steps) == {"20 instead of 9"} and len(table) == len(SETTINGS)
     for end in ("difference", "difference_lo", "difference_hi"):
         assert table[end].tolist() == [HIGHER] * 2
     assert table.runs.tolist() == [3, 3]
-    lost = grid / "reports/grid-seed2-steps10/tables/table4_efficiency.csv"
+    lost = grid / "reports/grid-seed2-steps9/tables/table4_efficiency.csv"
     lost.unlink()
     assert sweep.differences(of(grid), "steps").runs.tolist() == [2, 2]
 
@@ -75,7 +76,7 @@ def test_compare_writes_the_page(grid, monkeypatch):
     monkeypatch.setenv("DERM_COMPRESS_ROOT", str(grid))
     assert main(["compare"]) == 0
     page = (grid / "reports/index.html").read_text("utf-8")
-    assert "<h2>params/grid.yaml: seed, steps</h2>" in page and "20 instead of 10" in page
+    assert "<h2>params/grid.yaml: seed, steps</h2>" in page and "20 instead of 9" in page
     assert "4.0 (4.0 to 4.0)" in page and page.count("data:image/png") == 1
 
 
@@ -85,7 +86,7 @@ def test_compare_names_a_run_without_report(grid, monkeypatch, capsys):
     assert "reports/none is not there" in capsys.readouterr().err
     with pytest.raises(DermError, match="run params/none.yaml makes it"):
         comparison.sections(grid, ["none"])
-    names = ["grid-seed1-steps10", "grid-seed0-steps10"]
+    names = ["grid-seed1-steps9", "grid-seed0-steps9"]
     (every, *_) = comparison.sections(grid, names)
     assert [str(link).count(name) for link, name in zip(every.frame.run, names, strict=True)] == [
         2,
