@@ -15,16 +15,20 @@ import sys
 sys.path.pop(0)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from functools import partial
+
 import pandas as pd
 import torch
 
-from derm_compress import data, method
+from derm_compress import data
 from derm_compress.errors import DermError
 from derm_compress.method import activations
-from derm_compress.method.iterate import Source, each_model, without_last
+from derm_compress.method.assemble import materialize
+from derm_compress.method.iterate import each_model
+from derm_compress.method.quantization.block_errors import each_quantized
 from derm_compress.method.quantization.quantize import quantize_step
 from derm_compress.model import anatomy
-from derm_compress.model.variants import ORIGINAL
+from derm_compress.model.variants import ORIGINAL, recipe_of
 from derm_compress.study.plan import find_plan
 
 
@@ -70,20 +74,16 @@ def measure(plan) -> dict[str, float]:
     variants = pd.read_parquet(plan.made("07_quantization") / "variants.parquet")
     names = {f"{ORIGINAL}|{way}{bits}": way for way in ("awq", "rtn")}
     variants = variants[variants.variant.isin(list(names))]
+    whole, _ = materialize(recipe_of(variants, f"{ORIGINAL}|rtn{bits}").until(-1), plan.store)
     found = {}
     for kind, items in pictures.items():
         read = {"items": items, "images": dataset.images, "batch_size": 12}
         how = {"store": plan.store, "device": "cpu", "batch_size": 12}
-        errors = method.quantization_errors(variants, items, dataset.images, **how)
-        for name, mean in errors.groupby("variant").relative_error.mean().items():
-            found[f"through_{kind}_{names[name]}"] = mean
+        for turn, errors in each_quantized(variants, items, dataset.images, **how):
+            found[f"through_{kind}_{names[turn.variant]}"] = errors.relative_error.mean()
         for turn in each_model(variants, plan.store, "cpu", "errors", quantize=quantize_step):
-            whole, _ = Source(plan.store, "cpu").take(without_last(turn.recipe))
-
-            def work(batches, whole=whole, model=turn.model):
-                return alone(whole, model, batches)
-
-            rows = pd.DataFrame(turn.calibrated(work, "alone", **read))
+            rows = turn.calibrated(partial(alone, whole, turn.model), "alone", **read)
+            rows = pd.DataFrame(rows)
             found[f"alone_{kind}_{names[turn.variant]}"] = rows.relative_error.mean()
     return found
 

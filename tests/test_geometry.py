@@ -7,6 +7,7 @@ import torch
 from derm_compress.errors import DermError
 from derm_compress.evaluate import latency, metrics
 from derm_compress.evaluate.answers import answer_controls, answer_variants, plan_memory
+from derm_compress.evaluate.quantized import measure_quantized
 from derm_compress.files import Journal
 from derm_compress.method.activation_analysis import activation_statistics, activation_surface
 from derm_compress.method.assemble import materialize
@@ -20,7 +21,6 @@ from derm_compress.method.importance.plans import pruning_plans
 from derm_compress.method.pruning.depths import choose_operating_point
 from derm_compress.method.pruning.plan import published_plan
 from derm_compress.method.quantization import wanted as wanted_frames
-from derm_compress.method.quantization.block_errors import quantization_errors
 from derm_compress.method.quantization.search import search_scales
 from derm_compress.model import anatomy, loading, processors, removal
 from derm_compress.model import variants as frames
@@ -116,7 +116,14 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     how = ask | {"items": dataset.of("train")[:1]}
     assert activation_statistics(sources, batch_size=1, **how).empty
     assert activation_surface(sources, block=30, projection="q_proj", **how).empty
-    assert quantization_errors(rounded, batch_size=1, **how).empty
+    ask_more = {
+        "batch_size": 1,
+        "quantization_batch": 1,
+        "max_new_tokens": 4,
+        "unseen": how["items"],
+    }
+    measure_quantized(tmp_path, rounded, **ask, **ask_more)
+    assert pd.read_parquet(tmp_path / "errors.parquet").empty
     search_scales(tmp_path, wanted, sources, batch_size=1, **how)
     assert pd.read_parquet(tmp_path / "search.parquet").empty
     timed = latency.time_variants(variants, **ask)

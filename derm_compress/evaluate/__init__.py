@@ -2,6 +2,7 @@ from derm_compress.faces import face
 
 FACE = {
     "answers": ["answer", "answer_variants", "answer_controls", "plan_memory", "table_variants"],
+    "quantized": ["measure_quantized"],
     "losses": ["answer_losses"],
     "metrics": ["depth_scores", "paired_difference", "score_interval", "score_table"],
     "schema": ["read_answers"],

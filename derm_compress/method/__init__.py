@@ -24,7 +24,6 @@ FACE = {
     "pruning.controls": ["removal_controls"],
     "pruning.depths": ["choose_operating_point", "plan_depths"],
     "pruning.plan": ["read_control", "read_plans"],
-    "quantization.block_errors": ["quantization_errors"],
     "quantization.grids": ["IntegerGrid"],
     "quantization.nf4": ["NF4Grid"],
     "quantization.quantize": ["quantize_step"],

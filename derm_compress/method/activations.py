@@ -25,7 +25,8 @@ def tap(model, batches, modules, see, *, inputs=False):
     def listen(key):
         def hook(_, args, output):
             x = args[0] if inputs else output
-            see(key, (x[0] if isinstance(x, tuple) else x)[real].float())
+            x = x[0] if isinstance(x, tuple) else x
+            see(key, x[real.to(x.device)].float())  # a spread model's blocks are on several
 
         return hook
 

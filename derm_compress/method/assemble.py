@@ -7,7 +7,7 @@ from collections.abc import Callable
 from derm_compress.errors import DermError
 from derm_compress.method.finetune.merge import merge_adapter
 from derm_compress.model import fresh, removal, usage
-from derm_compress.model.anatomy import META, blocks, fingerprint
+from derm_compress.model.anatomy import blocks, fingerprint, has_values
 from derm_compress.model.hf import LlavaForConditionalGeneration, LlavaProcessor
 from derm_compress.model.loading import load_base
 from derm_compress.model.recipe import NEEDED, Recipe
@@ -24,21 +24,39 @@ def materialize(
     check_order(recipe)
     usage.reset_peak(device)  # a GPU has room for one model, and none for what is left of the last
     model, processor = load_base(recipe.base, device, dtype)
-    if (found := fingerprint(model)) != recipe.fingerprint:
+    found = fingerprint(model), len(blocks(model))
+    if found != (recipe.fingerprint, recipe.blocks):
         raise DermError(
-            f"model {recipe.base}: fingerprint {found}, "
-            f"but the recipe was made for {recipe.fingerprint}"
+            f"model {recipe.base}: fingerprint {found[0]} of {found[1]} blocks, "
+            f"but the recipe was made for {recipe.fingerprint} of {recipe.blocks}"
         )
-    kept, absent = tuple(range(len(blocks(model)))), ()
-    for step in recipe.steps:
-        if device == META and step["step"] != "prune":
-            continue  # no other changes a shape; formats are planned (memory.plan_weights)
+    apply_steps(model, recipe, store, quantize=quantize)
+    return model, processor
+
+
+def apply_steps(
+    model,
+    recipe: Recipe,
+    store,
+    *,
+    since: int = 0,
+    weights: bool = True,
+    quantize: Callable | None = None,
+) -> None:
+    """A recipe's steps from the number `since` on, in place, on the model that those before make.
+
+    weights: whether they are to be changed, too; else only blocks and sublayers are removed.
+    """
+    for number, step in list(enumerate(recipe.steps))[since:]:
+        before = recipe.until(number)
         match step["step"]:
-            case "adapter":
-                merge_adapter(model, store.resolve(step["ref"]), step, kept=kept, absent=absent)
             case "prune":
-                kept = removal.apply_step(model, step, kept)
-                absent = tuple(step.get("absent", ()))
+                removal.apply_step(model, step, before.kept())
+            case _ if not (weights and has_values(model)):
+                continue  # no other changes a shape; formats are planned (memory.plan_weights)
+            case "adapter":
+                left = {"kept": before.kept(), "absent": tuple(map(str, before.absent()))}
+                merge_adapter(model, store.resolve(step["ref"]), step, **left)
             case "reinitialize":
                 fresh.reinitialize(model, step["seed"])
             case "quantize" if quantize is None:
@@ -47,7 +65,6 @@ def materialize(
                 quantize(model, step, store)
             case unknown:
                 raise DermError(f"recipe: unknown step {unknown!r}; known are {', '.join(NEEDED)}")
-    return model, processor
 
 
 def check_order(recipe: Recipe) -> None:

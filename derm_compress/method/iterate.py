@@ -1,31 +1,18 @@
-"""Every variant's model in turn: what recipes share is made once, one model at a time is held."""
+"""Every variant's model in turn: one model is loaded, and becomes each of them."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import pandas as pd
 
 from derm_compress.data.items import Item
-from derm_compress.method.assemble import materialize
-from derm_compress.model import (
-    anatomy,
-    devices,
-    loading,
-    memory,
-    oom,
-    prompts,
-    removal,
-    shapes,
-    usage,
-)
-from derm_compress.model.recipe import Recipe
+from derm_compress.method.assemble import apply_steps, check_order, materialize
+from derm_compress.model import anatomy, devices, oom, prompts, removal, usage, weights
+from derm_compress.model.recipe import Recipe, shared
 from derm_compress.progress import track
-
-COPIED = 1.0  # GiB up to which a model is copied before it is quantized, rather than made again
 
 
 class Turn(NamedTuple):
@@ -54,79 +41,83 @@ class Turn(NamedTuple):
 
 
 class Source:
-    """One model at a time, made anew where another recipe is asked for."""
+    """One model, which becomes every recipe that is taken, in place: each begins as `begin` does.
 
-    def __init__(self, store, device: str, *, wide: bool = False, quantize: Callable | None = None):
-        self.store, self.device, self.wide, self.quantize = store, device, wide, quantize
-        self.recipe = self.model = self.processor = None
+    Removed blocks are put back, and weights from a copy on the host. Where the host has no room for
+    that, `begin` is loaded anew, once the last model is let go: it never holds two large ones.
+    """
+
+    def __init__(
+        self,
+        begin: Recipe,
+        store,
+        device: str,
+        *,
+        dtype=None,
+        wide: bool = False,
+        quantize: Callable | None = None,
+    ):
+        self.begin, self.store, self.device, self.dtype = begin, store, device, dtype
+        self.wide, self.quantize = wide, quantize
+        self.recipe = self.model = self.processor = self.copy = None
+        self.removed = ExitStack()
 
     def take(self, recipe: Recipe):
-        """(model, processor) of a recipe."""
-        if recipe != self.recipe:
-            self.let_go()
-            self.model, self.processor = materialize(
-                recipe, self.store, self.device, quantize=self.quantize
-            )
-            self.recipe = recipe
-            if self.wide:  # while it has all its blocks
-                devices.spread(self.model)
+        """(model, processor) of a recipe, until the next is taken."""
+        check_order(recipe)
+        if self.model is None:
+            self._load()
+        self.removed.close()
+        anew = recipe.weights != self.recipe.weights
+        if anew:
+            self._begin_again()
+        self.removed.enter_context(removal.put_back(self.model))
+        how = {"since": len(self.begin.steps), "weights": anew, "quantize": self.quantize}
+        apply_steps(self.model, recipe, self.store, **how)
+        self.recipe = recipe
         return self.model, self.processor
 
-    def let_go(self) -> None:
-        if self.recipe:
-            devices.let_go(self.model)
-        self.recipe = self.model = self.processor = None
+    def _load(self) -> None:
+        how = {"dtype": self.dtype, "quantize": self.quantize}
+        self.model, self.processor = materialize(self.begin, self.store, self.device, **how)
+        self.recipe = self.begin
+        if self.wide:  # while it has all its blocks
+            devices.spread(self.model)
 
-
-def each_model(
-    variants: pd.DataFrame,
-    store,
-    device: str,
-    what: str,
-    *,
-    wide: bool = False,
-    quantize: Callable | None = None,
-) -> Iterator[Turn]:
-    """A turn for every row; rows that differ in their last step alone share what is before it.
-
-    A model is empty after its turn, before the next one is made; on a GPU a large one is made anew
-    to be quantized. wide: over all GPUs. quantize: as materialize takes it. Models without values
-    have nothing to say: none is given.
-    """
-    if device == anatomy.META:
-        return
-    source = Source(store, device, wide=wide, quantize=quantize)
-    for row in track(list(variants.itertuples()), what):
-        recipe = Recipe.from_json(row.recipe)
-        last = recipe.steps[-1]["step"] if recipe.steps else ""
-        if last == "prune" and recipe.in_order:
-            model, processor = source.take(without_last(recipe))
-            removed = removal.step_units(recipe.steps[-1], source.recipe.kept())
-            with removal.without(model, removed):
-                yield Turn(row.variant, recipe, model, processor)
-        elif last == "quantize" and quantize and (device == "cpu" or light(recipe)):
-            model, processor = source.take(without_last(recipe))
-            if device == "cpu" and usage.tensor_gib(model) > COPIED:
-                model, _ = materialize(recipe, store, quantize=quantize)
-            else:
-                model = copy.deepcopy(model)
-                quantize(model, recipe.steps[-1], store)
-            yield Turn(row.variant, recipe, model, processor)
-            devices.let_go(model)
+    def _begin_again(self) -> None:
+        """The weights as they were loaded, and a copy of them before they change."""
+        usage.reset_peak(self.device)
+        if self.recipe.weights == self.begin.weights:
+            if not self.copy and weights.fit(self.model):
+                self.copy = weights.Weights(self.model)
+        elif self.copy:
+            self.copy.put_back(self.model)
         else:
-            yield Turn(row.variant, recipe, *source.take(recipe))
-    source.let_go()
+            self.let_go()
+            self._load()
+
+    def let_go(self) -> None:
+        """An empty model, whatever names still hold it, and no copy."""
+        self.removed.close()
+        if self.model is not None:
+            devices.let_go(self.model)
+        self.recipe = self.model = self.processor = self.copy = None
 
 
-def light(recipe: Recipe) -> bool:
-    """Whether a GPU holds a model's copy beside it."""
-    planned = memory.plan_weights(shapes.architecture(loading.config_of(recipe.base)))
-    return sum(planned.values()) <= COPIED
+def each_model(variants: pd.DataFrame, store, device: str, what: str, **how) -> Iterator[Turn]:
+    """A turn for every row, all of one model; how: wide (over all GPUs) and quantize as in Source.
 
-
-def without_last(recipe: Recipe) -> Recipe:
-    """The recipe that another's last step is applied to."""
-    return dataclasses.replace(recipe, steps=recipe.steps[:-1])
+    Models without values have nothing to say: none is given.
+    """
+    recipes = [Recipe.from_json(recipe) for recipe in variants.recipe]
+    if device == anatomy.META or not recipes:
+        return
+    source = Source(shared(recipes), store, device, **how)
+    try:
+        for name, recipe in track(list(zip(variants.variant, recipes, strict=True)), what):
+            yield Turn(name, recipe, *source.take(recipe))
+    finally:
+        source.let_go()
 
 
 def joined(frames: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:

@@ -40,11 +40,6 @@ def rooms() -> list[float]:
     return [room(gpu) for gpu in range(torch.cuda.device_count())]
 
 
-def beside(device: str) -> str:
-    """Where a second model goes: the second GPU if there is one."""
-    return "cuda:1" if device == "cuda" and torch.cuda.device_count() > 1 else device
-
-
 def spread(model, over: int | None = None, **how) -> None:
     """Blocks over the GPUs, for generation: one T4 holds 7B in fp16 and hardly a batch beside it.
 

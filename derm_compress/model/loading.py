@@ -48,11 +48,12 @@ def load_base(
     """
     if device == META:
         return _of_shapes(name), None
-    if device == "cpu":
+    if device == "cpu" and dtype != torch.float16:  # which is computed on a GPU, block by block
         # threads of a shared machine wait for each other; one also gives the same bytes
         torch.set_num_threads(1)
     config, processor = check_model(name)
-    model = _pico(config) if name == "pico" else _stored(name, config, dtype or half(device))
+    how = {"dtype": dtype or half(device), "device": device}
+    model = _pico(config) if name == "pico" else _stored(name, config, **how)
     # a folder's own may hold what is not greedy, such as a penalty on repetition
     model.generation_config = GenerationConfig(
         bos_token_id=processor.tokenizer.bos_token_id,
@@ -149,8 +150,11 @@ def _pico(config) -> LlavaForConditionalGeneration:
         return LlavaForConditionalGeneration(config).float()
 
 
-def _stored(name: str, config, dtype) -> LlavaForConditionalGeneration:
-    """A checkpoint; DermError where a weight would be left random or unused."""
+def _stored(name: str, config, *, dtype, device: str) -> LlavaForConditionalGeneration:
+    """A checkpoint, read tensor by tensor onto its device, so that the host never holds it whole.
+
+    DermError where a weight would be left random or unused.
+    """
     source = _whole(name)
     absent = getattr(config, "absent_sublayers", ())
     try:
@@ -160,6 +164,7 @@ def _stored(name: str, config, dtype) -> LlavaForConditionalGeneration:
             config=config,
             state_dict=partial,
             dtype=dtype,
+            device_map={"": device},
             attn_implementation="sdpa",
             use_safetensors=True,
             output_loading_info=True,

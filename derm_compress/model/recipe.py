@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -42,6 +42,10 @@ class Recipe:
     def then(self, step: str, **settings) -> Recipe:
         return replace(self, steps=(*self.steps, {"step": step, **settings}))
 
+    def until(self, number: int) -> Recipe:
+        """What this recipe's step of a number is applied to; of -1, its last."""
+        return replace(self, steps=self.steps[:number])
+
     def kept(self) -> tuple[int, ...]:
         """Original indices of the blocks that are left, in the order in which they stand."""
         return tuple(self._pruning().get("kept", range(self.blocks)))
@@ -54,9 +58,10 @@ class Recipe:
         return next((step for step in reversed(self.steps) if step["step"] == "prune"), {})
 
     @property
-    def in_order(self) -> bool:
-        """Whether the blocks that are left stand as they were trained."""
-        return list(self.kept()) == sorted(self.kept())
+    def weights(self) -> tuple[dict, ...]:
+        """The steps up to the last that changes a weight; any after it only remove."""
+        changing = [i for i, step in enumerate(self.steps, 1) if step["step"] != "prune"]
+        return self.steps[: max(changing, default=0)]
 
     @property
     def quantized(self) -> bool:
@@ -92,6 +97,18 @@ class Recipe:
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DermError(f"recipe: it cannot be read ({first_line(error)})") from error
         return recipe
+
+
+def shared(recipes: Sequence[Recipe]) -> Recipe:
+    """What all recipes begin with; DermError where they are of several bases."""
+    if len(bases := {recipe.until(0).to_json() for recipe in recipes}) > 1:
+        raise DermError(f"recipes: {len(bases)} bases in one frame of variants; one at a time")
+    same = 0
+    for steps in zip(*(recipe.steps for recipe in recipes), strict=False):
+        if any(step != steps[0] for step in steps):
+            break
+        same += 1
+    return recipes[0].until(same)
 
 
 def _check_step(step: dict, blocks: range) -> None:

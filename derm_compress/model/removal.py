@@ -71,8 +71,8 @@ def lacking(model) -> tuple[Unit, ...]:
     return tuple(found)
 
 
-def apply_step(model, step: dict, kept: Sequence[int]) -> tuple[int, ...]:
-    """Apply a recipe's prune step to a model of these original blocks; returns those left."""
+def apply_step(model, step: dict, kept: Sequence[int]) -> None:
+    """Apply a recipe's prune step to a model of these original blocks."""
     if gone := sorted(set(step["kept"]) - set(kept)):
         raise DermError(f"recipe: blocks {gone} are to be kept but were pruned before")
     told = set(step.get("absent", ()))
@@ -82,26 +82,19 @@ def apply_step(model, step: dict, kept: Sequence[int]) -> tuple[int, ...]:
         raise DermError(
             f"recipe: {gone} were removed before; a later prune step lists them as absent too"
         )
-    _, absent = units.left(len(kept), step_units(step, kept))
-    apply(model, [kept.index(block) for block in step["kept"]], absent)
-    return tuple(step["kept"])
-
-
-def step_units(step: dict, kept: Sequence[int]) -> list[Unit]:
-    """What a recipe's step removes from a model of these original blocks, by position."""
     whole = [Unit(i) for i, block in enumerate(kept) if block not in step["kept"]]
-    absent = map(Unit.of, step.get("absent", ()))
-    return whole + [unit.at(kept.index(unit.block)) for unit in absent]
+    absent = [unit.at(kept.index(unit.block)) for unit in map(Unit.of, step.get("absent", ()))]
+    _, absent = units.left(len(kept), whole + absent)
+    apply(model, [kept.index(block) for block in step["kept"]], absent)
 
 
 @contextmanager
-def without(model, removed: Iterable[Unit | int | str]) -> Iterator[None]:
-    """The model with these units taken out, put back at the end."""
+def put_back(model) -> Iterator[None]:
+    """What is removed from the model meanwhile is put back at the end."""
     layers = list(anatomy.blocks(model))
     modules = [dict(layer.named_children()) for layer in layers]
     types = getattr(anatomy.decoder(model).config, "layer_types", None)
     try:
-        apply(model, *units.left(len(layers), map(Unit.of, removed)))
         yield
     finally:
         for layer, held in zip(layers, modules, strict=True):
@@ -111,3 +104,11 @@ def without(model, removed: Iterable[Unit | int | str]) -> Iterator[None]:
         if types:
             model.config.text_config.layer_types = types
             anatomy.decoder(model).config.layer_types = types
+
+
+@contextmanager
+def without(model, removed: Iterable[Unit | int | str]) -> Iterator[None]:
+    """The model with these units taken out, put back at the end."""
+    with put_back(model):
+        apply(model, *units.left(len(anatomy.blocks(model)), map(Unit.of, removed)))
+        yield

@@ -36,6 +36,13 @@ def peak_gib(device: str = "cpu") -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # macOS counts in bytes
 
 
+def host_gib() -> float:
+    """GiB of the host's memory that can still be had."""
+    import psutil
+
+    return psutil.virtual_memory().available / GIB
+
+
 def reset_peak(device: str = "cpu") -> None:
     """Makes peak_gib start anew, a GPU's free memory given back; off Linux a CPU's stays."""
     with contextlib.suppress(OSError):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from derm_compress.progress import say
 
 if TYPE_CHECKING:
     from derm_compress.model.shapes import Architecture
-    from derm_compress.study.needs import Needs, Step
 
 OPEN = 0
 ON_CPU = {  # fixed: a neighbour in a batch may move a last digit
@@ -59,12 +57,6 @@ def settled(p: dict, arch: Architecture, gpus: int, gib: float) -> dict:
     found = {}
     for name in left:
         steps = [step for step in needs.steps() if step.parameter == name]
-        fitting = [size for size in SIZES if fit(steps, size, needs, SHARE * gib)]
+        fitting = [n for n in SIZES if all(step.gib(n) <= SHARE * gib for step in steps)]
         found[name] = max(fitting, default=1)
     return p | found
-
-
-def fit(steps: Sequence[Step], size: int, needs: Needs, gib: float) -> bool:
-    """Whether one GPU holds each step at this size, two models where a second GPU is missing."""
-    beside = [needs.weights if step.gpus > needs.gpus else 0.0 for step in steps]
-    return all(step.gib(size) + more <= gib for step, more in zip(steps, beside, strict=True))

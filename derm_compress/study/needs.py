@@ -45,7 +45,6 @@ class Step:
     parameter: str = ""
     batch: int = 1
     disk: float = 0.0  # bytes that stay
-    gpus: int = 1
 
 
 class Needs:
@@ -73,10 +72,10 @@ class Needs:
         scales = (4 + self.rival) * FP32 * arch.blocks * 5 * arch.hidden
         scales += 3 * sum(map(self.codes, self.coded))
 
-        def step(stage, what, gib, parameter="", *, disk=0.0, gpus=1):
+        def step(stage, what, gib, parameter="", *, disk=0.0):
             batch = p[parameter] if parameter else 1
             batch = max(1, *batch) if isinstance(batch, list) else batch
-            return Step(stage, what, gib, parameter, batch, disk, gpus)
+            return Step(stage, what, gib, parameter, batch, disk)
 
         def answers(stage):
             return step(stage, "answers", self.answering, "batch_size")
@@ -103,7 +102,7 @@ class Needs:
                 disk=statistics,
             ),
             step("07_quantization", "search", self.calibrating, "quantization_batch", disk=scales),
-            step("07_quantization", "errors", self.comparing, "quantization_batch", gpus=2),
+            step("07_quantization", "errors", self.comparing, "quantization_batch"),
             answers("07_quantization"),
             answers("08_evaluation"),
             step("08_evaluation", "latency", self.timing, "latency_batches"),
@@ -165,9 +164,8 @@ class Needs:
         return self.reading(batch) + TAP * self.tokens(batch) * self.arch.intermediate / GIB
 
     def comparing(self, batch: int) -> float:
-        """GiB on the GPU of the unquantized model, whose blocks' outputs wait for the other's."""
-        outputs = FP32 * self.arch.blocks * self.tokens(batch) * self.arch.hidden
-        return self.reading(batch) + outputs / GIB
+        """GiB of a quantized model while a block's outputs are compared with what they were."""
+        return self.reading(batch) + TAP * self.tokens(batch) * self.arch.hidden / GIB
 
     def adapter(self, rank: int) -> int:
         """Bytes of one adapter."""

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from derm_compress.model import shapes
-from derm_compress.model.memory import GIB, plan_weights
+from derm_compress.model.memory import GIB
 from derm_compress.model.shapes import Architecture
 from derm_compress.study import batches
 from derm_compress.study.needs import Needs, Step
@@ -91,9 +91,6 @@ def faults(
         if (gib := step.gib(step.batch)) > machine.gib:
             over = f"{gib:.2f} GiB of {machine.gib:.2f} on one GPU"
             said.append(f"{step.stage}, {step.what}: {over}; {advice(step, p, machine)}")
-        if step.gpus > machine.gpus and sum(plan_weights(arch).values()) > machine.gib / 2:
-            need = "two models at once need two GPUs; take a machine that has them"
-            said.append(f"{step.stage}, {step.what}: {need}")
     disk = sum(step.disk for step in steps) / 1e9
     if disk > machine.disk_gb:
         lower = "set n_train lower, or smaller ranks"

@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from derm_compress.errors import DermError
-from derm_compress.method import iterate
 from derm_compress.method.activation_analysis import activation_statistics, activation_surface
 from derm_compress.method.assemble import materialize
 from derm_compress.method.iterate import each_model
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization import search
-from derm_compress.method.quantization.block_errors import quantization_errors
+from derm_compress.method.quantization.block_errors import each_quantized
 from derm_compress.method.quantization.quantize import quantize_step
 from derm_compress.method.quantization.search import search_scales
 from derm_compress.method.quantization.wanted import asked, quantized_variants
@@ -43,30 +42,6 @@ def test_every_model_is_the_one_its_recipe_says(variants, store):
     assert seen["pruned-3"] == [whole[i] for i in (0, 1, 4, 6, 7)]
 
 
-@pytest.fixture
-def alive(monkeypatch):
-    """How many models that were made before still hold weights, at each load."""
-    made, counts = [], []
-
-    def load(*args, **kwargs):
-        counts.append(sum(any(True for _ in model.parameters()) for model in made))
-        found = materialize(*args, **kwargs)
-        made.append(found[0])
-        return found
-
-    monkeypatch.setattr(iterate, "materialize", load)
-    return counts
-
-
-def test_a_model_is_let_go_before_the_next_is_made(variants, store, monkeypatch, alive):
-    list(each_model(variants[:1], store, "cpu", "x"))
-    monkeypatch.setattr(iterate, "COPIED", 0)  # quantized models are made anew, as large ones are
-    wanted = asked(["original"], ["llm_int8", "bitsandbytes", "rtn"], [4], 64)
-    rounded = quantized_variants(variants, wanted, "")
-    assert len(list(each_model(rounded, store, "cpu", "x", quantize=quantize_step))) == 3
-    assert alive == [0, 0, 1, 1, 1]  # beside the source that they share
-
-
 def test_quantized_variants_run_from_search_to_errors(variants, store, how, tmp_path):
     sources = variants[1:2]
     folder = tmp_path / REF
@@ -78,7 +53,8 @@ def test_quantized_variants_run_from_search_to_errors(variants, store, how, tmp_
     assert set(found.block) == {0, 1, 2, 4, 5, 6, 7}  # as before it
     assert len(both) == 28 and (both["awq3"] != both["awq3-text"]).all()
     quantized = quantized_variants(sources, wanted[wanted.form != "awq3-text"], REF)
-    errors = quantization_errors(quantized, store=store, **how)
+    turns = [*each_quantized(quantized, store=store, known=[], **how)]
+    errors = pd.concat([found for _, found in turns])
     assert errors.groupby("variant").size().tolist() == [7, 7]
     assert (errors.relative_error > 0).all()
     recipe = Recipe.from_json(quantized.set_index("variant").recipe["pruned-1|awq3"])

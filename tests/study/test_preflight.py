@@ -153,9 +153,8 @@ def test_what_no_batch_makes_fit_says_what_else_to_do():
     assert "leave it out of rankings" in said
     (full,) = preflight.faults(values(n_train=60_000), ARCH)
     assert full.startswith("disk: ")
-    alone = replace(preflight.KAGGLE, gpus=1)
-    (two,) = preflight.faults(values(batch_size=1), ARCH, alone)
-    assert two.startswith("07_quantization, errors: two models at once")
+    alone = replace(preflight.KAGGLE, gpus=1)  # one model at a time
+    assert preflight.faults(values(batch_size=1), ARCH, alone) == []
 
 
 def test_a_smaller_model_needs_less_of_everything():

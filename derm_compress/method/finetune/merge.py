@@ -30,7 +30,7 @@ def merge_adapter(
             down, up = map(weights.get_tensor, (name, name.replace("lora_A", "lora_B")))
             linear = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(DOWN))
             update = (up @ down).mul_(config["lora_alpha"] / config["r"])
-            linear.weight.data += update.to(linear.weight.dtype)
+            linear.weight.data += update.to(linear.weight)  # its type, its GPU
 
 
 def check_adapter(folder: Path, step: dict, *, kept: tuple[int, ...], absent: tuple[str, ...]):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
+import torch
 
 from derm_compress.data.items import Item
 from derm_compress.errors import DermError
-from derm_compress.files import Journal
 from derm_compress.method import activations
-from derm_compress.method.iterate import Source, each_model, joined, without_last
+from derm_compress.method.iterate import Turn, each_model
 from derm_compress.method.quantization.quantize import quantize_step
-from derm_compress.model import anatomy, devices
+from derm_compress.model import anatomy
+from derm_compress.model.recipe import Recipe
+
+COLUMNS = ["block", "relative_error", "variant"]
 
 
-def quantization_errors(
+def each_quantized(
     variants: pd.DataFrame,
     items: Sequence[Item],
     images: np.ndarray,
@@ -25,43 +28,68 @@ def quantization_errors(
     store,
     device: str,
     batch_size: int,
-    journal: Journal | None = None,
-) -> pd.DataFrame:
-    """Relative error of each block's output against the model before it was quantized.
+    known: Sequence[str] = (),
+) -> Iterator[tuple[Turn, pd.DataFrame]]:
+    """A turn for every quantized variant, and the relative error of each block's output (COLUMNS).
 
-    Columns: block, relative_error, variant.
+    It is taken against the model before it was quantized, whose outputs wait on the host: at 7B
+    0.16 GiB a prompt. Variants whose errors are `known` come with none.
     """
     read = {"items": items, "images": images, "batch_size": batch_size}
-    journal = journal or Journal()
-    todo = variants[~variants.variant.isin(journal.done)]
-    whole = Source(store, devices.beside(device))
-    for turn in each_model(todo, store, device, "errors by block", quantize=quantize_step):
-        source, _ = whole.take(without_last(turn.recipe))
-        work = partial(block_errors, source, turn.model)
-        found = turn.original_blocks(pd.DataFrame(turn.calibrated(work, "errors", **read)))
-        journal.add(turn.variant, found.to_dict("records"))
-    whole.let_go()
-    frames = [pd.DataFrame(journal.done.get(name, [])) for name in variants.variant]
-    return joined(frames, ["block", "relative_error", "variant"])
+    rows = with_sources(variants)
+    for turn in each_model(rows, store, device, "quantized", wide=True, quantize=quantize_step):
+        if not turn.recipe.quantized:
+            outputs = turn.calibrated(partial(block_outputs, turn.model), "outputs", **read)
+        elif turn.variant in known:
+            yield turn, pd.DataFrame(columns=COLUMNS)
+        else:
+            work = partial(block_errors, outputs, turn.model)
+            errors = pd.DataFrame(turn.calibrated(work, "errors", **read))
+            yield turn, turn.original_blocks(errors)
 
 
-def block_errors(model, changed, batches):
-    """Rows (block, relative_error): ||h' - h|| / ||h|| of every block's output h, real tokens."""
-    full, other = (dict(enumerate(anatomy.blocks(one))) for one in (model, changed))
-    if len(full) != len(other):
-        said = f"models of {len(full)} and {len(other)} blocks; compare equal depths"
+def with_sources(variants: pd.DataFrame) -> pd.DataFrame:
+    """(variant, recipe) of quantized variants, before those of each source the source itself."""
+    rows, source = [], None
+    for row in variants.itertuples():
+        before = Recipe.from_json(row.recipe).until(-1).to_json()
+        if before != source:
+            rows.append({"variant": row.source, "recipe": before})
+        rows.append({"variant": row.variant, "recipe": row.recipe})
+        source = before
+    return pd.DataFrame(rows, columns=["variant", "recipe"])
+
+
+def block_outputs(model, batches) -> dict[int, torch.Tensor]:
+    """Every block's output for all real tokens [tokens, width], on the host, as it was computed."""
+    parts = {block: [] for block in range(len(anatomy.blocks(model)))}
+
+    def keep(block, x):
+        parts[block].append(x.to("cpu", model.dtype))
+
+    activations.tap(model, batches, dict(enumerate(anatomy.blocks(model))), keep)
+    return {block: torch.cat(parts.pop(block)) for block in list(parts)}
+
+
+def block_errors(outputs: dict[int, torch.Tensor], changed, batches) -> list[dict]:
+    """Rows (block, relative_error): ||h' - h|| / ||h|| of every block's output h, real tokens.
+
+    outputs: block_outputs() of the model before it was changed, of the same prompts.
+    """
+    blocks = dict(enumerate(anatomy.blocks(changed)))
+    if len(outputs) != len(blocks):
+        said = f"models of {len(outputs)} and {len(blocks)} blocks; compare equal depths"
         raise DermError(f"quantize: {said}")
-    errors, sizes, held = dict.fromkeys(full, 0.0), dict.fromkeys(full, 0.0), {}
+    errors, sizes, seen = (dict.fromkeys(blocks, zero) for zero in (0.0, 0.0, 0))
 
     def compare(block, x):
-        h = held.pop(block).to(x.device)
+        h = outputs[block][seen[block] : seen[block] + len(x)].to(x.device).float()
+        seen[block] += len(x)
         errors[block] += (x - h).double().square().sum().item()
         sizes[block] += h.double().square().sum().item()
 
-    for batch in batches:
-        activations.tap(model, [batch], full, held.__setitem__)
-        activations.tap(changed, [batch], other, compare)
+    activations.tap(changed, batches, blocks, compare)
     return [
         {"block": block, "relative_error": (errors[block] / max(sizes[block], 1e-30)) ** 0.5}
-        for block in full
+        for block in blocks
     ]

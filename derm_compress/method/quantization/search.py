@@ -21,16 +21,13 @@ from safetensors.torch import load_file, save_file
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.files import atomic, digest
-from derm_compress.method.assemble import materialize
-from derm_compress.method.iterate import Turn, joined
+from derm_compress.method.iterate import Turn, each_model, joined
 from derm_compress.method.quantization import autoawq, calibration, gptq, scaling
 from derm_compress.method.quantization.methods import Form, check_groups
 from derm_compress.method.quantization.quantize import targets
 from derm_compress.method.quantization.wanted import calibrations
-from derm_compress.model import anatomy, devices, oom, prompts
+from derm_compress.model import anatomy, oom, prompts
 from derm_compress.model import variants as variants_of
-from derm_compress.model.recipe import Recipe
-from derm_compress.progress import track
 
 ROWS = {"block": int, "group": object, "alpha": float, "loss": float, "loss_rtn": float}
 KINDS = len(dialogue.QUESTIONS)  # prompts about one picture, which share most of their tokens
@@ -132,14 +129,13 @@ def search_scales(
         if asked := calibrations(wanted, name):
             needed[name] = asked
     frames = []
-    for row in track([*variants_of.named(sources, needed).itertuples()], "scales searched"):
-        recipe = Recipe.from_json(row.recipe)
-        turn = Turn(row.variant, recipe, *materialize(recipe, store, **home))
+    rows = variants_of.named(sources, needed)
+    for turn in each_model(rows, store, what="scales searched", **home):
         check_groups(every, anatomy.inputs(turn.model))
-        for text_only, forms in needed[row.variant].items():
+        for text_only, forms in needed[turn.variant].items():
             how = {"text_only": text_only, "answer_weight": answer_weight}
             steps = {name: form.step for name, form in forms.items()}
-            key = [row.recipe, steps, how, batch_size, [item.id for item in items]]
+            key = [turn.recipe.to_json(), steps, how, batch_size, [item.id for item in items]]
             found = _searched(
                 turn,
                 partial(prompts.calibration_batches, turn.processor, items, images, **how),
@@ -153,7 +149,6 @@ def search_scales(
                 save_file(tensors, folder / name / f"{turn.variant}.safetensors")
                 told = pd.DataFrame(rows, columns=ROWS).astype(ROWS)
                 frames.append(turn.original_blocks(told).assign(form=name))
-        devices.let_go(turn.model)
     columns = [*ROWS, "variant", "form"]
     joined(frames, columns).to_parquet(folder / "search.parquet", index=False)
 
