@@ -116,13 +116,8 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     how = ask | {"items": dataset.of("train")[:1]}
     assert activation_statistics(sources, batch_size=1, **how).empty
     assert activation_surface(sources, block=30, projection="q_proj", **how).empty
-    ask_more = {
-        "batch_size": 1,
-        "quantization_batch": 1,
-        "max_new_tokens": 4,
-        "unseen": how["items"],
-    }
-    measure_quantized(tmp_path, rounded, **ask, **ask_more)
+    sizes = {"batch_size": 1, "quantization_batch": 1, "max_new_tokens": 4}
+    measure_quantized(tmp_path, rounded, unseen=how["items"], **ask, **sizes)
     assert pd.read_parquet(tmp_path / "errors.parquet").empty
     search_scales(tmp_path, wanted, sources, batch_size=1, **how)
     assert pd.read_parquet(tmp_path / "search.parquet").empty

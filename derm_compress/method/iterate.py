@@ -105,7 +105,7 @@ class Source:
 
 
 def each_model(variants: pd.DataFrame, store, device: str, what: str, **how) -> Iterator[Turn]:
-    """A turn for every row, all of one model; how: wide (over all GPUs) and quantize as in Source.
+    """A turn for every row, of one base; how: dtype, quantize, wide (over all GPUs) as in Source.
 
     Models without values have nothing to say: none is given.
     """

@@ -10,13 +10,14 @@ import torch
 from torch.cuda import _utils
 
 from derm_compress import evaluate, method
+from derm_compress.method.iterate import Source
 from derm_compress.method.quantization import checkpoint, gemv, packed, scaling, wanted
 from derm_compress.method.quantization.grids import grid_of
 from derm_compress.method.quantization.methods import Form, forms
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.model import loading, variants
 from derm_compress.model.graphs import Recorded
-from derm_compress.model.recipe import Recipe
+from derm_compress.model.recipe import Recipe, shared
 from tools.check_gpu import Skip, check, rig
 
 BLOCKS = (0, 9, 20, 31)  # of tiny's, which a search reads
@@ -124,6 +125,20 @@ def searches(device, folder):
     far = float((found.loss / cpu.loss.clip(lower=1e-9) - 1).abs().median())
     assert len(found) and found.block.nunique() == len(BLOCKS) and alike > 0.8 and far < 0.05
     return f"{alike:.2f} of the exponents are the CPU's, losses within {far:.1e}"
+
+
+@check(200)
+def put_back(device, folder):
+    """One model becomes each quantized variant as a new one would, and itself again, bit by bit."""
+    store, quantize = rig.Stored(folder), {"quantize": method.quantize_step}
+    recipes = [Recipe.from_json(recipe) for recipe in searched(folder, device)[1].recipe]
+    source = Source(shared(recipes), store, device, **quantize)
+    for recipe in [*recipes, source.begin]:
+        made, _ = source.take(recipe)
+        expected, _ = method.materialize(recipe, store, device, **quantize)
+        pairs = zip(made.parameters(), expected.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs), recipe.steps[-1]
+    return f"{len(recipes)} variants of one load"
 
 
 @check(300)
