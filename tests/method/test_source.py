@@ -92,10 +92,13 @@ def same(one, other):
 @pytest.mark.parametrize("packed", [False, True])
 def test_it_becomes_each_variant_and_itself_again(recipes, store, loads, packed):
     quantize = partial(quantize_step, packed=packed)
-    source = Source(shared(recipes), store, "cpu", quantize=quantize)
-    for recipe in recipes[2:] if packed else recipes:
+    source, fresh = Source(shared(recipes), store, "cpu", quantize=quantize), {}
+    for recipe in [*recipes[3:5], recipes[0]] if packed else recipes:
         model, _ = source.take(recipe)
-        assert same(state(model), state(materialize(recipe, store, quantize=quantize)[0]))
+        name = recipe.to_json()
+        if name not in fresh:
+            fresh[name] = state(materialize(recipe, store, quantize=quantize)[0])
+        assert same(state(model), fresh[name])
     assert loads == [0]
     source.let_go()
     assert not list(model.parameters())
