@@ -17,7 +17,7 @@ from derm_compress.method.activations import (
     projections,
     tap,
 )
-from derm_compress.method.quantization.block_errors import block_errors
+from derm_compress.method.quantization.block_errors import block_errors, block_outputs
 from derm_compress.model import anatomy
 
 
@@ -155,15 +155,16 @@ def test_infinite_outputs_are_refused():
 
 def test_block_errors_are_relative_norms(model):
     feed, changed = batch(2, seed=4), copy.deepcopy(model)
-    assert all(row["relative_error"] == 0 for row in block_errors(model, changed, [feed]))
+    outputs = block_outputs(model, [feed])
+    assert all(row["relative_error"] == 0 for row in block_errors(outputs, changed, [feed]))
     last = anatomy.blocks(changed)[1]
     for linear in (last.self_attn.o_proj, last.mlp.down_proj):
         linear.weight.data.zero_()  # the block passes its input on
     seen = {}
     tap(model, [feed], dict(enumerate(anatomy.blocks(model))), seen.__setitem__)
-    first, second = block_errors(model, changed, [feed])
+    first, second = block_errors(outputs, changed, [feed])
     assert first == {"block": 0, "relative_error": 0} and second["block"] == 1
     expected = ((seen[0] - seen[1]).norm() / seen[1].norm()).item()
     assert second["relative_error"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(DermError, match="1 and 2 blocks"):
-        block_errors(small_llava(1), model, [feed])
+        block_errors({0: outputs[0]}, model, [feed])

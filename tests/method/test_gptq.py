@@ -8,7 +8,7 @@ from small_llava import asked, batch, loud_llava
 
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import gptq
-from derm_compress.method.quantization.block_errors import block_errors
+from derm_compress.method.quantization.block_errors import block_errors, block_outputs
 from derm_compress.method.quantization.grids import IntegerGrid
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
@@ -130,9 +130,10 @@ def quantized(model, form, batches=BATCHES):
 
 def test_what_it_is_worth_on_held_out_inputs(model):
     feeds = [batch(8, seed=9)]
+    outputs = block_outputs(model, feeds)
 
     def error(form):
-        return block_errors(model, quantized(model, form), feeds)[-1]["relative_error"]
+        return block_errors(outputs, quantized(model, form), feeds)[-1]["relative_error"]
 
     rtn, awq, alone, both = (error(Form(name, 3)) for name in ("rtn", "awq", "gptq", "awq_gptq"))
     assert alone < rtn and both < awq < rtn

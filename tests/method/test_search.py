@@ -12,7 +12,7 @@ from small_llava import asked, batch, collect_all, loud_llava, small_llava
 
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import calibration, groups, scaling
-from derm_compress.method.quantization.block_errors import block_errors
+from derm_compress.method.quantization.block_errors import block_errors, block_outputs
 from derm_compress.method.quantization.grids import IntegerGrid
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.nf4 import NF4Grid
@@ -40,7 +40,9 @@ def quantized(model, form):
 
 def error(model, found, block=0):
     """Of a block's output on batches that no search has seen."""
-    return block_errors(model, found, [batch(4, seed=9)])[block]["relative_error"]
+    feeds = [batch(4, seed=9)]
+    outputs = block_outputs(model, feeds)
+    return block_errors(outputs, found, feeds)[block]["relative_error"]
 
 
 def test_equation_8_is_a_power_of_the_mean_normalised_by_its_extremes():
