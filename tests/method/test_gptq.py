@@ -137,6 +137,7 @@ def test_what_it_is_worth_on_held_out_inputs(model):
 
     rtn, awq, alone, both = (error(Form(name, 3)) for name in ("rtn", "awq", "gptq", "awq_gptq"))
     assert alone < rtn and both < awq < rtn
+    assert error(Form("gptq", 2, clip=True)) < error(Form("gptq", 2))
 
 
 def test_blocks_read_what_quantized_ones_leave(model):

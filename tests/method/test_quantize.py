@@ -36,7 +36,7 @@ FORMS = {
         Form("awq", 4),
         Form("awq", 3, clip=True),
         Form("gptq", 3, actorder=True),
-        Form("awq_gptq", 4),
+        Form("awq_gptq", 4, clip=True),
         Form("hqq", 3),
         Form("bitsandbytes", 4),
         Form("rtn", 4, block_bits={0: 2}),

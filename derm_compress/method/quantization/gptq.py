@@ -11,6 +11,7 @@ import torch
 
 from derm_compress.method.quantization import scaling
 from derm_compress.method.quantization.grids import grid_of
+from derm_compress.method.quantization.groups import clip_ends
 from derm_compress.method.quantization.methods import WHOLE
 from derm_compress.method.quantization.packed import PackedLinear
 from derm_compress.method.quantization.quantize import fold_block, group_linears, round_block
@@ -19,12 +20,13 @@ from derm_compress.model import anatomy
 DAMPING = 0.01  # of H's mean diagonal, which is added to it: the paper's
 
 
-def encode(weight, gram, grid, *, actorder=False):
+def encode(weight, gram, grid, ends=None, *, actorder=False):
     """Weight [out, in] -> codes, scales and zeros as grid.encode gives them, for inputs of this H.
 
-    Scales and zeros are plain rounding's. actorder: the loudest inputs first; groups stay.
+    Scales and zeros are plain rounding's, of groups clipped to the shares `ends`. actorder: the
+    loudest inputs first; groups stay.
     """
-    _, scales, zeros = grid.levels(weight)
+    _, scales, zeros = grid.levels(weight, ends)
     scales, zeros = scales.squeeze(-1).T, zeros.squeeze(-1).T  # [in / g, out]
     order = torch.arange(len(gram), device=gram.device)
     if actorder:
@@ -64,7 +66,10 @@ def search_block(model, index, statistics, form):
             if form.bits_of(index, name) == WHOLE:
                 continue
             grid, weight = grid_of(form, index, name), linear.weight.float()
-            made = PackedLinear.of(grid, *encode(weight, gram, grid, actorder=form.actorder))
+            ends = tensors.pop(f"{index}.{name}", None)  # which scales and zeros now say
+            ends = None if ends is None else clip_ends(ends, grid.bits, weight.device)
+            found = encode(weight, gram, grid, ends, actorder=form.actorder)
+            made = PackedLinear.of(grid, *found)
             tensors |= {f"{index}.{name}.{key}": held for key, held in made.state_dict().items()}
             kept.append((weight, made.dequantized(), grid.rounded(weight)))
         if kept:

@@ -77,7 +77,7 @@ class Method:
 
 
 CLIP, SEARCHED = ("clip",), ("duo", "clip", "text")
-GPTQ = {"options": ("actorder", "text"), "rounding": "gptq", "citation": "arXiv:2210.17323"}
+GPTQ = {"options": ("clip", "actorder", "text"), "rounding": "gptq", "citation": "arXiv:2210.17323"}
 BLOCKS = (32, 64, 128, 256)
 AWQ, QLORA = "arXiv:2306.00978", "arXiv:2305.14314"
 _ALL = (
