@@ -43,6 +43,7 @@ UPSTREAM = {
     "07_quantization": ("01_data", "02_finetune", "04_pruning", "05_sft"),
 }
 UPSTREAM["08_evaluation"] = tuple(UPSTREAM)
+UNASKED = {"extra_allocation", "allocation_map"}  # parts of stage 09, which is off by default
 EVIL = (
     "<script>top.planted=parent.planted=1</script><img src=x onerror=alert(1)> $\\frac{1}{2$ </s>"
 )
@@ -414,7 +415,7 @@ def finished(**how):
     files, given = stage_files(**how), {}
     for field in dataclasses.fields(Results):
         stage, _, name = field.metadata.get("file", "08_evaluation/variants").partition("/")
-        given[field.name] = files[stage].get(name.removesuffix(".parquet"))
+        given[field.name] = files.get(stage, {}).get(name.removesuffix(".parquet"))
     given["variants"] = files["08_evaluation"]["variants"]
     return load_results({}, **{name: value for name, value in given.items() if name != "answers"})
 

@@ -22,7 +22,9 @@ STAGES = [
     "06_activation_analysis",
     "07_quantization",
     "08_evaluation",
+    "09_allocation",
 ]
+EIGHT, LAST = STAGES[:-1], STAGES[-1]
 
 
 def cells(path):
@@ -32,7 +34,7 @@ def cells(path):
     ]
 
 
-def test_the_eight_notebooks_are_there():
+def test_the_notebooks_are_there():
     assert [p.stem for p in PATHS] == STAGES
 
 
@@ -109,27 +111,28 @@ class TestEvery:
 def test_the_graph_is_what_the_cells_read():
     graph = params.graph(params.read_notebooks(ROOT))
     assert list(graph) == STAGES
-    assert set(graph["08_evaluation"]) == set(STAGES[:-1])
+    assert set(graph[EIGHT[-1]]) == set(EIGHT[:-1])
+    assert set(graph[LAST]) == {"01_data", "03_layer_importance", "04_pruning", "05_sft"}
     assert set(graph["06_activation_analysis"]) == {"01_data", "04_pruning", "05_sft"}
     assert "06_activation_analysis" not in graph["07_quantization"]
 
 
 def test_a_judge_that_cannot_work_is_refused_before_anything_is_answered():
-    code = [text for kind, text, _ in cells(PATHS[-1]) if kind == "code"]
+    code = [text for kind, text, _ in cells(PATHS[-2]) if kind == "code"]
     (judge,) = [i for i, text in enumerate(code) if "evaluate.choose_judge(" in text]
     assert "answer_variants" not in "".join(code[:judge])
     assert "answer_variants" in "".join(code[judge + 1 :])
 
 
 def test_the_judge_has_every_parameter_that_names_it():
-    code = "".join(text for kind, text, _ in cells(PATHS[-1]) if kind == "code")
-    schema = params.read_notebooks(ROOT)[STAGES[-1]].schema
+    code = "".join(text for kind, text, _ in cells(PATHS[-2]) if kind == "code")
+    schema = params.read_notebooks(ROOT)[EIGHT[-1]].schema
     named = [name for name in schema if name.startswith("judge")]
     assert len(named) == 6 and all(f"=stage.p.{name}," in code for name in named[1:])
 
 
 def test_what_a_judge_leaves_unread_is_asked_again_wherever_it_is_kept():
-    code = "\n".join(text for kind, text, _ in cells(PATHS[-1]) if kind == "code")
+    code = "\n".join(text for kind, text, _ in cells(PATHS[-2]) if kind == "code")
     steps = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)]
     again = [n for n in steps if "lacking" in {keyword.arg for keyword in n.keywords}]
     assert {n.args[0].value for n in again} == {"judge_controls", "answers", "predictions"}

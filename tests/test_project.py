@@ -33,7 +33,7 @@ def test_ruff_has_nothing_to_say():
 
 def test_notebooks_are_stripped():
     paths = [str(p) for p in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    assert len(paths) == 8
+    assert len(paths) == 9
     done = run("nbstripout", "--verify", "--keep-id", *paths)
     assert done.returncode == 0, done.stdout
 

@@ -7,6 +7,7 @@ import pytest
 import smollm2_cut
 from test_smoke import project
 
+from derm_compress.method.allocation.sizes import file_bytes
 from derm_compress.model import gguf_llama, small
 from derm_compress.study.params import read_notebooks
 
@@ -35,6 +36,9 @@ quantization_items: 1
 methods: [awq, rtn]
 latency_tokens: 4
 latency_repeats: 3
+budget_gib: [6]
+allocation_items: 1
+decision_items: 1
 """
 
 
@@ -67,3 +71,11 @@ def test_the_notebooks_run_where_operating_and_deeper_depth_are_one(root):
     assert choice["operating"] == choice["deeper"] == 1
     (made,) = root.glob("artifacts/store/07_quantization/*/answers.parquet")
     assert {"original|awq4", "pruned-1+sft|rtn4"} <= set(pd.read_parquet(made).variant)
+    (made,) = root.glob("artifacts/store/09_allocation/*/allocations.parquet")
+    table = pd.read_parquet(made)
+    assert (table.bytes_planned <= table.budget_bytes)[table.budget_gib.notna()].all()
+    (made,) = root.glob("artifacts/store/09_allocation/*/held.parquet")
+    held = pd.read_parquet(made).set_index("variant").held
+    chosen = table[table.way == "joint"].iloc[0]
+    parts = json.loads(chosen.allocation)["bytes"]
+    assert held[chosen.variant] == file_bytes(parts) < chosen.bytes_planned

@@ -60,6 +60,9 @@ class Results:
     latency: pd.DataFrame | None = _of("08_evaluation/measured/latency.parquet")
     predictions: pd.DataFrame | None = _of("08_evaluation/predictions.parquet")
     evaluation: pd.DataFrame | None = _of("08_evaluation/answers.parquet")
+    allocations: pd.DataFrame | None = _of("09_allocation/allocations.parquet")
+    held: pd.DataFrame | None = _of("09_allocation/held.parquet")
+    allocation_answers: pd.DataFrame | None = _of("09_allocation/answers.parquet")
     variants: pd.DataFrame | None = None
     answers: pd.DataFrame | None = None
 

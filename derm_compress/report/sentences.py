@@ -19,7 +19,7 @@ from derm_compress.report.page import inert, page
 from derm_compress.report.paper import model
 from derm_compress.report.paper import numbers as paper
 from derm_compress.report.results import Results, answers_of, first_to_go
-from derm_compress.report.tables import answer, claims, statistics
+from derm_compress.report.tables import allocation, answer, claims, statistics
 from derm_compress.report.tables.quantizers import plain_awq
 
 STAGES = {  # stage: the templates that its notebook ends with
@@ -32,6 +32,7 @@ STAGES = {  # stage: the templates that its notebook ends with
     "07_quantization": "table3_quantization extra_alpha extra_equal_bytes",
     "08_evaluation": "answer table4_efficiency table5_ablation extra_diagnosis "
     "extra_baselines extra_judges extra_controls claims",
+    "09_allocation": "extra_allocation",
 }
 
 
@@ -53,6 +54,7 @@ def headline(results: Results) -> str:
 
 
 KNOWN = {  # in templates, beside the facts
+    "allocation": allocation,
     "controls": controls,
     "rule": rule,
     "paper": paper,

@@ -47,6 +47,8 @@ def check(plan, stages: Collection[str]) -> None:
             check_projection(p, arch)
         if "07" in todo:
             check_forms(p, arch)
+        if "09" in todo:
+            check_allocation(p, arch)
         if p["device"] == "cuda":
             check_memory(p, arch, stages)
         if "02" in todo:  # last: the small model may have to be fetched
@@ -204,6 +206,26 @@ def check_forms(p: dict, arch: Architecture) -> None:
             raise DermError("methods: autoawq is not installed, it is for Linux; leave it out")
         if p["answer_weight"] != 1:
             raise DermError("answer_weight: autoawq weighs all tokens alike; set it to 1")
+
+
+def check_allocation(p: dict, arch: Architecture) -> None:
+    """Budgets that some depth fits, groups, and pictures to decide by."""
+    from derm_compress.method.allocation import sizes, ways
+
+    if p["device"] == "meta":
+        raise DermError("budget_gib: bits are chosen by gradients, and device meta has no weights")
+    if not p["n_dev"]:
+        raise DermError("budget_gib: development pictures decide; set n_dev")
+    methods.check_groups(
+        [methods.Form(p["allocation_method"], group_size=p["group_size"])],
+        {name: into for name, (_, into) in arch.linears.items()},
+    )
+    plan = own_plan(p, arch.blocks)
+    how = {"method": p["allocation_method"], "group_size": p["group_size"]}
+    problem = ways.Problem(p["model"], "", arch, plan, **how)
+    depths = ways.drop_depths(p["drop_depths"], plan)
+    for budget in sizes.own_budgets(p["budget_gib"], arch).values():
+        problem.fitting(depths, budget)
 
 
 def check_judge(p: dict) -> None:

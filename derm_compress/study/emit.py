@@ -57,7 +57,8 @@ def rules(asked: Sequence[tuple[Path, Plan]], sets: dict[str, str], machine=None
     plans = [plan for _, plan in asked]
     commands = {plan.folder: command(path, plan, sets) for path, plan in asked}
     found: dict[Path, Rule] = {}
-    for place, job in jobs(plans, list(plans[0].notebooks)).items():
+    every = dict.fromkeys(stage for plan in plans for stage in plan.notebooks)
+    for place, job in jobs(plans, list(every)).items():
         needs = tuple(found[before] for before in job.needs)
         found[place] = rule(job, commands[job.plan.folder], needs, machine)
     reports = []

@@ -47,7 +47,7 @@ def jobs(plans: Sequence[Plan], stages: Sequence[str]) -> dict[Path, Job]:
     notes = {root: finished(root) for root in {plan.artifacts for plan in plans}}
     found: dict[Path, Job] = {}
     for plan in plans:
-        for stage in stages:
+        for stage in plan.own(stages):
             place = result_of(plan, stage)
             if place not in found:
                 needs = tuple(result_of(plan, earlier) for earlier in plan.graph[stage])
@@ -89,7 +89,7 @@ def listed(plans: Sequence[Plan], stages: Sequence[str]) -> str:
     states = {place: job.state() for place, job in found.items()}
     lines = []
     for plan in plans:
-        for stage in stages:
+        for stage in plan.own(stages):
             place = result_of(plan, stage)
             owner = found[place].plan
             said = states[place] if owner is plan else f"shared with {owner.run}"

@@ -86,6 +86,10 @@ class Needs:
         def merging(stage):
             return step(stage, "merging", lambda _: self.merging())
 
+        allocation = []
+        if p["budget_gib"]:
+            allocation = [step("09_allocation", "costs", self.differentiating)]
+            allocation.append(answers("09_allocation"))
         steps = [
             step("01_data", "pictures", lambda _: 0.0, disk=pictures * p["image_size"] ** 2 * 3),
             answers("02_finetune"),
@@ -106,6 +110,7 @@ class Needs:
             answers("07_quantization"),
             answers("08_evaluation"),
             step("08_evaluation", "latency", self.timing, "latency_batches"),
+            *allocation,
         ]
         return [*steps, *map(merging, list(dict.fromkeys(one.stage for one in steps))[1:])]
 

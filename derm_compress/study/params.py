@@ -24,6 +24,7 @@ WRITE = "write `name: type = value  # help [low..high]`"
 DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 RULE = re.compile(rf"\[([^\[\]]*(?:\.\.|\|)[^\[\]]*|{DOTTED.pattern})\]\s*$")
 NEXT = re.compile(r"\s+(?=\w+=)(?![^\[]*\])")  # before a name, but not inside of a list
+OPTIONAL = {"09_allocation": "budget_gib"}  # stages that run where a parameter asks for them
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -214,6 +215,18 @@ def read_notebooks(root: Path) -> dict[str, Notebook]:
                 other = "with another type, default or range"
                 raise DermError(f"notebooks {owner} and {stage} declare {name} {other}")
     return notebooks
+
+
+def wanted(notebooks: dict[str, Notebook], values: dict) -> dict[str, Notebook]:
+    """The notebooks without those that nothing asks for."""
+    off = {stage for stage, name in OPTIONAL.items() if not values.get(name)}
+    return {stage: notebook for stage, notebook in notebooks.items() if stage not in off}
+
+
+def left_out(stage: str) -> DermError:
+    """What to say of a stage that these parameters do not ask for."""
+    name = OPTIONAL[stage]
+    return DermError(f"{stage} runs only where it is asked for: set {name}, as --set {name}=3.4")
 
 
 def graph(notebooks: dict[str, Notebook]) -> dict[str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from derm_compress.study.params import (
     read_notebooks,
     run_name,
     select,
+    wanted,
 )
 from derm_compress.study.store import Store
 
@@ -131,6 +133,10 @@ class Plan:
         """Where the runner leaves a stage's executed notebook."""
         return self.folder / "notebooks" / f"{stage}.ipynb"
 
+    def own(self, stages: Iterable[str]) -> list[str]:
+        """Those of the stages that this run has."""
+        return [stage for stage in stages if stage in self.notebooks]
+
     def pointer(self, stage: str) -> dict:
         """What this run last noted of a stage; empty if it did not."""
         return read_note(self.folder / f"{stage}.json")
@@ -168,7 +174,8 @@ def make_plan(
     """A run of the given values over the notebooks' defaults."""
     known = known_parameters(notebooks)
     defaults = {name: parameter.default for name, parameter in known.items()}
-    plan = Plan(root, notebooks, defaults | values, swept=swept or {})
+    values = defaults | values
+    plan = Plan(root, wanted(notebooks, values), values, swept=swept or {})
     check_places(plan)
     return plan
 

@@ -12,7 +12,13 @@ from derm_compress.files import hold, project_root, public, read_note, release, 
 from derm_compress.study import jobs, keys
 from derm_compress.study.execution import Execution, seconds_in, whole
 from derm_compress.study.grid import read_points
-from derm_compress.study.params import check_texts, known_parameters, read_notebooks, select
+from derm_compress.study.params import (
+    check_texts,
+    known_parameters,
+    left_out,
+    read_notebooks,
+    select,
+)
 from derm_compress.study.plan import Plan, git_state, make_plan
 
 
@@ -36,15 +42,23 @@ def run(
     if len({plan.folder for plan in plans}) < len(plans):
         names = ", ".join(plan.run for plan in plans)
         raise DermError(f"two parameter files make one run: {names}")
+    if not all(plan.own(stages) for plan in plans):
+        raise left_out(stages[0])
     for plan in plans if "device" in known_parameters(notebooks) else ():
-        foresee(plan, stages if force or list_ else missing(plan, stages), refuse=not list_)
+        own = plan.own(stages)
+        foresee(plan, own if force or list_ else missing(plan, own), refuse=not list_)
     if list_:
         print(jobs.listed(plans, stages), flush=True)
         return 0
     overrides = {name: public(text) for name, text in sets.items()}
     try:
         done = [
-            run_one(plan, stages, force, {"params_file": public(str(path)), "overrides": overrides})
+            run_one(
+                plan,
+                plan.own(stages),
+                force,
+                {"params_file": public(str(path)), "overrides": overrides},
+            )
             for path, plan in asked
         ]
     except KeyboardInterrupt:

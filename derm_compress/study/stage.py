@@ -26,6 +26,7 @@ from derm_compress.study.params import (
     Notebook,
     check,
     known_parameters,
+    left_out,
     nearest,
     read_notebooks,
     read_params,
@@ -290,6 +291,8 @@ def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stag
     if name not in notebooks:
         raise DermError(f"no notebooks/{name}.ipynb; {nearest(name, notebooks)}")
     plan = make_plan(root, notebooks, resolve(name, namespace, notebooks))
+    if name not in plan.notebooks:
+        raise left_out(name)
     plan.adopt()
     plan.settle_models()
     stage = Stage(name, plan, namespace.get("In", []))

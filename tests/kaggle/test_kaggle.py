@@ -54,7 +54,7 @@ def test_the_data_set_has_all_that_a_session_needs(built, tmp_path):
     folder = built / "dataset"
     there = {path.name for path in folder.iterdir()}
     assert {"params", "notebooks", "kaggle_setup.py", "requirements-kaggle.txt"} <= there
-    assert len(list((folder / "notebooks").glob("*.ipynb"))) == 8
+    assert len(list((folder / "notebooks").glob("*.ipynb"))) == 9
     (wheel,) = folder.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     files = [path for path in PACKAGE.rglob("*.*") if "__pycache__" not in path.parts]

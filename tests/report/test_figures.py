@@ -40,7 +40,7 @@ def texts(drawing):
 
 
 def test_every_figure_is_drawn_with_its_finding_and_data(drawn):
-    assert set(drawn) == set(FIGURES)
+    assert set(drawn) == set(FIGURES) - fabricate.UNASKED
     for stem, drawing in drawn.items():
         assert drawing.png.startswith(b"\x89PNG") and len(drawing.data), stem
         title = " ".join(" ".join(texts(drawing)).split()).lower()

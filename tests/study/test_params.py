@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from derm_compress.errors import DermError
-from derm_compress.study import params
+from derm_compress.study import params, plan
 
 CELL = """\
 run: str = "default"  # name of the run
@@ -195,3 +195,12 @@ def test_what_is_no_stage_is_named(tmp_path, damage):
         DermError, match=r"notebooks/02_left.ipynb is not a notebook of plain Python"
     ):
         params.read_notebooks(root)
+
+
+def test_an_optional_stage_is_left_out_until_it_is_asked_for():
+    root = Path(__file__).parents[2]
+    notebooks = params.read_notebooks(root)
+    off, on = (plan.make_plan(root, notebooks, {"budget_gib": budgets}) for budgets in ([], [3.4]))
+    assert set(on.notebooks) - set(off.notebooks) == {"09_allocation"}
+    assert off.keys == {stage: on.keys[stage] for stage in off.keys}
+    assert str(params.left_out("09_allocation")).endswith("set budget_gib, as --set budget_gib=3.4")

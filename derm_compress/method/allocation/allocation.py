@@ -14,7 +14,11 @@ from derm_compress.model.recipe import Recipe
 from derm_compress.model.units import Unit, left
 
 WIDTHS = (2, 3, 4, 8, WHOLE)
-ROUNDING = tuple(name for name, one in METHODS.items() if len(one.widths) > 1 and not one.scaling)
+ROUNDING = tuple(  # methods that need no calibration, at several widths
+    name
+    for name, one in METHODS.items()
+    if len(one.widths) > 1 and not Form(name, one.widths[0]).searched
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from derm_compress.errors import DermError
 from derm_compress.method.quantization.codes import PLANES
 from derm_compress.method.quantization.methods import METHODS, WHOLE
 from derm_compress.model.memory import FP16, GIB, Format, plan_peak
-from derm_compress.model.shapes import Architecture
+from derm_compress.model.shapes import Architecture, llava_7b
 from derm_compress.model.units import Unit, left
 
 RUNNING = ("kernel_steps", "kv_cache", "activations", "workspace")
@@ -74,6 +74,14 @@ def planned_bytes(
 def file_bytes(planned: Mapping[str, int]) -> int:
     """What the weights take in a folder, unquantized ones in half precision."""
     return sum(size for part, size in planned.items() if part not in RUNNING)
+
+
+def own_budgets(budget_gib: Sequence[float], arch: Architecture) -> dict[float, int]:
+    """{GiB of LLaVA-1.5-7B: bytes of this model}; DermError for what is no budget."""
+    if wrong := [gib for gib in budget_gib if type(gib) not in (int, float)]:
+        raise DermError(f"budget_gib: {wrong[0]!r} is no number of GiB")
+    arch_7b = llava_7b()
+    return {float(gib): own_budget(gib, arch, arch_7b) for gib in sorted(set(budget_gib))}
 
 
 def own_budget(gib: float, arch: Architecture, arch_7b: Architecture) -> int:

@@ -14,9 +14,12 @@ from derm_compress.method.allocation.programme import best_bits
 from derm_compress.method.allocation.sizes import around, linear_bytes, planned_bytes
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization.methods import WHOLE
+from derm_compress.model.loading import config_of
 from derm_compress.model.memory import GIB
-from derm_compress.model.shapes import Architecture
+from derm_compress.model.recipe import Recipe
+from derm_compress.model.shapes import Architecture, architecture
 from derm_compress.model.units import SUBLAYERS, Unit
+from derm_compress.model.variants import paper_depth
 
 DROPS, UNIFORM, PAPER, LAST = "drops alone", "uniform", "paper's pipeline", "last blocks wide"
 RANDOM = "random"
@@ -79,6 +82,11 @@ class Problem:
         return [n for n in depths if least[n] <= budget]
 
 
+def drop_depths(of_32: Sequence[int], plan: Plan) -> list[int]:
+    """Depths to try, as the same fractions of this model and as far as the plan reaches; and 0."""
+    return sorted({0, *(paper_depth(n, plan.blocks) for n in of_32)} & {*range(plan.most + 1)})
+
+
 def fits(allocation: Allocation, budget: int) -> bool:
     return sum(allocation.bytes.values()) <= budget
 
@@ -123,3 +131,10 @@ def last_wide(problem: Problem, width: int, budget: int) -> Allocation:
             break
         found = more
     return found
+
+
+def problem_of(recipe: Recipe, plan: Plan, method: str, group_size: int, *, tied: bool) -> Problem:
+    """Of a recipe's model and the plan that was made for it."""
+    arch = architecture(config_of(recipe.base))
+    fingerprint = plan.fingerprint or recipe.fingerprint  # a published plan is for any model
+    return Problem(recipe.base, fingerprint, arch, plan, method, group_size, tied)

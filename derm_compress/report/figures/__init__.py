@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from derm_compress.report.figures import ablation, importance, pareto, pruning, quantization, quotes
+from derm_compress.report.figures import (
+    ablation,
+    allocation,
+    importance,
+    pareto,
+    pruning,
+    quantization,
+    quotes,
+)
 from derm_compress.report.figures.style import FIGURES, Drawing
 from derm_compress.report.results import Results
 from derm_compress.report.sentences import Facts
 
-MODULES = (ablation, importance, pareto, pruning, quantization, quotes)  # each registers figures
+MODULES = (
+    ablation,
+    allocation,
+    importance,
+    pareto,
+    pruning,
+    quantization,
+    quotes,
+)  # each registers figures
 
 
 def figure(stem: str, results: Results) -> Drawing | None:

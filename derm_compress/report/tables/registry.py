@@ -8,6 +8,7 @@ from derm_compress.errors import DermError
 from derm_compress.report.parts import PARTS
 from derm_compress.report.results import Results
 from derm_compress.report.tables import (
+    allocation,
     answer,
     answers,
     claims,
@@ -41,6 +42,7 @@ TABLES = {  # stem: a function of Results to a frame, empty where they do not su
     "extra_latency": (answers.latencies, "latency"),
     "extra_seeds": (statistics.seeds, "variants answers"),
     "extra_diagnosis": (answers.diagnoses, "predictions"),
+    "extra_allocation": (allocation.at_equal_bytes, "allocations allocation_answers held"),
     "extra_controls": (claims.controls_beside, ""),
 }
 
