@@ -1,4 +1,4 @@
-"""All notebooks but the optional ninth on the random pico model, through the runner; then the report."""
+"""All notebooks but the optional ninth on the random pico model, by the runner; then the report."""
 
 import itertools
 import json
