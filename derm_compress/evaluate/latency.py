@@ -26,6 +26,9 @@ from derm_compress.model.recipe import Recipe
 from derm_compress.model.writing import Step, choose
 from derm_compress.progress import say, track
 
+SAMPLES = ("prefill_s", "decode_s")
+ROUNDS = 2  # over all variants, the second backwards: what drifts meanwhile meets all alike
+
 
 def time_variants(
     variants: pd.DataFrame,
@@ -35,14 +38,16 @@ def time_variants(
     store,
     device: str,
     batches: Sequence[int] = (1,),
+    repeats: int = 20,
     journal: Journal | None = None,
     **how,
 ) -> pd.DataFrame:
     """One row a variant and batch, batch 1 first: milliseconds, memory, the floor of decoding.
 
-    how: new_tokens, repeats, warmup as in measure_latency. Columns beside its own: weights_gib
-    (packed), `floor`'s, and usage.resident_gib's. Batches that exceed a GPU's memory have no row.
-    The journal keeps what was measured of each variant.
+    The repeats are shared by ROUNDS, and pooled. how: new_tokens, warmup as in measure_latency.
+    Columns beside its own: weights_gib (packed), `floor`'s, times_floor (the time of a token over
+    it), and usage.resident_gib's. Batches that exceed a GPU's memory have no row. The journal keeps
+    what a round measured of each variant.
     """
     if device == anatomy.META:
         return pd.DataFrame(columns=["variant"])
@@ -50,16 +55,36 @@ def time_variants(
     if "bandwidth" not in journal.done:
         journal.add("bandwidth", bandwidth(device))
     sizes, packing = sorted({1, *batches}), partial(quantize_step, packed=True)
-    for row in track(list(variants.itertuples()), "latency measured"):
-        if row.variant not in journal.done:
+    how["repeats"] = -(-repeats // ROUNDS)
+    there = list(variants.itertuples())
+    rounds = [there[:: -1 if number % 2 else 1] for number in range(ROUNDS)]
+    turns = [(row, _key(row.variant, number)) for number, rows in enumerate(rounds) for row in rows]
+    for row, key in track(turns, "latency measured"):
+        if key not in journal.done:
             recipe = Recipe.from_json(row.recipe)
             model, processor = materialize(recipe, store, device, quantize=packing)
             asked = _requests(processor, items, images, sizes, model.device)
             told = _timed(model, row.variant, asked, speed=journal.done["bandwidth"], **how)
-            journal.add(row.variant, told)
+            journal.add(key, told)
             devices.let_go(model)
-    rows = [{"variant": name} | told for name in variants.variant for told in journal.done[name]]
+    rows = [
+        {"variant": name} | told
+        for name in variants.variant
+        for told in _pooled([journal.done[_key(name, number)] for number in range(ROUNDS)])
+    ]
     return pd.DataFrame(rows, columns=None if rows else ["variant"])
+
+
+def _key(variant: str, number: int) -> str:
+    return f"{variant}, round {number}"
+
+
+def _pooled(rounds: Sequence[list[dict]]) -> Iterator[dict]:
+    """A variant's rows, each by the samples of all rounds."""
+    for told in zip(*rounds, strict=False):  # one may have met less free memory
+        samples = {name: sum((one[name] for one in told), []) for name in SAMPLES}
+        row = summary(told[0] | samples)
+        yield row | {"times_floor": row["decode_ms_per_token"] / row["floor_ms"]}
 
 
 def _requests(processor, items, images, batches: Sequence[int], device):
@@ -71,14 +96,14 @@ def _requests(processor, items, images, batches: Sequence[int], device):
 
 
 def _timed(model, name: str, requests, *, speed: float, **how) -> list[dict]:
-    """A variant's rows; the largest batches may be missing."""
+    """A variant's samples by batch; the largest batches may be missing."""
     device, rows = model.device, []
     stored = usage.tensor_gib(model)  # before a kernel lays codes out anew and keeps steps beside
     card = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     usage.reset_peak(device)
     for inputs in requests:
         try:
-            told = measure_latency(model, inputs, **how) | usage.resident_gib(device)
+            told = sampled(model, inputs, **how) | usage.resident_gib(device)
         except torch.OutOfMemoryError:
             batch = len(inputs["input_ids"])
             say(f"latency of {name}: out of GPU memory with {batch} at once; not measured")
@@ -89,7 +114,7 @@ def _timed(model, name: str, requests, *, speed: float, **how) -> list[dict]:
 
 
 def floor(model, told: dict, speed: float) -> dict:
-    """What a step of measure_latency's reads, and its time over that at `speed` bytes a second."""
+    """What a step of measure_latency's reads, and how long that takes at `speed` bytes a second."""
     tokens = told["prompt_tokens"] + told["new_tokens"] / 2
     read = read_bytes(model, batch=told["batch"], tokens=tokens)
     floor_ms = 1000 * read / speed
@@ -98,7 +123,6 @@ def floor(model, told: dict, speed: float) -> dict:
         "bandwidth_gb_s": speed / 1e9,
         "floor_ms": floor_ms,
         "kernel_share": packed.kernel_share(model),
-        "times_floor": told["decode_ms_per_token"] / floor_ms,
     }
 
 
@@ -140,19 +164,31 @@ def measure_latency(
     first from the prefill; a step counts once whatever the batch. Raises DermError under 2 tokens
     or without a repeat.
     """
+    how = {"new_tokens": new_tokens, "warmup": warmup, "repeats": repeats}
+    return summary(sampled(model, inputs, **how))
+
+
+def sampled(model, inputs, *, new_tokens: int = 32, warmup: int = 3, repeats: int = 20) -> dict:
+    """Sizes, and the seconds of each repeat (SAMPLES), of measure_latency."""
     if new_tokens < 2 or repeats < 1:
         raise DermError("measure_latency: needs at least 2 new tokens and 1 repeat")
     going = greedy_runs(model, inputs, new_tokens=new_tokens)
     runs = [times for _, *times in islice(going, warmup + repeats)]
-    prefill, decode = 1000 * np.array(runs[warmup:]).T  # [repeats] each
+    batch, prompt_tokens = inputs["input_ids"].shape
+    told = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    return told | dict(zip(SAMPLES, map(list, zip(*runs[warmup:], strict=True)), strict=True))
+
+
+def summary(told: dict) -> dict:
+    """What sampled() tells, with medians and quartiles in milliseconds instead of samples."""
+    prefill, decode = (1000 * np.array(told[name]) for name in SAMPLES)  # [repeats] each
     samples = {
         "prefill_ms": prefill,
-        "decode_ms_per_token": decode / (new_tokens - 1),
-        "total_ms_per_token": (prefill + decode) / new_tokens,
+        "decode_ms_per_token": decode / (told["new_tokens"] - 1),
+        "total_ms_per_token": (prefill + decode) / told["new_tokens"],
     }
-    batch, prompt_tokens = inputs["input_ids"].shape
-    result = {"batch": batch, "prompt_tokens": prompt_tokens}
-    result |= {"new_tokens": new_tokens, "repeats": repeats}
+    result = {name: value for name, value in told.items() if name not in SAMPLES}
+    result["repeats"] = len(prefill)
     for name, sample in samples.items():
         lo, median, hi = np.quantile(sample, (0.25, 0.5, 0.75)).tolist()
         result |= {name: median, f"{name}_lo": lo, f"{name}_hi": hi}

@@ -108,7 +108,7 @@ def test_each_variant_is_measured_at_batch_1_first(frame, store, dataset):
 
 
 def test_what_was_measured_is_not_measured_again(frame, store, dataset, tmp_path, monkeypatch):
-    path, real, asked = tmp_path / "j.jsonl", latency.measure_latency, []
+    path, real, asked = tmp_path / "j.jsonl", latency.sampled, []
 
     def killed(*words, **how):
         asked.append(1)
@@ -116,18 +116,36 @@ def test_what_was_measured_is_not_measured_again(frame, store, dataset, tmp_path
             raise KeyboardInterrupt
         return real(*words, **how)
 
-    monkeypatch.setattr(latency, "measure_latency", killed)
+    monkeypatch.setattr(latency, "sampled", killed)
     where = {"items": dataset.of("test"), "images": dataset.images, "store": store}
     with pytest.raises(KeyboardInterrupt):
         latency.time_variants(frame, **where, journal=files.Journal(path), **QUICK)
     told = latency.time_variants(frame, **where, journal=files.Journal(path), **QUICK)
-    assert len(asked) == 4 and told.variant.tolist() == frame.variant.tolist()
+    assert len(asked) == 7 and told.variant.tolist() == frame.variant.tolist()
     again = latency.time_variants(frame, **where, journal=files.Journal(path), **QUICK)
-    assert len(asked) == 4 and again.equals(told) and told.bandwidth_gb_s.nunique() == 1
+    assert len(asked) == 7 and again.equals(told) and told.bandwidth_gb_s.nunique() == 1
+
+
+def test_repeats_are_shared_by_two_rounds_the_second_backwards(frame, store, dataset, monkeypatch):
+    """By a clock that slows down: what drifts meets all variants alike."""
+    taken = []
+
+    def slower(model, inputs, *, new_tokens, repeats, **how):
+        taken.append(repeats)
+        seconds = [float(len(taken))] * repeats
+        told = {"batch": 1, "prompt_tokens": 30, "new_tokens": new_tokens}
+        return told | {"prefill_s": seconds, "decode_s": seconds}
+
+    monkeypatch.setattr(latency, "sampled", slower)
+    where = {"items": dataset.of("test"), "images": dataset.images, "store": store}
+    told = latency.time_variants(frame, **where, **QUICK | {"repeats": 3})
+    assert taken == [2] * 6 and told.repeats.tolist() == [4] * 3
+    assert told.prefill_ms.tolist() == [3500] * 3
+    assert told.prefill_ms_lo.tolist() == [1000, 2000, 3000]
 
 
 def test_a_batch_that_exceeds_memory_has_no_row(frame, store, dataset, monkeypatch, capsys):
-    real = latency.measure_latency
+    real = latency.sampled
 
     most = 1
 
@@ -136,7 +154,7 @@ def test_a_batch_that_exceeds_memory_has_no_row(frame, store, dataset, monkeypat
             raise torch.OutOfMemoryError
         return real(model, inputs, **how)
 
-    monkeypatch.setattr(latency, "measure_latency", full)
+    monkeypatch.setattr(latency, "sampled", full)
     where = {"items": dataset.of("test"), "images": dataset.images, "store": store}
     told = latency.time_variants(frame, **where, batches=[1, 4], **QUICK)
     assert told.batch.tolist() == [1, 1, 1]
