@@ -156,7 +156,7 @@ def allocate(
     model: Annotated[str, typer.Argument(help="tiny, small, a model folder or a hub id")],
     path: Path,
     budget: Annotated[float, typer.Option(help="GiB of weights and of what running needs")],
-    run: Annotated[str, typer.Option(help="whose pictures decide; without it drawn ones")] = "",
+    run: Annotated[str, typer.Option(help="whose pictures decide; without it synthetic ones")] = "",
     ranking: Annotated[str, typer.Option(help="order of removal")] = "perplexity-iterative",
     method: Annotated[str, typer.Option(help="rtn, rtn_symmetric or hqq")] = "rtn",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",

@@ -2,7 +2,7 @@
 
 A CLIP tower of 4 layers x 192 at 96 px (36 image tokens) and a two-layer projector for
 SmolLM2-135M-Instruct, whose weights stay as they are, as in LLaVA's first stage. The tower first
-learns the six attributes of drawn pictures. Both then learn to write them as words: of every
+learns the six attributes of synthetic pictures. Both then learn to write them as words: of every
 six image tokens one lies where the language model has the word for the picture's count, the next
 where it has that for its size, and so on. Last, the projector learns from what the language model
 says of pictures. No picture is ever shown with its disease: fine-tuning must have something to

@@ -50,8 +50,8 @@ WRONG = {
         "judge_url": "http://far.example/v1",
     },
     "image_size is 100, but pico reads 72 px: set image_size: 72": {"image_size": 100},
-    "image_size: drawn pictures have a multiple of 4": {"image_size": 70, "device": "meta"},
-    "n_train: drawn pictures need a number": {"n_train": 0},
+    "image_size: synthetic pictures have a multiple of 4": {"image_size": 70, "device": "meta"},
+    "n_train: synthetic pictures need a number": {"n_train": 0},
     "source 'folder' needs data_root": {"source": "folder"},
     "notebooks holds no images": {"source": "folder", "data_root": "notebooks"},
     "label_column, dermatitis: not read by source synthetic; leave it out, or set source: folder": {
@@ -106,7 +106,7 @@ def test_the_same_on_the_command_line_starts_no_kernel(tmp_path):
     asked = toy.command(ROOT, "run", "params/smoke.yaml", "--set", "n_train=0")
     done = toy.subprocess.run(asked, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and " starts" not in done.stdout
-    assert done.stderr == "n_train: drawn pictures need a number, 2 at least\n"
+    assert done.stderr == "n_train: synthetic pictures need a number, 2 at least\n"
     assert not (tmp_path / "artifacts").exists()
 
 

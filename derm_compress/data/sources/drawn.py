@@ -1,4 +1,4 @@
-"""Drawn pictures with known facts, as a source: nothing to download, no patients."""
+"""Synthetic pictures with known facts, as a source: nothing to download, no patients."""
 
 from __future__ import annotations
 
