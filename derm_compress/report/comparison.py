@@ -56,8 +56,8 @@ def sections(root: Path, names: Sequence[str] = ()) -> list[Section]:
         if len(frame):
             caption = "score, % (95 % interval), a column a run"
             found.append(Section(f"Table {stem[5]}. {question}", frame, caption))
-    table = signs.signs(list(runs.values()))
-    if len(runs) > 1 and len(table):
+    table = signs.signs(list(runs.values())) if len(runs) > 1 else ()
+    if len(table):
         found.append(Section("Which signs hold in every run", table, signs.counted(table)))
     return found
 

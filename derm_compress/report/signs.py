@@ -92,7 +92,7 @@ def in_words(folder: Path, stem: str) -> list[dict]:
     if "criterion" in table:
         table["rival"] = table.criterion.map(rival)
     if "method" in table:
-        table["quantizer"] = table.method.map(wording.quantizer)
+        table["quantizer"] = table.method.map(wording.quantizer, na_action="ignore")
     if "blocks_removed" in table and "variant" not in table:
         operating = read(folder, PIPELINE).blocks_removed.iloc[:1]
         names = {0: "the unpruned model"} | dict.fromkeys(operating, "the pruned model")

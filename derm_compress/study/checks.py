@@ -78,7 +78,9 @@ def check_source(p: dict, root) -> None:
     elif request.n_train < 2:
         raise DermError("n_train: synthetic pictures need a number, 2 at least")
     elif request.image_size % 4:
-        raise DermError(f"image_size: synthetic pictures have a multiple of 4, not {p['image_size']}")
+        raise DermError(
+            f"image_size: synthetic pictures have a multiple of 4, not {p['image_size']}"
+        )
 
 
 def check_base(p: dict, config) -> None:

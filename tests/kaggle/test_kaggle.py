@@ -129,7 +129,7 @@ def told(built, name):
 
 def test_kernels_say_machine_internet_and_inputs(built):
     names = [path.name for path in (built / "kernels").iterdir()]
-    assert len(names) == 11
+    assert len(names) == 12
     for name in names:
         one = told(built, name)
         assert one["machine_shape"] == "NvidiaTeslaT4" and "docker_image" not in one
@@ -226,7 +226,7 @@ def first_cells(built):
     cells = {"study": study.split("\nimport subp")[0]}
     for path in built.glob("kernels/*/*.ipynb"):
         cells[path.stem] = "".join(build.setup_cell(files.read_json(path))["source"])
-    assert len(cells) == 9
+    assert len(cells) == 10
     return cells
 
 

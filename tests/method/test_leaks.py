@@ -38,11 +38,11 @@ def test_before_evaluation_unseen_pictures_are_only_asked_about(path):
         if splits(statement) & set(UNSEEN):
             value = statement.value
             looked_at = isinstance(value, ast.Subscript) and path.stem == "02_finetune"
-            asked = isinstance(value, ast.Call) and ast.unparse(value.func) == "stage.frame"
-            assert looked_at or asked, ast.unparse(statement)
-            if asked:
-                assert value.args[0].value.startswith("answers")
-                assert ast.unparse(value.args[1]).startswith("evaluate.answer")
+            assert looked_at or isinstance(value, ast.Call), ast.unparse(statement)
+            if not looked_at:
+                called, function = (ast.unparse(one) for one in (value.func, value.args[1]))
+                answers = called == "stage.frame" and function.startswith("evaluate.answer")
+                assert answers or function == "evaluate.measure_quantized"
 
 
 def test_calibrations_and_choices_read_training_and_development_pictures():
