@@ -207,12 +207,13 @@ def compare(
         list[str] | None,
         typer.Argument(metavar="RUN...", help="all that have one, if none is named"),
     ] = None,
+    to: Annotated[str, typer.Option(help="the page's name in reports/")] = "index.html",
 ) -> None:
     """Write reports/index.html: what the reports of these runs say, side by side."""
     from derm_compress.files import project_root
     from derm_compress.report.render import render_index
 
-    print(render_index(project_root(), runs or ()))
+    print(render_index(project_root(), runs or (), to))
 
 
 @app.command()

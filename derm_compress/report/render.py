@@ -226,9 +226,9 @@ def replace_folder(target: Path, files: dict[str, str], drawn: dict[str, Drawing
         os.replace(new, target)
 
 
-def render_index(root: Path, names: Sequence[str] = ()) -> Path:
-    """reports/index.html: the runs of these names beside each other, or all that have a report."""
-    target, sections = Path(root, "reports", "index.html"), comparison.sections(Path(root), names)
+def render_index(root: Path, names: Sequence[str] = (), to: str = "index.html") -> Path:
+    """A page in reports/: the runs of these names beside each other, or all that have a report."""
+    target, sections = Path(root, "reports", to), comparison.sections(Path(root), names)
     view = {"title": "derm_compress: all runs", "question": QUESTION, "sections": sections}
     write_text(target, page("runs.html", **view))
     return target
