@@ -42,7 +42,7 @@ def activations(facts: Facts, surface: pd.DataFrame) -> Drawing:
     top.set(xlabel="output channel", ylabel="peak |value|", ylim=(0, 1.35 * peak.max()))
     if len(far):
         top.legend(loc="upper right")
-    return Drawing(figure, surface, finding)
+    return Drawing(figure, surface[["token", "channel", "value"]], finding)
 
 
 @style.figure("table3_quantization", "table3_quantization", "answers")
