@@ -10,7 +10,7 @@ import pytest
 from derm_compress.evaluate import metrics
 from derm_compress.report import tables
 from derm_compress.report.results import Results, answers_of
-from derm_compress.report.tables import quantizers
+from derm_compress.report.tables import answer, quantizers
 
 METHODS = ("awq", "awq-text", "autoawq", "rtn", "rtn_symmetric", "bitsandbytes", "hqq")
 EMPTY = ["difference", "cost", "p_holm"]
@@ -93,9 +93,13 @@ def test_errors_by_block_stand_side_by_side(results):
     assert third.relative_error[third.method == "awq"].tolist() == pytest.approx([0.075] * 9)
 
 
-def test_advice_for_a_width_takes_whole_widths_alone(results):
+def test_advice_for_the_bytes_of_a_width_takes_whatever_fits_them(results):
     asked = dataclasses.replace(results, evaluation=results.answers.assign(split="test"))
     table = tables.make("decisions", asked)
-    told = [name for name in table.situation if "fit" in name]
-    assert told == ["only 2 bits fit", "only 3 bits fit"]
-    assert not table["take"].str.contains("mixed").any()
+    told = table[table.situation.str.contains("bits in all blocks")]
+    assert [*told.situation.str[13:19]] == ["2 bits", "3 bits"]
+    sizes = asked.memory.set_index("variant").vram_gib
+    room = 1.01 * sizes["original|awq3"]
+    scores = asked.answers.groupby("variant").score.mean()
+    best = scores[scores.index.map(sizes) <= room].idxmax()
+    assert told["take"].iloc[-1] == answer.called(asked, best)

@@ -16,6 +16,7 @@ from derm_compress.report.tables import joins
 PRUNING, QUANTIZATION = "pruning", "quantization"
 ABOVE = ["compressed_above", "compressed_above_lo", "compressed_above_hi"]
 MIB = 1024  # in a GiB
+ROUNDING = 1.01  # of bytes: so much more is as many
 BUDGETS = (4, 6, 8, 12)  # GB of 10^9 bytes: cards that people have
 
 
@@ -111,28 +112,33 @@ def for_budget(results: Results, gb: float) -> dict:
 
 
 def for_width(results: Results, bits: int) -> dict | None:
-    """The best scored model of the run at one narrow width."""
+    """The best scored model of the bytes that the unpruned one takes at a narrow width."""
     table = results.models[results.models.bits.eq(bits) & ~results.models.mixed]
-    scores = results.answers.groupby("variant").score.mean()
-    known = table[table.variant.isin(scores.dropna().index)]
-    if known.empty:
+    sizes = results.memory.drop_duplicates("variant").set_index("variant").vram_gib
+    room = ROUNDING * sizes.reindex(table.variant[table.blocks_removed == 0]).max()
+    scores = results.answers.groupby("variant").score.mean().dropna()
+    fit = [name for name in scores.index if sizes.get(name, np.inf) <= room]
+    if not fit:
         return None
-    best = known.loc[known.variant.map(scores).idxmax()]
-    change = trainings.apart(results, results.answers, best.variant, control(results))
-    said = f"the best of {len(known)} at this width"
-    return row(f"only {bits:g} bits fit", called(results, best.variant), change, said)
+    situation, best = f"the bytes of {bits:g} bits in all blocks", max(fit, key=scores.get)
+    if metrics.percent(scores[best]) <= metrics.FLOOR + 1:
+        return row(situation, "nothing: all that fit score at the floor")
+    change = trainings.apart(results, results.answers, best, control(results))
+    return row(situation, called(results, best), change, f"the best of {len(fit)} that fit")
 
 
 def without_training(results: Results) -> dict | None:
     """The most blocks whose removal costs less than the margin, surely, at every depth until it."""
-    last, change = 0, None
+    last, change, said = 0, None, ""
     for n in sorted(set(results.models.units_removed) - {0}):
         pair = results.variant(n), results.variant(0)
         found = trainings.apart(results, results.answers, *pair)
-        if not found.n or found.lo <= -rule.POINTS:
+        if not found.n:
+            break
+        if found.lo <= -rule.POINTS:
+            said = f"without {n} it is {-found.difference:.1f} points"
             break
         last, change = n, found
-    said = f"if more go, {rule.POINTS} points may be lost"
     do = f"remove at most {last} of {results.blocks} blocks" if last else "remove no block"
     return row("no training after pruning", do, change, said)
 
