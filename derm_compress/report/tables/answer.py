@@ -136,7 +136,7 @@ def without_training(results: Results) -> dict | None:
         if not found.n:
             break
         if found.lo <= -rule.POINTS:
-            said = f"without {n} it is {-found.difference:.1f} points"
+            said = f"without {n}, {-found.difference:.1f} points are lost"
             break
         last, change = n, found
     do = f"remove at most {last} of {results.blocks} blocks" if last else "remove no block"
