@@ -7,7 +7,7 @@ from collections.abc import Mapping
 COUNTS = {
     "n_heldout": "held-out pictures",
     "importance_items": "pictures a ranking",
-    "importance_draws": "draws of them",
+    "importance_draws": "draws",
     "finetune_steps": "steps of fine-tuning",
     "sft_steps": "steps of SFT",
     "sft_seeds": "seeds of SFT",
