@@ -209,7 +209,7 @@ def compare(
     ] = None,
     to: Annotated[str, typer.Option(help="the page's name in reports/")] = "index.html",
 ) -> None:
-    """Write reports/index.html: what the reports of these runs say, side by side."""
+    """Write a page in reports/: what the reports of these runs say, side by side."""
     from derm_compress.files import project_root
     from derm_compress.report.render import render_index
 

@@ -153,10 +153,11 @@ def manifests(working: Path) -> dict[str, str]:
 
 def main(top: Path) -> None:
     from derm_compress.kaggle import build as build_
+    from derm_compress.study.params import read_notebooks, wanted
 
     build_.build(top / "build", "small", owner="me", root=ROOT)
-    stages = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     python, params = environment(top / "env"), settings(top / f"{RUN}.yaml")
+    stages = list(wanted(read_notebooks(ROOT), yaml.safe_load(params.read_text("utf-8"))))
     dermnet_tree.plant(top / "pictures")
     save_model(top / "model")
 

@@ -12,9 +12,8 @@ from derm_compress.data.items import Item
 from derm_compress.errors import DermError
 from derm_compress.evaluate.export import export_model
 from derm_compress.files import Journal, check_new
-from derm_compress.method.allocation.allocation import Allocation
+from derm_compress.method.allocation.allocation import JOINT, Allocation
 from derm_compress.method.allocation.candidates import (
-    JOINT,
     allocated_variants,
     allocations,
     decided,

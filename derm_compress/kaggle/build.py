@@ -29,6 +29,7 @@ from derm_compress.files import (
     write_text,
 )
 from derm_compress.kaggle.setup import HOURS, contents
+from derm_compress.study.optional import OPTIONAL
 
 NAME, DERMNET = "derm-compress", "shubhamgoel27/dermnet"
 NOBODY = "INSERT_USERNAME_HERE"  # as the Kaggle client writes it
@@ -125,8 +126,10 @@ def build(
     root, owner = project_root(root), owner or NOBODY
     if not (path / "dataset" / "kaggle_setup.py").is_file():  # of an earlier build
         check_new(path, "kaggle")
-    kernels = Kernels(run, owner, [f"{owner}/{NAME}", *pictures(root, run)], model, image)
+    told = run_file(root, run)
+    kernels = Kernels(run, owner, [f"{owner}/{NAME}", *pictures(told)], model, image)
     notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    notebooks = [notebook for notebook in notebooks if asked(told, notebook.stem)]
     stages = [notebook.stem for notebook in notebooks]
     remove(path)
     with atomic(path) as part:
@@ -144,14 +147,23 @@ def build(
     return path
 
 
-def pictures(root: Path, run: str) -> list[str]:
-    """The data sets of Kaggle's that a run reads."""
+def run_file(root: Path, run: str) -> str:
+    """What a run's file says; DermError for none."""
     file = root / "params" / f"{run}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
         raise DermError(f"kaggle: there is no {shown(file)}; known runs are {known}")
-    dermnet = re.search("^source: *dermnet\\b", file.read_text("utf-8"), re.MULTILINE)
-    return [DERMNET] if dermnet else []
+    return file.read_text("utf-8")
+
+
+def pictures(told: str) -> list[str]:
+    """The data sets of Kaggle's that a run with this file reads."""
+    return [DERMNET] if re.search("^source: *dermnet\\b", told, re.MULTILINE) else []
+
+
+def asked(told: str, stage: str) -> bool:
+    """Whether a run with this file has a stage."""
+    return stage not in OPTIONAL or bool(re.search(f"^{OPTIONAL[stage]}:", told, re.MULTILINE))
 
 
 def first_cell(code: str, run: str, setup: str) -> str:
@@ -248,9 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--owner", default="", help="your user name on Kaggle")
     parser.add_argument("--model", default="", help="a model or data set there, to be attached")
     parser.add_argument("--image", default="", help="the docker image that an earlier kernel had")
-    asked = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
     try:
-        print(describe(build(**asked), asked["owner"]))
+        print(describe(build(**given), given["owner"]))
     except DermError as error:
         print(error, file=sys.stderr)
         return 2

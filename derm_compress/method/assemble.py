@@ -50,6 +50,8 @@ def apply_steps(
     for number, step in list(enumerate(recipe.steps))[since:]:
         before = recipe.until(number)
         match step["step"]:
+            case unknown if unknown not in NEEDED:
+                raise DermError(f"recipe: unknown step {unknown!r}; known are {', '.join(NEEDED)}")
             case "prune":
                 removal.apply_step(model, step, before.kept())
             case _ if not (weights and has_values(model)):
@@ -63,8 +65,6 @@ def apply_steps(
                 raise DermError("recipe: it quantizes, and nothing was given that does")
             case "quantize":
                 quantize(model, step, store)
-            case unknown:
-                raise DermError(f"recipe: unknown step {unknown!r}; known are {', '.join(NEEDED)}")
 
 
 def check_order(recipe: Recipe) -> None:

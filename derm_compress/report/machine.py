@@ -19,10 +19,8 @@ def made_on(
 ) -> str:
     """The machine, the stages' time together, and what the command line set over the run file."""
     gpu, cores = environment.get("gpu"), environment.get("cores")
-    machine = gpu or f"{cores} CPU cores, without a GPU"
-    said = f"It ran on {machine}"
-    if seconds:
-        said += f", in {spoken(seconds)}"
+    machine = f"one {gpu}" if gpu else f"{cores} CPU cores, without a GPU"
+    said = f"This run took {spoken(seconds)} on {machine}" if seconds else f"It ran on {machine}"
     fewer = [counted(overrides[name], words) for name, words in COUNTS.items() if name in overrides]
     if fewer:
         said += f". It was cut down from {params_file}: {', '.join(fewer)}"

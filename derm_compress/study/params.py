@@ -18,13 +18,13 @@ import yaml
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from derm_compress.errors import DermError
+from derm_compress.study.optional import OPTIONAL
 
 SCALARS = {"int": int, "float": FiniteFloat, "str": str, "bool": bool}
 WRITE = "write `name: type = value  # help [low..high]`"
 DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 RULE = re.compile(rf"\[([^\[\]]*(?:\.\.|\|)[^\[\]]*|{DOTTED.pattern})\]\s*$")
 NEXT = re.compile(r"\s+(?=\w+=)(?![^\[]*\])")  # before a name, but not inside of a list
-OPTIONAL = {"09_allocation": "budget_gib"}  # stages that run where a parameter asks for them
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -129,7 +129,7 @@ def told(built, name):
 
 def test_kernels_say_machine_internet_and_inputs(built):
     names = [path.name for path in (built / "kernels").iterdir()]
-    assert len(names) == 12
+    assert len(names) == 11
     for name in names:
         one = told(built, name)
         assert one["machine_shape"] == "NvidiaTeslaT4" and "docker_image" not in one
@@ -166,8 +166,14 @@ def test_model_and_image_are_attached_to_every_kernel(model, models, datasets):
 
 
 def test_a_run_that_draws_its_pictures_needs_no_data_set():
-    assert build.pictures(ROOT, "small") == []
-    assert build.pictures(ROOT, "kaggle-t4") == ["shubhamgoel27/dermnet"]
+    assert build.pictures(build.run_file(ROOT, "small")) == []
+    assert build.pictures(build.run_file(ROOT, "kaggle-t4")) == ["shubhamgoel27/dermnet"]
+
+
+def test_a_stage_that_a_run_leaves_out_has_no_kernel():
+    told = build.run_file(ROOT, "small")
+    assert build.asked(told, "08_evaluation") and not build.asked(told, "09_allocation")
+    assert build.asked(f"{told}budget_gib: [3.0]\n", "09_allocation")
 
 
 def test_one_data_set_serves_all_runs(built, tmp_path):
@@ -226,7 +232,7 @@ def first_cells(built):
     cells = {"study": study.split("\nimport subp")[0]}
     for path in built.glob("kernels/*/*.ipynb"):
         cells[path.stem] = "".join(build.setup_cell(files.read_json(path))["source"])
-    assert len(cells) == 10
+    assert len(cells) == 9
     return cells
 
 

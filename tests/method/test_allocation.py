@@ -13,13 +13,8 @@ from derm_compress.errors import DermError
 from derm_compress.evaluate import allocate
 from derm_compress.evaluate.export import export_model
 from derm_compress.method.allocation import sizes
-from derm_compress.method.allocation.allocation import ROUNDING, Allocation, read_allocation
-from derm_compress.method.allocation.candidates import (
-    JOINT,
-    allocated_variants,
-    allocations,
-    decided,
-)
+from derm_compress.method.allocation.allocation import JOINT, ROUNDING, Allocation, read_allocation
+from derm_compress.method.allocation.candidates import allocated_variants, allocations, decided
 from derm_compress.method.allocation.costs import linear_costs
 from derm_compress.method.allocation.divergence import divergences
 from derm_compress.method.allocation.programme import best_bits

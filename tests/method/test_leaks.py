@@ -14,7 +14,7 @@ from derm_compress.method.quantization import search
 from derm_compress.method.quantization import wanted as wanted_frames
 from derm_compress.model import variants as variants_of
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("0[2-7]*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("0[2-79]*.ipynb"))
 UNSEEN = ("test", "heldout")
 
 
@@ -33,7 +33,7 @@ def splits(node):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_before_evaluation_unseen_pictures_are_only_asked_about(path):
-    """02 to 07 answer about test pictures, and 02 looks at one; nothing else sees them."""
+    """02 to 07 and 09 answer about test pictures, and 02 looks at one; nothing else sees them."""
     for statement in code(path).body:
         if splits(statement) & set(UNSEEN):
             value = statement.value
@@ -41,14 +41,23 @@ def test_before_evaluation_unseen_pictures_are_only_asked_about(path):
             assert looked_at or isinstance(value, ast.Call), ast.unparse(statement)
             if not looked_at:
                 called, function = (ast.unparse(one) for one in (value.func, value.args[1]))
-                answers = called == "stage.frame" and function.startswith("evaluate.answer")
-                assert answers or function == "evaluate.measure_quantized"
+                if function == "evaluate.measure_quantized":  # (variants, items, unseen, images)
+                    assert [splits(one) for one in value.args[2:]] == [
+                        set(),
+                        {"test"},
+                        set(),
+                        set(),
+                    ]
+                else:
+                    assert called == "stage.frame" and function.startswith("evaluate.answer")
+                    assert value.args[0].value.startswith("answers")
 
 
 def test_calibrations_and_choices_read_training_and_development_pictures():
     found = {path.stem[:2]: splits(code(path)) - set(UNSEEN) for path in NOTEBOOKS}
     assert found["03"] == found["06"] == found["07"] == {"train"}
-    assert found["04"] == {"dev", "train"} and "heldout" not in splits(code(NOTEBOOKS[2]))
+    assert found["04"] == found["09"] == {"dev", "train"}
+    assert "heldout" not in splits(code(NOTEBOOKS[2]))
 
 
 def scrambled(dataset):

@@ -5,10 +5,11 @@ import json
 import pandas as pd
 import pytest
 
+from derm_compress.method.allocation.allocation import RUNNING
 from derm_compress.report import figures, tables
 from derm_compress.report.results import Results
 from derm_compress.report.sentences import Facts
-from derm_compress.report.tables.allocation import RUNNING, agreement
+from derm_compress.report.tables.allocation import agreement
 
 
 def row(way, variant, kl, budget=3.0, gone=1, **known):

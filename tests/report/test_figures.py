@@ -230,7 +230,7 @@ def test_text_figures_keep_every_word_within_their_width():
 
 
 def test_the_answer_without_each_block_shows_what_changed(results):
-    same, evil = "A few red spots on the face.", "A few <script> on the face."
+    same, evil = "A few red spots on the face.", f"A few {fabricate.EVIL}"
     said = [evil, "A few red scales on the face.", same, same, "A few red spots."]
     kept = pd.DataFrame({"block": range(5), "answer": said, "value": [0.5, 0.3, 0, 0, 0.1]})
     kept = kept.assign(ranking="output_similarity", part="block", question="features")

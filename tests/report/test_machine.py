@@ -11,8 +11,8 @@ CUT = {"n_heldout": "39", "sft_seeds": "1", "device": "cpu"}
 @pytest.mark.parametrize(
     ("environment", "seconds", "overrides", "said"),
     [
-        (TWO_CORES, 481.8, {}, "It ran on 2 CPU cores, without a GPU, in 8 minutes."),
-        ({"cores": 16, "gpu": "Tesla T4"}, 7200, {}, "It ran on Tesla T4, in 2.0 hours."),
+        (TWO_CORES, 481.8, {}, "This run took 8 minutes on 2 CPU cores, without a GPU."),
+        ({"cores": 16, "gpu": "Tesla T4"}, 7200, {}, "This run took 2.0 hours on one Tesla T4."),
         (
             TWO_CORES,
             None,

@@ -14,6 +14,11 @@ from derm_compress.model.recipe import Recipe
 from derm_compress.model.units import Unit, left
 
 WIDTHS = (2, 3, 4, 8, WHOLE)
+RUNNING = ("kernel_steps", "kv_cache", "activations", "workspace")  # bytes that are in no file
+# Ways to spend a budget: JOINT is the best CANDIDATE; PROBE, one model that calibrates costs.
+JOINT, BITS, CANDIDATE, PROBE = "joint", "bits alone", "candidate", "probe"
+DROPS, UNIFORM, PAPER, LAST = "drops alone", "uniform", "paper's pipeline", "last blocks wide"
+RANDOM = "random"
 ROUNDING = tuple(  # methods that need no calibration, at several widths
     name
     for name, one in METHODS.items()

@@ -8,14 +8,20 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from derm_compress.files import digest
-from derm_compress.method.allocation.allocation import Allocation
-from derm_compress.method.allocation.ways import RANDOM, Problem, joint, rivals
+from derm_compress.method.allocation.allocation import (
+    BITS,
+    CANDIDATE,
+    JOINT,
+    PROBE,
+    RANDOM,
+    Allocation,
+)
+from derm_compress.method.allocation.ways import Problem, joint, rivals
 from derm_compress.method.quantization.methods import MIXED
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import HEALED, ORIGINAL, find, recipe_of, variant
 
-JOINT, BITS, CANDIDATE = "joint", "bits alone", "candidate"  # the last: of which JOINT is one
-PROBE = 3  # bits of every linear: what a unit of cost is in nats is read off this one model
+PROBED = 3  # bits of every linear: what a unit of cost is in nats is read off this one model
 
 
 def allocations(
@@ -32,7 +38,7 @@ def allocations(
     budget_bytes, way, variant (one name for equal ones), units_removed, mean_bits, bytes_planned,
     cost, allocation (JSON).
     """
-    rows = [row(problem, costs, "probe", problem.uniform(0, PROBE))]
+    rows = [row(problem, costs, PROBE, problem.uniform(0, PROBED))]
     for gib, budget in budgets.items():
         found = [(CANDIDATE, one) for one in joint(problem, costs, budget)]
         if operating is not None:
@@ -93,7 +99,7 @@ def decided(asked: pd.DataFrame, divergences: pd.DataFrame) -> pd.DataFrame:
     """
     kl = divergences.groupby("variant").kl.mean()
     table = asked.assign(kl=asked.variant.map(kl))
-    probe = table[table.way == "probe"].iloc[0]
+    probe = table[table.way == PROBE].iloc[0]
     bare = [kl.get(f"bare-{n}") if n else 0.0 for n in table.units_removed]
     table["predicted"] = pd.Series(bare, table.index, dtype=float) + table.cost * (
         probe.kl / max(probe.cost, 1e-30)
@@ -108,7 +114,7 @@ def to_answer(
 ) -> pd.DataFrame:
     """Variants that answer: the original, what each way but chance has found, and the same bits
     for the healed model of the same removals, where stage 05 has one."""
-    named = table[~table.way.isin([CANDIDATE, RANDOM, "probe"])].drop_duplicates("variant")
+    named = table[~table.way.isin([CANDIDATE, RANDOM, PROBE])].drop_duplicates("variant")
     rows = [variants[variants.variant.isin([ORIGINAL, *named.variant])]]
     for one in named.itertuples():
         source = find(known, one.units_removed, problem.plan.criterion, healed=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from derm_compress.errors import DermError
+from derm_compress.method.allocation.allocation import RUNNING
 from derm_compress.method.quantization.codes import PLANES
 from derm_compress.method.quantization.methods import METHODS, WHOLE
 from derm_compress.model.memory import FP16, GIB, Format, plan_peak
 from derm_compress.model.shapes import Architecture, llava_7b
 from derm_compress.model.units import Unit, left
 
-RUNNING = ("kernel_steps", "kv_cache", "activations", "workspace")
 LINEARS = ("decoder_linears", "quantization_scales")
 
 

@@ -9,7 +9,15 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.errors import DermError
-from derm_compress.method.allocation.allocation import WIDTHS, Allocation
+from derm_compress.method.allocation.allocation import (
+    DROPS,
+    LAST,
+    PAPER,
+    RANDOM,
+    UNIFORM,
+    WIDTHS,
+    Allocation,
+)
 from derm_compress.method.allocation.programme import best_bits
 from derm_compress.method.allocation.sizes import around, linear_bytes, planned_bytes
 from derm_compress.method.pruning.plan import Plan
@@ -21,8 +29,6 @@ from derm_compress.model.shapes import Architecture, architecture
 from derm_compress.model.units import SUBLAYERS, Unit
 from derm_compress.model.variants import paper_depth
 
-DROPS, UNIFORM, PAPER, LAST = "drops alone", "uniform", "paper's pipeline", "last blocks wide"
-RANDOM = "random"
 DROPPED = 4  # bits where blocks alone make a model small, as in the paper
 DRAWS = 5
 PART_OF = dict(zip(("self_attn", "mlp"), SUBLAYERS, strict=True))

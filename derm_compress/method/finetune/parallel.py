@@ -18,7 +18,7 @@ def ranks() -> int:
 
 
 def own(rows: Sequence) -> Sequence:
-    """Every so-manieth row of a batch, from this process's on: all of them where it is alone."""
+    """The rows of a batch that are this process's: dealt out in turn, all where it is alone."""
     return rows[rank() :: ranks()]
 
 

@@ -20,7 +20,7 @@ QUESTION = "features"  # the one with the longest answers
 NEW = {"fontweight": "bold"}
 BETWEEN = {1: "{}", 2: "{} and {}"}  # names of so many neighbours
 CELL, TEXT = 11, 18  # columns of the cosine and of the answer
-LONG, WHOLE, SHOWN = 400, 300, 26  # characters that are compared, of the whole answer, of changes
+LONG, WHOLE, SHOWN = 400, 300, 54  # characters that are compared, of the whole answer, of changes
 
 
 @style.figure("without_each_block", "ablations")

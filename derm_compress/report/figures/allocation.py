@@ -8,20 +8,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import BoundaryNorm, ListedColormap
 
+from derm_compress.method.allocation import allocation as ways
+from derm_compress.method.allocation.allocation import JOINT, WIDTHS
 from derm_compress.report.figures import style
 from derm_compress.report.figures.style import DENSE, PAPER, PRUNED, QUANTIZED, SFT, Drawing
 from derm_compress.report.sentences import Facts
-from derm_compress.report.tables.allocation import JOINT
 
 LOOKS = {  # way: colour, marker
     JOINT: (SFT, "D"),
-    "bits alone": (QUANTIZED, "^"),
-    "drops alone": (PRUNED, "v"),
-    "uniform": (DENSE, "o"),
-    "last blocks wide": (DENSE, "s"),
-    "paper's pipeline": (PAPER, "*"),
+    ways.BITS: (QUANTIZED, "^"),
+    ways.DROPS: (PRUNED, "v"),
+    ways.UNIFORM: (DENSE, "o"),
+    ways.LAST: (DENSE, "s"),
+    ways.PAPER: (PAPER, "*"),
 }
-WIDTHS = (2, 3, 4, 8, 16)
 SHADES = ("#d8ecdd", "#a5d3b2", "#66b07c", "#2a8c4a", "#124d26")
 
 

@@ -8,12 +8,10 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from derm_compress.evaluate import metrics
+from derm_compress.method.allocation.allocation import CANDIDATE, JOINT, PROBE, RUNNING
 from derm_compress.model.variants import HEALED
 from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import joins
-
-JOINT, RANDOM, CANDIDATE, PROBE = "joint", "random", "candidate", "probe"  # as stage 09 says
-RUNNING = ("kernel_steps", "kv_cache", "activations", "workspace")  # planned, in no weight
 
 
 def at_equal_bytes(results: Results) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from derm_compress.report.tables import joins
 PRUNING, QUANTIZATION = "pruning", "quantization"
 ABOVE = ["compressed_above", "compressed_above_lo", "compressed_above_hi"]
 MIB = 1024  # in a GiB
-ROUNDING = 1.01  # of bytes: so much more is as many
+AS_MANY = 1.01  # of bytes: so much more counts as equal
 BUDGETS = (4, 6, 8, 12)  # GB of 10^9 bytes: cards that people have
 
 
@@ -115,7 +115,7 @@ def for_width(results: Results, bits: int) -> dict | None:
     """The best scored model of the bytes that the unpruned one takes at a narrow width."""
     table = results.models[results.models.bits.eq(bits) & ~results.models.mixed]
     sizes = results.memory.drop_duplicates("variant").set_index("variant").vram_gib
-    room = ROUNDING * sizes.reindex(table.variant[table.blocks_removed == 0]).max()
+    room = AS_MANY * sizes.reindex(table.variant[table.blocks_removed == 0]).max()
     scores = results.answers.groupby("variant").score.mean().dropna()
     fit = [name for name in scores.index if sizes.get(name, np.inf) <= room]
     if not fit:
