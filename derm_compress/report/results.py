@@ -46,6 +46,7 @@ class Results:
     choice: dict | None = _of("04_pruning/choice.json")
     removals: pd.DataFrame | None = _of("04_pruning/controls.parquet")
     removal_answers: pd.DataFrame | None = _of("04_pruning/control_answers.parquet")
+    removal_losses: pd.DataFrame | None = _of("04_pruning/control_losses.parquet")
     training: pd.DataFrame | None = _of("05_sft/measured/training.parquet")
     statistics: pd.DataFrame | None = _of("06_activation_analysis/statistics.parquet")
     inputs: pd.DataFrame | None = _of("06_activation_analysis/inputs.parquet")

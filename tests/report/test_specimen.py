@@ -41,9 +41,9 @@ TURNED = {
     "protected blocks": lambda r: {
         "removal_answers": of_variant(r.removal_answers, "protected-1", score=4)
     },
-    "run of blocks": lambda r: {"removal_answers": of_variant(r.removal_answers, "run", score=2)},
+    "run of blocks": lambda r: {"removal_losses": of_variant(r.removal_losses, "run", loss=3.0)},
     "criterion against chance": lambda r: {
-        "removal_answers": of_variant(r.removal_answers, "random", score=4)
+        "removal_losses": of_variant(r.removal_losses, "random", loss=0.5)
     },
     "outlier channels": lambda r: {"inputs": r.inputs.assign(outlier_channels=0)},
     "weights off the grid": lambda r: {

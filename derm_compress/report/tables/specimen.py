@@ -67,9 +67,10 @@ def draws_agree(results: Results) -> Found | None:
 
 def protected_fatal(results: Results) -> Found | None:
     """The mean over the protected blocks, each removed alone."""
-    marks = removals(results)
+    marks = removals(results, results.removal_answers, "score")
     if marks is None or removed.PROTECTED not in marks:
         return None
+    marks = metrics.percent(marks)
     kept = marks[removed.PROTECTED].mean(axis=1) - metrics.FLOOR
     whole = marks[removed.WHOLE].mean(axis=1) - metrics.FLOOR
     if whole.mean() <= 0:
@@ -78,22 +79,22 @@ def protected_fatal(results: Results) -> Found | None:
 
 
 def against_chance(results: Results, control: str) -> Found | None:
-    """Points above the mean of the random orders, over these and pictures."""
-    marks = removals(results)
-    if marks is None or control not in marks:
+    """Nats a token below the random orders' loss, over these and pictures; a loss tells models
+    apart that all score at the floor."""
+    losses = removals(results, results.removal_losses, "loss")
+    if losses is None or control not in losses:
         return None
-    apart = marks[control].to_numpy() - marks[removed.RANDOM].to_numpy()  # [pictures, orders]
+    apart = losses[removed.RANDOM].to_numpy() - losses[control].to_numpy()  # [pictures, orders]
     return beyond((apart.mean(), *metrics.crossed_interval(apart)))
 
 
-def removals(results: Results) -> pd.DataFrame | None:
-    """Scores in percent of stage 04's controls, [pictures, (control, variant)]."""
-    table, answers = results.removals, results.removal_answers
-    if table is None or answers is None or answers.empty:
+def removals(results: Results, measured: pd.DataFrame | None, values: str) -> pd.DataFrame | None:
+    """What was measured of stage 04's controls, [pictures, (control, variant)]."""
+    table = results.removals
+    if table is None or measured is None or measured.empty:
         return None
-    marks = answers.merge(table[["variant", "control"]], on="variant")
-    marks = marks.pivot_table(index="item", columns=["control", "variant"], values="score")
-    return metrics.percent(marks.dropna())
+    known = measured.merge(table[["variant", "control"]], on="variant")
+    return known.pivot_table(index="item", columns=["control", "variant"], values=values).dropna()
 
 
 def off_the_grid(results: Results) -> Found | None:
