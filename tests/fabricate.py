@@ -78,6 +78,7 @@ def variants():
         variant("pruned-6+sft", 6, criterion="output_similarity", healed=True),
         variant("pruned-9+sft", 9, criterion="output_similarity", healed=True),
         variant("pruned-6-magnitude+sft", 6, criterion="magnitude", healed=True),
+        variant("pruned-6-shuffled+sft", 6, criterion="shuffled", healed=True),
     ]
     packed = [
         quantized(row, method)
@@ -111,7 +112,8 @@ def seeds():
 
 def level(row):
     """The mean grade of a variant's answers: a plateau, a cliff, healing, a price for four bits."""
-    worse = PLANS.get(row.criterion, 0.3 if "random" in row.criterion else 0.0)
+    others = {"shuffled": 1.5}
+    worse = (PLANS | others).get(row.criterion, 0.3 if "random" in row.criterion else 0.0)
     grade = 3.4 - 0.13 * row.blocks_removed - worse
     grade += 0.1 * row.blocks_removed if row.healed else 0.0
     grade -= 0.05 * row.attentions_removed + 0.1 * row.mlps_removed
@@ -348,7 +350,8 @@ def stage_files(*, grade=level, words=None, heldout=20, full=False):
         "05_sft": table.healed & (table.method == "fp16"),
         "07_quantization": table.method != "fp16",
     }
-    shown = table[table.variant.str.contains("original|pruned-6") & (table.criterion != "random-0")]
+    asked = table.variant.str.contains("original|pruned-6")
+    shown = table[asked & ~table.criterion.isin(["random-0", "shuffled"])]
     values, scores, plans = rankings(rng, full=full)
     statistics, surface = activation_frames(rng)
     trained = pd.DataFrame(

@@ -380,9 +380,13 @@ def test_gpus_take_fine_tunes_in_turn_and_share_one(dealt):
     assert len(dealt("a", 1, [9] * 6)) == TRAINING.batch_size  # a row each
 
 
-def test_further_seeds_train_with_other_seeds():
-    sources = pd.DataFrame({"adapter": ["a", "a~1"], "recipe": ["{}", "{}"], "sft_seed": [0, 1]})
-    sources["healed_variant"] = ["a+sft", "a+sft~1"]
-    settings = train.Training(rank=2, alpha=2, learning_rate=1e-3, steps=1, batch_size=2, seed=5)
+def test_further_seeds_train_with_other_seeds_and_random_weights_at_full_rank(recipe):
+    told = {"recipe": recipe.to_json(), "criterion": ["own", "own", "reinitialized"]}
+    sources = pd.DataFrame({"adapter": ["a", "a~1", "b"], "sft_seed": [0, 1, 0]}).assign(**told)
+    sources["healed_variant"] = sources.adapter + "+sft"
+    settings = train.Training(rank=2, alpha=4, learning_rate=1e-3, steps=1, batch_size=2, seed=5)
     made = jobs.fine_tune_jobs(sources, settings, "cpu")
-    assert [(job.makes, job.training.seed) for job in made] == [("a+sft", 5), ("a+sft~1", 6)]
+    assert [(job.makes, job.training.seed) for job in made[:2]] == [("a+sft", 5), ("a~1+sft", 6)]
+    width = loading.config_of(recipe.base).text_config.hidden_size
+    assert [job.training.rank for job in made] == [2, 2, width]
+    assert made[2].training.alpha == 2 * width

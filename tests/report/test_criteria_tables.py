@@ -109,6 +109,17 @@ def test_random_orders_are_one_rival_over_the_depths_that_all_have():
     assert list(against_rivals(study(own={4: 2.5}, random_0={4: 2.0})).index) == ["random-0"]
 
 
+def test_of_several_random_orders_the_interval_tells_what_other_orders_would_give():
+    orders = {"random_0": {4: 2.4}, "random_1": {4: 1.2}, "random_2": {4: 1.8}}
+    found = against_rivals(study(own={4: 2.5}, **orders)).iloc[0]
+    alone = against_rivals(study(own={4: 2.5}, mean={4: 1.8})).iloc[0]
+    assert found.difference_hi - found.difference_lo > 2 * (
+        alone.difference_hi - alone.difference_lo
+    )
+    assert found.difference_lo < found.difference < found.difference_hi
+    assert found.p > 100 * alone.p
+
+
 def test_a_rival_without_the_operating_depth_has_no_difference_there_and_does_not_count():
     table = against_rivals(study(own={2: 3.0, 4: 2.5}, short={2: 2.0}, other={2: 2.9, 4: 1.5}))
     assert np.isnan([table.p["short"], table.p_holm["short"]]).all()

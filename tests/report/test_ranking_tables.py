@@ -110,7 +110,20 @@ def test_draws_are_compared_in_pairs_the_studys_own_among_them():
     draws = draws.assign(score=[0, 1, 2, 3, 0, 3, 2, 1])
     plans = {"own": {"protected": [0], "order": [1, 2, 3], "blocks": 4}}
     results = Results(values=values, draws=draws, plans=plans)
-    assert rankings.draws_apart(results) == pytest.approx([1, -1, -1])
-    assert rankings.draws_apart(dataclasses.replace(results, draws=draws[:0])) == []
-    found = specimen.draws_agree(results)
+    assert rankings.draws_agree(dataclasses.replace(results, draws=draws[:0])) is None
+    found = specimen.draws_agree(results)  # the pairs: 1, -1, -1
     assert found[:3] == pytest.approx((-1 / 3, -1, 1)) and not found.holds
+
+
+def test_the_interval_of_a_rank_correlation_holds_it_as_often_as_it_says():
+    rng, blocks, covered = np.random.default_rng(0), 27, []
+    true = 6 / np.pi * np.arcsin(0.5 / 2)  # Spearman's, of two normal scores that correlate at 0.5
+    for _ in range(300):
+        one, other = rng.multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], blocks).T
+        told = {"ranking": "own", "block": range(blocks), "part": "block", "item": "a"}
+        draws = pd.DataFrame({"draw": 1, "block": range(blocks), "score": other})
+        plans = {"own": {"protected": [], "order": [*range(blocks)], "blocks": blocks}}
+        values = pd.DataFrame(told | {"value": one})
+        _, lo, hi = rankings.draws_agree(Results(values=values, draws=draws, plans=plans))
+        covered.append(lo < true < hi)
+    assert 0.92 < np.mean(covered) < 0.98

@@ -58,6 +58,9 @@ TURNED = {
     "training without pruning": lambda r: {
         "answers": of_variant(r.answers, r"original\+sft", score=4)
     },
+    "blocks in random order": lambda r: {
+        "answers": of_variant(r.answers, r"shuffled\+sft", score=4)
+    },
     "two draws": lambda r: {
         "values": r.values.assign(value=np.random.default_rng(0).permutation(r.values.value))
     },

@@ -24,6 +24,7 @@ from derm_compress.method.finetune.train import AMPLE, Training, planned, train
 from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.model import anatomy, devices, loading, memory, shapes, usage
 from derm_compress.model.recipe import Recipe
+from derm_compress.model.variants import REINITIALIZED
 
 CONTEXT = 1.0  # GiB of a GPU that a process takes beside its tensors: CUDA, its work space
 
@@ -40,17 +41,21 @@ class Job:
 
 
 def fine_tune_jobs(sources: pd.DataFrame, training: Training, device: str) -> list[Job]:
-    """A job for each row of variants.to_heal(); further seeds count on from the training's."""
-    return [
-        Job(
-            row.adapter,
-            row.healed_variant,
-            row.recipe,
-            replace(training, seed=training.seed + row.sft_seed),
-            device,
-        )
-        for row in sources.itertuples()
-    ]
+    """A job for each row of variants.to_heal(); further seeds count on from the training's, and a
+    model with random weights is trained at full rank, since a few ranks could not teach it."""
+    jobs = []
+    for row in sources.itertuples():
+        told = replace(training, seed=training.seed + row.sft_seed)
+        if row.criterion == REINITIALIZED:
+            told = at_full_rank(told, Recipe.from_json(row.recipe))
+        jobs.append(Job(row.adapter, row.healed_variant, row.recipe, told, device))
+    return jobs
+
+
+def at_full_rank(training: Training, recipe: Recipe) -> Training:
+    """With adapters as wide as the model, which reach any weights, scaled as before."""
+    width = shapes.architecture(loading.config_of(recipe.base)).hidden
+    return replace(training, rank=width, alpha=training.alpha * width // training.rank)
 
 
 @dataclass(frozen=True)

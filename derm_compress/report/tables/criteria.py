@@ -10,6 +10,7 @@ import json
 import pandas as pd
 
 from derm_compress.evaluate import metrics
+from derm_compress.report import rule
 from derm_compress.report.results import ANSWER, Results, removes_parts
 from derm_compress.report.tables import joins
 
@@ -28,8 +29,9 @@ def criteria(results: Results) -> pd.DataFrame:
     return joins.scored(table, results, results.answers)
 
 
-def curves(results: Results) -> dict[str, pd.DataFrame]:
-    """{criterion: marks, [answers, depths]} of whole blocks, depth 0 being the original."""
+def curves(results: Results) -> dict[str, list[pd.DataFrame]]:
+    """{criterion: [its marks, [answers, depths]]} of whole blocks, depth 0 being the original; all
+    random orders stand under one name."""
     table = pruned_only(results)
     asked = results.answers[results.answers.variant.isin(table.variant)].drop_duplicates(ANSWER)
     wide = asked.pivot(index=["item", "question"], columns="variant", values="score").astype(float)
@@ -42,10 +44,9 @@ def curves(results: Results) -> dict[str, pd.DataFrame]:
         if name.startswith("random-"):
             random.append(curve)
         else:
-            found[name] = curve
+            found[name] = [curve]
     if random:
-        shared = sorted(set.intersection(*map(set, random)))
-        found[random_name(len(random))] = sum(curve[shared] for curve in random) / len(random)
+        found[random_name(len(random))] = random
     return found
 
 
@@ -57,18 +58,20 @@ def criteria_tests(results: Results) -> pd.DataFrame:
     """The study's own criterion minus each rival in points, at the operating point and over all
     depths that both have.
 
-    Over all depths an answer's marks are averaged first. p by sign flips; p_holm: corrected over
-    the rivals, those that leave the same blocks counted once. same_as, same_as_all: the own
-    criterion or the rival before that leaves the same blocks, here and at all depths. ahead: at how
-    many of the `depths` the own one scores more.
+    Over all depths an answer's marks are averaged first. p by sign flips, and from the interval
+    where this is of random orders, too; p_holm: corrected over the rivals, those that leave the
+    same blocks counted once. same_as, same_as_all: the own criterion or the rival before that
+    leaves the same blocks, here and at all depths. ahead: at how many of the `depths` the own one
+    scores more.
     """
     known, rows, places = curves(results), [], {}
-    ours = known.pop(results.criterion, pd.DataFrame())
+    (ours,) = known.pop(results.criterion, [pd.DataFrame()])
     for name, theirs in known.items():
-        shared = sorted((set(ours) & set(theirs)) - {0})
+        shared = sorted(set(ours).intersection(*theirs) - {0})
         if not shared:
             continue
         places[name] = [n for n in shared if n == results.operating], shared
+        mean = sum(curve[shared] for curve in theirs) / len(theirs)
         here = _change(ours, theirs, places[name][0])
         over = _change(ours, theirs, shared)
         rows.append(
@@ -78,7 +81,7 @@ def criteria_tests(results: Results) -> pd.DataFrame:
                 **joins.interval("difference", here),
                 "p": here.p,
                 "depths": len(shared),
-                "ahead": (ours[shared].mean() > theirs[shared].mean()).sum(),
+                "ahead": (ours[shared].mean() > mean.mean()).sum(),
                 **joins.interval("difference_all", over),
                 "p_all": over.p,
                 "n": over.n,
@@ -127,7 +130,21 @@ def counted_once(table: pd.DataFrame, p: str, twin: str) -> pd.Series:
     return corrected.where(table[twin] == "", table[twin].map(by_name).fillna(table[p]))
 
 
-def _change(one: pd.DataFrame, other: pd.DataFrame, depths: list[int]) -> metrics.Difference:
-    """Paired difference of the mean marks over these depths, where both have them all."""
-    means = [curve.reindex(columns=depths).mean(axis=1, skipna=False) for curve in (one, other)]
-    return metrics.paired_difference(*(mean.rename("score").reset_index() for mean in means))
+def _change(
+    ours: pd.DataFrame, theirs: list[pd.DataFrame], depths: list[int]
+) -> metrics.Difference:
+    """Paired difference of the mean marks over these depths, where both have them all; to several
+    random orders, interval and p also tell what other orders would give."""
+    one, *others = (_over(curve, depths) for curve in (ours, *theirs))
+    both = (marks.rename("score").reset_index() for marks in (one, sum(others) / len(others)))
+    found = metrics.paired_difference(*both)
+    if len(others) == 1 or not found.n:
+        return found
+    apart = pd.concat([one - other for other in others], axis=1).dropna()  # [answers, orders]
+    by_image = metrics.percent(apart.groupby(level="item").mean())
+    lo, hi = metrics.crossed_interval(by_image.to_numpy())
+    return found._replace(lo=lo, hi=hi, p=rule.p_value(found.difference, lo, hi, at=0))
+
+
+def _over(curve: pd.DataFrame, depths: list[int]) -> pd.Series:
+    return curve.reindex(columns=depths).mean(axis=1, skipna=False)

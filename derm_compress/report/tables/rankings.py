@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from derm_compress.report import rule
 from derm_compress.report.results import Results
 from derm_compress.report.tables import joins
 
 TAILS = (0.025, 0.975)
+ALMOST = 1 - 1e-9  # a correlation whose arctanh is finite
 
 
 def agreements(results: Results) -> pd.DataFrame:
@@ -71,15 +73,19 @@ def halves_agree(
     return rho.mean(), *np.quantile(rho, TAILS)
 
 
-def draws_apart(results: Results) -> list[float]:
-    """Rank correlations of every two draws of calibration pictures, the study's own among them;
-    none where it has no other."""
+def draws_agree(results: Results) -> tuple[float, float, float] | None:
+    """Mean rank correlation of every two draws of calibration pictures, the study's own among them,
+    and its 95 % interval as if it were one correlation over so many blocks (Fieller, Hartley and
+    Pearson 1957); None where there is no other draw."""
     if results.draws is None or results.draws.empty:
-        return []
+        return None
     own = by_block(results.values, results.protected)[results.criterion].mean(axis=1)
     others = results.draws.pivot(index="draw", columns="block", values="score")[own.index]
     ranks = standardised(np.vstack([own.to_numpy(), others.to_numpy()]))
-    return [float(one @ other) for one, other in combinations(ranks, 2)]
+    rho = float(np.mean([one @ other for one, other in combinations(ranks, 2)]))
+    reach = rule.Z * np.sqrt(1.06 / (len(own) - 3)) if len(own) > 3 else np.inf
+    lo, hi = np.tanh(np.arctanh(np.clip(rho, -ALMOST, ALMOST)) + (-reach, reach))
+    return rho, float(lo), float(hi)
 
 
 def by_block(values: pd.DataFrame, protected: Iterable[int]) -> dict[str, pd.DataFrame]:

@@ -17,7 +17,8 @@ import yaml
 from derm_compress.evaluate import metrics
 from derm_compress.evaluate.judges.controls import COPIED
 from derm_compress.method.pruning import controls as removed
-from derm_compress.model.variants import ORIGINAL
+from derm_compress.model.variants import ORIGINAL, SHUFFLED
+from derm_compress.report import trainings
 from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import rankings
 
@@ -55,12 +56,12 @@ def outliers(results: Results) -> Found | None:
 
 
 def draws_agree(results: Results) -> Found | None:
-    """By the study's own criterion: every two of several draws, from the lowest to the highest
-    correlation; of a single one its halves, with 95 % of the ways to halve it."""
+    """By the study's own criterion: every two of several draws; of a single one its halves, with
+    95 % of the ways to halve it."""
     if results.values is None or results.values.empty:
         return None
-    if apart := rankings.draws_apart(results):
-        return beyond((np.mean(apart), min(apart), max(apart)))
+    if apart := rankings.draws_agree(results):
+        return beyond(apart)
     known = results.values, results.protected, results.criterion
     return beyond(rankings.halves_agree(*known) or (np.nan,) * 3)
 
@@ -138,6 +139,17 @@ def healing(results: Results) -> Found | None:
     return beyond((row["mean"], row.lo, row.hi))
 
 
+def healed_in_order(results: Results) -> Found | None:
+    """The healed model above one as deep and trained alike, whose blocks stand in random order."""
+    if results.variants is None or results.answers is None:
+        return None
+    known = results.models[results.models.criterion.eq(SHUFFLED) & results.models.healed]
+    if known.empty:
+        return None
+    pair = results.main[2], known.variant.iloc[0]
+    return beyond(trainings.apart(results, results.answers, *pair))
+
+
 def copied_is_worse(results: Results) -> Found | None:
     """What the judge takes from another picture's answer, against the right one."""
     if results.judge_controls is None:
@@ -148,8 +160,9 @@ def copied_is_worse(results: Results) -> Found | None:
     return beyond(metrics.paired_difference(*pair, n_permutations=1))
 
 
-MEASURES = (draws_agree, protected_fatal, against_chance, healing, outliers, off_the_grid, seeing)
-MEASURES = {one.__name__: one for one in (*MEASURES, awq_beats_rounding, copied_is_worse)}
+MEASURES = (draws_agree, protected_fatal, against_chance, healing, healed_in_order, outliers)
+MEASURES = (*MEASURES, off_the_grid, awq_beats_rounding, seeing, copied_is_worse)
+MEASURES = {one.__name__: one for one in MEASURES}
 
 
 def measure(name: str, results: Results) -> Found | None:
