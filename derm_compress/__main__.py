@@ -12,7 +12,10 @@ from derm_compress.errors import DermError
 app = typer.Typer(
     help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
 )
-Owner = Annotated[str, typer.Option(help="user name on Kaggle")]
+Files = Annotated[list[Path], typer.Argument(help="params/NAME.yaml", show_default=False)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="'KEY=VALUE …'", help="over the files' values")
+]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,10 +25,7 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         app(argv, prog_name="python -m derm_compress")
-    except DermError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except PermissionError as error:
+    except (DermError, PermissionError) as error:
         print(error, file=sys.stderr)
         return 2
     except SystemExit as done:
@@ -43,15 +43,12 @@ def begin() -> None:
 
 @app.command()
 def run(
-    params: Annotated[list[Path], typer.Argument(help="params/NAME.yaml", show_default=False)],
+    params: Files,
     only: Annotated[str | None, typer.Option(metavar="04", help="this stage only")] = None,
     from_: Annotated[
         str | None, typer.Option("--from", metavar="04", help="this stage and those after it")
     ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="'KEY=VALUE …'", help="over the files' values"),
-    ] = None,
+    sets: Sets = None,
     force: Annotated[
         bool, typer.Option("--force", help="compute even what has not changed")
     ] = False,
@@ -72,11 +69,8 @@ def run(
 @app.command()
 def emit(
     kind: Annotated[str, typer.Argument(help="snakemake or slurm")],
-    params: Annotated[list[Path], typer.Argument(help="params/NAME.yaml")],
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="'KEY=VALUE …'", help="over the files' values"),
-    ] = None,
+    params: Files,
+    sets: Sets = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of a node")] = 1,
     gib: Annotated[
         float, typer.Option(min=0, help="usable GiB of each; 0: those here, or Kaggle's")
@@ -85,12 +79,9 @@ def emit(
     """Print the runs of parameter files as jobs for a cluster: a Snakefile, or a Slurm script."""
     from derm_compress.study.emit import emit as write
     from derm_compress.study.params import assignments
+    from derm_compress.study.preflight import Machine
 
-    machine = None
-    if gib:
-        from derm_compress.study.preflight import Machine
-
-        machine = Machine("a node", gpus, gib)
+    machine = Machine("a node", gpus, gib) if gib else None
     print(write(kind, params, assignments(sets or []), machine), end="")
 
 
@@ -229,7 +220,7 @@ def paper() -> None:
 def pack(
     run: str,
     path: Path,
-    owner: Owner = "",
+    owner: Annotated[str, typer.Option(help="user name on Kaggle")] = "",
     part_mb: Annotated[
         int, typer.Option(min=0, help="in files of so many MB, for unpack; 0: one folder")
     ] = 0,

@@ -29,14 +29,14 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def track(iterable, what: str, total: int | None = None, *, every: float = 10.0):
-    """Yields the items and prints done, rate and time left: after `every` seconds, then less often.
+def track(iterable, what: str, total: int | None = None):
+    """Yields the items and prints done, rate and time left: after ten seconds, then less often.
 
     A loop that ends before the first line is due prints nothing.
     """
     total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
     begun = last = time.monotonic()
-    done, said = 0, False
+    done, every, said = 0, 10.0, False
     for done, item in enumerate(iterable, 1):
         yield item
         now = time.monotonic()

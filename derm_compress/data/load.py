@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from derm_compress.data import photographs, synthetic
 from derm_compress.data.items import SPLITS, Dataset, save_dataset
 from derm_compress.data.preset import preset_names, read_preset
 from derm_compress.data.request import Request
-from derm_compress.data.rows import Survey, dataset_of
-from derm_compress.data.sources import drawn, folder, names
+from derm_compress.data.rows import Survey, dataset_of, repeats
+from derm_compress.data.sources import folder, names
 from derm_compress.errors import DermError
 from derm_compress.files import read_json, write_json
 
@@ -56,10 +57,19 @@ def load_source(request: Request) -> tuple[Dataset, dict]:
     """A data set and a JSON-able report; the same request and files give the same bytes."""
     if request.source == DRAWN:
         check_request(request)
-        dataset, found = drawn.read(request)
+        dataset, found = drawn(request)
     else:
         dataset, found = dataset_of(survey(request), request)
     return dataset, report(dataset, request.sizes, found)
+
+
+def drawn(request: Request) -> tuple[Dataset, dict]:
+    """Synthetic pictures with known facts: nothing to download, no patients."""
+    sizes = {f"n_{name}": size for name, size in request.sizes.items()}
+    dataset = synthetic.make(**sizes, size=request.image_size, seed=request.seed)
+    frame = dataset.frame()
+    frame["pixels"] = [photographs.pixel_hash(dataset.images[row]) for row in frame.row]
+    return dataset, {"exact_duplicates": repeats(frame, "pixels")}
 
 
 def write_source(path: Path, request: Request) -> None:

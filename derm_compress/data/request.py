@@ -41,10 +41,10 @@ class Request:
     dermatitis: str = "wide"  # narrow, or wide: with atopic dermatitis and eczema
 
     @classmethod
-    def of(cls, parameters: Mapping, *, project: Path = Path(), **others) -> Request:
+    def of(cls, parameters: Mapping, *, project: Path = Path()) -> Request:
         """Of a notebook's parameters those that a request has; data_root lies in `project`."""
         names = {field.name for field in fields(cls)} & set(parameters)
-        asked = {name: parameters[name] for name in names} | others
+        asked = {name: parameters[name] for name in names}
         if asked.get("data_root"):
             asked["data_root"] = located(str(asked["data_root"]), project)
         return cls(**asked)

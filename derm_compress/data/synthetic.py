@@ -7,12 +7,14 @@ teaching device, not a model of dermatology.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from importlib.resources import files
 
 import numpy as np
 import yaml
 
+from derm_compress.data import splits
 from derm_compress.data.items import Dataset, Item
 from derm_compress.progress import track
 
@@ -45,8 +47,10 @@ class Picture:
     disease: str | None = None
 
 
-def make(*, n_train: int, n_test: int, n_heldout: int, size: int, seed: int) -> Dataset:
-    """The synthetic data set: every split from its own seed, one picture a group."""
+def make(
+    *, n_train: int, n_test: int, n_heldout: int, size: int, seed: int, n_dev: int = 0
+) -> Dataset:
+    """The synthetic data set: one picture a group, splits of their own seeds, dev out of train."""
     items, images = [], []
     for i, (split, n) in enumerate([("train", n_train), ("test", n_test), ("heldout", n_heldout)]):
         drawn, pixels = pictures(n, seed=1000 * seed + i, size=size)
@@ -55,6 +59,9 @@ def make(*, n_train: int, n_test: int, n_heldout: int, size: int, seed: int) -> 
             name = f"{split}-{row:05d}"
             items.append(Item(name, split, picture.disease, name, row, picture.facts, "synthetic"))
         images.append(pixels)
+    train = {item.group: Counter([item.disease]) for item in items[:n_train]}
+    home = splits.split(train, sizes={"dev": n_dev}, seed=seed)
+    items = [replace(item, split=home.get(item.group, item.split)) for item in items]
     return Dataset(tuple(items), np.concatenate(images))
 
 

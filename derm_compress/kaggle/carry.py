@@ -15,14 +15,12 @@ from derm_compress.study.store import Store, passing, reached
 MB = 10**6
 
 
-def pack(
-    run: str, path: Path, *, owner: str = "", part_mb: int = 0, root: Path | None = None
-) -> list[str]:
+def pack(run: str, path: Path, *, owner: str = "", part_mb: int = 0) -> list[str]:
     """Copies what a run has finished and begun into a data set to mount; returns what it took.
 
     part_mb: in files of at most so many MB instead, which unpack() joins.
     """
-    plan = find_plan(run, root)
+    plan = find_plan(run)
     check_new(path, "pack")
     with atomic(path) as draft:
         artifacts = draft / "artifacts"
@@ -55,12 +53,12 @@ def gather(plan: Plan, artifacts: Path) -> list[str]:
     return taken
 
 
-def unpack(path: Path, *, root: Path | None = None) -> list[str]:
+def unpack(path: Path) -> list[str]:
     """Takes what pack() has put into parts into the project's artifacts; returns what it took.
 
     Each part and each result is checked first. What is there already stays as it is.
     """
-    plan = find_plan(str(parts.listed(path).get("run")), root)
+    plan = find_plan(str(parts.listed(path).get("run")))
     plan.artifacts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=plan.artifacts, prefix=".part-") as draft:
         come = Path(draft)

@@ -168,20 +168,17 @@ def own_plan(p: dict, blocks: int) -> Plan:
         raise DermError(f"protected: {p['protected']} are all {blocks} blocks; none is left to go")
     told = {"criterion": name, "protected": tuple(spared), "blocks": blocks}
     if "contiguous" in ranking.options:
-        starts = (next(iter(run)) for run in longest_runs(free))
-        return Plan(order=(), starts=tuple(starts), **told)
+        return Plan(order=(), starts=tuple(run_starts(free)), **told)
     most = p["iterative_blocks"] if "iterative" in ranking.options else blocks
     return Plan(order=tuple(map(Unit, free[:most])), **told)
 
 
-def longest_runs(free: list[int]) -> list[range]:
-    """A run of 1, 2, ... neighbours among the free blocks, as long as there is one."""
-    runs = []
-    for length in range(1, len(free) + 1):
-        every = (range(start, start + length) for start in free)
-        found = [run for run in every if set(run) <= set(free)]
-        runs += found[:1]
-    return runs
+def run_starts(free: list[int]) -> list[int]:
+    """Where 1, 2, ... free neighbours first begin, as far as there are so many."""
+    starts: list[int] = []
+    while found := [n for n in free if {*range(n, n + len(starts) + 1)} <= {*free}]:
+        starts.append(found[0])
+    return starts
 
 
 def check_projection(p: dict, arch: Architecture) -> None:

@@ -40,7 +40,8 @@ def read_points(path: Path, known: dict[str, Parameter], fixed: dict | None = No
     if both := sorted(axes.keys() & told.keys()):
         raise DermError(f"{path}: {both[0]} is given twice: swept, and as one value")
     axes |= {name: [fixed[name]] for name in axes if name in fixed}
-    points = [point_of(values, dict(zip(axes, one, strict=True))) for one in product(axes)]
+    every = itertools.product(*axes.values())  # the last axis changes first
+    points = [point_of(values, dict(zip(axes, one, strict=True))) for one in every]
     names = [point.values["run"] for point in points]
     for name in names:
         if names.count(name) > 1:
@@ -61,11 +62,6 @@ def read_sweep(told, known: dict[str, Parameter], where: str) -> dict[str, list]
         name: [check({name: value}, known, where)[name] for value in values]
         for name, values in told.items()
     }
-
-
-def product(axes: dict[str, list]) -> itertools.product:
-    """Every combination; the last axis changes first."""
-    return itertools.product(*axes.values())
 
 
 def point_of(values: dict, swept: dict) -> Point:

@@ -9,7 +9,7 @@ import json
 import re
 import tokenize
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,13 +33,12 @@ class Parameter:
     """One line of a parameters cell: `name: kind = default  # help [low..high]` or `[a|b|c]`.
 
     `[module.function]` of this package raises DermError for a value that it does not allow.
-    A list's limits hold for each element. Equal but for their help: two notebooks may share it.
+    A list's limits hold for each element. Two notebooks may share it.
     """
 
     name: str
     kind: str  # int, float, str, bool or list
     default: object
-    help: str = field(default="", compare=False)
     low: float | None = None
     high: float | None = None
     choices: tuple = ()
@@ -132,14 +131,12 @@ def read_schema(source: str, where: str) -> dict[str, Parameter]:
 
 
 def read_line(node: ast.stmt, comment: str, where: str) -> Parameter:
-    rule = RULE.search(comment)
-    told = comment[: rule.start()].strip() if rule else comment
     try:
         name, kind, default = node.target.id, node.annotation.id, ast.literal_eval(node.value)
-        parameter = Parameter(name, kind, default, told)
+        parameter = Parameter(name, kind, default)
         if kind not in {*SCALARS, "list"} or parameter.element not in {*SCALARS, ""}:
             raise TypeError(kind)
-        if rule:
+        if rule := RULE.search(comment):
             parameter = replace(parameter, **read_rule(rule[1], parameter.element))
     except (AttributeError, TypeError, ValueError) as error:
         line = ast.unparse(node).splitlines()[0]

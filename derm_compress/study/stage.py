@@ -127,9 +127,7 @@ class Stage:
             self._check_own(file)
             begun = time.monotonic()
             make(path)
-            seconds = time.monotonic() - begun
-            self.measure(Path(file).stem if "." in file else file, {"seconds": round(seconds, 3)})
-            if seconds >= 1:
+            if (seconds := time.monotonic() - begun) >= 1:
                 say(f"{file} made in {clock(seconds)}")
         return path
 
@@ -147,30 +145,13 @@ class Stage:
             path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def measure(self, name: str, value, *args, **kwargs):
-        """Keeps what differs from run to run (seconds, memory) apart; returns what is kept.
+    def measure(self, name: str, make, *args, **kwargs):
+        """`frame` of what differs from run to run (seconds, memory): kept apart from results."""
 
-        value: a dict, a DataFrame, or a function that makes one, called if there is nothing yet.
-        """
-        before = _measured(self._folder, name)
-        if self.finished or (callable(value) and before is not None):
-            return before
-        if callable(value):
-            value = value(*args, **self._given(name, value, kwargs))
-        if isinstance(value, dict):
-            path = self._folder / "measured.json"
-            kept = read_json(path) if path.exists() else {}
-            write_json(path, kept | {name: (before or {}) | value})
-        else:
-            write_frame(self._folder / "measured" / f"{name}.parquet", value)
-        return _measured(self._folder, name)
+        def write(path):
+            write_frame(path, make(*args, **self._given(name, make, kwargs)))
 
-    def measured(self, stage: str, name: str):
-        """What this stage, or one that it reads, measured under a name."""
-        value = _measured(self._folder if stage == self.name else self.input(stage), name)
-        if value is None:
-            raise DermError(f"{stage} measured nothing under the name {name}")
-        return value
+        return read_frame(self._keep(f"measured/{name}.parquet", write))
 
     def _check_own(self, what: str) -> None:
         """Results have the key of the saved notebook, so only its cells may make them."""
@@ -228,13 +209,6 @@ class Stage:
             if value != schema[name].default
         ]
         return "\n".join([*lines, *([f"with  {', '.join(changed)}"] if changed else [])])
-
-
-def _measured(folder: Path, name: str):
-    frame, notes = folder / "measured" / f"{name}.parquet", folder / "measured.json"
-    if frame.exists():
-        return read_frame(frame)
-    return read_json(notes).get(name) if notes.exists() else None
 
 
 def _keywords(make) -> list[str]:

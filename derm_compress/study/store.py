@@ -26,7 +26,7 @@ from derm_compress.files import (
 from derm_compress.progress import say
 
 MANIFEST = "manifest.json"
-MEASURED = ("measured.json", "measured/")  # differ from run to run
+MEASURED = ("measured/", "measured.json")  # differ from run to run; the second is of old ones
 
 
 class Store:

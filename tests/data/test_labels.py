@@ -1,18 +1,13 @@
 """What a row says of a picture: mapped, left out, or told in one line with all its like."""
 
 import pytest
-from blotches import plant
+from blotches import plant, read
 
 from derm_compress.data import labels, load
 from derm_compress.data.request import Request
 from derm_compress.errors import DermError
 
 HALF = ["1.0", "0.0"] * 10
-
-
-def read(root, **asked):
-    asked = {"n_train": 0, "n_test": 4, "image_size": 24} | asked
-    return load.load_source(Request("folder", root, **asked))
 
 
 def test_labels_are_mapped_by_a_run(tmp_path):
@@ -30,10 +25,11 @@ def test_a_line_of_the_map_that_says_nothing_is_refused(line):
 
 
 def test_all_unknown_labels_are_told_at_once_with_counts(tmp_path):
-    root = plant(tmp_path, label=["nv"] * 9 + ["wart"] * 6 + [f"x{i}" for i in range(5)])
+    root = plant(tmp_path, label=["nv"] * 9 + ["wart\nx"] * 6 + [f"x{i}" for i in range(5)])
     with pytest.raises(DermError) as caught:
         read(root)
-    assert "unknown labels: 'nv' (9), 'wart' (6), 'x0' (1)" in str(caught.value)
+    assert "unknown labels: 'nv' (9), 'wart\\nx' (6), 'x0' (1)" in str(caught.value)
+    assert "seborrheic keratosis" in str(caught.value) and "\n" not in str(caught.value)
     root = plant(tmp_path, label=["nv", "melanoma"] * 10)
     for excluded in (["NV"], ["*"]):
         assert read(root, exclude_labels=excluded)[1]["excluded"] == {"nv": 10}

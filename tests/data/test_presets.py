@@ -6,11 +6,11 @@ from collections import Counter
 
 import layouts
 import pytest
+from blotches import read
 from pydantic import ValidationError
 
-from derm_compress.data import dialogue, load
+from derm_compress.data import dialogue
 from derm_compress.data.preset import Preset, preset_names, read_preset
-from derm_compress.data.request import Request
 from derm_compress.errors import DermError
 
 TOLD = {  # pictures by disease, what is left out, the columns of groups, groups
@@ -65,14 +65,10 @@ def plant(name, tmp_path):
     return root
 
 
-def read(name, root, **asked):
-    return load.load_source(Request(name, root, n_train=0, n_test=4, image_size=24, **asked))
-
-
 @pytest.mark.parametrize("name", TOLD)
 def test_a_layout_is_read_whole(name, tmp_path):
     diseases, excluded, groups, count = TOLD[name]
-    dataset, report = read(name, plant(name, tmp_path))
+    dataset, report = read(plant(name, tmp_path), name)
     found = Counter(item.disease for item in dataset.items)
     assert diseases.items() <= found.items() and set(found) <= set(dialogue.diseases())
     assert report["excluded"] == excluded and report["unreadable"] == []
@@ -89,23 +85,23 @@ def test_half_unpacked_and_incomplete_layouts_say_what_is_wanted(tmp_path):
     root = plant("isic-2019", tmp_path)
     (root / "ISIC_2019_Training_Metadata.csv").unlink()  # without it lesions would leak
     with pytest.raises(DermError, match="needs ISIC_2019_Training_Metadata.csv"):
-        read("isic-2019", root)
+        read(root, "isic-2019")
     for path in (root / "ISIC_2019_Training_Input").rglob("*.jpg"):
         path.unlink()
     shutil.copy(root / "ISIC_2019_Training_GroundTruth.csv", root / "copy.csv")
     with pytest.raises(DermError, match=r"needs HAM10000_metadata.csv or .*csv there: ISIC"):
-        read("ham10000", root)
+        read(root, "ham10000")
 
 
 def test_a_picture_of_two_cases_joins_them_and_one_of_two_labels_is_left_out(tmp_path):
     root = plant("scin", tmp_path)
-    groups = {item.id: item.group for item in read("scin", root)[0].items}
+    groups = {item.id: item.group for item in read(root, "scin")[0].items}
     twice, other = f"dataset/images/{-(10**18)}0.png", f"dataset/images/{-(10**18) - 6}0.png"
     assert groups[twice] == groups[other]
     labels = root / "scin_labels.csv"
     text = labels.read_text().replace("{'Eczema': 0.67, 'Psoriasis': 0.33}", "{'Psoriasis': 1}", 1)
     labels.write_text(text)
-    dataset, report = read("scin", root)
+    dataset, report = read(root, "scin")
     assert twice not in {item.id for item in dataset.items}
     assert report["excluded"]["several labels"] == 1
 
@@ -113,7 +109,7 @@ def test_a_picture_of_two_cases_joins_them_and_one_of_two_labels_is_left_out(tmp
 def test_a_run_takes_what_a_preset_leaves_out(tmp_path):
     root = plant("ham10000", tmp_path)
     asked = {"label_map": ["BKL = seborrheic keratosis"], "exclude_labels": ["melanoma"]}
-    dataset, report = read("ham10000", root, **asked)
+    dataset, report = read(root, "ham10000", **asked)
     found = Counter(item.disease for item in dataset.items)
     assert found["seborrheic keratosis"] == 5 and not found["melanoma"]
     assert report["excluded"] == {"df": 5, "nv": 5, "vasc": 3, "mel": 3}

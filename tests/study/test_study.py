@@ -271,11 +271,11 @@ def test_only_cells_as_saved_make_results(root):
 def test_track_says_little_and_the_right_thing(capsys, monkeypatch):
     now = iter(range(1000))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    assert list(progress.track(range(100), "answers", every=10)) == list(range(100))
+    assert list(progress.track(range(100), "answers")) == list(range(100))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "answers: 10 of 100, 1.0/s, 1:30 left"
     assert lines[-1].startswith("answers: 100 in 1:4") and len(lines) == 5
-    assert list(progress.track((i for i in range(3)), "short", every=10)) == [0, 1, 2]
+    assert list(progress.track((i for i in range(3)), "short")) == [0, 1, 2]
     assert capsys.readouterr().out == ""
     assert list(progress.track([], "none")) == [] and progress.clock(3725) == "1:02:05"
 

@@ -1,1 +1,1 @@
-"""One file a kind of source; a published data set is a yaml in data/presets/, which none needs."""
+"""One file a kind of photographs; a published data set is a yaml in data/presets/."""

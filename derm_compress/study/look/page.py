@@ -80,11 +80,11 @@ def labels(found: Survey) -> list[str]:
     ]
 
 
-def counts(values: Mapping[str, int], shown: int = 2 * SHOWN) -> str:
+def counts(values: Mapping[str, int]) -> str:
     """Values with how often they occur, the most frequent first."""
-    first = sorted(values.items(), key=lambda item: -item[1])
-    some = [f"{name or '(empty)'} ({n})" for name, n in first[:shown]]
-    return ", ".join(some + others(len(values), shown))
+    first = sorted(values.items(), key=lambda item: -item[1])[: 2 * SHOWN]
+    some = [f"{name or '(empty)'} ({n})" for name, n in first]
+    return ", ".join(some + others(len(values), 2 * SHOWN))
 
 
 def groups(found: Survey, report: Mapping) -> list[str]:
