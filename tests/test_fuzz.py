@@ -9,14 +9,13 @@ import json
 import unicodedata
 from contextlib import redirect_stdout
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
+from blotches import plant
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from PIL import Image
+from runs import KNOWN, NOTEBOOKS, ROOT
 
 from derm_compress.data.load import SOURCES, load_source
 from derm_compress.data.request import Request
@@ -31,9 +30,6 @@ from derm_compress.model import anatomy, loading, prompts, shapes
 from derm_compress.model.recipe import Recipe
 from derm_compress.study import checks, params, run
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOKS = params.read_notebooks(ROOT)
-KNOWN = params.known_parameters(NOTEBOOKS)
 WORDS = ["", " ", "awq", "tiny", "pico", "no/such", "meta", "cpu", "a=b", "../x", "~", "é\u202e\n"]
 WORDS += ["output_similarity", "random-0", "1e-4", "nan", "published", "2", "12.attention"]
 
@@ -146,10 +142,7 @@ def cells_of(n):
 def photographs(folder):
     made = folder / "photographs"
     made.mkdir()
-    for i in range(12):
-        colours = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
-        Image.fromarray(colours).resize((60, 48)).save(made / f"{i:02}.jpg")
-    return made
+    return plant(made, 12)
 
 
 @given(content=tables(), asked=st.just({}) | requests)

@@ -4,14 +4,13 @@ import ast
 import itertools
 import json
 import re
-from pathlib import Path
 
 import pytest
+from runs import NOTEBOOKS, ROOT, read_run
 
 from derm_compress import data, evaluate, method, model, report
 from derm_compress.study import params
 
-ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STAGES = [
     "01_data",
@@ -109,7 +108,7 @@ class TestEvery:
 
 
 def test_the_graph_is_what_the_cells_read():
-    graph = params.graph(params.read_notebooks(ROOT))
+    graph = params.graph(NOTEBOOKS)
     assert list(graph) == STAGES
     assert set(graph[EIGHT[-1]]) == set(EIGHT[:-1])
     assert set(graph[LAST]) == {"01_data", "03_layer_importance", "04_pruning", "05_sft"}
@@ -126,8 +125,7 @@ def test_a_judge_that_cannot_work_is_refused_before_anything_is_answered():
 
 def test_the_judge_has_every_parameter_that_names_it():
     code = "".join(text for kind, text, _ in cells(PATHS[-2]) if kind == "code")
-    schema = params.read_notebooks(ROOT)[EIGHT[-1]].schema
-    named = [name for name in schema if name.startswith("judge")]
+    named = [name for name in NOTEBOOKS[EIGHT[-1]].schema if name.startswith("judge")]
     assert len(named) == 6 and all(f"=stage.p.{name}," in code for name in named[1:])
 
 
@@ -140,10 +138,5 @@ def test_what_a_judge_leaves_unread_is_asked_again_wherever_it_is_kept():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_run_file_is_valid_named_by_its_stem_and_says_its_command(path):
-    known = params.known_parameters(params.read_notebooks(ROOT))
-    values = params.read_params(path, known)
-    assert values["run"] == path.stem
-    assert (
-        "make report" in path.read_text().splitlines()[0]
-        or "run params/" in path.read_text().splitlines()[0]
-    )
+    assert read_run(path.stem)["run"] == path.stem
+    assert re.search("make report|run params/", path.read_text().splitlines()[0])

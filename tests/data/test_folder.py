@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from blotches import picture, plant, read
 from PIL import Image
+from runs import KNOWN
 
 from derm_compress.data import dialogue, identities, items, load, photographs, rows
 from derm_compress.data.request import Request
 from derm_compress.errors import DermError
-from derm_compress.study import params
 
 PAD = Path(__file__).parents[3] / "shared" / "pad-ufes-20"
 needs_pad = pytest.mark.skipif(
@@ -64,8 +64,7 @@ def test_a_request_takes_its_own_parameters():
 
 
 def test_the_notebook_offers_every_source():
-    known = params.known_parameters(params.read_notebooks(Path(__file__).parents[2]))
-    assert known["source"].choices == tuple(load.SOURCES)
+    assert KNOWN["source"].choices == tuple(load.SOURCES)
 
 
 def test_missing_or_empty_folder(tmp_path):

@@ -2,30 +2,25 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import runs
 import toy
 from blotches import plant
+from runs import NOTEBOOKS, ROOT, read_run
 
 from derm_compress.data.request import Request
 from derm_compress.errors import DermError
 from derm_compress.method.importance import embedder
 from derm_compress.model import loading, shapes
-from derm_compress.study import checks, params, plan, run
+from derm_compress.study import checks, params, run
 from derm_compress.study.keys import fingerprint
 from derm_compress.study.store import Store
-
-ROOT = Path(__file__).parents[2]
 
 
 def planned(tmp_path, run="smoke", **changed):
     """A run that has computed nothing, on pico with 8 blocks."""
-    notebooks = params.read_notebooks(ROOT)
-    file = ROOT / "params" / f"{run}.yaml"
-    asked = params.read_params(file, params.known_parameters(notebooks))
-    where = {"artifact_root": str(tmp_path)}
-    return plan.make_plan(ROOT, notebooks, asked | where | changed)
+    return runs.planned(**read_run(run) | {"artifact_root": str(tmp_path)} | changed)
 
 
 @pytest.mark.parametrize("run", [path.stem for path in (ROOT / "params").glob("*.yaml")])
@@ -95,7 +90,7 @@ def test_what_a_stage_would_refuse_is_refused_first(tmp_path, monkeypatch, said,
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with pytest.raises(DermError, match=said) as caught:
-        checks.check(planned(tmp_path, **changed), params.read_notebooks(ROOT))
+        checks.check(planned(tmp_path, **changed), NOTEBOOKS)
     assert "\n" not in str(caught.value)
 
 

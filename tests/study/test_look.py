@@ -4,13 +4,13 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import dermnet_tree
 import pytest
 import yaml
 from blotches import plant
 from layouts import LAYOUTS
+from runs import DEFAULTS, KNOWN, ROOT
 
 from derm_compress.data import load
 from derm_compress.data.request import Request
@@ -18,16 +18,12 @@ from derm_compress.errors import DermError
 from derm_compress.study import params
 from derm_compress.study.look.propose import name_of, propose
 
-ROOT = Path(__file__).parents[2]
-PAD = ROOT.parent / "shared" / "pad-ufes-20"
-
 
 def look(folder, out, **sets):
     """(page, values of the run file, checked) of a folder that a run would read."""
     said, runs = propose(folder, sets, out, ROOT)
     assert runs and "WOULD STOP" not in said, said
-    known = params.known_parameters(params.read_notebooks(ROOT))
-    return said, params.read_params(out, known)
+    return said, params.read_params(out, KNOWN)
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "dermnet"])
@@ -72,10 +68,11 @@ def test_a_folder_of_ones_own(tmp_path):
 def test_one_hot_columns_and_folders_by_label_are_recognised(tmp_path):
     one, other = tmp_path / "hot", tmp_path / "folders"
     one.mkdir()
-    plant(one, MEL=["1", "0"] * 10, NV=["0", "1"] * 10)
+    plant(one, MEL=["True", "False"] * 10, NV=["", "x"] * 10, site=["arm"] * 20)
     text = (one / "labels.csv").read_text()
-    (one / "labels.csv").write_text(text.replace("label", "site", 1))
-    assert look(one, tmp_path / "hot.yaml")[1]["onehot_columns"] == ["MEL", "NV"]
+    (one / "labels.csv").write_text(text.replace("label", "kind", 1))
+    said, values = look(one, tmp_path / "hot.yaml")
+    assert values["onehot_columns"] == ["MEL", "NV"] and "10 melanoma: MEL (10)" in said
     (other / "melanoma").mkdir(parents=True)
     plant(other / "melanoma")
     (other / "melanoma" / "labels.csv").unlink()
@@ -156,9 +153,7 @@ def test_what_stage_01_would_say_is_said_first(tmp_path, change, unopened, told)
         return
     assert propose(root, {}, out, ROOT, quick=True)[1] is not unopened
     assert not runs
-    known = params.known_parameters(params.read_notebooks(ROOT))
-    values = {name: parameter.default for name, parameter in known.items()}
-    asked = values | {"source": "folder", "data_root": str(root), "n_train": 0, "n_heldout": 0}
+    asked = DEFAULTS | {"source": "folder", "data_root": str(root), "n_train": 0, "n_heldout": 0}
     with pytest.raises(DermError) as caught:
         load.load_source(Request.of(asked | {"n_dev": 2, "n_test": 4}))
     assert str(caught.value).startswith(told)
@@ -223,15 +218,6 @@ def test_the_command_needs_no_torch_and_ends_with_1_where_a_run_would_stop(tmp_p
     assert [path.name for path in tmp_path.glob("*.yaml")] == ["good.yaml"]
 
 
-@pytest.mark.skipif(not PAD.is_dir(), reason="the sample of pad-ufes-20 is not beside the project")
-def test_the_real_photographs(tmp_path):
-    said, values = look(PAD, tmp_path / "pad-ufes-20.yaml")
-    assert (
-        values["source"] == "pad-ufes-20" and "86 pictures with a wanted label, all there" in said
-    )
-    assert "patient_id, lesion_id: 83 groups" in said
-
-
 def test_a_given_column_is_taken_and_labels_that_nobody_knows_are_asked_for(tmp_path):
     (tmp_path / "klinik").mkdir()
     plant(tmp_path / "klinik", label=["Melanom", "Ekzem"] * 10)
@@ -273,14 +259,6 @@ def test_a_list_of_pictures_is_read_with_its_folder(tmp_path):
     said, values = look(tmp_path / "labels.csv", tmp_path / "mine.yaml", run="mine")
     assert values["table"] == "labels.csv" and values["data_root"] == str(tmp_path)
     assert values["run"] == "mine" and "20 pictures with a wanted label" in said
-
-
-def test_marks_in_columns_of_labels_are_recognised_as_people_write_them(tmp_path):
-    plant(tmp_path, MEL=["True", "False"] * 10, NV=["", "x"] * 10, site=["arm"] * 20)
-    listing = tmp_path / "labels.csv"
-    listing.write_text(listing.read_text().replace("label", "kind", 1))
-    said, values = look(tmp_path, tmp_path / "mine.yaml")
-    assert values["onehot_columns"] == ["MEL", "NV"] and "10 melanoma: MEL (10)" in said
 
 
 def test_what_is_given_reads_a_published_data_set_as_a_folder(tmp_path):

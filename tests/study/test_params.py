@@ -1,13 +1,13 @@
 """Parameter cells as schema, and every way a parameter can be wrong."""
 
 import json
-from pathlib import Path
 
 import pytest
 import toy
+from runs import KNOWN, planned
 
 from derm_compress.errors import DermError
-from derm_compress.study import params, plan
+from derm_compress.study import params
 
 CELL = """\
 run: str = "default"  # name of the run
@@ -28,11 +28,7 @@ def schema():
 
 def test_the_cell_is_the_schema(schema):
     assert list(schema) == ["run", "rate", "blocks", "depths", "model", "free", "steps", "shuffle"]
-    assert (schema["rate"].help, schema["rate"].low, schema["rate"].high) == (
-        "learning rate",
-        1e-6,
-        1.0,
-    )
+    assert (schema["rate"].low, schema["rate"].high) == (1e-6, 1.0)
     assert schema["model"].choices == ("tiny", "pico") and schema["depths"].element == "int"
     assert (schema["steps"].low, schema["steps"].high) == (1, None)
 
@@ -137,8 +133,7 @@ def test_a_rule_that_names_its_parameter_names_it_once():
 
 
 def test_the_studys_defaults_obey_their_rules():
-    known = params.known_parameters(params.read_notebooks(Path(__file__).parents[2]))
-    ruled = [parameter for parameter in known.values() if parameter.rule]
+    ruled = [parameter for parameter in KNOWN.values() if parameter.rule]
     assert len(ruled) >= 3
     for parameter in ruled:
         parameter.ask_rule(parameter.default, "default")
@@ -198,9 +193,7 @@ def test_what_is_no_stage_is_named(tmp_path, damage):
 
 
 def test_an_optional_stage_is_left_out_until_it_is_asked_for():
-    root = Path(__file__).parents[2]
-    notebooks = params.read_notebooks(root)
-    off, on = (plan.make_plan(root, notebooks, {"budget_gib": budgets}) for budgets in ([], [3.4]))
+    off, on = (planned(budget_gib=budgets) for budgets in ([], [3.4]))
     assert set(on.notebooks) - set(off.notebooks) == {"09_allocation"}
     assert off.keys == {stage: on.keys[stage] for stage in off.keys}
     assert str(params.left_out("09_allocation")).endswith("set budget_gib, as --set budget_gib=3.4")

@@ -2,18 +2,18 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import runs
+from runs import DEFAULTS, ROOT, read_run
 
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import calibration
 from derm_compress.model import memory, prompts, shapes
-from derm_compress.study import batches, params, plan, preflight, run
+from derm_compress.study import batches, preflight, run
 from derm_compress.study.needs import Needs
 from derm_compress.study.stage import start_stage
 
-ROOT = Path(__file__).parents[2]
 ARCH = shapes.llava_7b()
 T4 = {
     "model": "llava-hf/llava-1.5-7b-hf", "device": "cuda", "image_size": 336, "max_new_tokens": 200,
@@ -25,12 +25,11 @@ T4 = {
 
 
 def values(**changed):
-    known = params.known_parameters(params.read_notebooks(ROOT))
-    return {name: parameter.default for name, parameter in known.items()} | T4 | changed
+    return DEFAULTS | T4 | changed
 
 
-def planned(root=ROOT, **changed):
-    return plan.make_plan(root, params.read_notebooks(ROOT), values(run="x", **changed))
+def planned(**changed):
+    return runs.planned(run="x", **T4 | changed)
 
 
 @pytest.fixture
@@ -47,8 +46,7 @@ def two_t4(monkeypatch):
 
 @pytest.mark.parametrize("name", ["kaggle-t4", "kaggle-t4-day"])
 def test_the_run_files_for_kaggle_fit_two_t4(name, two_t4):
-    known = params.known_parameters(params.read_notebooks(ROOT))
-    asked = values() | params.read_params(ROOT / "params" / f"{name}.yaml", known)
+    asked = values() | read_run(name)
     machine = preflight.here()
     assert machine.gib == pytest.approx(preflight.KAGGLE.gib) == pytest.approx(14.02)
     assert preflight.faults(asked, ARCH, machine) == []
@@ -79,9 +77,7 @@ def test_merging_holds_the_weights_and_one_linear_twice():
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_the_small_run_fits_t4_whose_memory_sets_its_batch_sizes(gpus):
     machine = preflight.Machine("T4", gpus, 14.56 - preflight.CONTEXT)
-    known = params.known_parameters(params.read_notebooks(ROOT))
-    read = params.read_params(ROOT / "params" / "small.yaml", known)
-    asked = {name: parameter.default for name, parameter in known.items()} | read
+    asked = DEFAULTS | read_run("small")
     arch = preflight.architecture(asked)
     assert preflight.faults(asked, arch, machine) == []
     assert all(asked[name] == batches.OPEN for name in batches.ON_CPU)
@@ -181,9 +177,7 @@ def test_the_runner_says_what_is_needed_and_refuses_what_does_not_fit(two_t4, ca
 
 
 def test_a_notebook_run_alone_refuses_too_and_prints_no_plan(two_t4, tmp_path, capsys):
-    schema = params.read_notebooks(ROOT)["02_finetune"].schema
-    cell = {name: known.default for name, known in schema.items()} | values()
-    cell |= {"artifact_root": str(tmp_path), "batch_size": 640}
+    cell = values(artifact_root=str(tmp_path), batch_size=640)
     cell["In"] = ["# Parameters\nimage_size = 336\n"]
     with pytest.raises(DermError, match="does not fit 2 x Tesla T4: .*set batch_size"):
         start_stage("02_finetune", cell, root=ROOT)
