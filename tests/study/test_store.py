@@ -1,6 +1,5 @@
 """The store under damage, kills and company."""
 
-import json
 import random
 import signal
 import subprocess
@@ -106,17 +105,6 @@ def test_damage_is_named_and_never_used(tmp_path, capsys, file, damage, word):
     assert entry.with_name(f"{KEY}.old").is_dir()  # until there is a new one
     store.commit(STAGE, KEY, {})
     assert [path.name for path in entry.parent.iterdir()] == [KEY]
-
-
-def test_an_artifact_from_before_manifests_had_a_checksum_is_read(tmp_path):
-    store = finished_store(tmp_path)
-    path = store.entry(STAGE, KEY) / "manifest.json"
-    told = json.loads(path.read_text())
-    del told["checksum"]
-    path.write_text(json.dumps(told))
-    assert store.fault(STAGE, KEY) == "" and store.manifest(STAGE, KEY)["made"] == {"seconds": 1}
-    path.write_text(json.dumps(told | {"results": "0" * 64}))
-    assert store.fault(STAGE, KEY) == "manifest.json is damaged"
 
 
 def test_a_recipe_finds_finished_files_and_this_process_own(tmp_path):
