@@ -185,7 +185,8 @@ def shuffled_rows(items: Sequence[Item], seed: int) -> list[int]:
 
 
 def table_variants(variants: pd.DataFrame, choice: dict) -> pd.DataFrame:
-    """The variants of Tables 4 and 5, and the healed control beside them."""
+    """The variants of Tables 4 and 5, the healed control beside them, and what was trained alike and
+    may have the same bytes: the control at fewer bits, other depths at 4."""
     plain = variants_of.roles(variants, choice)
     healed = variants_of.roles(variants, choice, healed=True)
     pruned, full = plain["operating"], healed["operating"]
@@ -195,7 +196,10 @@ def table_variants(variants: pd.DataFrame, choice: dict) -> pd.DataFrame:
     wanted += [(healed.get("rival"), "awq")]
     four = variants[variants.bits.eq(4) | variants.quantizer.eq("")]
     frames = [four[four.source.eq(source) & four.quantizer.eq(name)] for source, name in wanted]
-    return pd.concat(frames, ignore_index=True)
+    alike = variants.healed & variants.quantizer.eq("awq") & variants.bits.isin([2, 3, 4])
+    alike &= variants.criterion.isin(["", choice["criterion"]]) & variants.sft_seed.eq(0)
+    frames.append(variants[alike & (variants.bits.eq(4) | variants.source.eq(healed["unpruned"]))])
+    return pd.concat(frames).drop_duplicates("variant", ignore_index=True)
 
 
 def plan_memory(variants: pd.DataFrame) -> pd.DataFrame:

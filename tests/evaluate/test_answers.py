@@ -1,5 +1,6 @@
 """Answers of variants and of the two controls, and the depth scores that are made of them."""
 
+import fabricate
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +9,13 @@ from asking import inputs_of
 
 from derm_compress.data import dialogue
 from derm_compress.evaluate import answers, metrics, schema
-from derm_compress.evaluate.answers import answer, answer_controls, answer_variants, shuffled_rows
+from derm_compress.evaluate.answers import (
+    answer,
+    answer_controls,
+    answer_variants,
+    shuffled_rows,
+    table_variants,
+)
 from derm_compress.evaluate.losses import answer_losses
 from derm_compress.files import Journal
 from derm_compress.method.pruning.plan import Plan
@@ -119,6 +126,20 @@ def test_losses_are_those_of_transformers_whatever_the_batch(pico, recipe, store
     pixels = processor.image_processor([dataset.images[items[0].row]], return_tensors="pt")
     feed = {"input_ids": ids[None], "labels": labels[None], "pixel_values": pixels["pixel_values"]}
     assert found.loss[0] == pytest.approx(model(**feed).loss.item(), rel=1e-4)
+
+
+def test_models_of_the_same_training_and_maybe_the_same_bytes_are_judged_too():
+    known = fabricate.variants()
+    control = known[known.variant == "original+sft"].iloc[0].to_dict()
+    narrow = [fabricate.quantized(control, "awq", bits) for bits in (3, 2)]
+    again = fabricate.quantized(control | {"sft_seed": 1, "variant": "original+sft~1"}, "awq", 3)
+    mixed = fabricate.quantized(control, "awq-mixed", 2.5)
+    known = pd.concat([known, pd.DataFrame([*narrow, again, mixed])], ignore_index=True)
+    choice = {"criterion": "output_similarity", "operating": 6, "deeper": 9}
+    named = table_variants(known, choice).variant
+    assert named.is_unique and "pruned-6-shuffled+sft|awq4" not in set(named)
+    more = {"original+sft|awq3", "original+sft|awq2", "pruned-9+sft|awq4"}
+    assert set(named) & {*more, "original+sft~1|awq3", "original+sft|awq-mixed2.5"} == more
 
 
 def test_depth_scores_say_how_deep_each_variant_is():

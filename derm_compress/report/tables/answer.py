@@ -116,14 +116,14 @@ def for_width(results: Results, bits: int) -> dict | None:
     table = results.models[results.models.bits.eq(bits) & ~results.models.mixed]
     sizes = results.memory.drop_duplicates("variant").set_index("variant").vram_gib
     room = AS_MANY * sizes.reindex(table.variant[table.blocks_removed == 0]).max()
-    scores = results.answers.groupby("variant").score.mean().dropna()
+    scores = results.evaluation.groupby("variant").score.mean().dropna()
     fit = [name for name in scores.index if sizes.get(name, np.inf) <= room]
     if not fit:
         return None
     situation, best = f"the bytes of {bits:g} bits in all blocks", max(fit, key=scores.get)
     if metrics.percent(scores[best]) <= metrics.FLOOR + 1:
         return row(situation, "nothing: all that fit score at the floor")
-    change = trainings.apart(results, results.answers, best, control(results))
+    change = trainings.apart(results, results.evaluation, best, control(results))
     return row(situation, called(results, best), change, f"the best of {len(fit)} that fit")
 
 
