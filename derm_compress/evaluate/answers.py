@@ -185,8 +185,8 @@ def shuffled_rows(items: Sequence[Item], seed: int) -> list[int]:
 
 
 def table_variants(variants: pd.DataFrame, choice: dict) -> pd.DataFrame:
-    """The variants of Tables 4 and 5, the healed control beside them, and what was trained alike and
-    may have the same bytes: the control at fewer bits, other depths at 4."""
+    """The variants of Tables 4 and 5, the healed control beside them, and what was trained alike
+    and may have the same bytes: the control at fewer bits, other depths at 4."""
     plain = variants_of.roles(variants, choice)
     healed = variants_of.roles(variants, choice, healed=True)
     pruned, full = plain["operating"], healed["operating"]
