@@ -97,7 +97,7 @@ def render(run: str, *, root: Path, artifacts: Path | None = None, keep: bool = 
     files = {"run.json": record(made)}
     for stem, frame in built.items():
         files[f"tables/{stem}.csv"] = tables.to_csv(frame)
-        files[f"tables/{stem}.md"] = to_markdown(tables.readable(frame))
+        files[f"tables/{stem}.md"] = to_markdown(tables.readable(frame, results.names))
     for name, body in notebooks.items():
         title = Path(name).stem.replace("_", " ")
         files[name] = page("notebook.html", title=title, body=body)
@@ -139,7 +139,7 @@ def contents(made: Run, facts: Facts, built: dict, drawn: dict, notebooks: list[
     parts = []
     for stem, part in PARTS.items():
         if stem in built or stem in drawn:
-            shown = shown_table(part, built[stem]) if stem in built else None
+            shown = shown_table(part, built.get(stem), facts.results.names)
             more = {"said": facts.said(stem), "drawing": drawn.get(stem), "frame": shown}
             folded = shown is not None and len(shown) > part.shown
             parts.append(asdict(part) | more | {"folded": folded})
@@ -170,9 +170,13 @@ def told_machine(made: Run) -> str:
     return made_on(known, info.get("seconds"), info.get("overrides", {}), info["params_file"])
 
 
-def shown_table(part: Part, frame: pd.DataFrame) -> pd.DataFrame:
+def shown_table(
+    part: Part, frame: pd.DataFrame | None, names: dict[str, str]
+) -> pd.DataFrame | None:
     """What a page shows of a table; its file has the rest."""
-    return tables.readable(frame[part.brief.split() or list(frame)])
+    if frame is None:
+        return None
+    return tables.readable(frame[part.brief.split() or list(frame)], names)
 
 
 def tracked(folder: Path) -> bool:

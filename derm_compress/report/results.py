@@ -17,6 +17,7 @@ from derm_compress.files import read_frame, read_json
 from derm_compress.method.importance.rankings import OPTIONS
 from derm_compress.method.quantization.methods import MIXED
 from derm_compress.model.variants import paper_depth
+from derm_compress.report import wording
 from derm_compress.report.paper.numbers import BLOCKS
 
 ANSWERING = (*schema.ANSWERING, "08_evaluation")
@@ -145,6 +146,12 @@ class Results:
         parts = known.attentions_removed + known.mlps_removed
         mixed = known.quantizer.str.endswith(f"-{MIXED}")
         return known.assign(units_removed=in_a_block * known.blocks_removed + parts, mixed=mixed)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What each variant is called where people read it."""
+        known = () if self.variants is None else self.variants.itertuples()
+        return {row.variant: wording.label(row, self.criterion) for row in known} | wording.SHOWN
 
     def variant(
         self, removed: int, *, criterion: str = "", healed=False, quantizer="", bits=0

@@ -201,11 +201,7 @@ class Facts:
 
     def label(self, variant: str) -> str:
         """A variant for people; its id where no stage says what it is."""
-        known = self.results.variants
-        if known is None or variant not in set(known.variant):
-            return variant
-        row = known[known.variant == variant].iloc[0]
-        return wording.label(row, self.results.criterion)
+        return self.results.names.get(variant, variant)
 
     def rankings(self) -> list[str]:
         """Every ranking that this run scored or removed blocks by."""

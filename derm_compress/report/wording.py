@@ -15,6 +15,13 @@ ORDERS = {one.name: one for one in (*CRITERIA.values(), PUBLISHED)}
 NAMES = {name: method.words for name, method in METHODS.items()}
 NAMES |= {name: one.title for name, one in ORDERS.items() if one.title}
 NAMES |= {"random-0": "a random order"}
+SHOWN = {  # what is no variant: the base, and what the original was shown
+    "base": "before fine-tuning",
+    "blank": "unpruned, shown no picture",
+    "shuffled": "unpruned, shown another disease's picture",
+}
+ANEW = {"shuffled": "blocks in random order", "reinitialized": "random weights in its blocks"}
+NAMES |= ANEW
 FILTERS = ("f", "g", "p", "percent", "points", "spread", "words", "model", "quantizer", "listed")
 FILTERS += ("criteria_explained",)
 
@@ -86,7 +93,9 @@ def label(row, own: str) -> str:
     parts["MLP"] = row.mlps_removed
     gone = [f"{n} {part}{'s' if n > 1 else ''}" for part, n in parts.items() if n]
     said = [f"{listed(gone)} removed" if gone else "unpruned"]
-    if row.criterion not in ("", own):
+    if row.criterion in ANEW:
+        said.append(ANEW[row.criterion])
+    elif row.criterion not in ("", own):
         said[0] += f" by {words(row.criterion)}"
     if row.healed:
         said.append(f"healed (seed {row.sft_seed})" if row.sft_seed else "healed")
@@ -105,6 +114,8 @@ def words(name: str) -> str:
     base, *ways = name.split("-")
     if ways and set(ways) <= set(OPTIONS):
         return f"{words(base)} ({', '.join(OPTIONS[way].title for way in ways)})"
+    if base == "random" and ways[:1] not in ([], ["0"]):
+        return f"random order {int(ways[0]) + 1}"
     return NAMES.get(name, name.replace("_", " "))
 
 

@@ -69,7 +69,6 @@ def test_people_read_intervals_in_one_cell_with_units_and_no_empty_columns(resul
     assert shown.loc[0, "decode, ms/token (quartiles)"] == "10 (9 to 11)"
     assert "variant" not in shown and "score, % (quartiles)" not in shown
     taken = tables.table("extra_measured", results)
-    assert {"weights, GiB", "measured weights, GiB", "process, GiB"} <= set(taken)
     assert "GPU in use, GiB" not in taken  # on a CPU
     tests = tables.table("extra_criteria_tests", results)
     assert re.fullmatch(
@@ -77,6 +76,24 @@ def test_people_read_intervals_in_one_cell_with_units_and_no_empty_columns(resul
     )
     judged = set(tables.table("extra_judges", results)["as expected, %"])
     assert judged - {"100.0", "0.0"} and "100.0" in judged
+
+
+def test_people_read_words_for_ids_and_mib_below_a_gib(results):
+    taken = tables.make("extra_measured", results)
+    small = taken.assign(vram_gib=taken.vram_gib / 1000, rss_gib=3.0, repeats=3)
+    shown = tables.readable(small, results.names)
+    assert {"weights, MiB", "process, GiB"} <= set(shown) and "repeats" not in shown
+    assert "6 blocks removed, healed, AWQ, 4 bits" in shown.variant.tolist()
+    assert shown["weights, MiB"][0] == f"{1.024 * taken.vram_gib[0]:.3g}"
+    for stem in (
+        "extra_agreement",
+        "extra_criteria",
+        "extra_quantization_tests",
+        "extra_baselines",
+    ):
+        csv, said = tables.make(stem, results), to_markdown(tables.table(stem, results))
+        assert re.search("_similarity|magnitude|awq|shuffled", tables.to_csv(csv)), stem
+        assert not re.search(r"output_similarity|random-0|awq|rtn|shuffled|\+sft", said), stem
 
 
 def test_a_run_under_way_has_the_tables_that_its_frames_suffice_for(tmp_path, results):

@@ -164,5 +164,4 @@ def control(results: Results) -> str | None:
 
 
 def called(results: Results, variant: str) -> str:
-    row = results.variants[results.variants.variant == variant].iloc[0]
-    return wording.label(row, results.criterion)
+    return results.names[variant]

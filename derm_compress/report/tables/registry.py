@@ -70,7 +70,7 @@ def build(results: Results) -> dict[str, pd.DataFrame]:
 def table(stem: str, results: Results) -> pd.DataFrame | None:
     """One table as people read it; None where the results do not suffice."""
     frame = make(stem, results)
-    return None if frame is None else readable(frame)
+    return None if frame is None else readable(frame, results.names)
 
 
 def controls(stage: str, results: Results) -> pd.DataFrame:

@@ -1,20 +1,29 @@
-"""Tables as text: fixed digits for csv, words and short numbers for people."""
+"""Tables as text: fixed digits and ids for csv, words and short numbers for people."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 import yaml
+
+from derm_compress.report import wording
 
 FILE = Path(__file__).parents[1] / "templates" / "columns.yaml"
 COLUMNS = yaml.safe_load(FILE.read_text("utf-8"))
 WHOLE, P = "whole", "p"  # instead of digits: whole numbers beside gaps; p-values
 UNKNOWN = {"holds": "not tested"}  # in other columns a gap says enough
 NEEDED = ("score", "score_before", "score_after", "holds")  # shown even where there are none
+COUNTS = ("n", "batch", "prompt_tokens", "new_tokens", "repeats", "none", "several", "unscored")
+RANKINGS = ("criterion", "same_as", "same_as_all", "one", "other")
+IN_WORDS = dict.fromkeys(RANKINGS, wording.words)
+IN_WORDS |= dict.fromkeys(("method", "quantizer"), wording.quantizer)
+MIB = 1024  # in a GiB
 
 
 @functools.cache
@@ -32,6 +41,8 @@ def heading(column: str) -> str:
         return "paper: " + heading(column.replace("paper_", ""))
     if "_7b" in column:
         return "7B: " + heading(column.replace("_7b", ""))
+    if "_mib" in column and column not in COLUMNS["headings"]:
+        return heading(column.replace("_mib", "_gib")).replace("GiB", "MiB")
     return COLUMNS["headings"].get(column, column.replace("_", " "))
 
 
@@ -50,14 +61,19 @@ def to_csv(frame: pd.DataFrame) -> str:
     return shown.to_csv(index=False, lineterminator="\n")
 
 
-def readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table as people read it: intervals in one cell, short numbers, words for gaps, no empty
-    columns."""
-    frame = frame.rename(columns=_ends(frame))
+def readable(frame: pd.DataFrame, names: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:
+    """The table as people read it: intervals in one cell, short numbers, words for ids and gaps, no
+    columns that are empty or count the same everywhere.
+
+    names: of variants, for people.
+    """
+    frame = in_mib(in_words(frame.rename(columns=_ends(frame)), names))
     ends = [name for name in frame if name.endswith(("_lo", "_hi"))]
     blank = frame.isna() | frame.eq("")
     empty = [name for name in frame if blank[name].all() and name not in NEEDED]
-    shown = frame.drop(columns=[*ends, *empty])
+    known = [name for name in COUNTS if name in frame and len(frame) > 1]
+    equal = [name for name in known if frame[name].nunique(dropna=False) == 1]
+    shown = frame.drop(columns=[*ends, *empty, *equal], errors="ignore")
     if {"setting", "variant"} <= set(shown):
         shown = shown.drop(columns="variant")
     if "blocks_removed_7b" in shown and shown.blocks_removed_7b.equals(shown.blocks_removed):
@@ -66,6 +82,25 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
         known = frame.reindex(columns=[name, f"{name}_lo", f"{name}_hi"])
         shown = shown.assign(**{name: [cell(name, *row) for row in known.to_numpy(object)]})
     return shown.rename(columns=heading)
+
+
+def in_words(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """The names of rankings, of quantizers and of these variants for people."""
+    known = IN_WORDS | {"variant": lambda name: names.get(name, name)}
+    spoken = {
+        name: frame[name].map(say, na_action="ignore")
+        for name, say in known.items()
+        if name in frame
+    }
+    return frame.assign(**spoken)
+
+
+def in_mib(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns of sizes that all lie below a GiB in MiB."""
+    sizes = [name for name in frame if name.endswith("_gib")]
+    small = [name for name in sizes if frame[name].dropna().between(0, 1, inclusive="left").all()]
+    small = {name: name.replace("_gib", "_mib") for name in small}
+    return frame.assign(**{name: MIB * frame[name] for name in small}).rename(columns=small)
 
 
 def _ends(frame: pd.DataFrame) -> dict[str, str]:
