@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import textwrap
+from collections import Counter
+from itertools import compress, groupby
+from operator import itemgetter
 
 import pandas as pd
-from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from derm_compress.data import dialogue
 from derm_compress.report.figures import style, typeset
 from derm_compress.report.figures.style import Drawing
-from derm_compress.report.page import page
 from derm_compress.report.sentences import Facts
 
 QUESTION = "features"  # the one with the longest answers
 NEW = {"fontweight": "bold"}
 BETWEEN = {1: "{}", 2: "{} and {}"}  # names of so many neighbours
 CELL, TEXT = 11, 18  # columns of the cosine and of the answer
-LONG, WHOLE, SHOWN = 400, 300, 54  # characters that are compared, of the whole answer, of changes
+LONG, WHOLE = 400, 300  # characters that are compared, of the whole answer
+LINE = typeset.COLUMNS - 1 - TEXT  # characters of a row's answer
 
 
 @style.figure("without_each_block", "ablations")
@@ -35,20 +36,17 @@ def without_each_block(facts: Facts, ablations: pd.DataFrame) -> Drawing | None:
     finding = facts.title("without_each_block", rows=data.to_dict("records"))
     picture = facts.results.picture(data["item"].iloc[0])
     whole, asked = data.original.iloc[0], dialogue.question(QUESTION)
-    rows = together(data)
-    told = {"asked": asked, "whole": whole, "rows": rows, "picture": picture}
-    html = Markup(page("without_each_block.html", finding=finding, **told))
     beside = [
         *typeset.flow(asked, look=typeset.HEAD, to=typeset.BESIDE),
         *typeset.flow("The full model:", look=typeset.SMALL, to=typeset.BESIDE),
         *typeset.flow(typeset.plain(whole, WHOLE), to=typeset.BESIDE),
     ]
-    heads = {1: "Without", CELL: "cosine", TEXT: "it says (new words are bold)"}
+    heads = {1: "Without", CELL: "cosine", TEXT: "it says (words that are new in bold)"}
     lines = [[(column, words, typeset.SMALL) for column, words in heads.items()]]
-    for row in rows:
+    for row in together(data):
         lines += answer_lines(row)
     figure = typeset.drawn(lines, finding, picture=picture, beside=beside)
-    return Drawing(figure, data, finding, html)
+    return Drawing(figure, data, finding)
 
 
 def example(ablations: pd.DataFrame) -> pd.DataFrame:
@@ -91,21 +89,50 @@ def shade(similarity: float) -> str:
 
 
 def changed(answer: str, whole: str) -> list[tuple[str, bool]]:
-    """An answer from its first change on: (words, whether they are new); of one that only ends
-    earlier, the last words."""
-    ours, theirs = answer.split(), whole.split()
-    steps = difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes()
-    pieces = [(" ".join(ours[a:b]), kind != "equal") for kind, _, _, a, b in steps if a < b]
-    news = [i for i, (_, new) in enumerate(pieces) if new]
-    if not news:
-        return [(f"ends with: {' '.join(ours[-4:])}", False)]
-    found, room = [("...", False)] if news[0] else [], SHOWN
-    for words, new in pieces[news[0] :]:
-        found.append((textwrap.shorten(words, max(4, room), placeholder=" ..."), new))
-        room -= len(words) + 1
-        if room < 0:
-            break
+    """The part of an answer with the most new words, as much as a line holds: (words, whether the
+    whole model's answer lacks them); of an answer without new words, what it leaves out."""
+    words, new = answer.split(), lacking(whole, answer)
+    if not any(new):
+        lost = " ".join(compress(whole.split(), lacking(answer, whole)))
+        said = f"leaves out: {lost}" if lost else "the same words in another order"
+        return [(textwrap.shorten(said, LINE, placeholder=" ..."), False)]
+    first, end = most_new(words, new)
+    shown = zip(words[first:end], new[first:end], strict=True)
+    groups = groupby(shown, key=itemgetter(1))
+    pieces = [(" ".join(word for word, _ in group), is_new) for is_new, group in groups]
+    return [("...", False)] * min(first, 1) + pieces + [("...", False)] * (end < len(words))
+
+
+def lacking(text: str, other: str) -> list[bool]:
+    """Of each word of another text, whether this one lacks it, or has it less often."""
+    left, found = Counter(map(bare, text.split())), []
+    for word in map(bare, other.split()):
+        found.append(left[word] < 1)
+        left[word] -= 1
     return found
+
+
+def bare(word: str) -> str:
+    return word.strip(".,;:").lower()
+
+
+def most_new(words: list[str], new: list[bool]) -> tuple[int, int]:
+    """First and end of the stretch with the most new words, by their letters, that a line holds."""
+    letters = [len(bare(word)) * is_new for word, is_new in zip(words, new, strict=True)]
+    best, most = (0, 1), -1
+    for first in range(len(words)):
+        end = first + 1
+        while end < len(words) and room(words, first, end + 1) <= LINE:
+            end += 1
+        if sum(letters[first:end]) > most:
+            best, most = (first, end), sum(letters[first:end])
+    return best
+
+
+def room(words: list[str], first: int, end: int) -> int:
+    """Characters of a stretch, with dots where it is cut."""
+    dots = 4 * (first > 0) + 4 * (end < len(words))
+    return dots + len(" ".join(words[first:end]))
 
 
 def answer_lines(row: dict) -> typeset.Lines:
