@@ -10,7 +10,7 @@ import pytest
 from derm_compress.evaluate import metrics
 from derm_compress.report import tables
 from derm_compress.report.results import Results, answers_of
-from derm_compress.report.tables import answer, quantizers
+from derm_compress.report.tables import quantizers
 
 METHODS = ("awq", "awq-text", "autoawq", "rtn", "rtn_symmetric", "bitsandbytes", "hqq")
 EMPTY = ["difference", "cost", "p_holm"]
@@ -102,4 +102,4 @@ def test_advice_for_the_bytes_of_a_width_takes_whatever_fits_them(results):
     room = 1.01 * sizes["original|awq3"]
     scores = asked.answers.groupby("variant").score.mean()
     best = scores[scores.index.map(sizes) <= room].idxmax()
-    assert told["take"].iloc[-1] == answer.called(asked, best)
+    assert told["take"].iloc[-1] == asked.names[best]

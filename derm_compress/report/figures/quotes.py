@@ -125,7 +125,7 @@ def grade(score) -> str:
 def cost(facts: Facts, variant: str) -> str:
     """4.9 MiB, 8.7 ms a token."""
     (gib,) = joins.values(facts.results.memory, variant, ["vram_gib"])
-    (ms,) = joins.values(facts.results.one_prompt, variant, ["total_ms_per_token"])
+    (ms,) = joins.values(facts.results.one_prompt, variant, ["decode_ms_per_token"])
     said = [] if gib is None else [size(gib)]
     said += [] if ms is None else [f"{ms:.1f} ms a token"]
     return ", ".join(said)

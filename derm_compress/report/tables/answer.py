@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.evaluate import metrics
-from derm_compress.report import rule, trainings, wording
+from derm_compress.report import rule, trainings
 from derm_compress.report.paper import model
 from derm_compress.report.results import Results
 from derm_compress.report.tables import joins
@@ -51,7 +51,7 @@ def single(results: Results, technique: str = "") -> Rival | None:
         return None
     nearest = max(table.larger.min() + rule.PERCENT / 2, rule.PERCENT)
     best = table[table.larger <= nearest].sort_values(["healed", "score"]).iloc[-1]
-    return Rival(best.variant, wording.label(best, results.criterion), float(best.larger))
+    return Rival(best.variant, results.names[best.variant], float(best.larger))
 
 
 def beside(results: Results) -> pd.DataFrame:
@@ -65,7 +65,7 @@ def beside(results: Results) -> pd.DataFrame:
         wanted[2] = rival.variant
     table = pd.DataFrame({"variant": [name for name in wanted if name]})
     table = joins.scored(table, results, results.evaluation)
-    table["model"] = [called(results, name) for name in table.variant]
+    table["model"] = [results.names[name] for name in table.variant]
     changes = [against(results, name) for name in table.variant]
     table[ABOVE] = pd.DataFrame([change[:3] for change in changes])
     four = joins.of_paper(results, 4)[["variant", "paper_score"]].dropna()
@@ -107,8 +107,7 @@ def for_budget(results: Results, gb: float) -> dict:
     scores = results.evaluation.groupby("variant").score.mean()
     best = max(fit, key=lambda name: scores[name])
     said = f"the best of {len(fit)} that fit, planned peak {sizes[best]:.1f} GB"
-    change = trainings.apart(results, results.evaluation, best, control(results))
-    return row(situation, called(results, best), change, said)
+    return against_control(results, situation, best, said)
 
 
 def for_width(results: Results, bits: int) -> dict | None:
@@ -123,8 +122,8 @@ def for_width(results: Results, bits: int) -> dict | None:
     situation, best = f"the bytes of {bits:g} bits in all blocks", max(fit, key=scores.get)
     if metrics.percent(scores[best]) <= metrics.FLOOR + 1:
         return row(situation, "nothing: all that fit score at the floor")
-    change = trainings.apart(results, results.evaluation, best, control(results))
-    return row(situation, called(results, best), change, f"the best of {len(fit)} that fit")
+    said = f"the best of {len(fit)} that fit"
+    return against_control(results, situation, best, said)
 
 
 def without_training(results: Results) -> dict | None:
@@ -140,11 +139,26 @@ def without_training(results: Results) -> dict | None:
             break
         last, change = n, found
     do = f"remove at most {last} of {results.blocks} blocks" if last else "remove no block"
-    return row("no training after pruning", do, change, said)
+    whole = results.names.get(results.variant(0), "")
+    return row("no training after pruning", do, said, change, whole)
 
 
-def row(situation: str, do: str, change: metrics.Difference | None = None, said: str = "") -> dict:
-    """A line of the table; how sure it is, in words."""
+def against_control(results: Results, situation: str, best: str, said: str) -> dict:
+    """A line of the table: a model against the unpruned one with the same SFT; where no such one
+    is, against the unpruned one."""
+    whole = results.variant(0, healed=True) or results.variant(0)
+    change = trainings.apart(results, results.evaluation, best, whole)
+    return row(situation, results.names[best], said, change, results.names.get(whole, ""))
+
+
+def row(
+    situation: str,
+    do: str,
+    said: str = "",
+    change: metrics.Difference | None = None,
+    beside: str = "",
+) -> dict:
+    """A line of the table; how sure it is, in words, and beside which model."""
     found = {"situation": situation, "take": do}
     if change is not None and change.n:
         if rule.alike(change.lo, change.hi):
@@ -153,15 +167,6 @@ def row(situation: str, do: str, change: metrics.Difference | None = None, said:
             sure = f"more than {rule.POINTS} points are lost"
         else:
             sure = f"{rule.POINTS} points may be lost"
-        found |= joins.interval("to_unpruned", change)
+        found |= {"beside": beside, **joins.interval("to_unpruned", change)}
         said = f"{sure}; {said}"
     return found | {"sure": said}
-
-
-def control(results: Results) -> str | None:
-    """The unpruned model with the same SFT; without one, the unpruned model."""
-    return results.variant(0, healed=True) or results.variant(0)
-
-
-def called(results: Results, variant: str) -> str:
-    return results.names[variant]

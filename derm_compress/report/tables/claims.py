@@ -63,7 +63,7 @@ def saved(results: Results) -> Found:
 def faster(results: Results) -> Found:
     """Testable on a T4 with the paper's model alone."""
     names = results.variant(0), results.full
-    columns = [f"total_ms_per_token{end}" for end in ("", "_lo", "_hi")]
+    columns = [f"decode_ms_per_token{end}" for end in ("", "_lo", "_hi")]
     whole, full = (joins.values(results.one_prompt, name, columns) for name in names)
     said = f"the paper's own Table 4 gives {MS.iloc[0] / MS.iloc[-1]:.2f}"
     if not on_papers_machine(results) or None in (whole[0], full[0]):
@@ -86,7 +86,8 @@ def beats(results: Results, technique: str) -> Found:
     change = trainings.apart(results, results.together, results.full, rival.variant)
     larger = rival.larger > rule.PERCENT
     said = f"; it takes {rival.larger:.0f} % more bytes" if larger else ""
-    lost = bool(larger and change.lo <= AHEAD)  # to lose against more bytes says nothing
+    lost = bool(larger and change.lo <= AHEAD)
+    said += ", so to lose against it says nothing" if lost else ""
     return Found(*change[:3], because=f"against {rival.called}{said}", untestable=lost)
 
 
@@ -183,6 +184,7 @@ def claims(results: Results, wanted: list[dict] = TOLD["claims"]) -> pd.DataFram
         found, resting = ASKED[name](results, *told), controls_of(claim)
         lacking = [control for control in resting if control in failed]
         row = {key: claim[key] for key in ("claim", "where", "unit", "paper")} | found._asdict()
+        row |= {"because": claim.get("told", found.because)}
         row |= {"bound": bound(claim), "above": not claim.get("below", False)}
         row |= {"counted": claim.get("counted", True), "rests_on": ", ".join(resting)}
         row |= {"failed": ", ".join(lacking), "untestable": found.untestable or bool(lacking)}
@@ -195,7 +197,8 @@ def claims(results: Results, wanted: list[dict] = TOLD["claims"]) -> pd.DataFram
 def why(row: dict) -> str:
     """What a verdict rests on, in a few words."""
     if row["failed"]:
-        return f"fails: {row['failed']}"
+        worth = "" if pd.isna(row["ours"]) else "true of this run alone; "
+        return f"{worth}fails: {row['failed']}"
     if row["untestable"] or not row["counted"]:
         return row["because"]
     said = f"needs {'more' if row['above'] else 'less'} than {row['bound']:.3g}"
