@@ -156,8 +156,8 @@ def test_sizes_are_arithmetic_in_both_units_and_are_not_counted(monkeypatch):
 
 
 def timed(full, gpu="Tesla T4"):
-    ms = {"variant": ["original", FULL], "total_ms_per_token": [150.0, full], "gpu": gpu}
-    ends = {f"total_ms_per_token_{end}": ms["total_ms_per_token"] for end in ("lo", "hi")}
+    ms = {"variant": ["original", FULL], "decode_ms_per_token": [150.0, full], "gpu": gpu}
+    ends = {f"decode_ms_per_token_{end}": ms["decode_ms_per_token"] for end in ("lo", "hi")}
     return pd.DataFrame(ms | ends)
 
 

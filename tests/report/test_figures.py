@@ -164,8 +164,13 @@ def test_points_are_scored_as_in_table_4_and_best_on_two_sets_of_pictures(result
         assert pareto.points(same).best_memory.sum() <= 1  # all score alike: the least alone
     alone = dataclasses.replace(results, evaluation=answers[answers.split == "test"])
     assert not pareto.points(alone).best_memory.any()
+    best = points[points.best_memory | points.best_time]
+    assert sorted(best.mark) == list("abcdef"[: len(best)]) and points.mark.ne("").sum() == len(best)
     kinds = points.kind[["original", "pruned-6", "pruned-6+sft|awq4"]]
     assert kinds.tolist() == ["unpruned", "pruned", "pruned, healed, quantized"]
+    drawing = FIGURES["pareto"](facts(results))
+    said = "\n".join(texts(drawing))
+    assert all(f"{row.mark}: {row.label}" in said for row in drawing.data.itertuples() if row.mark)
     assert len(FIGURES["pareto"](facts(results, latency=None)).figure.axes) == 1
     cost, score = pd.Series([1.0, 2, 2, 3, 4, None]), pd.Series([30.0, 50, 60, 60, 70, 99])
     assert pareto.front(cost, score).tolist() == [True, False, True, False, True, False]
@@ -210,7 +215,7 @@ def test_figures_5_and_7_show_every_answer_beside_its_reference(drawn):
     assert page.count("<h3>") == 3 and page.count("Reference") == 3
     assert page.count("<figure class=said>") == 12 and "class=right" in page.split("</p>", 1)[1]
     assert page.count("unpruned, grade") == page.count("6 blocks removed, AWQ, 4 bits, grade") == 3
-    assert "<dt>6 blocks removed, healed, AWQ, 4 bits</dt><dd>0.7 MiB, 10.6 ms a token" in page
+    assert "<dt>6 blocks removed, healed, AWQ, 4 bits</dt><dd>0.7 MiB, 8.8 ms a token" in page
     page, data = drawn["fig7_iterative_pruning"].html, drawn["fig7_iterative_pruning"].data
     changes = int(data.answer.ne(data.answer.shift()).sum())
     assert page.count("<figure class=said>") == 1 + min(changes, quotes.DEPTHS) < len(data)
