@@ -29,8 +29,8 @@ SAID = {
     "time": "time a token once the prompt is read, on this machine,\n% of the unpruned model's",
 }
 CIRCLED = (
-    "Circled: best for its cost on the test pictures and again on the held-out ones. On development "
-    "pictures healed and quantized models have no scores."
+    "Circled: best for its cost on the test pictures and again on the held-out ones. On "
+    "development pictures healed and quantized models have no scores."
 )
 LINE = 64  # characters below the panels
 
