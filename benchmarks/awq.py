@@ -32,7 +32,7 @@ from derm_compress.method.quantization import calibration
 from derm_compress.method.quantization.autoawq import equal_rows, quantizer
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
-from derm_compress.method.quantization.search import search_one
+from derm_compress.method.quantization.search import search_forms
 from derm_compress.model import anatomy, loading, prompts
 
 BITS, GROUP = 4, 64
@@ -56,7 +56,8 @@ def autoawq(model, tokens, *, clip):
 def ours(model, tokens, *, clip):
     """Quantize a model in place by this package."""
     form = Form("awq", BITS, GROUP, clip=clip)
-    quantize(model, form, scales=search_one(model, [tokens], form)[0])
+    scales, _ = search_forms(model, [tokens], {"awq": form})["awq"]
+    quantize(model, form, scales=scales)
 
 
 def compare(model, tokens, held_out, *, clip, last, repeats=5):

@@ -139,7 +139,8 @@ def decode(sizes: Sizes) -> dict:
     for name, form in (("fp16", None), ("w4", Form(**W4))):
         if form:
             quantize(model, form, packed=True)
-        told = latency.measure_latency(model, inputs, warmup=1, repeats=sizes.repeats, **how)
+        samples = latency.sampled(model, inputs, warmup=1, repeats=sizes.repeats, **how)
+        told = latency.summary(samples)
         floor = latency.floor(model, told, speed)
         found[f"{name}_over_floor"] = told["decode_ms_per_token"] / floor["floor_ms"]
         found[f"{name}_floor_ms"] = floor["floor_ms"]

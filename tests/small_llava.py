@@ -1,9 +1,13 @@
 """A small random LLaVA and batches for it, without tokenizer or files."""
 
+import copy
+
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from derm_compress.method.quantization import calibration
+from derm_compress.method.quantization.quantize import quantize
+from derm_compress.method.quantization.search import search_forms
 from derm_compress.model import anatomy
 
 IMAGE, PAD, IMAGE_TOKENS = 199, 0, 9
@@ -92,3 +96,19 @@ def collect_all(model, batches, **how):
 def gram(inputs):
     """H [in, in] of InputStatistics."""
     return inputs.inputs.T @ inputs.inputs if inputs.gram is None else inputs.gram
+
+
+def search_one(model, batches, form):
+    """(tensors, rows) of one form."""
+    return search_forms(model, batches, {form.name: form})[form.name]
+
+
+def scales_of(model, batches, form):
+    """The tensors of a form's search; None where it has none."""
+    return search_one(model, batches, form)[0] if form.searched else None
+
+
+def quantized(model, batches, form):
+    """A copy of the model, quantized by what its search finds, if it has one."""
+    scales = scales_of(model, batches, form)
+    return quantize(copy.deepcopy(model), form, scales=scales)

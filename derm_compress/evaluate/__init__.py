@@ -11,7 +11,7 @@ FACE = {
     "judges.prompts": ["judge_prompt"],
     "judges.controls": ["judge_controls", "controls_table", "judge_quality"],
     "secondary": ["predictions"],
-    "latency": ["time_variants", "measure_latency"],
+    "latency": ["time_variants"],
     "export": ["export_model"],
 }
 __getattr__, __all__ = face(__name__, FACE)

@@ -11,14 +11,9 @@ import numpy as np
 from derm_compress.data.items import Item
 from derm_compress.errors import DermError
 from derm_compress.evaluate.export import export_model
-from derm_compress.files import Journal, check_new
+from derm_compress.files import Journal, check_new, write_json
 from derm_compress.method.allocation.allocation import JOINT, Allocation
-from derm_compress.method.allocation.candidates import (
-    allocated_variants,
-    allocations,
-    decided,
-    read,
-)
+from derm_compress.method.allocation.candidates import allocated_variants, allocations, decided
 from derm_compress.method.allocation.costs import bit_costs
 from derm_compress.method.allocation.divergence import divergences
 from derm_compress.method.allocation.ways import Problem
@@ -75,10 +70,10 @@ def allocate_folder(
     told = {"batch_size": batch_size, "quantize": quantize_step}
     table = decided(asked, divergences(variants, unseen, images, **where, **told))
     best = table[table.way == JOINT].iloc[0]
-    found = replace(read(best.allocation), predicted=float(best.predicted))
+    found = replace(Allocation.from_json(best.allocation), predicted=float(best.predicted))
     applied = found.applied(recipe, recipe.fingerprint)
     export_model(applied.to_json(), None, path, half=True)
-    found.write(path / ALLOCATION)
+    write_json(path / ALLOCATION, found.to_dict())
     say(
         f"{best.bytes_planned} of {budget} bytes: {best.units_removed} of {arch.blocks} blocks "
         f"removed, {best.mean_bits:.2f} bits, divergence {best.kl:.4f} nats a token"

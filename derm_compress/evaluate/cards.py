@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +11,7 @@ import pandas as pd
 from derm_compress.data import dialogue
 from derm_compress.data.preset import preset_names, read_preset
 from derm_compress.evaluate import metrics
-from derm_compress.files import artifact, read_note
+from derm_compress.files import artifact, read_json, read_note
 from derm_compress.model import small
 from derm_compress.model.recipe import Recipe
 
@@ -67,7 +66,7 @@ def facts(recipe_json: str, artifacts: Path, run: str) -> Facts:
     items.
     """
     report = _stored(artifacts, run, "01_data", "report.json")
-    source = json.loads(report.read_text("utf-8")).get("source", "") if report else ""
+    source = read_json(report).get("source", "") if report else ""
     variants = _stored(artifacts, run, "08_evaluation", "variants.parquet")
     answers = _stored(artifacts, run, "08_evaluation", "answers.parquet")
     if not variants or not answers:
@@ -83,7 +82,6 @@ def facts(recipe_json: str, artifacts: Path, run: str) -> Facts:
 
 
 def _stored(artifacts: Path, run: str, stage: str, name: str) -> Path | None:
-    """A finished stage's file."""
     pointer = read_note(Path(artifacts, "runs", run, f"{stage}.json"))
     if "key" not in pointer:
         return None
@@ -129,7 +127,6 @@ def data_terms(source: str) -> str:
 
 
 def _opens(recipe: Recipe, layout: str) -> str:
-    """Who opens the folder."""
     if recipe.absent():
         return "load_base"
     return "checkpoint" if layout in ("autoawq", "own") else "transformers"

@@ -44,7 +44,7 @@ def time_variants(
 ) -> pd.DataFrame:
     """One row a variant and batch, batch 1 first: milliseconds, memory, the floor of decoding.
 
-    The repeats are shared by ROUNDS, and pooled. how: new_tokens, warmup as in measure_latency.
+    The repeats are shared by ROUNDS, and pooled. how: new_tokens, warmup as in sampled().
     Columns beside its own: weights_gib (packed), `floor`'s, times_floor (the time of a token over
     it), and usage.resident_gib's. Batches that exceed a GPU's memory have no row. The journal keeps
     what a round measured of each variant.
@@ -114,7 +114,7 @@ def _timed(model, name: str, requests, *, speed: float, **how) -> list[dict]:
 
 
 def floor(model, told: dict, speed: float) -> dict:
-    """What a step of measure_latency's reads, and how long that takes at `speed` bytes a second."""
+    """What a step of decoding reads, and how long that takes at `speed` bytes a second."""
     tokens = told["prompt_tokens"] + told["new_tokens"] / 2
     read = read_bytes(model, batch=told["batch"], tokens=tokens)
     floor_ms = 1000 * read / speed
@@ -155,23 +155,15 @@ def read_bytes(model, *, batch: int, tokens: float) -> float:
     return GIB * usage.tensor_gib(held) + cache * batch * tokens
 
 
-def measure_latency(
-    model, inputs, *, new_tokens: int = 32, warmup: int = 3, repeats: int = 20
-) -> dict:
-    """Milliseconds of prefill, of each decoded token, of all per new token; quartiles as _lo, _hi.
+def sampled(model, inputs, *, new_tokens: int = 32, warmup: int = 3, repeats: int = 20) -> dict:
+    """Sizes, and the seconds of each repeat (SAMPLES): of the prefill, and of decoding the rest.
 
     inputs: the processor's tensors on the model's device. Every row gets exactly `new_tokens`, the
     first from the prefill; a step counts once whatever the batch. Raises DermError under 2 tokens
     or without a repeat.
     """
-    how = {"new_tokens": new_tokens, "warmup": warmup, "repeats": repeats}
-    return summary(sampled(model, inputs, **how))
-
-
-def sampled(model, inputs, *, new_tokens: int = 32, warmup: int = 3, repeats: int = 20) -> dict:
-    """Sizes, and the seconds of each repeat (SAMPLES), of measure_latency."""
     if new_tokens < 2 or repeats < 1:
-        raise DermError("measure_latency: needs at least 2 new tokens and 1 repeat")
+        raise DermError("latency: needs at least 2 new tokens and 1 repeat")
     going = greedy_runs(model, inputs, new_tokens=new_tokens)
     runs = [times for _, *times in islice(going, warmup + repeats)]
     batch, prompt_tokens = inputs["input_ids"].shape
@@ -180,7 +172,10 @@ def sampled(model, inputs, *, new_tokens: int = 32, warmup: int = 3, repeats: in
 
 
 def summary(told: dict) -> dict:
-    """What sampled() tells, with medians and quartiles in milliseconds instead of samples."""
+    """What sampled() tells, with milliseconds instead of samples: medians, quartiles as _lo, _hi.
+
+    Of the prefill, of each decoded token, and of all per new token.
+    """
     prefill, decode = (1000 * np.array(told[name]) for name in SAMPLES)  # [repeats] each
     samples = {
         "prefill_ms": prefill,

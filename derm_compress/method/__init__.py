@@ -5,10 +5,15 @@ from derm_compress.faces import face
 FACE = {
     "activation_analysis": ["activation_inputs", "activation_statistics", "activation_surface"],
     "activations": ["projection_output", "projections", "tap"],
-    "allocation.candidates": ["allocated_variants", "allocations", "decided", "to_answer"],
+    "allocation.candidates": [
+        "allocated_variants",
+        "allocations",
+        "decided",
+        "held_bytes",
+        "to_answer",
+    ],
     "allocation.costs": ["bit_costs", "linear_costs"],
     "allocation.divergence": ["divergence", "divergences"],
-    "allocation.exact": ["held_bytes"],
     "allocation.programme": ["best_bits"],
     "allocation.sizes": ["linear_bytes", "own_budgets"],
     "allocation.ways": ["Problem", "drop_depths", "problem_of"],
@@ -18,7 +23,6 @@ FACE = {
     "importance.calibration": ["Calibration"],
     "importance.embedder": ["Embedder"],
     "importance.measure": [
-        "answers_without_blocks",
         "importance_draws",
         "importance_scores",
         "importance_values",

@@ -62,7 +62,6 @@ class SlotCache:
         return tuple(part[: self.rows, : self.seen].transpose(1, 2) for part in self.held[layer])
 
     def move(self, lines: list[int], to: list[int]) -> None:
-        """Copies lines over others."""
         for pair in self.held.values() if lines else ():
             for part in pair:
                 part[to] = part[lines]

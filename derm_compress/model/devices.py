@@ -17,6 +17,11 @@ def attention_with_gradients():
     return sdpa_kernel(ATTENTION)
 
 
+def loss_scale(dtype: torch.dtype) -> int:
+    """What a loss is multiplied by, so that no fp16 gradient vanishes; it changes no digit."""
+    return 2**10 if dtype == torch.float16 else 1
+
+
 def half(device: str) -> torch.dtype:
     """What models compute in: fp32 on the CPU, fp16 on a GPU."""
     # is_bf16_supported would say yes on a T4, which only emulates it
@@ -36,7 +41,6 @@ def room(gpu) -> float:
 
 
 def rooms() -> list[float]:
-    """room() of every GPU."""
     return [room(gpu) for gpu in range(torch.cuda.device_count())]
 
 
@@ -57,7 +61,6 @@ def spread(model, over: int | None = None, **how) -> None:
 
 
 def is_spread(model) -> bool:
-    """Whether a model's parts are on several devices."""
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -22,39 +22,15 @@ def halved(work: Callable[[int], object], batch_size: int, what: str):
         # suppressed rather than caught: its traceback would keep the tensors alive
         with contextlib.suppress(torch.OutOfMemoryError):
             return work(batch_size)
-        batch_size = fewer(batch_size, what)
-
-
-def in_parts(
-    work: Callable[[Sequence], object], batches: Iterable[Sequence], what: str
-) -> Iterator[tuple]:
-    """(part, work(part)) for all batches, halved where memory is exceeded, and later ones alike."""
-    most = None
-    for batch in batches:
-        start = 0
-        while start < len(batch):
-            part = batch[start : start + (most or len(batch))]
-            done = None
-            with contextlib.suppress(torch.OutOfMemoryError):
-                done = (work(part),)
-            if done:
-                yield part, done[0]
-                start += len(part)
-            else:
-                most = fewer(len(part), what)
-
-
-def fewer(size: int, what: str) -> int:
-    """Half of a batch that was too large, with memory given back; DermError for a batch of one."""
-    if size == 1:
-        raise DermError(
-            f"{what}: out of GPU memory with a batch of one; free the GPU, or take a smaller model"
-        )
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    say(f"{what}: out of GPU memory with {size} at once; going on with {size // 2}")
-    return size // 2
+        if batch_size == 1:
+            advice = "free the GPU, or take a smaller model"
+            raise DermError(f"{what}: out of GPU memory with a batch of one; {advice}")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        fewer = batch_size // 2
+        say(f"{what}: out of GPU memory with {batch_size} at once; going on with {fewer}")
+        batch_size = fewer
 
 
 @contextlib.contextmanager

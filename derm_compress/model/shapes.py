@@ -45,7 +45,6 @@ class Architecture:
         return total
 
     def decoder_linears(self, *removed: int, **by_name: int) -> int:
-        """Weights of all blocks' linears."""
         return self.over_linears(lambda out, into: out * into, *removed, **by_name)
 
     def decoder_norms(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from derm_compress.errors import DermError
+from derm_compress.files import read_json
 from derm_compress.model.recipe import Recipe
 
 ORIGINAL, HEALED = "original", "+sft"
@@ -204,4 +204,4 @@ def read_variants(*folders: Path) -> pd.DataFrame:
 
 def read_choice(folder: Path) -> dict:
     """Criterion, operating and deeper depth, as stage 04 chose them."""
-    return json.loads((Path(folder) / "choice.json").read_text("utf-8"))
+    return read_json(Path(folder) / "choice.json")

@@ -32,7 +32,6 @@ class Wheel:
 
     @property
     def file(self) -> str:
-        """Its name."""
         return f"{self.project.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 

@@ -135,7 +135,6 @@ class Writer:
                 yield from self.step()
 
     def flush(self) -> Iterator[Answer]:
-        """Finishes whatever is under way."""
         while self.answers:
             yield from self.step()
 

@@ -42,7 +42,7 @@ def test_latency_tells_prefill_decode_and_total_apart(monkeypatch):
 
     model.model.language_model.norm.register_forward_pre_hook(tick)
     monkeypatch.setattr(latency, "_clock", lambda device: time)
-    told = latency.measure_latency(model, batch(2), new_tokens=5, warmup=1, repeats=3)
+    told = latency.summary(latency.sampled(model, batch(2), new_tokens=5, warmup=1, repeats=3))
     assert told["prefill_ms"] == pytest.approx(100)
     assert told["decode_ms_per_token"] == pytest.approx(10)
     assert told["total_ms_per_token"] == pytest.approx((100 + 4 * 10) / 5)
@@ -54,11 +54,11 @@ def test_latency_tells_prefill_decode_and_total_apart(monkeypatch):
 def test_latency_quartiles_leave_the_warm_up_out(monkeypatch):
     runs = [(None, seconds, 0.3) for seconds in (9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0)]
     monkeypatch.setattr(latency, "greedy_runs", lambda *_, **__: iter(runs))
-    told = latency.measure_latency(None, batch(), new_tokens=4, warmup=2, repeats=5)
+    told = latency.summary(latency.sampled(None, batch(), new_tokens=4, warmup=2, repeats=5))
     assert (told["prefill_ms_lo"], told["prefill_ms"], told["prefill_ms_hi"]) == (2000, 3000, 4000)
     assert told["decode_ms_per_token"] == pytest.approx(100)
     with pytest.raises(DermError, match="at least 2"):
-        latency.measure_latency(None, batch(), new_tokens=1)
+        latency.sampled(None, batch(), new_tokens=1)
 
 
 def test_the_floor_is_what_a_step_reads_over_what_the_device_reads_a_second():

@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_llava import scales_of
 from transformers import LlavaForConditionalGeneration
 
 from derm_compress.errors import DermError
@@ -20,7 +21,6 @@ from derm_compress.method.quantization.grids import IntegerGrid
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.packed import PackedLinear
 from derm_compress.method.quantization.quantize import quantize, quantized_linears
-from derm_compress.method.quantization.search import search_one
 from derm_compress.model import anatomy, loading, memory, shapes
 from derm_compress.model.recipe import Recipe
 
@@ -63,7 +63,7 @@ def logits(model):
 def saved(pico, form, folder):
     """The packed model, which a folder now holds, and what its config says of quantization."""
     model, processor = pico
-    scales = search_one(model, [{"input_ids": IDS}], form)[0] if form.searched else None
+    scales = scales_of(model, [{"input_ids": IDS}], form)
     quantize(model, form, scales=scales, packed=True)
     assert checkpoint.save(model, folder) in ("autoawq", "bitsandbytes", "own")
     processor.save_pretrained(folder)

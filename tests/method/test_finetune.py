@@ -14,10 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from derm_compress.data import items
 from derm_compress.errors import DermError
 from derm_compress.method import assemble
-from derm_compress.method.assemble import materialize
+from derm_compress.method.assemble import materialize, merge_adapter
 from derm_compress.method.finetune import jobs, train
 from derm_compress.method.finetune.jobs import Job, Worker
-from derm_compress.method.finetune.merge import merge_adapter
 from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.method.quantization import quantize
 from derm_compress.model import anatomy, devices, loading, memory, prompts, shapes, usage

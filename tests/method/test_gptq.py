@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_llava import asked, batch, loud_llava
+from small_llava import asked, batch, loud_llava, quantized, search_one
 
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import gptq
@@ -13,7 +13,7 @@ from derm_compress.method.quantization.grids import IntegerGrid
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.method.quantization.scaling import InputStatistics
-from derm_compress.method.quantization.search import search_forms, search_one
+from derm_compress.method.quantization.search import search_forms
 from derm_compress.model import anatomy
 
 BATCHES = [batch(8, seed=1), asked(answer_weight=3.0)]
@@ -123,17 +123,12 @@ def test_statistics_of_divided_inputs():
         assert torch.allclose(one.mean_abs, other.mean_abs, rtol=1e-5)
 
 
-def quantized(model, form, batches=BATCHES):
-    scales = search_one(model, batches, form)[0] if form.searched else None
-    return quantize(copy.deepcopy(model), form, scales=scales)
-
-
 def test_what_it_is_worth_on_held_out_inputs(model):
     feeds = [batch(8, seed=9)]
     outputs = block_outputs(model, feeds)
 
     def error(form):
-        return block_errors(outputs, quantized(model, form), feeds)[-1]["relative_error"]
+        return block_errors(outputs, quantized(model, BATCHES, form), feeds)[-1]["relative_error"]
 
     rtn, awq, alone, both = (error(Form(name, 3)) for name in ("rtn", "awq", "gptq", "awq_gptq"))
     assert alone < rtn and both < awq < rtn

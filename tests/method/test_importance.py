@@ -229,7 +229,7 @@ def test_plans_say_how_they_were_made_and_survive_json(calibration):
 
 def test_the_published_plan_needs_no_measuring_and_another_model(calibration):
     measured = measure.measure_importance(["published"], calibration, Journal())
-    assert measured.empty and measure.answers_without_blocks(measured).empty
+    assert measured.empty
     assert measure.importance_scores(measure.importance_values(measured), (0,)).empty
     with pytest.raises(DermError, match="published: made for a model of 32 blocks"):
         ranked(["last", "published"], calibration)
@@ -381,11 +381,11 @@ def test_measured_units_know_their_block_and_part_and_orders_agree(calibration):
 
 def test_the_answers_behind_the_values_are_kept(calibration):
     _, measured = ranked(["output_similarity", "last"], calibration)
-    said = measure.answers_without_blocks(measured)
+    said = measured[measured.ranking == "output_similarity"]
     assert len(said) == 8 * 2 * 3 and (said.accepted <= said.tokens).all()
-    own = {(row.item, row.question): row.original for row in measured.dropna().itertuples()}
-    same = [own[row.item, row.question] == row.answer for row in said.itertuples()]
-    assert (said.similarity[same] == 1).all() and 0 < sum(same) < len(same)
+    same = said.answer == said.original
+    assert (said.value[same] == 0).all() and 0 < same.sum() < len(same)
+    assert said.groupby(["item", "question"]).original.nunique().eq(1).all()
 
 
 def test_further_draws_share_no_picture_and_end_where_the_pictures_do(calibration, dataset):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from asking import logits
 from safetensors.torch import save_file
-from small_llava import batch, loud_llava, small_llava
+from small_llava import batch, loud_llava, scales_of, small_llava
 
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import scaling
@@ -22,7 +22,6 @@ from derm_compress.method.quantization.quantize import (
     scale_groups,
     targets,
 )
-from derm_compress.method.quantization.search import search_one
 from derm_compress.model import anatomy
 
 BATCHES = [batch(4, seed=1), batch(4, seed=2)]
@@ -52,10 +51,7 @@ def model():
 @pytest.fixture(scope="module")
 def scales(model):
     """{form: tensors of its search, or None} of FORMS."""
-    return {
-        name: search_one(model, BATCHES, form)[0] if form.searched else None
-        for name, form in FORMS.items()
-    }
+    return {name: scales_of(model, BATCHES, form) for name, form in FORMS.items()}
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from small_llava import asked, batch, collect_all, loud_llava, small_llava
+from small_llava import asked, batch, collect_all, loud_llava, quantized, search_one, small_llava
 
 from derm_compress.errors import DermError
 from derm_compress.method.quantization import calibration, groups, scaling
@@ -18,7 +18,7 @@ from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.nf4 import NF4Grid
 from derm_compress.method.quantization.quantize import quantize
 from derm_compress.method.quantization.scaling import InputStatistics
-from derm_compress.method.quantization.search import search_forms, search_one
+from derm_compress.method.quantization.search import search_forms
 from derm_compress.model import anatomy, removal
 
 BATCHES = [batch(4, seed=1), asked()]
@@ -31,11 +31,6 @@ def random(*shape, seed=0):
 @pytest.fixture(scope="module")
 def model():
     return loud_llava(4)
-
-
-def quantized(model, form):
-    scales = search_one(model, BATCHES, form)[0] if form.searched else None
-    return quantize(copy.deepcopy(model), form, scales=scales)
 
 
 def error(model, found, block=0):
@@ -147,7 +142,7 @@ def test_clipping_lowers_every_rows_loss_or_leaves_it(grid):
 
 def test_what_each_part_of_a_quantizer_is_worth_on_held_out_inputs(model):
     rtn, awq, clip, duo, rtn_clip, nf4, awq_nf4 = (
-        error(model, quantized(model, form))
+        error(model, quantized(model, BATCHES, form))
         for form in (
             Form("rtn", 3),
             Form("awq", 3),
@@ -163,8 +158,8 @@ def test_what_each_part_of_a_quantizer_is_worth_on_held_out_inputs(model):
 
 def test_hqq_beats_rounding_without_calibration(model):
     pytest.importorskip("hqq")
-    assert error(model, quantized(model, Form("hqq", 3))) < error(
-        model, quantized(model, Form("rtn", 3))
+    assert error(model, quantized(model, BATCHES, Form("hqq", 3))) < error(
+        model, quantized(model, BATCHES, Form("rtn", 3))
     )
 
 
@@ -217,7 +212,7 @@ def test_grouped_query_attention_leaves_o_proj_unscaled():
 def test_a_model_without_some_sublayers_is_searched_and_quantized(model):
     cut = copy.deepcopy(model)
     removal.apply(cut, [0, 1, 3], ["0.mlp", "1.attention"])
-    found = quantized(cut, Form("awq", 3, clip=True))
+    found = quantized(cut, BATCHES, Form("awq", 3, clip=True))
     assert 0 < error(cut, found, -1) < 1
     with pytest.raises(DermError, match="whole blocks"):
         search_one(cut, BATCHES, Form("autoawq"))
@@ -233,7 +228,7 @@ def test_autoawq_chooses_through_the_same_call_and_says_no_farewell(model, monke
         tensors, rows = search_one(model, BATCHES, form)
     assert len(rows) == 16 and len(tensors) == 16 + 4 * 5
     found = quantize(copy.deepcopy(model), form, scales=tensors)
-    assert error(model, found) < error(model, quantized(model, Form("rtn")))
+    assert error(model, found) < error(model, quantized(model, BATCHES, Form("rtn")))
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ from asking import logits
 from families import BLOCKS, FAMILIES, PLAIN, SIZE, change
 from peft import PeftModel
 from safetensors.torch import save_file
+from small_llava import scales_of, search_one
 from transformers import LlavaForConditionalGeneration
 
 from derm_compress.data import dialogue, synthetic
 from derm_compress.errors import DermError
 from derm_compress.evaluate.answers import answer
 from derm_compress.evaluate.export import write_folder
-from derm_compress.method.assemble import materialize
+from derm_compress.method.assemble import materialize, merge_adapter
 from derm_compress.method.finetune import train
-from derm_compress.method.finetune.merge import merge_adapter
 from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.quantization import checkpoint, quantize, search
 from derm_compress.method.quantization.methods import METHODS, Form, forms
@@ -181,7 +181,7 @@ def test_a_pruned_and_quantized_model_is_exported_and_read_again(
         batches = prompts.calibration_batches(
             processor, pictures.of("train")[:2], pictures.images, **how
         )
-        tensors, rows = search.search_one(model, batches, Form("awq", 4, clip=True))
+        tensors, rows = search_one(model, batches, Form("awq", 4, clip=True))
     assert {row["group"] for row in rows} >= {"qkv", "gate_up", "down"}
     save_file(tensors, tmp_path / "scales.safetensors")
     for form, packed, plain in FORMS:
@@ -218,12 +218,11 @@ def test_every_method_takes_grouped_heads_under_a_tied_head(tied, pictures):
     texts = [prompts.prompt(processor, "name")]
     inputs = prompts.prepare(processor, texts, pictures.images[:1], "cpu")
     whole, tried = logits(model, inputs), set()
-    batches = [inputs]
     more = [Form("awq", 3, duo=True, clip=True), Form("bitsandbytes", double=True)]
     for form in [*forms([*METHODS], [4, 2], 64), *more]:
         if form.method == "autoawq":  # writes what awq4 does
             continue
-        scales = search.search_one(model, batches, form)[0] if form.searched else None
+        scales = scales_of(model, [inputs], form)
         made = quantize.quantize(copy.deepcopy(model), form, scales=scales, packed=True)
         use_kernels(made, False)
         assert anatomy.tied(made) and quantized_linears(made)["decoder"] == 7 * BLOCKS

@@ -20,12 +20,11 @@ from derm_compress.model import variants as variants_of
 def narrow(most, seen):
     """Work that a GPU has memory for up to `most` at once."""
 
-    def work(part):
-        size = part if isinstance(part, int) else len(part)
+    def work(size):
         seen.append(size)
         if size > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return part
+        return size
 
     return work
 
@@ -34,33 +33,14 @@ def full(*_, **__):
     raise torch.OutOfMemoryError
 
 
-def test_batches_are_halved_and_stay_small():
-    seen = []
-    done = list(oom.in_parts(narrow(2, seen), [list(range(8)), [8, 9, 10]], "answers"))
-    assert [item for part, _ in done for item in part] == list(range(11))
-    assert all(part == told for part, told in done)
-    assert seen == [8, 4, 2, 2, 2, 2, 2, 1]
-
-
 def test_work_is_begun_again_with_half():
     seen = []
     assert oom.halved(narrow(3, seen), 12, "statistics") == 3 and seen == [12, 6, 3]
 
 
-@pytest.mark.parametrize(
-    "way", [lambda w: list(oom.in_parts(w, [[1, 2]], "answers")), lambda w: oom.halved(w, 2, "it")]
-)
-def test_one_too_many_is_an_error(way):
+def test_one_too_many_is_an_error():
     with pytest.raises(DermError, match="out of GPU memory with a batch of one"):
-        way(narrow(0, []))
-
-
-def test_other_errors_are_not_swallowed():
-    with pytest.raises(ZeroDivisionError):
-        list(oom.in_parts(lambda part: 1 / 0, [[1]], "answers"))
-    with pytest.raises(KeyError):  # nor those of who takes the results
-        for _ in oom.in_parts(len, [[1]], "answers"):
-            raise KeyError
+        oom.halved(narrow(0, []), 2, "it")
 
 
 def test_answers_go_on_with_smaller_batches(pico, dataset, monkeypatch, capsys):

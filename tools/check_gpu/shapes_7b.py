@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from derm_compress import evaluate, method
 from derm_compress.method.activations import projection_statistics
-from derm_compress.method.finetune import merge, train
+from derm_compress.method.assemble import merge_adapter
+from derm_compress.method.finetune import train
 from derm_compress.method.importance.rankings import rankings
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.search import search_forms
@@ -44,9 +45,8 @@ def merge_7b(device, folder):
     (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 32, "r": 32}))
     kept, last = tuple(range(len(blocks))), blocks[-1].mlp.down_proj.weight
     expected = last + 32 * 1e-4
-    merge.merge_adapter(
-        model, folder, {"sha256": adapter_digest(folder), "kept": [*kept]}, kept=kept
-    )
+    step = {"sha256": adapter_digest(folder), "kept": [*kept]}
+    merge_adapter(model, folder, step, kept=kept)
     far = float((last - expected).abs().max())
     assert far < 1e-3, f"the last weights are {far} from W + B A"
     return rig.within(device, rig.needs().merging())

@@ -180,7 +180,6 @@ def places(name: str, text: str) -> list[tuple[int, int]]:
 
 
 def gap(one: tuple[int, int], other: tuple[int, int]) -> int:
-    """Characters between two places in a text."""
     return max(one[0] - other[1], other[0] - one[1], 0)
 
 

@@ -121,5 +121,4 @@ def judge_prompt(name: str) -> JudgePrompt:
 
 
 def attacks() -> dict[str, str]:
-    """The injection attempts by name."""
     return yaml.safe_load((FOLDER / "attacks.yaml").read_text("utf-8"))

@@ -44,7 +44,6 @@ def vocabulary(kind: str) -> dict[str, re.Pattern]:
 
 
 def stated(text: str, kind: str) -> set[str]:
-    """Facts that a text states."""
     text = text[:LIMIT].lower()
     return {name for name, pattern in vocabulary(kind).items() if pattern.search(text)}
 

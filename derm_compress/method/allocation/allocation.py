@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from derm_compress.errors import DermError, first_line
-from derm_compress.files import write_json
 from derm_compress.method.quantization.methods import METHODS, WHOLE, Form
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.units import Unit, left
@@ -99,16 +97,5 @@ class Allocation:
         return asdict(self) | told
 
     @staticmethod
-    def from_dict(value: dict) -> Allocation:
-        return Allocation(**value | {"removed": tuple(value["removed"])})
-
-    def write(self, path: Path) -> None:
-        write_json(path, self.to_dict())
-
-
-def read_allocation(path: Path) -> Allocation:
-    """An allocation's JSON file; DermError for what is none."""
-    try:
-        return Allocation.from_dict(json.loads(Path(path).read_text("utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DermError(f"allocation {path}: cannot be read ({first_line(error)})") from error
+    def from_json(text: str) -> Allocation:
+        return Allocation(**json.loads(text))

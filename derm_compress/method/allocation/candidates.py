@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 
@@ -17,7 +18,10 @@ from derm_compress.method.allocation.allocation import (
     Allocation,
 )
 from derm_compress.method.allocation.ways import Problem, joint, rivals
+from derm_compress.method.iterate import each_model
 from derm_compress.method.quantization.methods import MIXED
+from derm_compress.method.quantization.quantize import quantize_step
+from derm_compress.model.memory import FP16
 from derm_compress.model.recipe import Recipe
 from derm_compress.model.variants import HEALED, ORIGINAL, find, recipe_of, variant
 
@@ -68,10 +72,6 @@ def row(problem: Problem, costs: pd.DataFrame, way: str, found: Allocation) -> d
     }
 
 
-def read(told: str) -> Allocation:
-    return Allocation.from_dict(json.loads(told))
-
-
 def allocated_variants(
     asked: pd.DataFrame, problem: Problem, original: Recipe, depths: Sequence[int]
 ) -> pd.DataFrame:
@@ -82,7 +82,7 @@ def allocated_variants(
             bare = original.pruned(problem.plan.kept(n), problem.plan.absent(n))
             rows[f"bare-{n}"] = variant(f"bare-{n}", bare, criterion=problem.plan.criterion)
     for one in asked.sort_values("units_removed", kind="stable").itertuples():
-        recipe = read(one.allocation).applied(original, problem.fingerprint)
+        recipe = Allocation.from_json(one.allocation).applied(original, problem.fingerprint)
         rows[one.variant] = described(one.variant, recipe, problem, one.mean_bits)
     return pd.DataFrame(rows.values())
 
@@ -119,8 +119,19 @@ def to_answer(
     for one in named.itertuples():
         source = find(known, one.units_removed, problem.plan.criterion, healed=True)
         if source:
-            recipe = read(one.allocation).quantized(recipe_of(known, source))
+            recipe = Allocation.from_json(one.allocation).quantized(recipe_of(known, source))
             name = one.variant + HEALED
             told = described(name, recipe, problem, one.mean_bits, healed=True, source=source)
             rows.append(pd.DataFrame([told]))
     return pd.concat(rows, ignore_index=True)
+
+
+def held_bytes(variants: pd.DataFrame, *, store, device: str) -> pd.DataFrame:
+    """variant, held: bytes of its packed weights, unquantized ones as in half precision."""
+    pack = partial(quantize_step, packed=True)
+    rows = []
+    for turn in each_model(variants, store, device, "models packed", quantize=pack):
+        tensors = {t.data_ptr(): t for t in turn.model.state_dict().values()}  # tied ones once
+        held = [FP16 * t.numel() if t.is_floating_point() else t.nbytes for t in tensors.values()]
+        rows.append({"variant": turn.variant, "held": sum(held)})
+    return pd.DataFrame(rows, columns=["variant", "held"])

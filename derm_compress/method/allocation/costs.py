@@ -14,7 +14,7 @@ from derm_compress.files import Journal
 from derm_compress.method.allocation.allocation import WIDTHS
 from derm_compress.method.assemble import materialize
 from derm_compress.method.importance.calibration import Calibration
-from derm_compress.method.importance.scoring import FP16_SCALE, answer_loss, gradients
+from derm_compress.method.importance.scoring import answer_loss, gradients
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization.grids import grid_of
 from derm_compress.method.quantization.methods import WHOLE, Form
@@ -67,7 +67,7 @@ def linear_costs(c: Calibration, method: str, group_size: int) -> Iterator[dict]
     }
     narrow = [bits for bits in WIDTHS if bits != WHOLE]
     grids = {bits: grid_of(Form(method, bits, group_size)) for bits in narrow}
-    scale = FP16_SCALE if c.model.dtype == torch.float16 else 1
+    scale = devices.loss_scale(c.model.dtype)
     total = defaultdict(float)
 
     @torch.no_grad()

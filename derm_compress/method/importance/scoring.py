@@ -23,8 +23,6 @@ from derm_compress.model import anatomy, devices, removal
 from derm_compress.model.reading import Reading, logits
 from derm_compress.model.units import SUBLAYERS, Unit
 
-FP16_SCALE = 2**10  # keeps half-precision gradients from vanishing; a power of two changes no digit
-
 
 def output_similarity(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
     """1 - cosine of the answers with and without the unit (paper, Eqs. 2-5); by answer."""
@@ -136,7 +134,7 @@ def taylor(c: Calibration, units: Sequence[Unit]) -> Iterator[dict]:
     and dropped as soon as it is there: beside the weights there are what enters every block,
     the inner values of one block and the gradient of one weight, about 1 GiB at 7B.
     """
-    scale = FP16_SCALE if c.model.dtype == torch.float16 else 1
+    scale = devices.loss_scale(c.model.dtype)
     moved = defaultdict(float)  # by sublayer
     owners = {
         weight: sublayer

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from derm_compress.errors import DermError
+from derm_compress.files import read_json
 from derm_compress.model.units import Unit, left
 
 
@@ -92,8 +92,7 @@ class Plan:
 
 def published_plan() -> Plan:
     """The order of the paper's published code, for LLaVA-1.5-7B: 14 blocks."""
-    file = Path(__file__).with_name("published_plan.json")
-    return Plan.from_dict(json.loads(file.read_text("utf-8")))
+    return Plan.from_dict(read_json(Path(__file__).with_name("published_plan.json")))
 
 
 def read_plan(name: str) -> Plan:
@@ -104,7 +103,7 @@ def read_plan(name: str) -> Plan:
     if not Path(name).is_file() and ":" in name:
         file, _, ranking = name.rpartition(":")
     try:
-        told = json.loads(Path(file).read_text("utf-8"))
+        told = read_json(Path(file))
         if ranking:
             told = told[ranking]
         if "order" not in told:
@@ -122,7 +121,7 @@ def read_plan(name: str) -> Plan:
 
 def read_plans(folder: Path, criteria: Sequence[str]) -> list[Plan]:
     """The plans of these criteria, as stage 03 left them in plans.json."""
-    known = json.loads((Path(folder) / "plans.json").read_text("utf-8"))
+    known = read_json(Path(folder) / "plans.json")
     if unknown := [name for name in criteria if name not in known]:
         raise DermError(f"criteria {unknown}: stage 03 has plans for {', '.join(sorted(known))}")
     return [Plan.from_dict(known[name]) for name in criteria]
@@ -130,5 +129,5 @@ def read_plans(folder: Path, criteria: Sequence[str]) -> list[Plan]:
 
 def read_control(folder: Path) -> Plan | None:
     """The run of blocks that stage 03 left as control_plan.json; None of a model without values."""
-    told = json.loads((Path(folder) / "control_plan.json").read_text("utf-8"))
+    told = read_json(Path(folder) / "control_plan.json")
     return Plan.from_dict(told) if told else None

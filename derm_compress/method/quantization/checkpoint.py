@@ -16,6 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
 from derm_compress.errors import DermError
+from derm_compress.files import read_json
 from derm_compress.method.quantization.codes import from_gemm, to_gemm
 from derm_compress.method.quantization.grids import GRIDS, IntegerGrid
 from derm_compress.method.quantization.nf4 import NF4Grid
@@ -110,7 +111,7 @@ def _to_gemm(state, packed):
 def _save_config(model, quantization, folder):
     model.config.save_pretrained(folder)
     path = folder / "config.json"
-    told = json.loads(path.read_text("utf-8"))
+    told = read_json(path)
     told |= {"architectures": [type(model).__name__], "quantization_config": quantization}
     told["dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     path.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
@@ -154,7 +155,7 @@ def load(path, device="cpu"):
     path = Path(path)
     if not (path / "config.json").is_file():
         raise DermError(f"model {path}: no readable config.json there")
-    told = json.loads((path / "config.json").read_text("utf-8")).get("quantization_config")
+    told = read_json(path / "config.json").get("quantization_config")
     if told is None:
         return loading.load_base(str(path), device)
     some = None
@@ -263,7 +264,6 @@ def _own_modules(told, tensors):
 
 
 def linear_count(model):
-    """How many linears all blocks have."""
     return sum(len(anatomy.linears(block)) for block in anatomy.blocks(model))
 
 

@@ -39,7 +39,6 @@ class IntegerGrid(Grid):
 
     @classmethod
     def of(cls, form, bits):
-        """The grid of a form's blocks at one of its widths."""
         return cls(bits, form.group_size, form.kind.symmetric)
 
     def levels(self, weight, ends=None):
@@ -125,7 +124,6 @@ class Int8Grid(Grid):
 
     @classmethod
     def of(cls, form, bits):
-        """The same for every form."""
         return cls()
 
     def packed(self, linear, ends=None):

@@ -60,13 +60,11 @@ class Method:
         raise DermError(f"quantizer {self.name}: how grid {self.grid!r} is stored is not known")
 
     def check_options(self, options: Iterable[str]) -> None:
-        """DermError for an option that it has not."""
         if foreign := [option for option in options if option not in self.options]:
             has = ", ".join(self.options) or "none"
             raise DermError(f"quantizer: {self.name} has no {foreign[0]}; options of it: {has}")
 
     def check_size(self, bits: int, group_size: int) -> None:
-        """DermError for a width or a group size that it has not."""
         for what, asked, has in (
             ("bits", bits, self.widths),
             ("group_size", group_size, self.group_sizes),
@@ -207,7 +205,6 @@ class Form:
         return "-".join([method, *self.options, *mixed])
 
     def bits_of(self, block: int, name: str) -> int:
-        """The width of a block's linear."""
         return self.linear_bits.get(f"{block}.{name}", self.block_bits.get(block, self.bits))
 
     def format(self, blocks: int = 1) -> Format:

@@ -27,7 +27,6 @@ class NF4Grid(Grid):
 
     @classmethod
     def of(cls, form, bits):
-        """The grid of a form's blocks."""
         return cls(form.group_size, form.double)
 
     @property

@@ -76,11 +76,6 @@ def _one_pass(model, batches, forms, device, scratch):
     return found
 
 
-def search_one(model, batches, form, **how):
-    """(tensors, rows) of one form, as search_forms() finds them."""
-    return search_forms(model, batches, {form.name: form}, **how)[form.name]
-
-
 def _write(path, made):
     rows = json.dumps({name: rows for name, (_, rows) in made.items()})
     held = {

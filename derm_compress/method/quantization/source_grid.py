@@ -52,7 +52,6 @@ def source_errors(model, *, group_size: int = 64, seed: int = 0) -> pd.DataFrame
 
 
 def relative_error(weight: torch.Tensor, grid) -> float:
-    """||Q(w) - w|| / ||w||."""
     return ((grid.rounded(weight) - weight).norm() / weight.norm()).item()
 
 
