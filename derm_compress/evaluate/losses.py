@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -45,7 +44,7 @@ def answer_losses(
 @torch.inference_mode()
 def _losses(asked: Calibration, batch_size: int) -> list[dict]:
     rows = []
-    for batch in dataclasses.replace(asked, batch_size=batch_size).batches():
+    for batch in asked.batches(batch_size):
         for row in scoring.losses(batch, batch.reading()):
             rows.append({"item": row["item"], "question": row["question"], "loss": row["value"]})
     return rows

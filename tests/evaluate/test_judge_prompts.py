@@ -3,7 +3,6 @@
 import json
 import re
 
-import pandas as pd
 import pytest
 
 from derm_compress.evaluate.judges import prompts
@@ -28,11 +27,6 @@ def test_the_alternatives_lie_on_a_straight_line():
     told = judge_prompt("aspects").read(Reply(json.dumps(marks)))
     assert told.value == 3 and told.score == 2.5
     assert judge_prompt("ten").read(Reply('{"score": 4}')).score == 2
-
-
-def test_half_characters_do_not_reach_a_file(tmp_path):
-    told = judge_prompt("paper").read(Reply('{"score": 3, "reason": "a\\ud800b"}'))
-    pd.DataFrame([told]).to_parquet(tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_no_attack_that_is_repeated_gives_a_score():
             assert read(reply, answer).score is None, text
 
 
-def test_half_a_character_reaches_no_file(tmp_path):
+def test_half_a_character_reaches_no_file():
     told = read('{"score": 2, "reason": "a\\ud800b"}')
     assert told.why == storable(told.why)
     assert read('{"score": "\\ud800"}').error.isprintable()

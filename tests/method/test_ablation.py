@@ -6,12 +6,9 @@ import pytest
 import torch
 from letters import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 
-from derm_compress.data import dialogue
 from derm_compress.data.items import Item
-from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.importance.drafts import ablated_answers
 from derm_compress.model import reading, removal, writing
-from derm_compress.model.prompts import prepare, prompt
 from derm_compress.model.reading import Prompts
 from derm_compress.model.units import Unit
 
@@ -130,32 +127,6 @@ def test_a_guess_is_what_followed_the_same_tokens_of_the_same_picture():
     assert guesses.after(answer("b", 8, 2), 1) == [5]
     assert guesses.after(answer("b", 1, 2), 5) == [3, 4]  # a longer run elsewhere
     assert guesses.after(answer("b", 8), 5) == []
-
-
-def loop(model, processor, items, images, units, kind, *, text_only):
-    """model.generate without each block, all items as one batch."""
-    texts = [prompt(processor, kind, text_only=text_only)] * len(items)
-    pictures = None if text_only else images[[item.row for item in items]]
-    inputs, answers = prepare(processor, texts, pictures, "cpu"), {}
-    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 3, "eos_token_id": 2}
-    for unit in [None, *units]:
-        with removal.without(model, [unit] if unit else []), torch.inference_mode():
-            ids = model.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :]
-        for item, row in zip(items, ids.tolist(), strict=True):
-            answers[unit, item.id, kind] = row[: row.index(2) + 1] if 2 in row else row
-    return answers
-
-
-@pytest.mark.parametrize("text_only", [False, True])
-def test_answers_are_those_of_generate_on_the_pico_model(pico, dataset, text_only):
-    units = [Unit(1), Unit(4), Unit(7)]
-    asked, expected = (*pico, dataset.of("train")[:2], dataset.images, units), {}
-    for kind in dialogue.QUESTIONS:
-        expected |= loop(*asked, kind, text_only=text_only)
-    c = Calibration(*asked[:4], None, batch_size=6, max_new_tokens=6, text_only=text_only)
-    rows = {answer.key: answer.tokens for answer, _ in c.answers(units)}
-    assert rows == expected
-    assert len({tuple(tokens) for tokens in rows.values()}) > 6
 
 
 def test_answers_are_the_loops_where_the_first_attention_is_gone_already(told):

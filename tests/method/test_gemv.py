@@ -7,13 +7,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from asking import about
 from torch import nn
 
 from derm_compress.method.quantization import gemv, packed
 from derm_compress.method.quantization.grids import IntegerGrid
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize
-from derm_compress.model import loading, prompts
+from derm_compress.model import loading
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 LANES = """
@@ -132,9 +133,7 @@ def test_others_are_decoded(on_cpu):
 def test_a_model_says_the_same_by_the_kernel_and_without(on_cpu, dataset):
     model, processor = loading.load_base("pico", dtype=torch.float16)
     small = quantize(model, Form("rtn", 4, 16), packed=True)
-    asked = prompts.prepare(
-        processor, [prompts.prompt(processor, "name")], dataset.images[:1], "cpu"
-    )
+    asked = about(processor, dataset.images, "name")
     with torch.inference_mode():
         cache = small(**asked, use_cache=True).past_key_values
         tokens = torch.tensor([[5, 7, 11]])

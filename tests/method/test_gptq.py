@@ -170,6 +170,7 @@ def test_a_search_repeats_itself_goes_on_at_its_block_and_leaves_the_model(model
         assert found[name][1] == rows and found[name][0].keys() == tensors.keys()
         assert all(torch.equal(found[name][0][key], t) for key, t in tensors.items())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_codes_of_another_model_are_refused(model):

@@ -49,17 +49,6 @@ def test_equation_8_is_a_power_of_the_mean_normalised_by_its_extremes():
 GRIDS = (IntegerGrid(4, 64), IntegerGrid(2, 64), IntegerGrid(3, 32, True), NF4Grid(64))
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_equation_7_by_gram_matrix_equals_the_norm(grid):
-    x, weight = random(300, 128), random(48, 128, seed=1)
-    x[:, [3, 77]] *= 100
-    s = scaling.activation_scale(x.abs().mean(0), 0.5)
-    direct = ((x / s) @ grid.rounded(weight * s).T - x @ weight.T).double().square().sum()
-    for inputs in (InputStatistics.of(x), InputStatistics(x.abs().mean(0), 300, inputs=x)):
-        found = inputs.row_errors(grid.rounded(weight * s) / s - weight).sum()
-        assert found.item() == pytest.approx(direct.item(), rel=1e-4)
-
-
 def test_by_hand_on_one_matrix_the_equations_find_the_exponent_of_the_search(model):
     weight, grid = anatomy.blocks(model)[2].mlp.down_proj.weight.data, IntegerGrid(3, 64)
     inputs = collect_all(model, BATCHES)["2.down"]
@@ -141,7 +130,7 @@ def test_clipping_lowers_every_rows_loss_or_leaves_it(grid):
 
 
 def test_what_each_part_of_a_quantizer_is_worth_on_held_out_inputs(model):
-    rtn, awq, clip, duo, rtn_clip, nf4, awq_nf4 = (
+    rtn, awq, clip, duo, rtn_clip, hqq, nf4, awq_nf4 = (
         error(model, quantized(model, BATCHES, form))
         for form in (
             Form("rtn", 3),
@@ -149,27 +138,12 @@ def test_what_each_part_of_a_quantizer_is_worth_on_held_out_inputs(model):
             Form("awq", 3, clip=True),
             Form("awq", 3, duo=True),
             Form("rtn", 3, clip=True),
+            Form("hqq", 3),
             Form("bitsandbytes"),
             Form("awq_nf4"),
         )
     )
-    assert clip < awq < 0.9 * rtn and rtn_clip < rtn and duo != awq and awq_nf4 < nf4
-
-
-def test_hqq_beats_rounding_without_calibration(model):
-    pytest.importorskip("hqq")
-    assert error(model, quantized(model, BATCHES, Form("hqq", 3))) < error(
-        model, quantized(model, BATCHES, Form("rtn", 3))
-    )
-
-
-def test_a_search_repeats_itself_and_leaves_the_model_as_it_was(model):
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    (first, _), (second, _) = (search_one(model, BATCHES, Form("awq", clip=True)) for _ in "ab")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert clip < awq < 0.9 * rtn and max(rtn_clip, hqq) < rtn and duo != awq and awq_nf4 < nf4
 
 
 def test_half_precision_on_the_cpu_gives_nearly_the_same_losses(model):

@@ -10,7 +10,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from asking import logits
+from asking import about, logits
 from families import BLOCKS, FAMILIES, PLAIN, SIZE, change
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -71,10 +71,7 @@ def test_training_answering_calibration_and_drafts_read_the_same_tokens(loaded, 
     for kind, question in QUESTIONS.items():
         said = dialogue.reference("melanoma", {}, kind)
         ids, labels = prompts.encode(processor, [(question, said)], image_tokens=tokens)
-        asked = prompts.prepare(
-            processor, [prompts.prompt(processor, kind)], pictures.images[:1], "cpu"
-        )
-        asked = asked["input_ids"][0].tolist()
+        asked = about(processor, pictures.images, kind)["input_ids"][0].tolist()
         learnt = ids[labels != prompts.IGNORED].tolist()
         assert (ids == model.config.image_token_id).sum() == tokens
         assert ids[: len(asked) + len(learnt)].tolist() == asked + learnt
@@ -110,8 +107,7 @@ def test_answers_are_those_of_plain_transformers(loaded, folders, family, pictur
     model, processor = loaded
     plain = LlavaForConditionalGeneration.from_pretrained(folders[family.name], dtype=torch.float32)
     plain.eval()
-    texts = [prompts.prompt(processor, kind) for kind in QUESTIONS]
-    inputs = prompts.prepare(processor, texts, pictures.images[:3], "cpu")
+    inputs = about(processor, pictures.images, *QUESTIONS)
     how = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     told = plain.generate(**inputs, **how, eos_token_id=prompts.ends(processor))
     told = processor.tokenizer.batch_decode(
@@ -155,8 +151,7 @@ def test_a_training_step_moves_adapters_on_every_linear(loaded, pictures, tmp_pa
 @every
 def test_folded_scales_change_no_output(loaded, pictures):
     model, processor = loaded
-    texts = [prompts.prompt(processor, "name")]
-    inputs = prompts.prepare(processor, texts, pictures.images[:1], "cpu")
+    inputs = about(processor, pictures.images, "name")
     scales, rng = {}, torch.Generator().manual_seed(0)
     for key, (_, linears) in quantize.scale_groups(model).items():
         scales[key] = 0.5 + torch.rand(linears[0].in_features, generator=rng)
@@ -174,8 +169,7 @@ def test_a_pruned_and_quantized_model_is_exported_and_read_again(
 ):
     model, processor = loaded
     whole = Recipe(str(folders[family.name]), anatomy.fingerprint(model), BLOCKS).pruned([0, 2])
-    texts = [prompts.prompt(processor, kind) for kind in QUESTIONS]
-    inputs = prompts.prepare(processor, texts, pictures.images[:3], "cpu")
+    inputs = about(processor, pictures.images, *QUESTIONS)
     with removal.without(model, [1]):
         how = {"batch_size": 6, "device": "cpu"}
         batches = prompts.calibration_batches(
@@ -215,8 +209,7 @@ def tied(folders):
 
 def test_every_method_takes_grouped_heads_under_a_tied_head(tied, pictures):
     _, model, processor = tied
-    texts = [prompts.prompt(processor, "name")]
-    inputs = prompts.prepare(processor, texts, pictures.images[:1], "cpu")
+    inputs = about(processor, pictures.images, "name")
     whole, tried = logits(model, inputs), set()
     more = [Form("awq", 3, duo=True, clip=True), Form("bitsandbytes", double=True)]
     for form in [*forms([*METHODS], [4, 2], 64), *more]:
@@ -243,9 +236,7 @@ def test_an_adapter_is_merged_under_a_tied_head(tied, pictures, tmp_path):
     tuned.save_pretrained(tmp_path / "a")
     step = {"kept": list(range(BLOCKS)), "sha256": adapter_digest(tmp_path / "a")}
     merged, processor = loading.load_base(str(folder))
-    inputs = prompts.prepare(
-        processor, [prompts.prompt(processor, "name")], pictures.images[:1], "cpu"
-    )
+    inputs = about(processor, pictures.images, "name")
     before = logits(merged, inputs)
     merge_adapter(merged, tmp_path / "a", step, kept=tuple(range(BLOCKS)))
     unmerged = PeftModel.from_pretrained(loading.load_base(str(folder))[0], tmp_path / "a")
@@ -339,9 +330,7 @@ def test_a_penalty_of_the_folders_own_does_not_reach_greedy_answers(folders, pic
     folder = shutil.copytree(folders[PLAIN.name], tmp_path / "penal")
     change(folder, "generation_config.json", repetition_penalty=9.0, top_p=0.1)
     model, processor = loading.load_base(str(folder))
-    inputs = prompts.prepare(
-        processor, [prompts.prompt(processor, "name")], pictures.images[:1], "cpu"
-    )
+    inputs = about(processor, pictures.images, "name")
     told = generate(model, processor, inputs, max_new_tokens=8)
     assert told == generate(*loading.load_base(str(folders[PLAIN.name])), inputs, max_new_tokens=8)
     model.save_pretrained(tmp_path / "again")  # Transformers refuses settings that go unused

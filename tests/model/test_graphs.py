@@ -165,37 +165,3 @@ def test_what_cannot_be_recorded_is_called_as_it_is(capsys):
     for _ in range(3):
         assert recorded(torch.ones(2, device="cuda"))[0].tolist() == [1, 1]
     assert "looking: without a CUDA graph" in capsys.readouterr().out
-
-
-@needs_gpu
-def test_training_on_a_gpu_is_the_same_with_a_graph(dataset, tmp_path, monkeypatch):
-    def curve(name):
-        model, processor = loading.load_base("pico", "cuda")
-        training = train.Training(
-            rank=4, alpha=8, learning_rate=1e-2, steps=8, batch_size=4, seed=0, base="half"
-        )
-        data = dataset.of("train"), dataset.images
-        how = {"checkpoint": tmp_path / name, "what": name}
-        return train.train(model, processor, *data, training, **how)[1].loss
-
-    recorded = curve("recorded")
-    monkeypatch.setattr(train, "Recorded", lambda work, what: work)
-    assert np.allclose(recorded, curve("plain"), rtol=2e-2)
-
-
-@needs_gpu
-def test_answers_on_a_gpu_are_the_same_with_a_graph(dataset, monkeypatch):
-    from derm_compress.method.importance import calibration
-
-    model, processor = loading.load_base("pico", "cuda")
-    items = dataset.of("train")[:3]
-    c = calibration.Calibration(
-        model.float(), processor, items, dataset.images, batch_size=5, max_new_tokens=9
-    )
-
-    def answers():
-        return {answer.key: answer.tokens for answer, _ in c.answers((1, 3))}
-
-    recorded = answers()
-    monkeypatch.setattr(writing, "Recorded", lambda work, what: work)
-    assert answers() == recorded

@@ -12,7 +12,6 @@ from derm_compress.data import synthetic
 from derm_compress.errors import DermError
 from derm_compress.evaluate.answers import answer
 from derm_compress.method.finetune import train
-from derm_compress.method.quantization import quantize
 from derm_compress.model import anatomy, devices, loading, prompts, removal
 
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
@@ -89,15 +88,6 @@ def test_padding_is_on_the_right_in_training_and_on_the_left_in_generation(publi
     assert texts[0] == "USER: <image>\nWhat is the name of the disease? ASSISTANT:"
     mask = prompts.prepare(published[1], texts, small.images[:2], "cpu")["attention_mask"]
     assert (mask[:, -1] == 1).all() and (mask.diff(dim=1) >= 0).all() and (mask == 0).any()
-
-
-def test_adapters_and_4_bits_are_in_the_decoder_alone(published):
-    tuned = train.attach(published[0], TRAINING)
-    learned = [name for name, weight in tuned.named_parameters() if weight.requires_grad]
-    assert len(learned) == BLOCKS * 7 * 2
-    assert all(".language_model.layers." in name for name in learned)
-    counts = quantize.quantized_linears(tuned.get_base_model())
-    assert counts == {"vision_tower": 0, "projector": 0, "decoder": BLOCKS * 7, "head": 0}
 
 
 def test_gradient_checkpointing_changes_no_gradient(published, small):

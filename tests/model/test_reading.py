@@ -1,11 +1,11 @@
 import pytest
 import torch
+from asking import about
 from letters import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 
 from derm_compress.data import dialogue
 from derm_compress.method.importance.rankings import Ranking
 from derm_compress.model import anatomy, shapes
-from derm_compress.model.prompts import prepare, prompt
 from derm_compress.model.reading import Prompts, Reading
 from derm_compress.model.units import Unit
 from derm_compress.study.needs import Needs
@@ -102,7 +102,7 @@ def test_the_common_beginning_holds_the_picture_and_no_more_than_all_share(pico,
     prompts = Prompts.of(processor, dataset.images[0], questions, "cpu")
     assert (prompts.prefix == model.config.image_token_id).sum() == 36
     for kind in questions:
-        inputs = prepare(processor, [prompt(processor, kind)], dataset.images[:1], "cpu")
+        inputs = about(processor, dataset.images, kind)
         assert prompts.prefix.tolist() + prompts.rest[kind] == inputs["input_ids"][0].tolist()
     assert len({rest[0] for rest in prompts.rest.values()}) > 1
     with torch.inference_mode():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -60,7 +59,7 @@ def divergences(
 def log_probabilities(c: Calibration, batch_size: int) -> dict[str, torch.Tensor]:
     """{item: log p [its reference answers' tokens, vocabulary]}, each after what is before it."""
     found = {}
-    for batch in dataclasses.replace(c, batch_size=batch_size).batches():
+    for batch in c.batches(batch_size):
         reading = batch.reading()
         told = zip(reading.picture.tolist(), reading.predictions(reading.last), strict=True)
         for picture, scores in told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -102,17 +103,11 @@ def divided(jobs: Sequence[Job], *, processes: int, meeting: Path) -> list[Worke
     places = [f"cuda:{gpu}" for gpu in range(len(rooms))] or [jobs[0].device]
     lanes = max(1, min(processes, len(jobs), fitting(jobs, rooms)))
     ranks = max(1, min(len(places) // lanes, jobs[0].training.batch_size))
-    return [
-        Worker(
-            jobs[lane::lanes],
-            places[(lane * ranks + rank) % len(places)],
-            rank,
-            ranks,
-            meeting / str(lane),
-        )
-        for lane in range(lanes)
-        for rank in range(ranks)
-    ]
+    workers = []
+    for lane, rank in itertools.product(range(lanes), range(ranks)):
+        place = places[(lane * ranks + rank) % len(places)]
+        workers.append(Worker(jobs[lane::lanes], place, rank, ranks, meeting / str(lane)))
+    return workers
 
 
 def fitting(jobs: Sequence[Job], rooms: Sequence[float]) -> float:

@@ -42,12 +42,12 @@ class Calibration:
         """The decoder's; a vision tower may wait elsewhere."""
         return anatomy.decoder(self.model).device
 
-    def batches(self) -> list[Calibration]:
+    def batches(self, batch_size: int) -> list[Calibration]:
         """The same of a few items each: as many as are asked all questions at once."""
-        some = max(1, self.batch_size // len(dialogue.QUESTIONS))
+        some = max(1, batch_size // len(dialogue.QUESTIONS))
         starts = range(0, len(self.items), some)
         parts = [self.items[start : start + some] for start in starts]
-        return [dataclasses.replace(self, items=part) for part in parts]
+        return [dataclasses.replace(self, items=part, batch_size=batch_size) for part in parts]
 
     def prompts(self) -> Prompts:
         questions = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}

@@ -68,7 +68,7 @@ def unit_rows(
     def fill(batch_size: int) -> None:
         todo = []
         # batches are the same ones whatever is missing: a neighbour may move a last digit
-        for batch in dataclasses.replace(c, batch_size=batch_size).batches():
+        for batch in c.batches(batch_size):
             lacking = [u for u in units if not journal.done.keys() >= set(keys(u, batch.items))]
             todo.append((batch, lacking))
         total = sum(len(keys(unit, batch.items)) for batch, lacking in todo for unit in lacking)
