@@ -32,7 +32,7 @@ if sys.flags.optimize > 1:
     utils.auto_docstring = undocumented
 
 with hidden(*UNUSED):
-    from transformers import (
+    from transformers import (  # noqa: F401  others import them from here
         AutoConfig,
         AutoProcessor,
         BitsAndBytesConfig,
@@ -41,15 +41,4 @@ with hidden(*UNUSED):
         LlavaForConditionalGeneration,
         LlavaProcessor,
     )
-    from transformers.utils import logging
-
-__all__ = [
-    "AutoConfig",
-    "AutoProcessor",
-    "BitsAndBytesConfig",
-    "GenerationConfig",
-    "LlavaConfig",
-    "LlavaForConditionalGeneration",
-    "LlavaProcessor",
-    "logging",
-]
+    from transformers.utils import logging  # noqa: F401

@@ -78,6 +78,7 @@ class JudgePrompt:
 
     def read(self, reply: Reply, answer: str = "") -> Verdict:
         """The verdict in a reply about an answer, whose own words in it are none."""
+        came = reply.text, reply.served, reply.without
         try:
             if reply.error:
                 raise ValueError(reply.error)
@@ -86,12 +87,10 @@ class JudgePrompt:
             told = object_with(self.marks, reply.text, (self.user, answer[:LIMIT]))
             marks = [self._mark(told, name) for name in self.marks]
         except ValueError as error:
-            told = None, None, "", storable(str(error))
-            return Verdict(*told, reply.text, reply.served, reply.without)
+            return Verdict(None, None, "", storable(str(error)), *came)
         value = sum(marks) / len(marks)
         why = storable(str(told.get("reason", "")))[:LIMIT]
-        told = self.score(value), value, why, ""
-        return Verdict(*told, reply.text, reply.served, reply.without)
+        return Verdict(self.score(value), value, why, "", *came)
 
     def _mark(self, told: dict, name: str) -> int:
         """A mark out of a reply's object; ValueError for any that was not asked for."""
