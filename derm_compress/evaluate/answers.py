@@ -67,7 +67,8 @@ def answer(
         batch_size, told = oom.halved(partial(_of_size, replies, some), batch_size, what)
         for key, (item, kind) in asked.items():
             if key not in journal.done:
-                journal.add(key, {"variant": variant, **_asked(item, kind), **told[item.id, kind]})
+                row = {"variant": variant} | schema.asked(item, kind) | told[item.id, kind]
+                journal.add(key, row)
     keys = [f"{variant} {item.id} {kind}" for kind in dialogue.QUESTIONS for item in items]
     return schema.frame([journal.done[key] for key in keys], schema.ANSWER)
 
@@ -109,17 +110,6 @@ def _reply(text: str, tokens: int, stopped: bool) -> dict:
 
 def _of_size(replies: Callable, items: Sequence[Item], batch_size: int) -> tuple[int, dict]:
     return batch_size, replies(items, batch_size=batch_size)
-
-
-def _asked(item: Item, kind: str) -> dict:
-    return {
-        "item": item.id,
-        "split": item.split,
-        "disease": item.disease,
-        "question": kind,
-        "prompt": dialogue.question(kind),
-        "reference": dialogue.reference(item.disease, item.facts, kind),
-    }
 
 
 def answer_variants(

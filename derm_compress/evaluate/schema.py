@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from derm_compress.data import dialogue
+from derm_compress.data.items import Item
 from derm_compress.files import read_frame
 
 ANSWER = {  # answers.answer: one row an answer; `item` is the picture, `question` its kind
@@ -31,6 +33,18 @@ REPLY = {  # a judging model: mark on its own scale, what it said, why there is 
 }
 KEY = ["variant", "item", "question"]  # one answer
 ANSWERING = ("02_finetune", "04_pruning", "05_sft", "07_quantization")  # stages before the last
+
+
+def asked(item: Item, kind: str) -> dict:
+    """What is known of an answer before it is given."""
+    return {
+        "item": item.id,
+        "split": item.split,
+        "disease": item.disease,
+        "question": kind,
+        "prompt": dialogue.question(kind),
+        "reference": dialogue.reference(item.disease, item.facts, kind),
+    }
 
 
 def frame(rows: Iterable[Mapping], columns: Mapping[str, str]) -> pd.DataFrame:

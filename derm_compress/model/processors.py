@@ -32,7 +32,7 @@ def read_processor(name: str, source: str, config) -> LlavaProcessor:
             raise DermError(f"it has a {type(processor).__name__}, not a LlavaProcessor")
         _complete(processor, config)
         _check_tokens(processor, config)
-        _check_template(processor, config)
+        _check_template(processor)
         _check_pictures(processor, config)
     except DermError as error:
         raise DermError(f"model {name}: {error}") from error
@@ -78,7 +78,7 @@ def _check_tokens(processor: LlavaProcessor, config) -> None:
         raise DermError(f"token {beyond[0]} of its tokenizer has no row among {rows} embeddings")
 
 
-def _check_template(processor: LlavaProcessor, config) -> None:
+def _check_template(processor: LlavaProcessor) -> None:
     """A conversation shows its picture, and ends each answer with one token."""
     if not _shows_picture(processor):
         processor.chat_template = in_parts(processor.chat_template, processor.image_token)

@@ -142,12 +142,6 @@ def test_a_mark_is_a_whole_number_of_the_scale_or_none(value):
     assert told.score == (number if number in (1.0, 2.0, 3.0, 4.0) else None)
 
 
-@given(st.text() | json_values.map(json.dumps), st.text())
-def test_any_text_is_a_score_or_an_error(text, answer):
-    told = read(text, answer)
-    assert (told.score is None) != (told.error == "")
-
-
 @given(st.lists(st.sampled_from([*'{}[]":, \n', "<think>", "</think>", "score", "4", TWO, "```"])))
 def test_any_pieces_of_replies_are_a_score_or_an_error(pieces):
     told = read("".join(pieces))

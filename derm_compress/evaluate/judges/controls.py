@@ -82,17 +82,8 @@ def _reference(item: Item, kind: str) -> str:
 
 
 def _row(item: Item, kind: str, control: str, answer: str, attack: str = "") -> dict:
-    return {
-        "control": control,
-        "attack": attack,
-        "item": item.id,
-        "disease": item.disease,
-        "question": kind,
-        "prompt": dialogue.question(kind),
-        "answer": answer,
-        "reference": _reference(item, kind),
-        "stopped": True,
-    }
+    told = {"control": control, "attack": attack, "answer": answer, "stopped": True}
+    return told | schema.asked(item, kind)
 
 
 def stranger(disease: str) -> str:
