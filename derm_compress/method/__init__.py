@@ -35,6 +35,7 @@ FACE = {
     "pruning.controls": ["removal_controls"],
     "pruning.depths": ["choose_operating_point", "plan_depths"],
     "pruning.plan": ["read_control", "read_plans"],
+    "pruning.replace_me": ["fit_maps", "nearest"],
     "quantization.grids": ["IntegerGrid"],
     "quantization.nf4": ["NF4Grid"],
     "quantization.quantize": ["quantize_step"],

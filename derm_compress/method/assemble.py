@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from derm_compress.errors import DermError
 from derm_compress.files import read_json
+from derm_compress.method.pruning import fuse
 from derm_compress.model import removal, usage
 from derm_compress.model.anatomy import blocks, fingerprint, has_values
 from derm_compress.model.hf import LlavaForConditionalGeneration, LlavaProcessor
@@ -65,6 +66,8 @@ def apply_steps(
             case "adapter":
                 left = {"kept": before.kept(), "absent": tuple(map(str, before.absent()))}
                 merge_adapter(model, store.resolve(step["ref"]), step, **left)
+            case "replace_me":
+                fuse.apply_step(model, step, store, before.kept())
             case "reinitialize":
                 reinitialize(model, step["seed"])
             case "quantize" if quantize is None:

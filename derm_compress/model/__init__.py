@@ -15,6 +15,7 @@ FACE = {
     "variants": [
         "ORIGINAL",
         "healed",
+        "mended",
         "named",
         "paper_depth",
         "pruned",

@@ -19,6 +19,7 @@ FIELDS = {"base": str, "fingerprint": str, "blocks": int, "steps": list}
 NEEDED = {
     "adapter": ("ref", "sha256", "kept"),
     "prune": ("kept",),
+    "replace_me": ("ref", "kept"),
     "reinitialize": ("seed",),
     "quantize": ("method",),
 }
@@ -29,9 +30,10 @@ MOST = 10_000  # blocks that any model has
 class Recipe:
     """How a variant is made: `steps` applied to `base`, a name load_base knows, of `blocks` blocks.
 
-    Steps are `adapter` (ref, sha256, kept), `prune` (kept), `reinitialize` (seed: all blocks get
-    random weights) and `quantize` (a Form's fields; ref to searched scales). Where blocks are kept
-    without their attention or MLP, `prune` and later `adapter` steps list these as `absent`.
+    Steps are `adapter` (ref, sha256, kept), `prune` (kept), `replace_me` (ref to maps, kept),
+    `reinitialize` (seed: all blocks get random weights) and `quantize` (a Form's fields; ref to
+    searched scales). Where blocks are kept without their attention or MLP, `prune` and later
+    `adapter` steps list these as `absent`.
     """
 
     base: str

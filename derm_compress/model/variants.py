@@ -15,8 +15,9 @@ from derm_compress.model.recipe import Recipe
 
 ORIGINAL, HEALED = "original", "+sft"
 RIVAL = "magnitude"  # the criterion that the study's own is compared with, healed and quantized
-# These stand for a criterion where the kept blocks are in random order, or have random weights.
-SHUFFLED, REINITIALIZED = "shuffled", "reinitialized"
+# These stand for a criterion where the kept blocks are in random order, have random weights, or are
+# mended by least squares (ReplaceMe).
+SHUFFLED, REINITIALIZED, MENDED = "shuffled", "reinitialized", "replace_me"
 
 
 @dataclass(frozen=True)
@@ -171,15 +172,27 @@ def to_quantize(known: pd.DataFrame, choice: dict) -> tuple[list[str], list[str]
     return main, [healed[role] for role in ("deeper", "rival") if role in healed]
 
 
-def healed(sources: pd.DataFrame, ref: str, adapters: Path) -> pd.DataFrame:
-    """The variants of to_heal() after SFT; `ref` is the stage's word for the folder `adapters`."""
+def mended(known: pd.DataFrame, choice: dict, ref: str) -> list[dict]:
+    """The operating point as ReplaceMe mends it, untrained; `ref`: the stage's word for the maps'
+    file."""
+    name = roles(known, choice)["operating"]
+    recipe = recipe_of(known, name)
+    recipe = recipe.then("replace_me", ref=ref, kept=list(recipe.kept()))
+    return [variant(f"{name}-{MENDED}", recipe, criterion=MENDED)]
+
+
+def healed(
+    sources: pd.DataFrame, ref: str, adapters: Path, beside: Iterable[dict] = ()
+) -> pd.DataFrame:
+    """The variants of to_heal() after SFT, and rows `beside` them; `ref` is the stage's word for
+    the folder `adapters`."""
     rows = []
     for row in sources.to_dict("records"):
         folder = row["adapter"]
         recipe = Recipe.from_json(row["recipe"]).with_adapter(f"{ref}/{folder}", adapters / folder)
         known = {key: row[key] for key in ("criterion", "sft_seed")}
         rows.append(variant(row["healed_variant"], recipe, healed=True, **known))
-    return pd.DataFrame(rows)
+    return pd.DataFrame([*rows, *beside])
 
 
 def named(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import pandas as pd
 from derm_compress.method.importance.criteria import CRITERIA, PUBLISHED
 from derm_compress.method.importance.rankings import OPTIONS
 from derm_compress.method.quantization.methods import METHODS
+from derm_compress.model.variants import MENDED
 from derm_compress.report import rule
 
 ORDERS = {one.name: one for one in (*CRITERIA.values(), PUBLISHED)}
@@ -20,8 +21,12 @@ SHOWN = {  # what is no variant: the base, and what the original was shown
     "blank": "unpruned, shown no picture",
     "shuffled": "unpruned, shown another disease's picture",
 }
-ANEW = {"shuffled": "blocks in random order", "reinitialized": "random weights in its blocks"}
-NAMES |= ANEW
+MADE = {  # what stands for a criterion
+    "shuffled": "blocks in random order",
+    "reinitialized": "random weights in its blocks",
+    MENDED: "ReplaceMe, untrained",
+}
+NAMES |= MADE
 FILTERS = ("f", "g", "p", "percent", "points", "spread", "words", "model", "quantizer", "listed")
 FILTERS += ("criteria_explained",)
 
@@ -93,8 +98,8 @@ def label(row, own: str) -> str:
     parts["MLP"] = row.mlps_removed
     gone = [f"{n} {part}{'s' if n > 1 else ''}" for part, n in parts.items() if n]
     said = [f"{listed(gone)} removed" if gone else "unpruned"]
-    if row.criterion in ANEW:
-        said.append(ANEW[row.criterion])
+    if row.criterion in MADE:
+        said.append(MADE[row.criterion])
     elif row.criterion not in ("", own):
         said[0] += f" by {words(row.criterion)}"
     if row.healed:

@@ -21,7 +21,7 @@ from derm_compress.model.memory import (
     plan_weights,
 )
 from derm_compress.model.shapes import Architecture
-from derm_compress.model.variants import RIVAL
+from derm_compress.model.variants import RIVAL, paper_depth
 
 PROMPT, ANSWER = 24, 60  # tokens beside a picture's: of a question, an answer
 GROUPED = (  # one of each that share inputs
@@ -86,7 +86,10 @@ class Needs:
         def merging(stage):
             return step(stage, "merging", lambda _: self.merging())
 
-        allocation = []
+        mending, allocation = [], []
+        if p["replace_me"]:
+            runs = paper_depth(6, arch.blocks)
+            mending = [step("05_sft", "ReplaceMe", self.mending, disk=runs * FP32 * arch.hidden**2)]
         if p["budget_gib"]:
             allocation = [step("09_allocation", "costs", self.differentiating)]
             allocation.append(answers("09_allocation"))
@@ -97,6 +100,7 @@ class Needs:
             *map(ranking, rankings([*p["rankings"], RUN])),
             answers("04_pruning"),
             step("05_sft", "fine-tuning", heal, "sft_batch", disk=adapters[1]),
+            *mending,
             answers("05_sft"),
             step(
                 "06_activation_analysis",
@@ -171,6 +175,10 @@ class Needs:
     def comparing(self, batch: int) -> float:
         """GiB of a quantized model while a block's outputs are compared with what they were."""
         return self.reading(batch) + TAP * self.tokens(batch) * self.arch.hidden / GIB
+
+    def mending(self, _: int) -> float:
+        """GiB while all questions about a picture are read, and a block's map is solved for."""
+        return self.reading(self.kinds) + 6 * 2 * FP32 * self.arch.hidden**2 / GIB
 
     def adapter(self, rank: int) -> int:
         """Bytes of one adapter."""

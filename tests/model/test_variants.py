@@ -138,6 +138,18 @@ def test_rivals_and_what_can_only_learn_anew_are_healed_where_asked(known):
     assert again.equals(asked)
 
 
+def test_what_is_mended_without_training_stands_beside_the_healed(known):
+    rows = variants_of.mended(known, CHOICE, f"05_sft/{KEY}/maps/maps.safetensors")
+    (row,) = pd.DataFrame(rows).to_dict("records")
+    last = Recipe.from_json(row["recipe"]).steps[-1]
+    assert last["step"] == "replace_me" and last["kept"] == [0, 1, 4, 5, 6, 7]
+    every = pd.concat([known, pd.DataFrame(rows)], ignore_index=True)
+    assert variants_of.roles(every, CHOICE) == variants_of.roles(known, CHOICE)
+    assert variants_of.healed(known.iloc[:0], "", None, rows).variant.tolist() == [
+        "pruned-2-replace_me"
+    ]
+
+
 def test_roles_are_found_by_what_was_removed_and_how(known):
     def row(name, n, **more):
         recipe = ORIGINAL.pruned([0, 1, *range(2 + n, 8)])

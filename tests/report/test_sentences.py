@@ -4,10 +4,13 @@ import dataclasses
 import re
 
 import fabricate
+import pandas as pd
 import pytest
 
+from derm_compress.report import tables
 from derm_compress.report.page import inert
 from derm_compress.report.sentences import STAGES, Facts, findings, headline
+from derm_compress.report.tables import criteria
 
 HEALED_AWQ = "pruned-6+sft|awq4"
 
@@ -99,6 +102,24 @@ def test_a_claim_appears_only_where_its_numbers_support_it(
     query = query.replace("@HEALED_AWQ", repr(HEALED_AWQ))
     assert claim in said(graded(results, grade, query), stem)
     assert claim not in plain(stem)
+
+
+def test_training_is_compared_with_algebra_which_is_no_ranking(results):
+    row = fabricate.variant("pruned-6-replace_me", 6, criterion="replace_me")
+    alike = results.answers[results.answers.variant == "pruned-6"].assign(variant=row["variant"])
+    more = {
+        "variants": pd.concat([results.variants, pd.DataFrame([row])], ignore_index=True),
+        "answers": pd.concat([results.answers, alike], ignore_index=True),
+    }
+    mended = dataclasses.replace(results, **more)
+    beside = tables.make("extra_healed_rivals", mended).set_index("criterion")
+    assert beside.score["replace_me"] == pytest.approx(25 * alike.score.mean())
+    assert row["variant"] not in set(criteria.pruned_only(mended).variant)
+    told = said(mended, "extra_healed_rivals")
+    assert "beat linear algebra? The study's own healed model scores" in told
+    assert "without training, scores like the pruned model alone (+0.0 points" in told
+    assert "pruned by ReplaceMe" not in told
+    assert "algebra" not in said(results, "extra_healed_rivals")
 
 
 def test_equal_answers_are_never_told_apart(results):

@@ -10,6 +10,7 @@ import json
 import pandas as pd
 
 from derm_compress.evaluate import metrics
+from derm_compress.model.variants import MENDED
 from derm_compress.report import rule
 from derm_compress.report.results import ANSWER, Results, removes_parts
 from derm_compress.report.tables import joins
@@ -18,7 +19,8 @@ from derm_compress.report.tables import joins
 def pruned_only(results: Results) -> pd.DataFrame:
     """The original and what removal alone made of it; `whole`: only blocks ever go."""
     table = results.models
-    table = table[~table.healed.astype(bool) & (table.bits == 16)]
+    alone = ~table.healed.astype(bool) & table.criterion.ne(MENDED)
+    table = table[alone & (table.bits == 16)]
     return table.assign(whole=~table.criterion.map(removes_parts).astype(bool))
 
 

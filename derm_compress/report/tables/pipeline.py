@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from derm_compress.model.variants import paper_depth
+from derm_compress.model.variants import MENDED, paper_depth
 from derm_compress.report import trainings
 from derm_compress.report.paper import numbers
 from derm_compress.report.results import Results
@@ -58,10 +58,11 @@ def sft(results: Results) -> pd.DataFrame:
 
 
 def healed_rivals(results: Results) -> pd.DataFrame:
-    """What was removed from the healed models of the operating depth; difference: the study's own
-    healed model's points above each, paired."""
+    """What was removed from the healed models of the operating depth, and the one that ReplaceMe
+    mends untrained; difference: the study's own healed model's points above each, paired."""
     models, own_model = results.models, results.main[2]
-    same = models.healed & models.bits.eq(16) & models.sft_seed.eq(0)
+    healed = models.healed | models.criterion.eq(MENDED)
+    same = healed & models.bits.eq(16) & models.sft_seed.eq(0)
     rows = []
     for row in models[same & models.units_removed.eq(results.operating)].itertuples():
         score = trainings.score(results, results.answers, row.variant)
