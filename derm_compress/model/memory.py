@@ -107,13 +107,14 @@ def plan_training(
     form: Format = NF4,
     element: int = FP16,
     rest: int = FP16,
+    teacher: float = 0.0,
 ) -> dict[str, float]:
     """GiB of training, a picture a row: base as `form`, fp32 adapters on all decoder linears, Adam.
 
     Adapters are rank x (in + out) a linear, gradients as much, Adam's state twice that. `element`:
     bytes of the compute type; `rest`: of what is not 4-bit (4 after peft's k-bit preparation). With
     checkpointing a block keeps its input, and one block is alive anew. A wider base is kept in the
-    compute type, too. No dropout masks.
+    compute type, too. No dropout masks. `teacher`: GiB of a model that is listened to.
     """
     hidden, mlp, linears = arch.hidden, arch.intermediate, arch.linears.values()
     blocks, tokens = arch.kept(blocks_removed), batch * (text_tokens + arch.image_tokens)
@@ -132,6 +133,9 @@ def plan_training(
         workspace = element * blocks * sum(out * into for out, into in linears)
     # log-softmax and gradient in fp32; logits and gradient in fp16, or fp32 logits
     logits = 12 * arch.vocabulary
+    if teacher:  # its logits, both log-softmaxes in fp32 and a gradient
+        base["teacher"] = teacher
+        logits += (rest + 3 * FP32) * arch.vocabulary
     return base | _gib(
         adapters=adapters,
         gradients=adapters,

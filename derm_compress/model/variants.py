@@ -15,9 +15,9 @@ from derm_compress.model.recipe import Recipe
 
 ORIGINAL, HEALED = "original", "+sft"
 RIVAL = "magnitude"  # the criterion that the study's own is compared with, healed and quantized
-# These stand for a criterion where the kept blocks are in random order, have random weights, or are
-# mended by least squares (ReplaceMe).
-SHUFFLED, REINITIALIZED, MENDED = "shuffled", "reinitialized", "replace_me"
+# These stand for a criterion where the kept blocks are in random order, have random weights, are
+# mended by least squares (ReplaceMe), or are healed by distillation.
+SHUFFLED, REINITIALIZED, MENDED, DISTILLED = "shuffled", "reinitialized", "replace_me", "distilled"
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,17 @@ def to_heal(
     depths: Sequence[int] = (),
     seeds: int = 1,
     relearning: int | None = None,
+    distilled: bool = False,
 ) -> pd.DataFrame:
     """What SFT is given: the model of every role, and the study's own plan at further `depths`.
 
     `rivals`: rankings whose models of the operating depth are healed, too, as far as there are
     such. `depths` are of 32; `seeds`: trainings of the operating point and of its control;
     `relearning`: the seed of what is as deep as the operating point and can only learn anew, its
-    blocks in random order and with random weights, to be healed beside it. Adds
-    `sft_seed` (0 for the first), `adapter`, the name of the folder to train into, and
-    `healed_variant`, what it makes. DermError where stage 04 has no model of a depth.
+    blocks in random order and with random weights, to be healed beside it; `distilled`: once more
+    the operating point, to be healed by distillation. Adds `sft_seed` (0 for the first), `adapter`,
+    the name of the folder to train into, and `healed_variant`, what it makes. DermError where stage
+    04 has no model of a depth.
     """
     role, blocks = roles(known, choice), recipe_of(known, ORIGINAL).blocks
     names = [role[name] for name in ("unpruned", "operating", "deeper") if name in role]
@@ -143,6 +145,10 @@ def to_heal(
     again = [more.assign(sft_seed=seed) for seed in range(1, seeds)]
     if relearning is not None:
         again.append(pd.DataFrame(learning_anew(known, role["operating"], relearning)))
+    if distilled:
+        name = f"{role['operating']}-{DISTILLED}"
+        point = named(first, [role["operating"]])
+        again.append(point.assign(variant=name, source=name, criterion=DISTILLED))
     frame = pd.concat([first, *again], ignore_index=True)
     marks = [f"~{seed}" if seed else "" for seed in frame.sft_seed]
     names = {"adapter": frame.variant + marks, "healed_variant": frame.variant + HEALED + marks}

@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateNotFound
 from derm_compress.evaluate import metrics
 from derm_compress.evaluate.judges import controls
 from derm_compress.files import PACKAGE, read_json
-from derm_compress.model.variants import MENDED
+from derm_compress.model.variants import DISTILLED, MENDED
 from derm_compress.report import rule, tables, trainings, wording
 from derm_compress.report.page import inert, page
 from derm_compress.report.paper import model
@@ -60,7 +60,8 @@ KNOWN = {  # in templates, beside the facts
     "rule": rule,
     "paper": paper,
     "plain_awq": plain_awq,
-    "MENDED": MENDED,  # ReplaceMe's word in the place of a criterion
+    "MENDED": MENDED,  # these stand for a criterion
+    "DISTILLED": DISTILLED,
     "SURE": rule.SURE,  # a corrected p below this is a difference
     "FEW": 3,  # rivals, up to which each gets its own sentence
 }

@@ -9,7 +9,7 @@ import pandas as pd
 from derm_compress.method.importance.criteria import CRITERIA, PUBLISHED
 from derm_compress.method.importance.rankings import OPTIONS
 from derm_compress.method.quantization.methods import METHODS
-from derm_compress.model.variants import MENDED
+from derm_compress.model.variants import DISTILLED, MENDED
 from derm_compress.report import rule
 
 ORDERS = {one.name: one for one in (*CRITERIA.values(), PUBLISHED)}
@@ -25,6 +25,7 @@ MADE = {  # what stands for a criterion
     "shuffled": "blocks in random order",
     "reinitialized": "random weights in its blocks",
     MENDED: "ReplaceMe, untrained",
+    DISTILLED: "SFT with distillation",
 }
 NAMES |= MADE
 FILTERS = ("f", "g", "p", "percent", "points", "spread", "words", "model", "quantizer", "listed")

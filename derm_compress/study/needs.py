@@ -66,7 +66,9 @@ class Needs:
         pictures = p["n_train"] + p["n_test"] + p["n_heldout"]
         rivals = len({*p["sft_rivals"]} & {*p["rankings"]})
         tuned = 3 + rivals + 2 * p["relearning"] + len(p["sft_depths"]) + 2 * (p["sft_seeds"] - 1)
-        tune, heal = self.training(p["finetune_rank"]), self.training(p["sft_rank"])
+        tuned += bool(p["distillation"])
+        tune = self.training(p["finetune_rank"])
+        heal = self.training(p["sft_rank"], teacher=self.weights if p["distillation"] else 0.0)
         adapters = self.adapter(p["finetune_rank"]), tuned * self.adapter(p["sft_rank"])
         statistics = 10 * 3 * self.tokens(1) * arch.hidden
         scales = (4 + self.rival) * FP32 * arch.blocks * 5 * arch.hidden
@@ -184,13 +186,14 @@ class Needs:
         """Bytes of one adapter."""
         return FP32 * rank * self.arch.blocks * sum(map(sum, self.arch.linears.values()))
 
-    def training(self, rank: int) -> Callable[[int], float]:
+    def training(self, rank: int, *, teacher: float = 0.0) -> Callable[[int], float]:
         """GiB of a fine-tune: its fp16 weights before they are rounded to NF4, or the training."""
         how = {"rank": rank, "form": ADAPTED[self.p["adapter_base"]], "checkpointing": True}
+        how["teacher"] = teacher
 
         def gib(batch: int) -> float:
             plan = plan_training(self.arch, batch=batch, **how)
-            return max(self.weights, sum(plan.values()))
+            return max(teacher + self.weights, sum(plan.values()))
 
         return gib
 

@@ -15,7 +15,7 @@ from derm_compress.data import items
 from derm_compress.errors import DermError
 from derm_compress.method import assemble
 from derm_compress.method.assemble import materialize, merge_adapter
-from derm_compress.method.finetune import jobs, train
+from derm_compress.method.finetune import distill, jobs, train
 from derm_compress.method.finetune.jobs import Job, Worker
 from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.method.quantization import quantize
@@ -28,12 +28,13 @@ TRAINING = train.Training(
 BLOCKS = tuple(range(8))
 
 
-def trained(dataset, tmp_path, training=TRAINING, name="a"):
+def trained(dataset, tmp_path, training=TRAINING, name="a", **how):
     """Trains the pico model into tmp_path/<name>: (peft model, curve, told)."""
     model, processor = loading.load_base("pico")
     data = dataset.of("train"), dataset.images
     checkpoint = tmp_path / f"{name}.ckpt"
-    made = train.train(model, processor, *data, training, checkpoint=checkpoint, what=name)
+    how |= {"checkpoint": checkpoint, "what": name}
+    made = train.train(model, processor, *data, training, **how)
     made[0].save_pretrained(tmp_path / name)
     return made
 
@@ -112,6 +113,35 @@ def test_training_lowers_the_loss(dataset, tmp_path):
     longer = train.Training(rank=8, alpha=16, learning_rate=1e-2, steps=12, batch_size=4, seed=0)
     _, curve, _ = trained(dataset, tmp_path, longer)
     assert curve.loss.iloc[-3:].mean() < 0.9 * curve.loss.iloc[:3].mean()
+
+
+def test_a_teacher_of_weight_0_changes_no_bit(dataset, whole, tmp_path, pico):
+    _, curve, _ = trained(dataset, tmp_path, teacher=distill.Teacher(pico[0], 0.0))
+    assert curve.equals(whole[1]) and weights_of(whole[0]) == weights_of(tmp_path / "a")
+
+
+def test_divergence_is_of_the_answers_tokens_alone():
+    p, q = torch.tensor([0.8, 0.2]), torch.tensor([0.5, 0.5])
+    labels = torch.tensor([[prompts.IGNORED, 1, prompts.IGNORED]])  # told by the first token
+    theirs, ours = torch.randn(2, 1, 3, 2)
+    theirs[0, 0], ours[0, 0] = p.log(), q.log() + 3
+    found = distill.divergence(theirs, ours, labels)
+    assert found.item() == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-5)
+    assert distill.divergence(ours, ours, labels) == 0
+
+
+def test_a_pruned_model_comes_nearer_to_its_teacher(dataset, recipe, store, tmp_path):
+    items.save_dataset(tmp_path, dataset)
+    settings = train.Training(4, 8, 1e-2, steps=6, batch_size=4, seed=0, distillation=1.0)
+    pruned = recipe.pruned([0, 1, 2, 7]).to_json()
+    heard = Job("heard", "heard+sft", pruned, settings, teacher=recipe.to_json())
+    alone = dataclasses.replace(heard, adapter="alone", teacher="")
+    jobs.fine_tune(heard, data=tmp_path, store=store, scratch=tmp_path)
+    loss = jobs.loss_curves(tmp_path, [heard]).loss
+    assert loss.iloc[-2:].mean() < 0.8 * loss.iloc[:2].mean() and loss.gt(0).all()
+    two, one = (sum(jobs.plan_of(job, checkpointing=False).values()) for job in (heard, alone))
+    arch = shapes.architecture(loading.config_of(recipe.base))
+    assert two - one > sum(memory.plan_weights(arch).values())
 
 
 def test_a_cut_training_goes_on_to_the_same_adapter(dataset, whole, tmp_path, monkeypatch):
@@ -381,8 +411,12 @@ def test_further_seeds_train_with_other_seeds_and_random_weights_at_full_rank(re
     sources = pd.DataFrame({"adapter": ["a", "a~1", "b"], "sft_seed": [0, 1, 0]}).assign(**told)
     sources["healed_variant"] = sources.adapter + "+sft"
     settings = train.Training(rank=2, alpha=4, learning_rate=1e-3, steps=1, batch_size=2, seed=5)
-    made = jobs.fine_tune_jobs(sources, settings, "cpu")
+    sources = pd.concat([sources, sources.iloc[:1].assign(criterion="distilled")])
+    sources["variant"] = ["original", *"bcd"]
+    made = jobs.fine_tune_jobs(sources, settings, "cpu", distillation=0.5)
     assert [(job.makes, job.training.seed) for job in made[:2]] == [("a+sft", 5), ("a~1+sft", 6)]
     width = loading.config_of(recipe.base).text_config.hidden_size
-    assert [job.training.rank for job in made] == [2, 2, width]
+    assert [job.training.rank for job in made] == [2, 2, width, 2]
+    assert [job.training.distillation for job in made] == [0, 0, 0, 0.5]
+    assert [job.teacher for job in made] == ["", "", "", recipe.to_json()]
     assert made[2].training.alpha == 2 * width

@@ -134,8 +134,11 @@ def test_rivals_and_what_can_only_learn_anew_are_healed_where_asked(known):
     own = variants_of.recipe_of(known, "pruned-2")
     assert sorted(order.kept()) == [*own.kept()] == [*drawn.kept()] != [*order.kept()]
     assert asked.blocks_removed.iloc[-1] == 2
-    again = variants_of.to_heal(every, CHOICE, rivals=rivals, relearning=0)
-    assert again.equals(asked)
+    again = variants_of.to_heal(every, CHOICE, rivals=rivals, relearning=0, distilled=True)
+    assert again.iloc[:-1].equals(asked)
+    heard = again.iloc[-1]
+    assert heard.recipe == own.to_json() and heard.criterion == "distilled"
+    assert heard.healed_variant == "pruned-2-distilled+sft" and heard.adapter == heard.variant
 
 
 def test_what_is_mended_without_training_stands_beside_the_healed(known):

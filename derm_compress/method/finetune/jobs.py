@@ -21,35 +21,48 @@ from derm_compress.data.items import load_dataset
 from derm_compress.files import atomic, read_json, write_json
 from derm_compress.method.assemble import materialize
 from derm_compress.method.finetune import parallel
+from derm_compress.method.finetune.distill import Teacher
 from derm_compress.method.finetune.train import AMPLE, Training, planned, train
 from derm_compress.method.finetune.workers import side_by_side
 from derm_compress.model import anatomy, devices, loading, memory, shapes, usage
 from derm_compress.model.recipe import Recipe
-from derm_compress.model.variants import REINITIALIZED
+from derm_compress.model.variants import DISTILLED, ORIGINAL, REINITIALIZED, recipe_of
 
 CONTEXT = 1.0  # GiB of a GPU that a process takes beside its tensors: CUDA, its work space
 
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tune: its adapter's folder, the variant that it makes, what of, and the settings."""
+    """One fine-tune: its adapter's folder, the variant that it makes, what of, and the settings.
+
+    teacher: the recipe of what it also listens to, if anything.
+    """
 
     adapter: str
     makes: str
     recipe: str
     training: Training
     device: str = "cpu"
+    teacher: str = ""
 
 
-def fine_tune_jobs(sources: pd.DataFrame, training: Training, device: str) -> list[Job]:
+def fine_tune_jobs(
+    sources: pd.DataFrame, training: Training, device: str, *, distillation: float = 0.0
+) -> list[Job]:
     """A job for each row of variants.to_heal(); further seeds count on from the training's, and a
-    model with random weights is trained at full rank, since a few ranks could not teach it."""
+    model with random weights is trained at full rank, since a few ranks could not teach it.
+
+    distillation: the weight of the unpruned model's words where they are heard.
+    """
     jobs = []
     for row in sources.itertuples():
-        told = replace(training, seed=training.seed + row.sft_seed)
+        told, teacher = replace(training, seed=training.seed + row.sft_seed), ""
+        if row.criterion == DISTILLED:
+            told = replace(told, distillation=distillation)
+            teacher = recipe_of(sources, ORIGINAL).to_json()
         if row.criterion == REINITIALIZED:
             told = at_full_rank(told, Recipe.from_json(row.recipe))
-        jobs.append(Job(row.adapter, row.healed_variant, row.recipe, told, device))
+        jobs.append(Job(row.adapter, row.healed_variant, row.recipe, told, device, teacher))
     return jobs
 
 
@@ -137,13 +150,15 @@ def fine_tune_here(worker: Worker, *, data: Path, store, scratch: Path) -> None:
 def plan_of(job: Job, *, checkpointing: bool) -> dict[str, float]:
     """memory.plan_training of a job, without its model."""
     recipe = Recipe.from_json(job.recipe)
+    arch = shapes.architecture(loading.config_of(recipe.base))
     return memory.plan_training(
-        shapes.architecture(loading.config_of(recipe.base)),
+        arch,
         blocks_removed=recipe.blocks - len(recipe.kept()),
         rank=job.training.rank,
         batch=job.training.batch_size,
         checkpointing=checkpointing,
         form=memory.ADAPTED[job.training.base],
+        teacher=sum(memory.plan_weights(arch).values()) if job.teacher else 0.0,
     )
 
 
@@ -151,12 +166,17 @@ def fine_tune(job: Job, *, data: Path, store, scratch: Path) -> None:
     """Leaves scratch/<adapter>, adapter and curve.parquet, and <adapter>.json, its costs."""
     torch.set_num_threads(1)
     dataset, recipe = load_dataset(data), Recipe.from_json(job.recipe)
+    teacher, held = None, 0.0
+    if job.teacher:
+        listened, _ = materialize(Recipe.from_json(job.teacher), store, job.device)
+        teacher = Teacher(listened, job.training.distillation)
+        held = usage.tensor_gib(listened)
     model, processor = materialize(recipe, store, job.device)
     asked = dataset.of("train"), dataset.images, job.training
     what = f"fine-tuning {job.adapter}"
-    peak, checkpointing = planned(model, processor, *asked, what=what)
+    peak, checkpointing = planned(model, processor, *asked, what=what, teacher=held)
     how = {"checkpoint": scratch / f"{job.adapter}.safetensors", "checkpointing": checkpointing}
-    tuned, curve, told = train(model, processor, *asked, what=what, **how)
+    tuned, curve, told = train(model, processor, *asked, what=what, teacher=teacher, **how)
     if parallel.rank():  # another keeps the same
         return
     with atomic(scratch / job.adapter) as draft:

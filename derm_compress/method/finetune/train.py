@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from derm_compress.data import dialogue
 from derm_compress.errors import DermError
 from derm_compress.method.finetune import parallel
+from derm_compress.method.finetune.distill import Teacher
 from derm_compress.method.quantization import nf4
 from derm_compress.model import anatomy, devices, memory, oom, shapes
 from derm_compress.model.graphs import Recorded
@@ -40,7 +41,8 @@ AMPLE = 0.7  # of a GPU's memory: the plan has the length of the first batch
 class Training:
     """Settings of one fine-tune; the paper's SFT has rank 16 and alpha 8.
 
-    base: nf4 (QLoRA) or half, the unquantized base, computed in half precision.
+    base: nf4 (QLoRA) or half, the unquantized base, computed in half precision. distillation: the
+    weight of a Teacher's words.
     """
 
     rank: int
@@ -51,6 +53,7 @@ class Training:
     seed: int
     checkpoint_every: int = 50
     base: str = "nf4"
+    distillation: float = 0.0
 
     @classmethod
     def of(cls, parameters, prefix: str, *, seed: int) -> Training:
@@ -84,6 +87,7 @@ def planned_peak(
     training: Training,
     *,
     checkpointing: bool = False,
+    teacher: float = 0.0,
 ) -> float:
     """GiB that memory.plan_training gives, with the length of the first batch."""
     first = items[: training.batch_size]
@@ -102,20 +106,21 @@ def planned_peak(
         element=element,
         rest=rest,
         checkpointing=checkpointing,
+        teacher=teacher,
     )
     return sum(plan.values())
 
 
-def planned(model, *asked, what: str) -> tuple[float, bool]:
+def planned(model, *asked, what: str, **how) -> tuple[float, bool]:
     """planned_peak, and whether blocks are computed twice: on a GPU without ample memory."""
-    peak = planned_peak(model, *asked)
+    peak = planned_peak(model, *asked, **how)
     if model.device.type != "cuda":
         return peak, False
     room = devices.room(model.device)
     if peak <= AMPLE * room:
         say(f"{what}: no gradient checkpointing, {peak:.1f} of {room:.1f} GiB planned")
         return peak, False
-    return planned_peak(model, *asked, checkpointing=True), True
+    return planned_peak(model, *asked, checkpointing=True, **how), True
 
 
 def attach(model, training: Training):
@@ -166,6 +171,7 @@ def train(
     checkpoint: Path,
     what: str,
     checkpointing: bool = False,
+    teacher: Teacher | None = None,
 ) -> tuple[object, pd.DataFrame, dict]:
     """Steps from the checkpoint on: the peft model, the curve, {seconds, skipped}.
 
@@ -180,7 +186,8 @@ def train(
     optimizer = torch.optim.AdamW(weights.values(), lr=training.learning_rate, weight_decay=0.0)
     curve, told = resume(checkpoint, weights, optimizer)
     done, batch_size = len(curve), min(training.batch_size, len(items))
-    gradients = gradients_of(tuned, optimizer, base=training.base, recorded=not checkpointing)
+    how = {"base": training.base, "teacher": teacher}
+    gradients = gradients_of(tuned, optimizer, recorded=not (checkpointing or teacher), **how)
     tuned.train()
 
     def batch_of(step: int) -> dict:
@@ -238,22 +245,29 @@ def update(optimizer, loss: torch.Tensor, *gradients: torch.Tensor) -> tuple[flo
     return loss.item(), finite
 
 
-def gradients_of(tuned, optimizer, *, base: str, recorded: bool = False) -> Callable:
+def gradients_of(
+    tuned, optimizer, *, base: str, recorded: bool = False, teacher: Teacher | None = None
+) -> Callable:
     """(x, attention_mask, labels) -> the loss and the gradient of each of the optimizer's weights.
 
-    x: what embedded() gives. recorded: as a CUDA graph, which needs all memory twice for a moment.
+    x: what embedded() gives. recorded: as a CUDA graph, which needs all memory twice for a moment;
+    none of a loss with a teacher.
     """
     from peft.helpers import disable_input_dtype_casting
 
     scale = devices.loss_scale(tuned.dtype)
     weights = optimizer.param_groups[0]["params"]
 
+    def loss_of(read):
+        told = tuned(**read, use_cache=False)
+        return teacher.corrected(told, read) if teacher else told.loss
+
     def work(x, attention_mask, labels):
         read = {"inputs_embeds": x, "attention_mask": attention_mask, "labels": labels}
         casting = disable_input_dtype_casting(tuned, active=base == "half")  # autocast does it
         with devices.attention_with_gradients(), casting:
             with autocast(tuned.device.type, base):
-                loss = tuned(**read, use_cache=False).loss
+                loss = loss_of(read)
             found = torch.autograd.grad(scale * loss, weights)
         return loss.detach(), *(gradient.div_(scale) for gradient in found)
 
