@@ -58,7 +58,9 @@ def recipes(pico, recipe, store, tmp_path):
     int8, awq = healed.then("quantize", **INT8), tuned.then("quantize", **AWQ)
     shuffled, nf4 = tuned.pruned([7, 0, 3]), tuned.then("quantize", **NF4)
     drawn = pruned.then("reinitialize", seed=3)
-    return [tuned, pruned, healed, int8, awq, shuffled, nf4, drawn, pruned, tuned]
+    save_file({"1": 1.5 * torch.eye(64)}, tmp_path / REF / "maps")
+    mended = pruned.then("replace_me", ref=f"{REF}/maps", kept=[0, 1, 4, 6, 7])
+    return [tuned, pruned, healed, int8, awq, shuffled, nf4, drawn, mended, pruned, tuned]
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_without_room_for_a_copy_it_is_let_go_and_loaded_anew(recipes, store, lo
     taken = [state(source.take(recipe)[0]) for recipe in recipes]
     assert same(taken[0], taken[-1]) and same(taken[1], taken[-2])
     assert not same((taken[2][0], None), (taken[1][0], None))
-    assert loads == [0] * 6 and source.copy is None  # whenever weights had changed
+    assert loads == [0] * 7 and source.copy is None  # whenever weights had changed
 
 
 def test_a_copy_is_made_once_and_before_the_first_change(recipes, store):
