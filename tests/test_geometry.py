@@ -51,10 +51,8 @@ def test_the_7b_shapes_have_the_published_counts_and_no_values(seven_b):
 
 
 def test_the_hub_ids_shapes_need_no_download():
-    one, other = (
-        loading.load_base(name, anatomy.META)[0]
-        for name in (loading.SEVEN_B, "llava-hf/llava-1.5-7b-hf")
-    )
+    names = (loading.SEVEN_B, "llava-hf/llava-1.5-7b-hf")
+    one, other = (loading.load_base(name, anatomy.META)[0] for name in names)
     assert anatomy.fingerprint(one) == anatomy.fingerprint(other)
 
 
@@ -80,9 +78,8 @@ def variants_of(recipe, store):
     jobs = fine_tune_jobs(sources, training, anatomy.META)
     (folder / "scratch").mkdir()
     (folder / "adapters").mkdir()
-    fine_tune_all(
-        folder / "adapters", jobs, data=folder, store=None, scratch=folder / "scratch", processes=2
-    )  # fmt: skip
+    how = {"data": folder, "store": None, "scratch": folder / "scratch", "processes": 2}
+    fine_tune_all(folder / "adapters", jobs, **how)
     healed = frames.healed(sources, store.ref("adapters"), folder / "adapters")
     every = pd.concat([sources, healed])
     methods = ["awq", "bitsandbytes", "rtn", "rtn_symmetric"]
@@ -96,18 +93,12 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
     model, processor, recipe = seven_b
     calibration = Calibration(model, processor, dataset.of("train")[:2], dataset.images, Embedder())
     measured = measure.measure_importance(["published"], calibration, Journal())
-    scores, told = (
-        measure.importance_scores(measure.importance_values(measured), (0, 1, 31)),
-        {"protected": (0, 1, 31), "most": 9},
-    )
+    scores = measure.importance_scores(measure.importance_values(measured), (0, 1, 31))
+    told = {"protected": (0, 1, 31), "most": 9}
     plans = pruning_plans(["published"], measured, calibration, journal=Journal(), **told)
     variants, jobs, sources, wanted, rounded = variants_of(recipe, store)
-    ask = {
-        "items": dataset.of("test"),
-        "images": dataset.images,
-        "store": store,
-        "device": anatomy.META,
-    }
+    ask = {"items": dataset.of("test"), "images": dataset.images}
+    ask |= {"store": store, "device": anatomy.META}
     answers = answer_variants(variants, **ask, batch_size=4, max_new_tokens=4)
     controls = answer_controls(variants, **ask, seed=0, batch_size=4, max_new_tokens=4)
     assert answers.empty and controls.empty and {"variant", "score", "answer"} <= set(answers)
@@ -134,9 +125,8 @@ def test_a_study_without_weights_has_sizes_and_no_score(seven_b, store, dataset,
 
 def check_tables(built):
     one = built["table1_pruning"].set_index("blocks_removed")
-    assert one.params_b.round(9).to_dict() == {
-        n: round((UNPRUNED - n * BLOCK) / 1e9, 9) for n in PAPER_B
-    }
+    sizes = {n: round((UNPRUNED - n * BLOCK) / 1e9, 9) for n in PAPER_B}
+    assert one.params_b.round(9).to_dict() == sizes
     assert all(abs(one.params_b[n] - size) < 0.002 for n, size in PAPER_B.items())
     printed = one.dropna(subset=["paper_vram"])
     assert len(printed) == 7 and ((printed.vram_gib - printed.paper_vram).abs() < 0.25).all()
@@ -146,10 +136,8 @@ def check_tables(built):
         for line in tables.to_csv(frame).splitlines()[1:]:
             assert "nan" not in line.lower(), stem
     assert (tables.readable(built["table4_efficiency"])["score, %"] == "no score").all()
-    assert (
-        built["table3_quantization"].vram_gib.notna().all()
-        and built["table2_sft"].train_peak_gib.notna().all()
-    )
+    assert built["table3_quantization"].vram_gib.notna().all()
+    assert built["table2_sft"].train_peak_gib.notna().all()
 
 
 def test_criteria_that_look_at_weights_are_refused_by_name(dataset):
@@ -166,7 +154,6 @@ def test_adapters_and_rounding_change_no_shape(store):
     model, _ = loading.load_base("pico", anatomy.META)
     recipe = Recipe("pico", anatomy.fingerprint(model), 8).pruned([0, 1, 2, 7])
     recipe = recipe.then("adapter", ref="none", sha256="0", kept=[0, 1, 2, 7])
-    made, _ = materialize(
-        recipe.then("quantize", method="rtn", bits=4, group_size=64), store, anatomy.META
-    )
+    rounded = recipe.then("quantize", method="rtn", bits=4, group_size=64)
+    made, _ = materialize(rounded, store, anatomy.META)
     assert len(anatomy.blocks(made)) == 4 and not anatomy.has_values(made)

@@ -40,9 +40,8 @@ def test_notebooks_are_stripped():
 
 def test_all_roads_install_the_same_pinned_set():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {
-        "file": ["requirements.txt"]
-    }
+    dependencies = project["tool"]["setuptools"]["dynamic"]["dependencies"]
+    assert dependencies == {"file": ["requirements.txt"]}
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
     (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
     assert pip == ["-r requirements.txt", "-e ."]
@@ -76,15 +75,7 @@ def test_what_reads_plans_and_renders_imports_no_torch_nor_a_judges_client(tmp_p
     assert "Which signs hold" in index.read_text("utf-8")
 
 
-ORDER = (
-    "data",
-    "model",
-    "method",
-    "evaluate",
-    "report",
-    "study",
-    "kaggle",
-)  # one needs those before
+ORDER = ("data", "model", "method", "evaluate", "report", "study", "kaggle")  # needs those before
 BELOW = {"errors", "faces", "files", "progress"}
 
 
@@ -116,31 +107,25 @@ def test_imports_point_one_way_and_there_is_no_circle():
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_nothing_is_committed_that_may_not_be():
-    files = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split("\n")
+    files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     reports = {f.split("/")[1] for f in files if f.startswith("reports/")}
     assert reports <= {"tiny", "small", "gpu-rehearsal", "tiny-and-small.html"}
-    assert not [
-        f for f in files if f.lower().endswith((".jpg", ".jpeg", ".pt", ".bin", ".pkl", ".pth"))
-    ]
-    for name in filter(None, files):
-        text = (
-            (ROOT / name).read_bytes().decode("utf-8", "ignore") if (ROOT / name).is_file() else ""
-        )
-        assert not re.search(r"(?<![\w.])/(root|work|home)/\w", text), name
+    unwanted = (".jpg", ".jpeg", ".pt", ".bin", ".pkl", ".pth")
+    assert not [f for f in files if f.lower().endswith(unwanted)]
+    for path in [ROOT / name for name in files if (ROOT / name).is_file()]:
+        text = path.read_bytes().decode("utf-8", "ignore")
+        assert not re.search(r"(?<![\w.])/(root|work|home)/\w", text), path
 
 
 def traces(text: str) -> list[str]:
     """Absolute paths of a machine, and this one's name; pictures and addresses aside."""
     text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
-    found = re.findall(
-        r"(?<![\w.~:<…/-])/(?:root|work|home|tmp|Users|usr|opt|var|mnt|kaggle)/[\w.]+", text
-    )
+    tops = "root|work|home|tmp|Users|usr|opt|var|mnt|kaggle"
+    found = re.findall(rf"(?<![\w.~:<…/-])/(?:{tops})/[\w.]+", text)
     host = socket.gethostname()
-    return found + (
-        re.findall(rf"\b{re.escape(host)}\b", text) if len(host) > 4 and host != "localhost" else []
-    )
+    if len(host) > 4 and host != "localhost":
+        found += re.findall(rf"\b{re.escape(host)}\b", text)
+    return found
 
 
 def test_committed_reports_have_no_trace_of_a_machine():
@@ -172,9 +157,8 @@ def test_the_packaged_weights_are_small_and_documented(model, most, seen):
 def test_what_the_readme_quotes_is_what_the_reports_say():
     reports = "".join(p.read_text("utf-8") for p in sorted((ROOT / "reports").glob("*/README.md")))
     readme = (ROOT / "README.md").read_text("utf-8")
-    quoted = [
-        line.removeprefix("> ").strip("*") for line in readme.splitlines() if line[:2] == "> "
-    ]
+    quotes = [line for line in readme.splitlines() if line.startswith("> ")]
+    quoted = [line.removeprefix("> ").strip("*") for line in quotes]
     assert not [quote for quote in quoted if quote not in reports]
     for run in ("tiny", "small"):
         report = (ROOT / "reports" / run / "README.md").read_text("utf-8")

@@ -105,9 +105,8 @@ def test_a_stage_made_anew_in_another_folder_has_the_same_results(study, tmp_pat
     shutil.copytree(data, other / data.relative_to(study))
     done = command(other, "run", "params/smoke.yaml", "--only", stage)
     assert done.returncode == 0, done.stdout[-2000:]
-    manifests = [
-        next(root.glob(f"artifacts/store/{stage}/*/manifest.json")) for root in (study, other)
-    ]
+    note = f"artifacts/store/{stage}/*/manifest.json"
+    manifests = [next(root.glob(note)) for root in (study, other)]
     results = [json.loads(path.read_text())["results"] for path in manifests]
     assert manifests[0].parent.name == manifests[1].parent.name and results[0] == results[1]
 

@@ -17,18 +17,17 @@ run: str = "default"  # name of the run
 artifact_root: str = "artifacts"  # where results go
 seed: int = 0  # same in both notebooks [0..1000]
 """
-FIRST = (
-    PARAMETERS
-    + 'count: int = 3  # numbers to make [1..100]\ndata_root: str = ""  # folder of inputs\n'
-)
-SECOND = (
-    PARAMETERS
-    + """\
+FIRST = f"""\
+{PARAMETERS}
+count: int = 3  # numbers to make [1..100]
+data_root: str = ""  # folder of inputs
+"""
+SECOND = f"""\
+{PARAMETERS}
 factor: float = 2.0  # by which to multiply [0.001..10]
 sizes: list = [1, 2]  # one file each [1..9]
 mode: str = "plain"  # [plain|crash|exit|die|slow]
 """
-)
 SHAPES = '''\
 """Toy methods."""
 import json
@@ -122,10 +121,9 @@ def project(root: Path) -> Path:
     """01_data -> 02_left and 03_right, in a folder with a space in its name."""
     root = root / "toy project"
     package = root / "derm_compress"
+    compiled = shutil.ignore_patterns("__pycache__")
     for name in ("study", "kaggle"):
-        shutil.copytree(
-            PACKAGE / name, package / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(PACKAGE / name, package / name, ignore=compiled)
     for name in MODULES:
         shutil.copyfile(PACKAGE / f"{name}.py", package / f"{name}.py")
     for name in ("method", "report"):
@@ -159,7 +157,7 @@ def project(root: Path) -> Path:
     return root
 
 
-def command(root: Path, *words: str) -> list[str]:
+def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "derm_compress", *words]
 
 
@@ -168,10 +166,10 @@ def environment(root: Path) -> dict:
     return clean | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
-def call(root: Path, *words: str) -> subprocess.CompletedProcess:
+def call(root: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
     """`python -m derm_compress` with these words, in the toy project, by one who obeys modes."""
-    how = {"cwd": root, "env": environment(root), "capture_output": True, "text": True}
-    return subprocess.run(command(root, *words), preexec_fn=as_anybody, **how)
+    how = {"cwd": root, "env": environment(root) | variables, "capture_output": True, "text": True}
+    return subprocess.run(command(*words), preexec_fn=as_anybody, **how)
 
 
 def as_anybody() -> None:

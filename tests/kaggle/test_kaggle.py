@@ -45,9 +45,8 @@ OLDER = {"traitlets"}
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return build.build(
-        tmp_path_factory.mktemp("kaggle") / "build", "kaggle-t4", owner="me", root=ROOT
-    )
+    folder = tmp_path_factory.mktemp("kaggle") / "build"
+    return build.build(folder, "kaggle-t4", owner="me", root=ROOT)
 
 
 def test_the_data_set_has_all_that_a_session_needs(built, tmp_path):
@@ -80,13 +79,9 @@ def test_our_pins_are_those_installed_and_nothing_that_the_image_pins(built):
 
 def needs(name, extra=""):
     """Requirements of an installed package on the image: Linux, Python 3.12."""
-    image = {
-        "python_version": "3.12",
-        "python_full_version": "3.12.13",
-        "sys_platform": "linux",
-        "extra": extra,
-    }
+    image = {"python_version": "3.12", "python_full_version": "3.12.13", "extra": extra}
     image |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+    image |= {"sys_platform": "linux"}
     for line in importlib.metadata.requires(name) or ():
         needed = Requirement(line)
         if not needed.marker or needed.marker.evaluate(image):
@@ -250,10 +245,8 @@ def test_a_kernel_runs_the_script_that_it_was_built_with_and_no_other(built, tmp
             path = root / "input" / folder / "kaggle_setup.py"
             path.parent.mkdir(parents=True)
             path.write_bytes(code)
-        words = [sys.executable, "-c", cell]
-        done = subprocess.run(
-            words, env=env | {"KAGGLE_ROOT": str(root)}, capture_output=True, text=True
-        )
+        how = {"env": env | {"KAGGLE_ROOT": str(root)}, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", cell], **how)
         return done.stdout, done.stderr.splitlines()[-1]
 
     evil = b"print('run')"
@@ -277,22 +270,14 @@ def test_a_data_set_that_differs_from_its_build_in_any_file_is_refused(built, tm
         known = other
 
 
-MOUNTED = [
-    ("dermnet", "llava/transformers/1.5-7b-hf/1", "derm-compress-run/artifacts"),
-    (
-        "datasets/a/dermnet/dermnet",
-        "models/llava-hf/llava/transformers/1.5-7b-hf/1",
-        "datasets/a/run/artifacts",
-    ),
-    (
-        "datasets/a/dermnet",
-        "datasets/b/llava-1-5-7b-hf",
-        "notebooks/me/derm-compress-01-data/artifacts",
-    ),
-]
-
-
-@pytest.mark.parametrize(("pictures", "model", "earlier"), MOUNTED)
+@pytest.mark.parametrize(
+    ("pictures", "model", "earlier"),
+    [
+        ("dermnet", "llava/transformers/1.5-7b-hf/1", "derm-compress-run/artifacts"),
+        ("datasets/a/dermnet/dermnet", "models/a/b/transformers/c/1", "datasets/a/run/artifacts"),
+        ("datasets/a/dermnet", "datasets/b/llava-7b", "notebooks/me/derm-01-data/artifacts"),
+    ],
+)
 def test_inputs_are_found_however_they_are_mounted(tmp_path, pictures, model, earlier):
     for split in ("train", "test"):
         (tmp_path / pictures / split / setup.PICTURES).mkdir(parents=True)
@@ -314,10 +299,10 @@ def test_inputs_are_found_however_they_are_mounted(tmp_path, pictures, model, ea
 
 
 def test_only_what_is_missing_or_of_another_version_is_wanted(tmp_path):
-    (tmp_path / "pins").write_text(
-        f"pyyaml=={importlib.metadata.version('pyyaml')}\npyyaml==1.0\nno-such-package==1.0\n"
-    )
-    assert setup.wanted(tmp_path / "pins") == ["pyyaml==1.0", "no-such-package==1.0"]
+    wanted = ["pyyaml==1.0", "no-such-package==1.0"]
+    pins = [f"pyyaml=={importlib.metadata.version('pyyaml')}", *wanted]
+    (tmp_path / "pins").write_text("\n".join(pins))
+    assert setup.wanted(tmp_path / "pins") == wanted
 
 
 def test_a_mounted_folder_counts_without_its_times(tmp_path, monkeypatch):
@@ -338,13 +323,6 @@ def test_a_mounted_folder_counts_without_its_times(tmp_path, monkeypatch):
     assert fingerprint(alone) == found[0]
 
 
-def mounting(root, artifacts, *words):
-    env = toy.environment(root) | {"DERM_COMPRESS_STORES": str(artifacts / "store")}
-    return subprocess.run(
-        toy.command(root, *words), cwd=root, env=env, capture_output=True, text=True
-    )
-
-
 def states(done) -> list[str]:
     return [line.split()[-1] for line in done.stdout.splitlines()]
 
@@ -361,15 +339,19 @@ def test_sessions_go_on_from_what_is_packed_or_mounted_and_compute_nothing_twice
     assert told["id"] == "me/derm-compress-tiny"
     assert (packed / "artifacts/runs/tiny/01_data.json").exists()
 
-    mounted = packed / "artifacts"
-    assert states(mounting(two, mounted, *study, "--list")) == ["cached", "compute", "compute"]
-    assert mounting(two, mounted, *study, "--only", "02").returncode == 0
+    mounted = {"DERM_COMPRESS_STORES": str(packed / "artifacts/store")}
+    listed = toy.call(two, *study, "--list", **mounted)
+    assert states(listed) == ["cached", "compute", "compute"]
+    assert toy.call(two, *study, "--only", "02", **mounted).returncode == 0
     manifests = [sorted(root.glob("artifacts/store/0*/*/manifest.json")) for root in (one, two)]
     assert list(map(len, manifests)) == [1, 2]
     assert manifests[0][0].read_bytes() == manifests[1][0].read_bytes()
-    last = two / "artifacts"  # which has all of the session before
-    assert states(mounting(three, last, *study, "--list")) == ["cached", "cached", "compute"]
-    forced = mounting(three, last, *study, "--force")
+    mounted = {
+        "DERM_COMPRESS_STORES": str(two / "artifacts/store")
+    }  # has all of the session before
+    listed = toy.call(three, *study, "--list", **mounted)
+    assert states(listed) == ["cached", "cached", "compute"]
+    forced = toy.call(three, *study, "--force", **mounted)
     assert forced.returncode == 2 and "detach" in forced.stderr
 
 
@@ -396,12 +378,10 @@ def test_the_study_out_of_hours_is_no_failure_and_says_so(built, tmp_path):
     for code, ends in ((130, 0), (1, 1), (0, 0)):
         env = toy.environment(tmp_path) | {"KAGGLE_ROOT": str(tmp_path), "CODE": str(code)}
         env |= {"DERM_COMPRESS_ROOT": str(tmp_path), "DERM_COMPRESS_PARAMS": "x.yaml"}
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=env, capture_output=True, text=True
-        )
-        assert done.returncode == ends and ("OUT OF TIME" in done.stdout) == (code == 130), (
-            done.stderr
-        )
+        how = {"env": env, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", script], **how)
+        assert done.returncode == ends, done.stderr
+        assert ("OUT OF TIME" in done.stdout) == (code == 130)
 
 
 def test_what_judges_said_in_several_sessions_is_put_together(tmp_path):

@@ -97,9 +97,8 @@ def test_what_a_stage_would_refuse_is_refused_first(tmp_path, monkeypatch, said,
 def test_the_same_on_the_command_line_starts_no_kernel(tmp_path):
     for name in ("notebooks", "params"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    env = toy.environment(ROOT) | {"DERM_COMPRESS_ROOT": str(tmp_path)}
-    asked = toy.command(ROOT, "run", "params/smoke.yaml", "--set", "n_train=0")
-    done = toy.subprocess.run(asked, cwd=tmp_path, env=env, capture_output=True, text=True)
+    words = "run", str(tmp_path / "params" / "smoke.yaml"), "--set", "n_train=0"
+    done = toy.call(ROOT, *words, DERM_COMPRESS_ROOT=str(tmp_path))
     assert done.returncode == 2 and " starts" not in done.stdout
     assert done.stderr == "n_train: synthetic pictures need a number, 2 at least\n"
     assert not (tmp_path / "artifacts").exists()
