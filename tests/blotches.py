@@ -14,13 +14,17 @@ def picture(seed, size=(60, 48), mode="RGB"):
     return Image.fromarray(blotches).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
-def plant(root, n=20, **columns):
-    """n photographs of two diseases in turn and labels.csv, whose columns may be given."""
+def plant(root, n=20, named=(), **columns):
+    """n photographs of two diseases in turn and labels.csv, whose columns may be given.
+
+    named: other names for some of its columns.
+    """
+    root.mkdir(parents=True, exist_ok=True)
     names = [f"{i:02}.jpg" for i in range(n)]
     for i, name in enumerate(names):
         picture(i).save(root / name, quality=95)
     table = {"image": names, "label": ["melanoma", "rosacea"] * (n // 2)} | columns
-    pd.DataFrame(table).to_csv(root / "labels.csv", index=False)
+    pd.DataFrame(table).rename(columns=dict(named)).to_csv(root / "labels.csv", index=False)
     return root
 
 

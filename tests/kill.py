@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,10 +26,10 @@ from pathlib import Path
 
 import psutil
 import yaml
+from runs import project
 
 from derm_compress.study.plan import find_plan
 
-PROJECT = Path(__file__).parent.parent
 RUN = "kill"
 OTHER = {  # than the smoke study: less of everything, small batches, workers side by side
     "run": RUN,
@@ -67,10 +66,8 @@ class Study:
     """
 
     def __init__(self, root: Path):
-        self.root = root
-        for name in ("notebooks", "params"):
-            shutil.copytree(PROJECT / name, root / name)
-        values = yaml.safe_load((PROJECT / "params" / "smoke.yaml").read_text("utf-8"))
+        self.root = project(root)
+        values = yaml.safe_load((root / "params" / "smoke.yaml").read_text("utf-8"))
         file = root / "params" / f"{RUN}.yaml"
         file.write_text(yaml.safe_dump(values | OTHER), encoding="utf-8")
         self.plan = find_plan(RUN, root)

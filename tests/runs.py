@@ -1,5 +1,6 @@
-"""Runs of this project that compute nothing: what their parameters are, and their plans."""
+"""What the project's runs are asked for, their plans, and a project of its own to run them in."""
 
+import shutil
 from pathlib import Path
 
 from derm_compress.study import params, plan
@@ -17,3 +18,10 @@ def read_run(name):
 
 def planned(**values):
     return plan.make_plan(ROOT, NOTEBOOKS, values)
+
+
+def project(root):
+    """A folder with the real notebooks and run files; the package is the installed one."""
+    for name in ("notebooks", "params"):
+        shutil.copytree(ROOT / name, root / name)
+    return root

@@ -140,9 +140,7 @@ def cells_of(n):
 
 @pytest.fixture(scope="module")
 def photographs(folder):
-    made = folder / "photographs"
-    made.mkdir()
-    return plant(made, 12)
+    return plant(folder / "photographs", 12)
 
 
 @given(content=tables(), asked=st.just({}) | requests)

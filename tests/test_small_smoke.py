@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 import smollm2_cut
-from test_smoke import project
+from runs import project
 
 from derm_compress.model import gguf_llama, small
 from derm_compress.report.tables.allocation import running_bytes
@@ -53,7 +53,7 @@ def write_model(folder, scratch):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    root = project(tmp_path)
+    root = project(tmp_path / "the study")
     write_model(root / "cut", tmp_path)
     (root / "params" / "cut.yaml").write_text(RUN)
     monkeypatch.setenv("DERM_COMPRESS_ROOT", str(root))

@@ -11,20 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from fabricate import UNASKED
+from runs import ROOT, project
 from transformers import LlavaForConditionalGeneration
 
 from derm_compress.report.figures import FIGURES
-
-ROOT = Path(__file__).parent.parent
-
-
-def project(folder):
-    """A project in a path with a space: the real notebooks and run files, the installed package."""
-    root = folder / "the study"
-    root.mkdir()
-    for name in ("notebooks", "params"):
-        shutil.copytree(ROOT / name, root / name)
-    return root
 
 
 def command(root, *words):
@@ -35,7 +25,7 @@ def command(root, *words):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    root = project(tmp_path_factory.mktemp("smoke"))
+    root = project(tmp_path_factory.mktemp("smoke") / "the study")
     done = command(root, "run", "params/smoke.yaml")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root
@@ -100,7 +90,7 @@ def test_any_ranking_may_be_the_studys_own(study):
 
 def test_a_stage_made_anew_in_another_folder_has_the_same_results(study, tmp_path):
     """A fine-tune and its answers, digest by digest."""
-    other, stage = project(tmp_path), "02_finetune"
+    other, stage = project(tmp_path / "other"), "02_finetune"
     (data,) = study.glob("artifacts/store/01_data/*")
     shutil.copytree(data, other / data.relative_to(study))
     done = command(other, "run", "params/smoke.yaml", "--only", stage)

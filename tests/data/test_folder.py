@@ -40,7 +40,6 @@ def test_saved_bytes_are_equal_whatever_the_order_of_the_csv(tmp_path):
     digests = []
     for order in ("first", "second"):
         root, out = tmp_path / "photographs", tmp_path / order
-        root.mkdir(exist_ok=True)
         out.mkdir()
         table = pd.read_csv(plant(root) / "labels.csv")
         if order == "second":
@@ -122,12 +121,10 @@ def test_no_image_left_in_a_class(tmp_path):
 
 
 def test_files_outside_the_folder_are_not_read(tmp_path):
-    root = tmp_path / "photographs"
-    root.mkdir()
     picture(50).save(tmp_path / "secret.jpg")
     outside = [str(tmp_path / "secret.jpg"), "../secret.jpg"]
     names = outside + [f"{i:02}.jpg" for i in range(2, 20)]
-    _, report = read(plant(root, image=names), max_unreadable=0.2)
+    _, report = read(plant(tmp_path / "photographs", image=names), max_unreadable=0.2)
     assert [bad["image"] for bad in report["unreadable"]] == sorted(outside)
     assert {bad["reason"] for bad in report["unreadable"]} == {"not in the data folder"}
 

@@ -79,9 +79,7 @@ def archive(path, root, prefix=""):
 
 @pytest.mark.parametrize("prefix", ["", "photos/"])
 def test_a_zip_is_read_like_its_folder(tmp_path, prefix):
-    root = tmp_path / "photos"
-    root.mkdir()
-    plant(root, patient=[f"p{i // 2}" for i in range(20)])
+    root = plant(tmp_path / "photos", patient=[f"p{i // 2}" for i in range(20)])
     there, _ = read(root)
     packed, _ = read(archive(tmp_path / "photos.zip", root, prefix))
     assert packed.items == there.items and (packed.images == there.images).all()

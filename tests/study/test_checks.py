@@ -1,6 +1,5 @@
 """What a stage would refuse is refused before any kernel starts, in one line."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -95,8 +94,7 @@ def test_what_a_stage_would_refuse_is_refused_first(tmp_path, monkeypatch, said,
 
 
 def test_the_same_on_the_command_line_starts_no_kernel(tmp_path):
-    for name in ("notebooks", "params"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    runs.project(tmp_path)
     words = "run", str(tmp_path / "params" / "smoke.yaml"), "--set", "n_train=0"
     done = toy.call(ROOT, *words, DERM_COMPRESS_ROOT=str(tmp_path))
     assert done.returncode == 2 and " starts" not in done.stdout

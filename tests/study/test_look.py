@@ -38,12 +38,10 @@ def test_published_data_sets_are_recognised(name, tmp_path):
 
 
 def test_a_folder_of_ones_own(tmp_path):
-    root = tmp_path / "Clinic 7"
-    root.mkdir()
     labels = ["mel", "nv", "Rosacea", "wart\n# x: y"] * 5
-    plant(root, label=labels, sex=["f", "m"] * 10, Patient=[f"p{i // 2}" for i in range(20)])
-    text = (root / "labels.csv").read_text()
-    (root / "labels.csv").write_text(text.replace("image,label", "picture,dx"))
+    columns = {"sex": ["f", "m"] * 10, "Patient": [f"p{i // 2}" for i in range(20)]}
+    named = {"image": "picture", "label": "dx"}
+    root = plant(tmp_path / "Clinic 7", named=named, label=labels, **columns)
     (root / "03.jpg").unlink()
     told, runs = propose(root, {}, tmp_path / "mine.yaml", ROOT)
     assert not runs and not (tmp_path / "mine.yaml").exists()
@@ -55,25 +53,19 @@ def test_a_folder_of_ones_own(tmp_path):
     assert values["exclude_labels"] == ["wart\n# x: y", "nv"]
     assert values["group_columns"] == ["Patient"] and values["subgroup_columns"] == ["sex"]
     assert "5 melanoma: mel (5)" in said and "nv (5)" in said and "Patient: 5 groups" not in said
-    assert (
-        "10 pictures with a wanted label, all there" in said
-        and "Patient: 10 groups of at most 1" in said
-    )
-    request = Request.of(values | {"image_size": 24}, project=ROOT)
-    dataset, report = load.load_source(request)
+    assert "10 pictures with a wanted label, all there" in said
+    assert "Patient: 10 groups of at most 1" in said
+    dataset, report = load.load_source(Request.of(values | {"image_size": 24}, project=ROOT))
     assert len(dataset.items) == 10 and report["groups"] == 10
     assert "# 5 pictures" in (tmp_path / "mine.yaml").read_text()
 
 
 def test_one_hot_columns_and_folders_by_label_are_recognised(tmp_path):
-    one, other = tmp_path / "hot", tmp_path / "folders"
-    one.mkdir()
-    plant(one, MEL=["True", "False"] * 10, NV=["", "x"] * 10, site=["arm"] * 20)
-    text = (one / "labels.csv").read_text()
-    (one / "labels.csv").write_text(text.replace("label", "kind", 1))
+    columns = {"MEL": ["True", "False"] * 10, "NV": ["", "x"] * 10, "site": ["arm"] * 20}
+    one = plant(tmp_path / "hot", named={"label": "kind"}, **columns)
     said, values = look(one, tmp_path / "hot.yaml")
     assert values["onehot_columns"] == ["MEL", "NV"] and "10 melanoma: MEL (10)" in said
-    (other / "melanoma").mkdir(parents=True)
+    other = tmp_path / "folders"
     plant(other / "melanoma")
     (other / "melanoma" / "labels.csv").unlink()
     said, values = look(other, tmp_path / "folders.yaml")
@@ -81,11 +73,8 @@ def test_one_hot_columns_and_folders_by_label_are_recognised(tmp_path):
 
 
 def test_what_stops_a_run_and_what_is_missing_are_said(tmp_path):
-    plant(
-        tmp_path,
-        patient=[f"p{i // 4}" for i in range(20)],
-        lesion=[f"l{i // 2}" for i in range(20)],
-    )
+    patients, lesions = ([f"p{i // n}" for i in range(20)] for n in (4, 2))
+    plant(tmp_path, patient=patients, lesion=lesions)
     (tmp_path / "03.jpg").unlink()
     said, runs = propose(tmp_path, {"group_columns": "lesion"}, tmp_path / "mine.yaml", ROOT)
     assert not runs and not (tmp_path / "mine.yaml").exists()
@@ -144,7 +133,6 @@ STOPS = [  # what is done to 20 pictures, whether seen without opening one, what
 @pytest.mark.parametrize(("change", "unopened", "told"), STOPS)
 def test_what_stage_01_would_say_is_said_first(tmp_path, change, unopened, told):
     root, out = tmp_path / "pictures", tmp_path / "mine.yaml"
-    root.mkdir()
     change(plant(root))
     said, runs = propose(root, {}, out, ROOT)
     flat = " ".join(said.split())
@@ -170,9 +158,8 @@ def test_no_file_is_written_over(tmp_path):
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
     kept = tmp_path / "params" / "pictures.yaml"
     kept.write_text("mine")
-    root = tmp_path / "pictures"
-    root.mkdir()
-    said, _ = propose(plant(root), {}, None, tmp_path)
+    root = plant(tmp_path / "pictures")
+    said, _ = propose(root, {}, None, tmp_path)
     assert "is there already, says it otherwise and stays" in said
     assert kept.read_text() == "mine"
     kept.unlink()
@@ -181,9 +168,7 @@ def test_no_file_is_written_over(tmp_path):
 
 
 def test_what_cannot_be_guessed_is_asked(tmp_path):
-    plant(tmp_path, label=["x", "y"] * 10)
-    text = (tmp_path / "labels.csv").read_text()
-    (tmp_path / "labels.csv").write_text(text.replace("label", "kind", 1))
+    plant(tmp_path, named={"label": "kind"}, label=["x", "y"] * 10)
     with pytest.raises(DermError, match="no column of known labels; it has image, kind"):
         propose(tmp_path, {}, None, ROOT)
     (tmp_path / "labels.csv").write_text("a,b\nnowhere.jpg,melanoma\n")
@@ -201,10 +186,7 @@ def test_what_cannot_be_guessed_is_asked(tmp_path):
 
 
 def test_the_command_needs_no_torch_and_ends_with_1_where_a_run_would_stop(tmp_path):
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    for root in (good, bad):
-        root.mkdir()
-        plant(root)
+    good, bad = plant(tmp_path / "good"), plant(tmp_path / "bad")
     remove(bad)
     code = (
         "import sys; from derm_compress.__main__ import main;"
@@ -219,16 +201,14 @@ def test_the_command_needs_no_torch_and_ends_with_1_where_a_run_would_stop(tmp_p
 
 
 def test_a_given_column_is_taken_and_labels_that_nobody_knows_are_asked_for(tmp_path):
-    (tmp_path / "klinik").mkdir()
-    plant(tmp_path / "klinik", label=["Melanom", "Ekzem"] * 10)
-    listing = tmp_path / "klinik" / "labels.csv"
-    listing.write_text(listing.read_text().replace("image,label", "Bild,Befund"))
+    named = {"image": "Bild", "label": "Befund"}
+    root = plant(tmp_path / "klinik", named=named, label=["Melanom", "Ekzem"] * 10)
     out = tmp_path / "mine.yaml"
-    said, runs = propose(tmp_path / "klinik", {"label_column": "Befund"}, out, ROOT)
+    said, runs = propose(root, {"label_column": "Befund"}, out, ROOT)
     assert "unknown 20  Melanom (10), Ekzem (10)" in said and not runs and not out.exists()
     assert "--set 'label_map=[Melanom = DISEASE]'" in said
     sets = {"label_column": "Befund", "label_map": "Melanom = melanoma", "exclude_labels": "*"}
-    said, values = look(tmp_path / "klinik", out, **sets)
+    said, values = look(root, out, **sets)
     assert "10 melanoma: Melanom (10)" in said and "another reason: Ekzem (10)" in said
     assert values["exclude_labels"] == ["*"]
 

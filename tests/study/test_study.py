@@ -567,11 +567,10 @@ def test_a_runs_seconds_are_those_of_the_whole_study(tmp_path):
 # Places and damage
 
 
-def read_only(*folders):
-    """Nobody may write in these folders."""
-    for folder in folders:
-        for path in [folder, *folder.rglob("*")]:
-            path.chmod(0o555 if path.is_dir() else 0o444)
+def read_only(folder):
+    """Nobody may write in it."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
 
 
 def test_a_finished_store_that_is_read_only_serves(copy):
