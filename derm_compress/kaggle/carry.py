@@ -1,18 +1,30 @@
 """Carries a run to another machine: what it has finished and begun, as a folder or in parts."""
 
 import shutil
+import tarfile
 import tempfile
 from pathlib import Path
 
 from derm_compress.errors import DermError
-from derm_compress.files import atomic, check_new, hold, release, remove
-from derm_compress.kaggle import parts
+from derm_compress.files import (
+    atomic,
+    check_new,
+    checked,
+    file_digest,
+    hold,
+    read_json,
+    release,
+    remove,
+    shown,
+    write_note,
+)
 from derm_compress.kaggle.build import NAME, NOBODY, write_metadata
 from derm_compress.kaggle.setup import add_lines
 from derm_compress.study.plan import Plan, find_plan
 from derm_compress.study.store import Store, passing, reached
 
 MB = 10**6
+LIST = "parts.json"  # the last to be written: {"run": its name, "parts": {name: sha256}}
 
 
 def pack(run: str, path: Path, *, owner: str = "", part_mb: int = 0) -> list[str]:
@@ -26,7 +38,7 @@ def pack(run: str, path: Path, *, owner: str = "", part_mb: int = 0) -> list[str
         artifacts = draft / "artifacts"
         taken = gather(plan, artifacts)
         if part_mb:
-            made = parts.split(artifacts, draft, part_mb * MB, run=run)
+            made = split(artifacts, draft, part_mb * MB, run)
             remove(artifacts)
             taken.append(f"{len(made)} parts")
         else:
@@ -53,22 +65,68 @@ def gather(plan: Plan, artifacts: Path) -> list[str]:
     return taken
 
 
+def split(folder: Path, into: Path, size: int, run: str) -> list[Path]:
+    """Writes a run's folder to `into` as parts of `size` bytes, and their list."""
+    whole, made = into / "whole.tar", []
+    with tarfile.open(whole, "w") as archive:
+        archive.add(folder, arcname=".")
+    with whole.open("rb") as file:
+        while held := file.read(size):
+            made.append(into / f"part-{len(made):04}")
+            made[-1].write_bytes(held)
+    whole.unlink()
+    parts = {path.name: file_digest(path) for path in made}
+    write_note(into / LIST, {"run": run, "parts": parts})
+    return made
+
+
 def unpack(path: Path) -> list[str]:
     """Takes what pack() has put into parts into the project's artifacts; returns what it took.
 
     Each part and each result is checked first. What is there already stays as it is.
     """
-    plan = find_plan(str(parts.listed(path).get("run")))
+    plan = find_plan(str(listed(path).get("run")))
     plan.artifacts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=plan.artifacts, prefix=".part-") as draft:
         come = Path(draft)
-        parts.join(path, come)
+        join(path, come)
         taken = take(plan, come)
         for name, copy in (("runs", keep), ("judged", add_lines)):
             if (come / name).is_dir():
                 how = {"dirs_exist_ok": True, "copy_function": copy}
                 shutil.copytree(come / name, plan.artifacts / name, **how)
     return taken
+
+
+def listed(folder: Path) -> dict:
+    """What the list of parts says; DermError where it is missing or damaged."""
+    try:
+        return checked(read_json(folder / LIST))
+    except FileNotFoundError:
+        said = f"{shown(folder)} holds no {LIST}; pack --part-mb writes one beside the parts"
+        raise DermError(f"unpack: {said}") from None
+    except (OSError, ValueError) as error:
+        raise DermError(f"unpack: {LIST} is damaged ({error}); copy it again") from error
+
+
+def join(folder: Path, into: Path) -> None:
+    """Fills the folder `into` from parts; DermError, with nothing written, where one is wrong."""
+    paths = []
+    for name, kept in dict(listed(folder).get("parts") or {}).items():
+        paths.append(folder / Path(name).name)
+        if not paths[-1].is_file():
+            raise DermError(f"unpack: {paths[-1].name} is missing; copy it again")
+        if file_digest(paths[-1]) != kept:
+            raise DermError(f"unpack: {paths[-1].name} was changed or cut short; copy it again")
+    try:
+        with tempfile.TemporaryFile(dir=into) as whole:
+            for path in paths:
+                whole.write(path.read_bytes())
+            whole.seek(0)
+            with tarfile.open(fileobj=whole) as archive:
+                archive.extractall(into, filter="data")
+    except tarfile.TarError as error:
+        raise DermError(f"unpack: {shown(folder)} holds no packed run ({error})") from error
 
 
 def take(plan: Plan, come: Path) -> list[str]:

@@ -9,7 +9,7 @@ import toy
 
 from derm_compress.errors import DermError
 from derm_compress.files import file_digest, write_note
-from derm_compress.kaggle import carry, parts
+from derm_compress.kaggle import carry
 
 
 def contents(folder):
@@ -28,7 +28,7 @@ def packed(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(bytes(i % 251 for i in range(size)))
     into.mkdir()
-    parts.split(folder, into, 10_000, run="x")
+    carry.split(folder, into, 10_000, "x")
     return folder, into
 
 
@@ -37,9 +37,9 @@ def test_parts_are_of_one_size_and_make_the_folder_again(packed, tmp_path):
     made = sorted(into.glob("part-*"))
     assert len(made) > 4 and {path.stat().st_size for path in made[:-1]} == {10_000}
     assert 0 < made[-1].stat().st_size <= 10_000
-    assert parts.listed(into)["run"] == "x"
+    assert carry.listed(into)["run"] == "x"
     (tmp_path / "again").mkdir()
-    parts.join(into, tmp_path / "again")
+    carry.join(into, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
 
 
@@ -55,8 +55,8 @@ def swap(into):
 
 
 def edit(into):
-    text = (into / parts.LIST).read_text()
-    (into / parts.LIST).write_text(text.replace("part-0003", "part-0009"))
+    text = (into / carry.LIST).read_text()
+    (into / carry.LIST).write_text(text.replace("part-0003", "part-0009"))
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,14 @@ def edit(into):
         (swap, "part-0001 was changed"),
         (lambda into: (into / "part-0003").unlink(), "part-0003 is missing"),
         (edit, "parts.json is damaged"),
-        (lambda into: (into / parts.LIST).unlink(), "holds no parts.json"),
+        (lambda into: (into / carry.LIST).unlink(), "holds no parts.json"),
     ],
 )
 def test_a_wrong_part_is_named_and_nothing_is_written(packed, tmp_path, damage, words):
     damage(packed[1])
     (tmp_path / "again").mkdir()
     with pytest.raises(DermError, match=words):
-        parts.join(packed[1], tmp_path / "again")
+        carry.join(packed[1], tmp_path / "again")
     assert not [*(tmp_path / "again").iterdir()]
 
 
@@ -81,10 +81,10 @@ def test_parts_that_lead_elsewhere_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with tarfile.open(tmp_path / "part-0000", "w") as archive:
         archive.add(tmp_path / "file", "../outside")
-    write_note(tmp_path / parts.LIST, {"parts": {"part-0000": file_digest(tmp_path / "part-0000")}})
+    write_note(tmp_path / carry.LIST, {"parts": {"part-0000": file_digest(tmp_path / "part-0000")}})
     (tmp_path / "again").mkdir()
     with pytest.raises(DermError, match="outside"):
-        parts.join(tmp_path, tmp_path / "again")
+        carry.join(tmp_path, tmp_path / "again")
     assert not (tmp_path / "outside").exists()
 
 
@@ -96,7 +96,7 @@ def test_a_run_goes_on_elsewhere_from_its_parts(tmp_path):
     (one / "artifacts/judged/marks.jsonl").write_text("[1]\n")
     done = toy.call(one, "pack", "tiny", str(carried), "--part-mb", "1")
     assert done.stdout.splitlines()[:2] == ["01_data finished", "1 parts"], done.stderr
-    assert sorted(path.name for path in carried.iterdir()) == ["part-0000", parts.LIST]
+    assert sorted(path.name for path in carried.iterdir()) == ["part-0000", carry.LIST]
     done = toy.call(two, "unpack", str(carried))
     assert done.stdout.splitlines() == ["01_data finished"], done.stderr
     assert (two / "artifacts/judged/marks.jsonl").read_text() == "[1]\n"
