@@ -15,19 +15,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from derm_compress import __version__
+from derm_compress import __version__, files
 from derm_compress.errors import DermError
-from derm_compress.files import (
-    atomic,
-    check_new,
-    file_digest,
-    project_root,
-    read_json,
-    remove,
-    shown,
-    write_json,
-    write_text,
-)
 from derm_compress.kaggle.setup import HOURS, contents
 from derm_compress.study.optional import OPTIONAL
 
@@ -109,7 +98,7 @@ class Kernels:
         return told | ({"docker_image": self.image} if self.image else {})
 
     def write(self, folder: Path, file: str, code: str, earlier: Sequence[str]) -> None:
-        write_json(folder / "kernel-metadata.json", self.metadata(folder.name, file, earlier))
+        files.write_json(folder / "kernel-metadata.json", self.metadata(folder.name, file, earlier))
         (folder / file).write_text(code, encoding="utf-8")
 
 
@@ -123,20 +112,20 @@ def build(
     root: Path | None = None,
 ) -> Path:
     """Writes path/dataset and path/kernels/<name>, anew; DermError if something else lies there."""
-    root, owner = project_root(root), owner or NOBODY
+    root, owner = files.project_root(root), owner or NOBODY
     if not (path / "dataset" / "kaggle_setup.py").is_file():  # of an earlier build
-        check_new(path, "kaggle")
+        files.check_new(path, "kaggle")
     told = run_file(root, run)
     kernels = Kernels(run, owner, [f"{owner}/{NAME}", *pictures(told)], model, image)
     notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     notebooks = [notebook for notebook in notebooks if asked(told, notebook.stem)]
     stages = [notebook.stem for notebook in notebooks]
-    remove(path)
-    with atomic(path) as part:
+    files.remove(path)
+    with files.atomic(path) as part:
         write_dataset(part / "dataset", root, owner)
-        setup = file_digest(part / "dataset" / "kaggle_setup.py")
+        setup = files.file_digest(part / "dataset" / "kaggle_setup.py")
         for number, stage in enumerate(stages):
-            notebook = read_json(notebooks[number])
+            notebook = files.read_json(notebooks[number])
             cell = setup_cell(notebook)
             cell["source"] = first_cell("".join(cell["source"]), run, setup)
             code = json.dumps(notebook, indent=1, ensure_ascii=False)
@@ -152,7 +141,7 @@ def run_file(root: Path, run: str) -> str:
     file = root / "params" / f"{run}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
-        raise DermError(f"kaggle: there is no {shown(file)}; known runs are {known}")
+        raise DermError(f"kaggle: there is no {files.shown(file)}; known runs are {known}")
     return file.read_text("utf-8")
 
 
@@ -196,13 +185,13 @@ def write_dataset(folder: Path, root: Path, owner: str) -> None:
     write_wheel(folder, root)
     (folder / "requirements-kaggle.txt").write_text("\n".join(pins(root)) + "\n", encoding="utf-8")
     script = Path(__file__).with_name("setup.py").read_text("utf-8")
-    write_text(folder / "kaggle_setup.py", signed(script, "CONTENTS", contents(folder)))
+    files.write_text(folder / "kaggle_setup.py", signed(script, "CONTENTS", contents(folder)))
     write_metadata(folder, NAME, owner, "Apache 2.0")
 
 
 def write_metadata(folder: Path, title: str, owner: str, licence: str) -> None:
     metadata = {"title": title, "id": f"{owner}/{title}", "licenses": [{"name": licence}]}
-    write_json(folder / "dataset-metadata.json", metadata)
+    files.write_json(folder / "dataset-metadata.json", metadata)
 
 
 def pins(root: Path) -> list[str]:
@@ -240,9 +229,9 @@ def short(content: bytes) -> str:
 
 def describe(path: Path, owner: str) -> str:
     """What to do with a build, in order."""
-    files = [file for file in (path / "dataset").rglob("*") if file.is_file()]
+    inside = [file for file in (path / "dataset").rglob("*") if file.is_file()]
     lines = [
-        f"{path}/dataset: {sum(file.stat().st_size for file in files) / 2**20:.0f} MB",
+        f"{path}/dataset: {sum(file.stat().st_size for file in inside) / 2**20:.0f} MB",
         f"kaggle datasets create -p {path}/dataset --dir-mode zip",
         f"kaggle datasets status {owner or NOBODY}/{NAME}   # push no kernel before it says ready",
         f"kaggle kernels push -p {path}/kernels/study   # or one notebook after the other",

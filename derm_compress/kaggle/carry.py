@@ -5,19 +5,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.files import (
-    atomic,
-    check_new,
-    checked,
-    file_digest,
-    hold,
-    read_json,
-    release,
-    remove,
-    shown,
-    write_note,
-)
 from derm_compress.kaggle.build import NAME, NOBODY, write_metadata
 from derm_compress.kaggle.setup import add_lines
 from derm_compress.study.plan import Plan, find_plan
@@ -33,13 +22,13 @@ def pack(run: str, path: Path, *, owner: str = "", part_mb: int = 0) -> list[str
     part_mb: in files of at most so many MB instead, which unpack() joins.
     """
     plan = find_plan(run)
-    check_new(path, "pack")
-    with atomic(path) as draft:
+    files.check_new(path, "pack")
+    with files.atomic(path) as draft:
         artifacts = draft / "artifacts"
         taken = gather(plan, artifacts)
         if part_mb:
             made = split(artifacts, draft, part_mb * MB, run)
-            remove(artifacts)
+            files.remove(artifacts)
             taken.append(f"{len(made)} parts")
         else:
             write_metadata(draft, f"{NAME}-{run}".replace("_", "-"), owner or NOBODY, "other")
@@ -75,8 +64,8 @@ def split(folder: Path, into: Path, size: int, run: str) -> list[Path]:
             made.append(into / f"part-{len(made):04}")
             made[-1].write_bytes(held)
     whole.unlink()
-    parts = {path.name: file_digest(path) for path in made}
-    write_note(into / LIST, {"run": run, "parts": parts})
+    parts = {path.name: files.file_digest(path) for path in made}
+    files.write_note(into / LIST, {"run": run, "parts": parts})
     return made
 
 
@@ -101,9 +90,9 @@ def unpack(path: Path) -> list[str]:
 def listed(folder: Path) -> dict:
     """What the list of parts says; DermError where it is missing or damaged."""
     try:
-        return checked(read_json(folder / LIST))
+        return files.checked(files.read_json(folder / LIST))
     except FileNotFoundError:
-        said = f"{shown(folder)} holds no {LIST}; pack --part-mb writes one beside the parts"
+        said = f"{files.shown(folder)} holds no {LIST}; pack --part-mb writes one beside the parts"
         raise DermError(f"unpack: {said}") from None
     except (OSError, ValueError) as error:
         raise DermError(f"unpack: {LIST} is damaged ({error}); copy it again") from error
@@ -116,7 +105,7 @@ def join(folder: Path, into: Path) -> None:
         paths.append(folder / Path(name).name)
         if not paths[-1].is_file():
             raise DermError(f"unpack: {paths[-1].name} is missing; copy it again")
-        if file_digest(paths[-1]) != kept:
+        if files.file_digest(paths[-1]) != kept:
             raise DermError(f"unpack: {paths[-1].name} was changed or cut short; copy it again")
     try:
         with tempfile.TemporaryFile(dir=into) as whole:
@@ -126,7 +115,7 @@ def join(folder: Path, into: Path) -> None:
             with tarfile.open(fileobj=whole) as archive:
                 archive.extractall(into, filter="data")
     except tarfile.TarError as error:
-        raise DermError(f"unpack: {shown(folder)} holds no packed run ({error})") from error
+        raise DermError(f"unpack: {files.shown(folder)} holds no packed run ({error})") from error
 
 
 def take(plan: Plan, come: Path) -> list[str]:
@@ -134,14 +123,14 @@ def take(plan: Plan, come: Path) -> list[str]:
     store, taken = Store(plan.artifacts / "store", plan.notebooks, [come / "store"]), []
     for stage, key in plan.keys.items():
         lock, work = store.lock(stage, key), store.work(stage, key)
-        hold(lock, waiting=f"{stage}: another process computes this; waiting for it")
+        files.hold(lock, waiting=f"{stage}: another process computes this; waiting for it")
         if reached(come / "store" / stage / work.name) > reached(work):
-            remove(work)
+            files.remove(work)
         states = {"finished": store.own(stage, key), "begun": work}
         missing = [word for word, folder in states.items() if not folder.is_dir()]
         store.adopt(stage, key)
         taken += [f"{stage} {word}" for word in missing if states[word].is_dir()]
-        release(lock)
+        files.release(lock)
     if not taken:
         why = "all of it is here, or it is of other code or parameters"
         raise DermError(f"unpack: nothing in it is new to run {plan.run}: {why}")
@@ -151,5 +140,5 @@ def take(plan: Plan, come: Path) -> list[str]:
 def keep(source: str, target: str) -> None:
     """Copies a file where there is none."""
     if not Path(target).exists():
-        with atomic(Path(target)) as part:
+        with files.atomic(Path(target)) as part:
             shutil.copyfile(source, part)

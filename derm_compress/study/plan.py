@@ -12,18 +12,9 @@ from pathlib import Path
 
 from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.files import located, project_root, public, read_frame, read_note, write_note
 from derm_compress.study import keys as keys_
+from derm_compress.study import params
 from derm_compress.study.grid import find_point
-from derm_compress.study.params import (
-    Notebook,
-    graph,
-    known_parameters,
-    read_notebooks,
-    run_name,
-    select,
-    wanted,
-)
 from derm_compress.study.store import Store
 
 ARITHMETIC = {  # what x86 CPUs of the last ten years share: wider vectors sum to other digits
@@ -50,7 +41,7 @@ class Plan:
     """
 
     root: Path
-    notebooks: dict[str, Notebook]
+    notebooks: dict[str, params.Notebook]
     values: dict
     package: Path = keys_.PACKAGE
     swept: dict = field(default_factory=dict)
@@ -61,7 +52,7 @@ class Plan:
 
     @property
     def artifacts(self) -> Path:
-        return located(self.values.get("artifact_root", "artifacts"), self.root)
+        return files.located(self.values.get("artifact_root", "artifacts"), self.root)
 
     @property
     def folder(self) -> Path:
@@ -85,7 +76,7 @@ class Plan:
 
     @cached_property
     def graph(self) -> dict[str, tuple[str, ...]]:
-        return graph(self.notebooks)
+        return params.graph(self.notebooks)
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -102,7 +93,7 @@ class Plan:
         return found
 
     def _by_content(self, value: str) -> str:
-        path = located(value, self.root)
+        path = files.located(value, self.root)
         return keys_.fingerprint(path) if value and path.exists() else value
 
     def parameters(self, stage: str) -> dict:
@@ -119,7 +110,7 @@ class Plan:
 
     def told(self, stage: str) -> dict:
         """The same as notes and reports may show it."""
-        return {name: public(value) for name, value in self.counted(stage).items()}
+        return {name: files.public(value) for name, value in self.counted(stage).items()}
 
     def view(self, stage: str) -> str:
         """Digest of how a notebook shows results: its text, figure cells, the modules that draw."""
@@ -139,7 +130,7 @@ class Plan:
 
     def pointer(self, stage: str) -> dict:
         """What this run last noted of a stage; empty if it did not."""
-        return read_note(self.folder / f"{stage}.json")
+        return files.read_note(self.folder / f"{stage}.json")
 
     def point(self, stage: str, *, cached: bool) -> None:
         """Notes that the run's stage is the finished artifact of its key."""
@@ -153,7 +144,7 @@ class Plan:
         }
         manifest = self.store.manifest(stage, self.keys[stage])
         note |= {"results": manifest["results"]}
-        write_note(self.folder / f"{stage}.json", manifest["made"] | note)
+        files.write_note(self.folder / f"{stage}.json", manifest["made"] | note)
 
     def made(self, stage: str) -> Path:
         """The folder of what this run last noted for a stage, whatever its key is today."""
@@ -169,13 +160,13 @@ class Plan:
 
 
 def make_plan(
-    root: Path, notebooks: dict[str, Notebook], values: dict, swept: dict | None = None
+    root: Path, notebooks: dict[str, params.Notebook], values: dict, swept: dict | None = None
 ) -> Plan:
     """A run of the given values over the notebooks' defaults."""
-    known = known_parameters(notebooks)
+    known = params.known_parameters(notebooks)
     defaults = {name: parameter.default for name, parameter in known.items()}
     values = defaults | values
-    plan = Plan(root, wanted(notebooks, values), values, swept=swept or {})
+    plan = Plan(root, params.wanted(notebooks, values), values, swept=swept or {})
     check_places(plan)
     return plan
 
@@ -189,7 +180,7 @@ def check_places(plan: Plan) -> None:
         raise DermError(f"artifact_root: {files.shown(file)} is a file: name a folder")
     for name in FOLDERS:
         value = plan.values.get(name, "")
-        folder = located(value, plan.root).resolve()
+        folder = files.located(value, plan.root).resolve()
         if value and plan.artifacts.resolve().is_relative_to(folder):
             raise DermError(f"artifact_root lies in {name}, where nothing may change: move it out")
 
@@ -236,10 +227,10 @@ def environment() -> dict:
 
 def find_plan(run: str, root: Path | None = None) -> Plan:
     """A run by its name: of params/, alone or in a grid, if it is there, else of the defaults."""
-    run_name(run, "command line")
-    root = project_root(root)
-    notebooks = read_notebooks(root)
-    point = find_point(root / "params", run, known_parameters(notebooks))
+    params.run_name(run, "command line")
+    root = files.project_root(root)
+    notebooks = params.read_notebooks(root)
+    point = find_point(root / "params", run, params.known_parameters(notebooks))
     return make_plan(root, notebooks, point.values | {"run": run}, point.swept)
 
 
@@ -248,14 +239,14 @@ def find_recipe(model: str, *, root: Path | None = None) -> tuple[str, Store]:
     run, stage, name = [*model.split("/", 2), "", ""][:3]
     plan = find_plan(run, root)
     plan.settle_models()
-    stage = select(stage, plan.notebooks)[0]
+    stage = params.select(stage, plan.notebooks)[0]
     folder = plan.made(stage)
     if (folder / "recipe.json").exists() and not name:
         return (folder / "recipe.json").read_text(encoding="utf-8"), plan.store
     if not (folder / "variants.parquet").exists():
         others = "02_finetune, 04_pruning, 05_sft, 07_quantization"
         raise DermError(f"{run}/{stage} has no model of that name; try {others}")
-    frame = read_frame(folder / "variants.parquet")
+    frame = files.read_frame(folder / "variants.parquet")
     wanted = {"variant": name} if name else operating(plan, stage)
     found = frame[(frame[list(wanted)] == list(wanted.values())).all(axis=1)]
     if found.empty:

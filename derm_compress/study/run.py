@@ -8,17 +8,9 @@ from pathlib import Path
 
 from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.files import hold, project_root, public, read_note, release, shown, write_note
-from derm_compress.study import jobs, keys
+from derm_compress.study import jobs, keys, params
 from derm_compress.study.execution import Execution, seconds_in, whole
 from derm_compress.study.grid import read_points
-from derm_compress.study.params import (
-    check_texts,
-    known_parameters,
-    left_out,
-    read_notebooks,
-    select,
-)
 from derm_compress.study.plan import Plan, git_state, make_plan
 
 
@@ -29,10 +21,10 @@ def run(
 
     only, from_: a stage by name or number; sets: {parameter: text}, over every file.
     """
-    root, sets = project_root(root), sets or {}
-    notebooks = read_notebooks(root)
-    first = select(from_, notebooks)[0]
-    stages = [name for name in select(only, notebooks) if name >= first]
+    root, sets = files.project_root(root), sets or {}
+    notebooks = params.read_notebooks(root)
+    first = params.select(from_, notebooks)[0]
+    stages = [name for name in params.select(only, notebooks) if name >= first]
     asked = [
         (path, plan)
         for path in params_files
@@ -43,21 +35,21 @@ def run(
         names = ", ".join(plan.run for plan in plans)
         raise DermError(f"two parameter files make one run: {names}")
     if not all(plan.own(stages) for plan in plans):
-        raise left_out(stages[0])
-    for plan in plans if "device" in known_parameters(notebooks) else ():
+        raise params.left_out(stages[0])
+    for plan in plans if "device" in params.known_parameters(notebooks) else ():
         own = plan.own(stages)
         foresee(plan, own if force or list_ else missing(plan, own), refuse=not list_)
     if list_:
         print(jobs.listed(plans, stages), flush=True)
         return 0
-    overrides = {name: public(text) for name, text in sets.items()}
+    overrides = {name: files.public(text) for name, text in sets.items()}
     try:
         done = [
             run_one(
                 plan,
                 plan.own(stages),
                 force,
-                {"params_file": public(str(path)), "overrides": overrides},
+                {"params_file": files.public(str(path)), "overrides": overrides},
             )
             for path, plan in asked
         ]
@@ -88,8 +80,8 @@ def foresee(plan: Plan, stages: list[str], *, refuse: bool) -> None:
 
 def plan_runs(path: Path, sets: dict[str, str], root: Path, notebooks) -> list[Plan]:
     """The runs of a parameter file and what the command line sets over it, checked."""
-    known = known_parameters(notebooks)
-    points = read_points(path, known, check_texts(sets, known, "--set"))
+    known = params.known_parameters(notebooks)
+    points = read_points(path, known, params.check_texts(sets, known, "--set"))
     return [make_plan(root, notebooks, point.values, point.swept) for point in points]
 
 
@@ -111,13 +103,13 @@ def alone(plan: Plan, stages: list[str]):
     locks = [plan.folder / ".locks" / stage for stage in stages]
     try:
         for lock in locks:
-            if not hold(lock):
+            if not files.hold(lock):
                 advice = "wait for it, or give this one another name"
                 raise DermError(f"run {plan.run} is going on in another process: {advice}")
         yield
     finally:
         for lock in locks:
-            release(lock)
+            files.release(lock)
 
 
 def compute(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
@@ -125,7 +117,7 @@ def compute(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
     begun = time.monotonic()
     note |= {"run": plan.run, "started": datetime.now(UTC).isoformat(timespec="seconds")}
     if plan.swept:
-        note["sweep"] = {name: public(value) for name, value in plan.swept.items()}
+        note["sweep"] = {name: files.public(value) for name, value in plan.swept.items()}
     for stage in stages if force else ():
         plan.store.discard(stage, plan.keys[stage])
     todo = [stage for stage in outdated(plan, stages) if not borrow(plan, stage)]
@@ -134,13 +126,13 @@ def compute(plan: Plan, stages: list[str], force: bool, note: dict) -> bool:
     for stage in set(stages) - set(todo):
         plan.point(stage, cached=True)
     note |= study_seconds(plan, todo, time.monotonic() - begun)
-    write_note(plan.folder / "run_info.json", note | {"git": git_state(plan.root)})
+    files.write_note(plan.folder / "run_info.json", note | {"git": git_state(plan.root)})
     return True
 
 
 def study_seconds(plan: Plan, executed: list[str], wall: float) -> dict:
     """`seconds` of the whole study and what they are: wall time if every stage was computed."""
-    before, keys_ = read_note(plan.folder / "run_info.json"), files.digest(plan.keys)
+    before, keys_ = files.read_note(plan.folder / "run_info.json"), files.digest(plan.keys)
     pointers = {stage: plan.pointer(stage) for stage in plan.notebooks}
     computed = {stage for stage in executed if not pointers[stage].get("cached")}
     if computed == set(pointers):
@@ -183,7 +175,7 @@ def borrow(plan: Plan, stage: str) -> bool:
     if not plan.store.ready(stage, key) or plan.store.lacking(stage, key):
         return False
     for path in sorted((plan.artifacts / "runs").glob(f"*/{stage}.json")):
-        if shows(read_note(path), plan, stage, path.parent):
+        if shows(files.read_note(path), plan, stage, path.parent):
             plan.executed(stage).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path.parent / "notebooks" / f"{stage}.ipynb", plan.executed(stage))
             plan.point(stage, cached=True)
@@ -195,8 +187,8 @@ def render_report(plan: Plan, *, changed: bool) -> None:
     """reports/<run>/ and the comparison of all runs, if anything that they show has changed."""
     index, rendered = plan.root / "reports" / plan.run / "index.html", plan.folder / "rendered.json"
     mark = {"looks": files.digest(looks(plan))}
-    if not changed and index.exists() and read_note(rendered) == mark:
-        print(f"nothing has changed: {shown(index)}", flush=True)
+    if not changed and index.exists() and files.read_note(rendered) == mark:
+        print(f"nothing has changed: {files.shown(index)}", flush=True)
         return
     pointers = {stage: plan.pointer(stage).get("key") for stage in plan.notebooks}
     if missing := [stage for stage, key in pointers.items() if key != plan.keys[stage]]:
@@ -207,8 +199,8 @@ def render_report(plan: Plan, *, changed: bool) -> None:
     index = render(plan.run, root=plan.root, artifacts=plan.artifacts, keep=True)
     render_index(plan.root)
     with contextlib.suppress(DermError):  # of a store that is read-only
-        write_note(rendered, mark)
-    print(f"report: {shown(index)}", flush=True)
+        files.write_note(rendered, mark)
+    print(f"report: {files.shown(index)}", flush=True)
 
 
 def looks(plan: Plan) -> list:

@@ -9,28 +9,10 @@ from collections import namedtuple
 from datetime import UTC, datetime
 from pathlib import Path
 
+from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.files import (
-    Journal,
-    atomic,
-    project_root,
-    public,
-    read_frame,
-    read_json,
-    write_frame,
-    write_json,
-)
 from derm_compress.progress import clock, say
-from derm_compress.study import batches, store
-from derm_compress.study.params import (
-    Notebook,
-    check,
-    known_parameters,
-    left_out,
-    nearest,
-    read_notebooks,
-    read_params,
-)
+from derm_compress.study import batches, params, store
 from derm_compress.study.plan import Plan, environment, git_state, make_plan, settle
 
 
@@ -83,10 +65,10 @@ class Stage:
         path = self._folder / f"{name}.parquet"
 
         def write(path):
-            write_frame(path, make(*args, **self._given(name, make, kwargs)))
+            files.write_frame(path, make(*args, **self._given(name, make, kwargs)))
 
-        anew = lacking and not self.finished and path.exists() and lacking(read_frame(path))
-        frame = read_frame(self._keep(path.name, write, anew=bool(anew)))
+        anew = lacking and not self.finished and path.exists() and lacking(files.read_frame(path))
+        frame = files.read_frame(self._keep(path.name, write, anew=bool(anew)))
         if lacking:
             self._lacking[name] = lacking(frame)
         return frame
@@ -95,15 +77,15 @@ class Stage:
         """The same for JSON values, kept as <name>.json."""
 
         def write(path):
-            write_json(path, make(*args, **self._given(name, make, kwargs)))
+            files.write_json(path, make(*args, **self._given(name, make, kwargs)))
 
-        return read_json(self._keep(f"{name}.json", write))
+        return files.read_json(self._keep(f"{name}.json", write))
 
     def folder(self, name: str, make, *args, **kwargs) -> Path:
         """make(path, *args, **kwargs) fills an empty folder, kept as <name>/ when it is done."""
 
         def fill(path):
-            with atomic(path) as part:
+            with files.atomic(path) as part:
                 part.mkdir()
                 make(part, *args, **self._given(name, make, kwargs))
 
@@ -131,12 +113,12 @@ class Stage:
                 say(f"{file} made in {clock(seconds)}")
         return path
 
-    def journal(self, name: str) -> Journal:
+    def journal(self, name: str) -> files.Journal:
         """A log of the items inside a long step; empty and not kept once the stage is finished."""
         if self.finished:
-            return Journal()
+            return files.Journal()
         self._check_own(name)
-        return Journal(self._folder / "journal" / f"{name}.jsonl")
+        return files.Journal(self._folder / "journal" / f"{name}.jsonl")
 
     def scratch(self, name: str) -> Path:
         """A folder for checkpoints: kept over a kill, gone once the stage is finished."""
@@ -149,9 +131,9 @@ class Stage:
         """`frame` of what differs from run to run (seconds, memory): kept apart from results."""
 
         def write(path):
-            write_frame(path, make(*args, **self._given(name, make, kwargs)))
+            files.write_frame(path, make(*args, **self._given(name, make, kwargs)))
 
-        return read_frame(self._keep(f"measured/{name}.parquet", write))
+        return files.read_frame(self._keep(f"measured/{name}.parquet", write))
 
     def _check_own(self, what: str) -> None:
         """Results have the key of the saved notebook, so only its cells may make them."""
@@ -204,7 +186,7 @@ class Stage:
             f"on  {machine['gpu'] or machine['processor']}, Python {machine['python']}",
         ]
         changed = [
-            f"{name}={public(value)!r}"
+            f"{name}={files.public(value)!r}"
             for name, value in plan.counted(self.name).items()
             if value != schema[name].default
         ]
@@ -238,19 +220,19 @@ def injected_values(history: list) -> dict:
         raise DermError(f"papermill's parameters may be {allowed}") from error
 
 
-def resolve(name: str, namespace: dict, notebooks: dict[str, Notebook]) -> dict:
+def resolve(name: str, namespace: dict, notebooks: dict[str, params.Notebook]) -> dict:
     """Values of all parameters, checked: papermill's over the environment file's over the cell's.
 
     The file that DERM_COMPRESS_PARAMS names counts while `run` has its default, or if it is the
     file of this very run.
     """
-    known, schema = known_parameters(notebooks), notebooks[name].schema
+    known, schema = params.known_parameters(notebooks), notebooks[name].schema
     cell = {key: namespace.get(key, parameter.default) for key, parameter in schema.items()}
-    cell = check(cell, known, f"notebooks/{name}.ipynb")
+    cell = params.check(cell, known, f"notebooks/{name}.ipynb")
     history = namespace.get("In", [])
-    injected = check(injected_values(history), known, f"papermill's parameters of {name}")
+    injected = params.check(injected_values(history), known, f"papermill's parameters of {name}")
     path, run = os.environ.get("DERM_COMPRESS_PARAMS"), (cell | injected).get("run")
-    outside = read_params(Path(path), known) if path else {}
+    outside = params.read_params(Path(path), known) if path else {}
     if run not in (known["run"].default, outside.get("run")):
         outside = {}
     return cell | outside | injected
@@ -260,13 +242,13 @@ def start_stage(name: str, namespace: dict, *, root: Path | None = None) -> Stag
     """Begins a stage after its parameters cell, and says so; `namespace`: its globals()."""
     settle()
     warnings.filterwarnings("ignore", "IProgress not found")  # tqdm would have a widget
-    root = project_root(root)
-    notebooks = read_notebooks(root)
+    root = files.project_root(root)
+    notebooks = params.read_notebooks(root)
     if name not in notebooks:
-        raise DermError(f"no notebooks/{name}.ipynb; {nearest(name, notebooks)}")
+        raise DermError(f"no notebooks/{name}.ipynb; {params.nearest(name, notebooks)}")
     plan = make_plan(root, notebooks, resolve(name, namespace, notebooks))
     if name not in plan.notebooks:
-        raise left_out(name)
+        raise params.left_out(name)
     plan.adopt()
     plan.settle_models()
     stage = Stage(name, plan, namespace.get("In", []))

@@ -6,23 +6,8 @@ import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
+from derm_compress import files
 from derm_compress.errors import DermError
-from derm_compress.files import (
-    artifact,
-    atomic,
-    checked,
-    digest,
-    disk_guard,
-    file_digest,
-    held,
-    hold,
-    read_json,
-    release,
-    remove,
-    shown,
-    sync,
-    write_note,
-)
 from derm_compress.progress import say
 
 MANIFEST = "manifest.json"
@@ -45,7 +30,7 @@ class Store:
         if stage not in self.stages:
             known = ", ".join(self.stages)
             raise DermError(f"{stage}/{key} names no artifact: the stages are {known}")
-        return artifact(self.root, stage, key)
+        return files.artifact(self.root, stage, key)
 
     def work(self, stage: str, key: str) -> Path:
         return self.own(stage, key).with_name(f"{key}.work")
@@ -56,14 +41,14 @@ class Store:
     def entry(self, stage: str, key: str) -> Path:
         """Where an artifact is: of this store or, if it has none, mounted and not found damaged."""
         own = self.own(stage, key)
-        for place in [own, *(artifact(root, stage, key) for root in self.mounted)]:
+        for place in [own, *(files.artifact(root, stage, key) for root in self.mounted)]:
             if place.is_dir() and place not in self._refused:
                 return place
         return own
 
     def manifest(self, stage: str, key: str) -> dict:
         """What an artifact says of itself: files, results, made; ValueError if that is damaged."""
-        told = checked(read_json(self.entry(stage, key) / MANIFEST))
+        told = files.checked(files.read_json(self.entry(stage, key) / MANIFEST))
         if told["results"] != results(told["files"]):
             raise ValueError("its results are not those of its files")
         return told
@@ -81,7 +66,7 @@ class Store:
             for name, kept in listed.items():
                 if name not in there:
                     return f"{name} is missing"
-                if file_digest(entry / name) != kept["sha256"]:
+                if files.file_digest(entry / name) != kept["sha256"]:
                     return f"{name} was changed or cut short"
         except FileNotFoundError as error:
             return f"{Path(error.filename).name} is missing"
@@ -99,11 +84,11 @@ class Store:
             self._verified.add((stage, key))
             return True
         if entry != self.own(stage, key):
-            say(f"damaged: {shown(entry)}: {fault}; it is not used")
+            say(f"damaged: {files.shown(entry)}: {fault}; it is not used")
             self._refused.add(entry)
             return self.complete(stage, key)
         if fault != "absent":
-            say(f"damaged: {shown(entry)}: {fault}; set aside, to be recomputed")
+            say(f"damaged: {files.shown(entry)}: {fault}; set aside, to be recomputed")
             self._set_aside(stage, key)
         return False
 
@@ -117,13 +102,12 @@ class Store:
         self.own(stage, key)  # refuses what names no artifact
         if ".." in inner:
             raise DermError(f"{ref} leads out of its artifact")
-        unfinished = not self.ready(stage, key) and held(self.lock(stage, key))
+        unfinished = not self.ready(stage, key) and files.held(self.lock(stage, key))
         folder = self.work(stage, key) if unfinished else self.entry(stage, key)
         path = folder.joinpath(*inner)
         if not path.exists():
-            raise DermError(
-                f"{ref} is not in {shown(self.root)}: run notebooks/{stage}.ipynb again"
-            )
+            here = files.shown(self.root)
+            raise DermError(f"{ref} is not in {here}: run notebooks/{stage}.ipynb again")
         return path
 
     def lacking(self, stage: str, key: str) -> bool:
@@ -142,10 +126,10 @@ class Store:
         """A final artifact's folder and True; else a work folder, now locked, and False."""
         if not self.final(stage, key):
             waiting = f"{stage}: another process computes the same; waiting for it"
-            hold(self.lock(stage, key), waiting=waiting)
+            files.hold(self.lock(stage, key), waiting=waiting)
             if not self.final(stage, key):
                 return self._begun(stage, key), False
-            release(self.lock(stage, key))
+            files.release(self.lock(stage, key))
         return self.entry(stage, key), True
 
     def _begun(self, stage: str, key: str) -> Path:
@@ -153,19 +137,19 @@ class Store:
         if entry.is_dir() and not work.exists():  # finished, but lacking something
             copy(entry, work)
         self._go_on(stage, key)
-        with disk_guard(work):
+        with files.disk_guard(work):
             work.mkdir(parents=True, exist_ok=True)
         for leftover in [*work.rglob(".part-*"), *links(work)]:
-            remove(leftover)
+            files.remove(leftover)
         return work
 
     def _go_on(self, stage: str, key: str) -> None:
         """Copies the furthest of what mounted stores have begun, unless this one has begun."""
         work = self.work(stage, key)
-        begun = [artifact(root, stage, key).with_name(work.name) for root in self.mounted]
+        begun = [files.artifact(root, stage, key).with_name(work.name) for root in self.mounted]
         found = max((path for path in begun if path.is_dir()), key=reached, default=None)
         if found and not work.exists():
-            say(f"{stage}: goes on from {shown(found)}")
+            say(f"{stage}: goes on from {files.shown(found)}")
             copy(found, work)
 
     def adopt(self, stage: str, key: str) -> None:
@@ -181,37 +165,38 @@ class Store:
         """Turns the work folder into the artifact: manifest last, then one rename."""
         work, own = self.work(stage, key), self.own(stage, key)
         for passing in (work / "journal", work / MANIFEST):
-            remove(passing)
-        files = {}
+            files.remove(passing)
+        listed = {}
         for name in file_names(work):
             path = work / name
-            files[name] = {"sha256": file_digest(path), "size": path.stat().st_size}
-        sync(*work.rglob("*"))
-        write_note(work / MANIFEST, {"files": files, "results": results(files), "made": made})
+            listed[name] = {"sha256": files.file_digest(path), "size": path.stat().st_size}
+        files.sync(*work.rglob("*"))
+        note = {"files": listed, "results": results(listed), "made": made}
+        files.write_note(work / MANIFEST, note)
         if not self.final(stage, key):  # without locks another process may have been first
             self._set_aside(stage, key)
             os.rename(work, own)
-            sync(own.parent)
-        remove(work)
-        remove(self._aside(stage, key))
-        release(self.lock(stage, key))
+            files.sync(own.parent)
+        files.remove(work)
+        files.remove(self._aside(stage, key))
+        files.release(self.lock(stage, key))
 
     def discard(self, stage: str, key: str) -> None:
         """Forgets an artifact and all work on it; DermError if it is mounted and so found again."""
-        if any(artifact(root, stage, key).is_dir() for root in self.mounted):
+        if any(files.artifact(root, stage, key).is_dir() for root in self.mounted):
             raise DermError(f"{stage} is mounted read-only: detach that input to compute it anew")
         waiting = f"{stage}: another process computes this; waiting for it"
-        hold(self.lock(stage, key), waiting=waiting)
+        files.hold(self.lock(stage, key), waiting=waiting)
         self._set_aside(stage, key)
-        remove(self.work(stage, key))
-        release(self.lock(stage, key))
+        files.remove(self.work(stage, key))
+        files.release(self.lock(stage, key))
 
     def _set_aside(self, stage: str, key: str) -> None:
         """Keeps a damaged, unwanted or lacking artifact until there is a new one."""
         own, aside = self.own(stage, key), self._aside(stage, key)
         self._verified.discard((stage, key))
-        remove(aside)
-        with disk_guard(own), contextlib.suppress(FileNotFoundError):
+        files.remove(aside)
+        with files.disk_guard(own), contextlib.suppress(FileNotFoundError):
             os.rename(own, aside)
 
     def _aside(self, stage: str, key: str) -> Path:
@@ -220,7 +205,7 @@ class Store:
 
 def copy(folder: Path, path: Path) -> None:
     """The folder as `path`: whole or not at all, writable, and without links to anywhere."""
-    with atomic(path) as part:
+    with files.atomic(path) as part:
         shutil.copytree(folder, part, copy_function=shutil.copyfile, ignore=passing)
         for inner in [part, *part.rglob("*")]:
             inner.chmod(0o755 if inner.is_dir() else 0o644)
@@ -241,14 +226,15 @@ def links(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_symlink()]
 
 
-def results(files: dict) -> str:
+def results(listed: dict) -> str:
     """Digest of all files of a manifest but those of what was measured."""
-    return digest({n: kept["sha256"] for n, kept in files.items() if not n.startswith(MEASURED)})
+    made = {name: kept["sha256"] for name, kept in listed.items()}
+    return files.digest({n: sha256 for n, sha256 in made.items() if not n.startswith(MEASURED)})
 
 
 def reached(work: Path) -> tuple[int, ...]:
     """How far a work folder has come: results, lines of journals, files, bytes."""
-    files = [path for path in work.rglob("*") if path.is_file()]
-    results = sum(path.relative_to(work).parts[0] != "journal" for path in files)
-    lines = sum(path.read_bytes().count(b"\n") for path in files if path.suffix == ".jsonl")
-    return results, lines, len(files), sum(path.stat().st_size for path in files)
+    inside = [path for path in work.rglob("*") if path.is_file()]
+    results = sum(path.relative_to(work).parts[0] != "journal" for path in inside)
+    lines = sum(path.read_bytes().count(b"\n") for path in inside if path.suffix == ".jsonl")
+    return results, lines, len(inside), sum(path.stat().st_size for path in inside)
