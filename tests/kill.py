@@ -47,7 +47,7 @@ OTHER = {  # than the smoke study: less of everything, small batches, workers si
     "equal_bytes": [],
 }
 JOURNALED = ("journal/scales/*/*.safetensors", "journal/adapters/*/*")  # blocks, adapters
-PASSING = ("journal", "measured", "measured.json", "manifest.json")  # what may change, or go
+PASSING = ("journal", "measured", "manifest.json")  # what may change, or go
 PATIENCE = 600  # seconds for a stage to come as far as it is waited for
 POLL = 0.03
 TOO_LATE = "TOO LATE"  # a kill that found its stage whole
