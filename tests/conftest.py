@@ -18,13 +18,7 @@ settings.register_profile("suite", derandomize=True, max_examples=25, **how)
 settings.register_profile("long", max_examples=2000, suppress_health_check=list(HealthCheck), **how)
 settings.load_profile("suite")  # pytest --hypothesis-profile long asks more
 
-LONG = (
-    "test_smoke",
-    "test_study",
-    "test_checkpoint",
-    "test_finetune",
-    "test_small_smoke",
-)  # files to begin with, the longest first
+LONG = ("test_smoke", "test_study", "test_checkpoint", "test_finetune", "test_small_smoke")
 
 
 def pytest_collection_modifyitems(items):

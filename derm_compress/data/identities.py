@@ -197,7 +197,7 @@ def unowned(used: Values) -> list[str]:
     return []
 
 
-def listed(columns: Iterable[str]) -> str:
-    """Columns as a run's file takes them: [patient_id, lesion_id]."""
-    text = yaml.safe_dump([*columns], default_flow_style=True, allow_unicode=True, width=10**6)
+def listed(values: Iterable[object]) -> str:
+    """Values as a run's file takes them: [patient_id, lesion_id]."""
+    text = yaml.safe_dump([*values], default_flow_style=True, allow_unicode=True, width=10**6)
     return text.strip()

@@ -8,8 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
+from derm_compress.data.identities import listed
 from derm_compress.data.listing import many
 from derm_compress.data.load import FOLDER, report, survey
 from derm_compress.data.request import Request
@@ -166,8 +165,7 @@ def run_file(parameters: Mapping, counts: Mapping[str, int], command: str) -> st
 
 def quoted(value: object) -> str:
     """A value as YAML reads it back, on one line."""
-    listed = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6)
-    return listed.strip()[1:-1]
+    return listed([value])[1:-1]
 
 
 def counted(value: object, counts: Mapping[str, int]) -> str:
