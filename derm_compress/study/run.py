@@ -42,17 +42,11 @@ def run(
     if list_:
         print(jobs.listed(plans, stages), flush=True)
         return 0
-    overrides = {name: files.public(text) for name, text in sets.items()}
+    done, overrides = [], {name: files.public(text) for name, text in sets.items()}
     try:
-        done = [
-            run_one(
-                plan,
-                plan.own(stages),
-                force,
-                {"params_file": files.public(str(path)), "overrides": overrides},
-            )
-            for path, plan in asked
-        ]
+        for path, plan in asked:
+            note = {"params_file": files.public(str(path)), "overrides": overrides}
+            done.append(run_one(plan, plan.own(stages), force, note))
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the same command goes on from there", flush=True)
         return 130
