@@ -106,10 +106,14 @@ def test_a_claim_appears_only_where_its_numbers_support_it(
 
 def test_training_is_compared_with_algebra_which_is_no_ranking(results):
     row = fabricate.variant("pruned-6-replace_me", 6, criterion="replace_me")
-    alike = results.answers[results.answers.variant == "pruned-6"].assign(variant=row["variant"])
+    heard = fabricate.variant("pruned-6-distilled+sft", 6, criterion="distilled", healed=True)
+    alike, again = (
+        results.answers[results.answers.variant == name].assign(variant=made["variant"])
+        for name, made in (("pruned-6", row), ("pruned-6+sft", heard))
+    )
     more = {
-        "variants": pd.concat([results.variants, pd.DataFrame([row])], ignore_index=True),
-        "answers": pd.concat([results.answers, alike], ignore_index=True),
+        "variants": pd.concat([results.variants, pd.DataFrame([row, heard])], ignore_index=True),
+        "answers": pd.concat([results.answers, alike, again], ignore_index=True),
     }
     mended = dataclasses.replace(results, **more)
     beside = tables.make("extra_healed_rivals", mended).set_index("criterion")
@@ -118,7 +122,8 @@ def test_training_is_compared_with_algebra_which_is_no_ranking(results):
     told = said(mended, "extra_healed_rivals")
     assert "beat linear algebra? The study's own healed model scores" in told
     assert "without training, scores like the pruned model alone (+0.0 points" in told
-    assert "pruned by ReplaceMe" not in told
+    assert "the unpruned model, too? The study's own healed model scores like the same" in told
+    assert "pruned by ReplaceMe" not in told and "pruned by SFT" not in told
     assert "algebra" not in said(results, "extra_healed_rivals")
 
 

@@ -56,6 +56,16 @@ def test_the_run_files_for_kaggle_fit_two_t4(name, two_t4):
     assert 0 < sum(step.disk for step in steps) < 20e9
 
 
+def test_a_teacher_has_the_room_of_a_whole_model_and_mending_is_planned():
+    plain, more = (
+        {step.what: step.gib(8) for step in Needs(asked, ARCH).steps() if step.stage == "05_sft"}
+        for asked in (values(), values(distillation=0.5, replace_me=True))
+    )
+    whole = Needs(values(), ARCH).weights
+    assert more["fine-tuning"] - plain["fine-tuning"] == pytest.approx(whole)  # before NF4
+    assert more.keys() - plain.keys() == {"ReplaceMe"} and whole < more["ReplaceMe"] < whole + 3
+
+
 def test_nothing_is_refused_for_a_rounding_and_what_is_close_says_so():
     asked, machine = values(latency_batches=[2]), preflight.KAGGLE
     most = max(step.gib(step.batch) for step in preflight.steps_of((), asked, ARCH, machine))
