@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from asking import inputs_of, logits
+from safetensors.torch import load_file
 from small_llava import batch, small_llava
 from torch import nn
 from transformers import LlavaForConditionalGeneration
@@ -105,6 +106,12 @@ def test_a_map_is_folded_into_weight_and_bias():
 )
 def test_runs_are_what_is_gone_behind_a_block_with_an_mlp(kept, absent, found):
     assert replace_me.runs(FOUR.pruned(kept, absent)) == found
+
+
+def test_shapes_alone_have_no_maps(recipe, tmp_path):
+    how = {"store": None, "device": anatomy.META}
+    replace_me.fit_maps(tmp_path, recipe.pruned([0, 1, 7]), [], None, **how)
+    assert load_file(tmp_path / "maps.safetensors") == {}
 
 
 def test_what_is_fitted_is_kept_reloads_and_is_exported(recipe, store, dataset, tmp_path):
