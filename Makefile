@@ -1,9 +1,9 @@
 # make report [RUN=tiny] [SET="key=value other=value"]   the study and its report, in reports/$(RUN)/
 # make test | bench | lab                                all tests | all benchmarks | the notebooks in JupyterLab
 # make rehearsal-gpu                      times at 7B's shapes on an NVIDIA GPU, installing nothing, in reports/gpu-rehearsal/
-# make check-gpu [CHECK="name other"]      what tests on a CPU cannot see, on any GPU in eight minutes; installs nothing
+# make check-gpu [CHECK="name other"]      what tests on a CPU cannot see, on any GPU, planned for eight minutes
 # make kaggle OWNER=you [RUN=small MODEL=... IMAGE=...]   what goes to Kaggle, in build/kaggle; installs nothing
-# make mock-kaggle                        the smoke study in two sessions of a mock Kaggle, from a fresh build
+# make mock-kaggle                        the smoke study and a cut of small, each in two sessions of a mock Kaggle
 # The others install what is missing into .venv; PYTHON=... names another Python (3.11 to 3.13).
 RUN := tiny
 SET :=

@@ -1,8 +1,9 @@
-"""Training, answers, decoding and loading at LLaVA-1.5-7B's shapes: the plain way and this one's.
+"""Training, answers, decoding and loading at LLaVA-1.5-7B's shapes, and training at `small`'s.
 
-One after the other in one process, with random weights. The plain ways are kept here, but that of
-answers, which a model over several GPUs still goes. Without a GPU small shapes run on the CPU: that
-tries the code and measures nothing. `--out FOLDER` keeps benchmark.json.
+The plain way and this one's, one after the other in one process, with random weights. The plain
+ways are kept here, but that of answers, which a model over several GPUs still goes. Without a GPU
+tiny shapes run on the CPU: that tries the code and measures nothing. `--out FOLDER` keeps
+benchmark.json.
 
 Last line: one JSON object. `ratio` is the plain way's time over the other's; `texts_equal` compares
 answers in fp32; decoding is one prompt's, over the time to read its bytes once. null: not measured.
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -35,7 +36,7 @@ from derm_compress.method.finetune import train as finetune
 from derm_compress.method.iterate import each_model
 from derm_compress.method.quantization.methods import Form
 from derm_compress.method.quantization.quantize import quantize, quantize_step
-from derm_compress.model import anatomy, devices, prompts, removal, usage, variants
+from derm_compress.model import anatomy, devices, loading, prompts, removal, usage, variants
 from derm_compress.model.recipe import Recipe
 from derm_compress.study.plan import environment
 from tools.check_gpu import rig
@@ -49,9 +50,11 @@ class Sizes:
     """Of what is measured. cut: blocks where all would take too long; 0 is all of them."""
 
     device: str
+    name: str = loading.SEVEN_B
     blocks: int = 0
     cut: int = 8
     rows: int = 4  # of a training batch
+    small_rows: int = 24  # of one of `small`
     pictures: int = 16
     batch: int = 16
     new_tokens: int = 40
@@ -61,7 +64,8 @@ class Sizes:
         """(model, processor, items, pictures of noise), the device emptied before."""
         gc.collect()
         usage.reset_peak(self.device)
-        made = rig.shapes_7b(self.device, blocks=self.blocks if blocks is None else blocks)
+        blocks = self.blocks if blocks is None else blocks
+        made = rig.shaped(self.device, self.name, blocks=blocks)
         return *made, *rig.noise(made[0], self.pictures)
 
     def seconds(self, work, repeats: int = 0) -> float:
@@ -80,7 +84,9 @@ class Sizes:
         return time.perf_counter()
 
 
-SMALL = Sizes("cpu", blocks=2, cut=2, rows=2, pictures=2, batch=4, new_tokens=4, repeats=1)
+SMALL = Sizes(
+    "cpu", blocks=2, cut=2, rows=2, small_rows=2, pictures=2, batch=4, new_tokens=4, repeats=1
+)
 
 
 def train(sizes: Sizes) -> dict:
@@ -104,6 +110,12 @@ def train(sizes: Sizes) -> dict:
     tokens, recorded = batch["input_ids"].numel(), sizes.seconds(step)
     speeds = {"plain_tokens_s": tokens / plain, "tokens_s": tokens / recorded}
     return {"ratio": plain / recorded, **speeds, "peak_gib": usage.peak_gib(sizes.device)}
+
+
+def train_small(sizes: Sizes) -> dict:
+    """The same at the shapes of `small`, where a step is little but launches."""
+    rows = sizes.small_rows
+    return train(replace(sizes, name="small", rows=rows, pictures=rows))
 
 
 def plain_step(tuned, batch: dict, optimizer) -> None:
@@ -197,6 +209,7 @@ def plain_model(recipe: Recipe, sizes: Sizes) -> None:
 
 PARTS = {
     train: ["ratio"],
+    train_small: ["ratio"],
     answers: ["ratio", "texts_equal"],
     decode: ["fp16_over_floor", "w4_over_fp16", "w4_over_floor"],
     load: ["ratio"],

@@ -8,7 +8,8 @@ run has made: small, or small/02_finetune; it is asked the study's questions abo
 pictures. The last line is JSON; an item is one (block, answer), `ratio` the loop's wall seconds
 over the drafts', `accepted` the share of drafts' tokens that stand, `near_ties` those within
 rounding of another, `equal` the share of equal answers. A status of 1 if the ratio is below 3 or,
-but in half precision, where near ties decide, texts differ.
+but in half precision, where near ties decide, texts differ. Not yet run on a GPU. There logits in
+fp32 would settle nothing: the states that they are made of are rounded to fp16 as coarsely.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""The smoke study in two sessions of a mock Kaggle: `make mock-kaggle`.
+"""The smoke study and a cut of `small`, each in two sessions of a mock Kaggle: `make mock-kaggle`.
 
-Real: the built data set and its wheel, setup cells, "Run all" without injected parameters, an
-environment in which this package is not installed, folders laid out as both ways of mounting have
-it, inputs that must not change. Session one runs notebooks 01 to 04, its artifacts are packed,
-session two mounts them and runs the study's script. Mocked: the pictures, the model (random,
-8 blocks), the limits of disk and time. Not here: GPUs, the image's versions.
+Real: data set, wheel and kernels by `make kaggle`'s builder, what their metadata attach, setup
+cells, "Run all" without injected parameters, an environment in which this package is not installed,
+both ways of mounting, inputs that must not change. Session one runs the first notebooks, its
+artifacts are packed, session two mounts them and runs the study's script. Mocked: the pictures
+(DermNet's, for the smoke study), the models (random, of 8 and of 2 blocks), the limits of disk and
+time. Both go at once. Not here: GPUs, the image's versions, the fetching of small's weights.
 """
 
 import contextlib
@@ -18,13 +19,20 @@ import sysconfig
 import tempfile
 import time
 import venv
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import dermnet_tree
+import test_small_smoke
 import yaml
+from runs import NOTEBOOKS, ROOT, project
 
-ROOT = Path(__file__).parent.parent
-RUN = "kaggle-mock"
+from derm_compress.kaggle import build
+from derm_compress.model import loading
+from derm_compress.study.params import wanted
+
 DISK = 60e6  # bytes that the working folder may hold
 ALL = """
 import sys, nbformat
@@ -44,18 +52,25 @@ for path in sys.argv[1:]:
 class Session:
     """One Kaggle session: its own folders, nothing left of earlier ones."""
 
-    def __init__(self, top: Path, python: Path, params: Path):
+    def __init__(self, top: Path, python: Path, blocks: int):
         self.root, self.python = top, python
         for name in ("input", "working", "temp"):
             (top / name).mkdir(parents=True)
-        foreign = ("PYTHONPATH", "DERM_COMPRESS_ROOT", "HF_HOME")
+        foreign = ("PYTHONPATH", "DERM_COMPRESS_ROOT", "DERM_COMPRESS_PARAMS", "HF_HOME")
         self.env = {name: value for name, value in os.environ.items() if name not in foreign}
         self.env |= {"KAGGLE_ROOT": str(top), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
-        self.env |= {"DERM_COMPRESS_PARAMS": str(params), "DERM_COMPRESS_BLOCKS": "8"}
+        self.env |= {"DERM_COMPRESS_BLOCKS": str(blocks)}
         self.env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-    def attach(self, folder: Path, where: str) -> None:
-        shutil.copytree(folder, self.root / "input" / where)
+    def attach(self, kernel: Path, sources: dict[str, Path], *, anew: bool) -> list[str]:
+        """Mounts what a kernel's metadata name, and says it; anew: as Kaggle does since 2026."""
+        told = json.loads((kernel / "kernel-metadata.json").read_text("utf-8"))
+        named = {"datasets": told["dataset_sources"], "models": told["model_sources"]}
+        for kind, names in named.items():
+            for name in names:
+                where = f"{kind}/{name}" if anew else name.partition("/")[2]
+                shutil.copytree(sources[name], self.root / "input" / where)
+        return [name for names in named.values() for name in names]
 
     def seal(self) -> str:
         """Makes the inputs read-only; digest of all that they hold."""
@@ -75,13 +90,20 @@ class Session:
         where = {"env": self.env, "cwd": self.root / "working"}
         return subprocess.run([self.python, *words], **where, **pipes)
 
-    def run_all(self, build: Path, stages: list[str]) -> str:
+    def run_all(self, kernels: Path, stages: list[str]) -> str:
         """Executes notebooks as they are pushed, each in a kernel of its own."""
-        done = self.python_run("-c", ALL, *(build / f"kernels/{s}/{s}.ipynb" for s in stages))
+        done = self.python_run("-c", ALL, *(kernels / f"{s}/{s}.ipynb" for s in stages))
         if done.returncode:
             said = f"mock Kaggle: one of {', '.join(stages)} failed"
             raise SystemExit(f"{done.stdout[-4000:]}\n{said}")
         return done.stdout
+
+    def pack(self, run: str, into: Path) -> None:
+        temp = self.root / "temp"
+        env = self.env | {"DERM_COMPRESS_ROOT": str(temp / "derm_compress")}
+        env["PYTHONPATH"] = str(temp / "site-packages")
+        words = [self.python, "-m", "derm_compress", "pack", run, into, "--owner", "me"]
+        subprocess.run(words, env=env, check=True, cwd=self.root)
 
 
 def environment(folder: Path) -> Path:
@@ -100,25 +122,91 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def save_model(folder: Path) -> None:
-    from derm_compress.model import loading
-
-    model, processor = loading.load_base("pico")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+def save_pico(folder: Path, scratch: Path) -> None:
+    for part in loading.load_base("pico"):
+        part.save_pretrained(folder)
 
 
-def settings(path: Path) -> Path:
-    """The smoke study on DermNet and a mounted model."""
-    values = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text("utf-8"))
-    values |= {"run": RUN, "source": "dermnet", "data_root": "data/dermnet"}
-    values |= {"model": "llava-hf/llava-1.5-7b-hf", "rankings": ["output_similarity", "magnitude"]}
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+@dataclass(frozen=True)
+class Mock:
+    """A study that goes to Kaggle, in folders of its own below `top`.
+
+    model: as MODEL= names it; notebooks: those that session one runs, the first so many.
+    """
+
+    run: str
+    values: dict
+    save_model: Callable[[Path, Path], None]
+    model: str
+    blocks: int
+    notebooks: int
+    top: Path
+
+    def prepare(self) -> None:
+        """A project with the run's file, built for Kaggle; the pictures and the model beside it."""
+        root, values = project(self.top / "project"), self.values | {"run": self.run}
+        values["model"] = "llava-hf/llava-1.5-7b-hf"  # the attached one
+        (root / "params" / f"{self.run}.yaml").write_text(yaml.safe_dump(values), "utf-8")
+        unwanted = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "derm_compress", root / "derm_compress", ignore=unwanted)
+        for name in ("LICENSE", "requirements.txt"):
+            shutil.copyfile(ROOT / name, root / name)
+        build.build(self.top / "build", self.run, owner="me", model=self.model, root=root)
+        dermnet_tree.plant(self.top / "pictures")
+        self.save_model(self.top / "model", self.top)
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        folders = {"me/derm-compress": "build/dataset", build.DERMNET: "pictures"}
+        folders |= {self.model: "model", f"me/derm-compress-{self.run}": "packed"}
+        return {name: self.top / folder for name, folder in folders.items()}
+
+    def go(self, python: Path) -> None:
+        """Both sessions; AssertionError or SystemExit where something is not as it must be."""
+        kernels, stages = self.top / "build" / "kernels", list(wanted(NOTEBOOKS, self.values))
+        first = stages[: self.notebooks]
+
+        one = Session(self.top / "one", python, self.blocks)
+        attached = one.attach(kernels / first[-1], self.sources, anew=False)
+        sealed = one.seal()
+        said = one.run_all(kernels, first)
+        print(said)
+        assert one.seal() == sealed, "the inputs have changed"
+        assert f"run         {self.run}" in said and "from the hub" not in said
+        assert ("not attached" in said) != (build.DERMNET in attached), attached
+        one.pack(self.run, self.top / "packed")
+
+        two = Session(self.top / "two", python, self.blocks)
+        two.attach(kernels / "study-2", self.sources, anew=True)
+        packed = f"me/derm-compress-{self.run}"
+        shutil.copytree(self.sources[packed], two.root / "input" / "datasets" / packed)
+        sealed = two.seal()
+        done = two.python_run(kernels / "study-2" / "study.py")
+        print(done.stdout[-4000:])
+        assert done.returncode == 0 and "OUT OF TIME" not in done.stdout, done.returncode
+        assert two.seal() == sealed, "the inputs have changed"
+        self.compare(one.root / "working", two.root / "working", stages)
+        two.open()
+        one.open()
+
+    def compare(self, one: Path, two: Path, stages: list[str]) -> None:
+        """What session one has finished, session two has as it was, and the rest with tables."""
+        before, after = keys_of(one, self.run), keys_of(two, self.run)
+        first = stages[: self.notebooks]
+        assert list(after) == stages, f"stages of the second session: {list(after)}"
+        assert list(before) == first and before.items() <= after.items(), (before, after)
+        held, again = manifests(one), manifests(two)
+        assert list(held) == first and list(again) == stages, (list(held), list(again))
+        assert held.items() <= again.items(), "computed again"
+        for working in (one, two):
+            size = sum(path.stat().st_size for path in working.rglob("*") if path.is_file())
+            assert size < DISK, f"{size:,} bytes in the working folder"
+        tables = list((two / "reports" / self.run / "tables").glob("table*.csv"))
+        assert len(tables) == 5, tables
 
 
-def keys_of(working: Path) -> dict[str, str]:
-    notes = sorted(working.glob(f"artifacts/runs/{RUN}/0*.json"))
+def keys_of(working: Path, run: str) -> dict[str, str]:
+    notes = sorted(working.glob(f"artifacts/runs/{run}/0*.json"))
     return {path.stem: json.loads(path.read_text())["key"] for path in notes}
 
 
@@ -128,65 +216,30 @@ def manifests(working: Path) -> dict[str, str]:
     return {path.parent.parent.name: path.read_text() for path in found}
 
 
+def smoke(top: Path) -> Mock:
+    """The smoke study on DermNet and a mounted model of 8 blocks."""
+    values = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text("utf-8"))
+    values |= {"source": "dermnet", "data_root": "data/dermnet"}
+    values["rankings"] = ["output_similarity", "magnitude"]
+    model, how = "llava-hf/llava/transformers/1.5-7b-hf/1", {"blocks": 8, "notebooks": 4}
+    return Mock("kaggle-mock", values, save_pico, model, **how, top=top)
+
+
+def small(top: Path) -> Mock:
+    """`small` as it is pushed first, with few items, on two blocks that are made as its own are."""
+    model, how = "me/small/transformers/two-blocks/1", {"blocks": 2, "notebooks": 2}
+    values = yaml.safe_load(test_small_smoke.RUN)
+    return Mock("small", values, test_small_smoke.write_model, model, **how, top=top)
+
+
 def main(top: Path) -> None:
-    from derm_compress.kaggle import build as build_
-    from derm_compress.study.params import read_notebooks, wanted
-
-    build_.build(top / "build", "small", owner="me", root=ROOT)
-    python, params = environment(top / "env"), settings(top / f"{RUN}.yaml")
-    stages = list(wanted(read_notebooks(ROOT), yaml.safe_load(params.read_text("utf-8"))))
-    dermnet_tree.plant(top / "pictures")
-    save_model(top / "model")
-
-    one = Session(top / "one", python, params)  # mounted as of old
-    one.attach(top / "build" / "dataset", "derm-compress")
-    one.attach(top / "pictures", "dermnet")
-    one.attach(top / "model", "llava/transformers/1.5-7b-hf/1")
-    sealed = one.seal()
-    said = one.run_all(top / "build", stages[:4])
-    print(said)
-    assert one.seal() == sealed, "the inputs have changed"
-    assert "DermNet" in said and "not attached" not in said and "from the hub" not in said
-
-    plain = {name: value for name, value in one.env.items() if name != "DERM_COMPRESS_PARAMS"}
-    plain["DERM_COMPRESS_RUN"] = "small"
-    script = one.root / "input" / "derm-compress" / "kaggle_setup.py"
-    how = {"capture_output": True, "text": True, "check": True}
-    said = subprocess.run([python, script], env=plain, **how).stdout
-    assert "run         small" in said, said
-
-    root = one.root / "temp" / "derm_compress"
-    packing = one.env | {"DERM_COMPRESS_ROOT": str(root)}
-    packing["PYTHONPATH"] = str(one.root / "temp" / "site-packages")
-    shutil.copyfile(params, root / "params" / params.name)
-    words = [python, "-m", "derm_compress", "pack", RUN, top / "packed", "--owner", "me"]
-    print(subprocess.run(words, env=packing, cwd=top, **how).stdout)
-
-    two = Session(top / "two", python, params)  # mounted as since 2026
-    two.attach(top / "build" / "dataset", "datasets/me/derm-compress")
-    two.attach(top / "pictures", "datasets/shubhamgoel27/dermnet")
-    two.attach(top / "model", "models/llava-hf/llava/transformers/1.5-7b-hf/1")
-    two.attach(top / "packed", f"datasets/me/derm-compress-{RUN}")
-    sealed = two.seal()
-    done = two.python_run(top / "build" / "kernels" / "study-2" / "study.py")
-    print(done.stdout[-4000:])
-    assert done.returncode == 0 and "OUT OF TIME" not in done.stdout, done.returncode
-    assert two.seal() == sealed, "the inputs have changed"
-
-    before, after = keys_of(one.root / "working"), keys_of(two.root / "working")
-    assert list(after) == stages, f"stages of the second session: {list(after)}"
-    assert list(before) == stages[:4] and before.items() <= after.items(), (before, after)
-    held, again = (manifests(session.root / "working") for session in (one, two))
-    assert list(held) == stages[:4] and list(again) == stages, (list(held), list(again))
-    assert held.items() <= again.items(), "computed again"
-    for session in (one, two):
-        size = sum(p.stat().st_size for p in (session.root / "working").rglob("*") if p.is_file())
-        assert size < DISK, f"{size:,} bytes in the working folder"
-
-    tables = list((two.root / "working" / "reports" / RUN / "tables").glob("table*.csv"))
-    assert len(tables) == 5, tables
-    two.open()
-    one.open()
+    python = environment(top / "env")
+    mocks = [smoke(top / "smoke"), small(top / "small")]
+    for mock in mocks:
+        mock.prepare()
+    with ThreadPoolExecutor() as both:  # each in one thread of processes of its own
+        for done in [both.submit(mock.go, python) for mock in mocks]:
+            done.result()
 
 
 if __name__ == "__main__":
@@ -194,4 +247,4 @@ if __name__ == "__main__":
     with contextlib.ExitStack() as opened:
         folder = sys.argv[1:] or [opened.enter_context(tempfile.TemporaryDirectory())]
         main(Path(*folder).resolve())
-    print(f"mock Kaggle: 8 notebooks in two sessions, 5 tables, {time.monotonic() - begun:.0f} s")
+    print(f"mock Kaggle: two studies in two sessions each, {time.monotonic() - begun:.0f} s")

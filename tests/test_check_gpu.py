@@ -26,7 +26,7 @@ def test_every_check_says_in_a_line_what_it_asserts():
         assert said.endswith(".") and "\n" not in said and check.seconds > LEAST, name
 
 
-@pytest.mark.parametrize("name", ["int4_kernel", "calibrate_7b", "merge_7b"])
+@pytest.mark.parametrize("name", ["int4_kernel", "calibrate_7b", "merge_7b", "latency_7b"])
 def test_some_of_them_pass_on_a_cpu(name, tmp_path, monkeypatch):
     monkeypatch.setattr(rig, "be_t4", lambda *_, **__: None)  # it is for the rest of a process
     told = try_here(read_checks()[name], "cpu", tmp_path)

@@ -1,6 +1,8 @@
 """Greedy answers to prompts that are read once: written side by side, and each line used again.
 
-In fp32 they are those of token after token from a forward pass over all before it.
+In fp32 they are those of token after token from a forward pass over all before it. transformers'
+generate_batch refills rows, too, but takes token ids alone (5.17): neither a picture's features nor
+rows without a part of the model can enter.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import runs
-from runs import DEFAULTS, ROOT, read_run
+from runs import DEFAULTS, KNOWN, NOTEBOOKS, ROOT, read_run
 
 from derm_compress.errors import DermError
+from derm_compress.files import MODELS
 from derm_compress.method.quantization import calibration
 from derm_compress.model import memory, prompts, shapes
-from derm_compress.study import batches, preflight, run
+from derm_compress.study import batches, checks, params, preflight, run
 from derm_compress.study.needs import Needs
 from derm_compress.study.stage import start_stage
 
@@ -96,6 +97,19 @@ def test_the_small_run_fits_t4_whose_memory_sets_its_batch_sizes(gpus):
     steps = preflight.steps_of((), asked, arch, machine)
     assert len({step.stage for step in steps}) == 8
     assert max(step.gib(step.batch) for step in steps) <= batches.SHARE * machine.gib
+
+
+def test_what_the_small_runs_file_offers_would_run(monkeypatch, tmp_path):
+    monkeypatch.setenv(MODELS, str(tmp_path))
+    head = (ROOT / "params" / "small.yaml").read_text("utf-8").replace("\n#", "")
+    on_cpu, core = re.findall('SET="(.*?)"', head)
+    for offered in (on_cpu, core):
+        told = params.check_texts(params.assignments([offered]), KNOWN, "SET")
+        made = runs.planned(**DEFAULTS | read_run("small") | told | {"device": "cpu"})
+        checks.check(made, [stage for stage in NOTEBOOKS if stage[:2] not in ("02", "09")])
+    assert made.values["sft_seeds"] == made.values["importance_draws"] == 1
+    first = {*NOTEBOOKS["01_data"].schema, *NOTEBOOKS["02_finetune"].schema}
+    assert set(told) & first == {"run"}  # which is part of no key
 
 
 def test_answers_of_a_model_that_half_a_gpu_holds_stay_on_the_first():

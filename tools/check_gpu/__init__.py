@@ -2,6 +2,10 @@
 
 A check is a function of (device, folder) with @check in one of MODULES. It asserts facts, gives
 back in a line what else is worth knowing, and raises Skip where it cannot be tried.
+
+What no check is for: plans of the run files and a T4 that reports 14.56 GiB (tests on a CPU do),
+masks (answers in fp32 by a T4's kernels see them), a block's errors at 7B (measured in the pass
+that answers, with one model), and what is how fast (benchmarks/gpu.py).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def image_processor(device, folder):
     import torchvision  # noqa: F401
     from transformers import CLIPImageProcessorPil
 
-    config, processor = rig.config_7b()
+    config, processor = rig.config_of()
     processor.save_pretrained(folder)
     read_processor("7B", str(folder), config)  # refuses one that does not fit
     pictures = list(np.random.default_rng(0).integers(0, 255, (4, 336, 336, 3), dtype=np.uint8))

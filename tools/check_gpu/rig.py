@@ -89,9 +89,9 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def config_7b():
-    """(config, processor) of 7B's shapes with the tiny model's words."""
-    config, (_, processor) = loading.config_of(loading.SEVEN_B), loading.check_model("tiny")
+def config_of(name: str = loading.SEVEN_B):
+    """(config, processor) of a model's shapes, 7B's by default, with the tiny model's words."""
+    config, (_, processor) = loading.config_of(name), loading.check_model("tiny")
     side, processor.patch_size = config.vision_config.image_size, config.vision_config.patch_size
     processor.image_processor.size = {"shortest_edge": side}
     processor.image_processor.crop_size = {"height": side, "width": side}
@@ -99,9 +99,12 @@ def config_7b():
     return config, processor
 
 
-def shapes_7b(device: str, *, blocks: int = 0, place: str = ""):
-    """(model, processor) of 7B's shapes, of tiny's on a CPU, with random weights at `place`."""
-    config, processor = loading.check_model("tiny") if device == "cpu" else config_7b()
+def shaped(device: str, name: str = loading.SEVEN_B, *, blocks: int = 0, place: str = ""):
+    """(model, processor) of a model's shapes, of tiny's on a CPU, with random weights at `place`.
+
+    blocks: how many; 0: all.
+    """
+    config, processor = loading.check_model("tiny") if device == "cpu" else config_of(name)
     config.text_config.num_hidden_layers = blocks or config.text_config.num_hidden_layers
     torch.manual_seed(0)
     with torch.device(place or device):

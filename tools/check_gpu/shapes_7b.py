@@ -10,16 +10,21 @@ import torch
 from safetensors.torch import save_file
 
 from derm_compress import evaluate, method
+from derm_compress.evaluate import latency
 from derm_compress.method.activations import projection_statistics
 from derm_compress.method.assemble import merge_adapter
 from derm_compress.method.finetune import train
 from derm_compress.method.importance.rankings import rankings
+from derm_compress.method.quantization import packed
 from derm_compress.method.quantization.methods import Form
+from derm_compress.method.quantization.quantize import quantize
 from derm_compress.method.quantization.search import search_forms
-from derm_compress.model import anatomy, calibration_batches, devices, loading, usage
+from derm_compress.model import anatomy, calibration_batches, devices, loading, prompts, usage
+from derm_compress.model.graphs import Recorded, Recording
 from derm_compress.model.recipe import adapter_digest
 from derm_compress.model.units import Unit
 from tools.check_gpu import Skip, check, rig
+from tools.check_gpu.training import timed
 
 BYTES = 16e9  # that a kept 7B model takes
 
@@ -27,7 +32,7 @@ BYTES = 16e9  # that a kept 7B model takes
 def built(device: str, **how):
     """(model, processor, items, pictures), where no more fits than a T4 holds."""
     rig.be_t4(device, capped=True)
-    model, processor = rig.shapes_7b(device, **how)
+    model, processor = rig.shaped(device, **how)
     return model, processor, *rig.noise(model, 8)
 
 
@@ -113,6 +118,28 @@ def answer_7b(device, folder):
     needs, speed = rig.needs(), tokens.sum() / (time.monotonic() - began)
     needs.p["max_new_tokens"] = 40
     return f"{rig.within(device, needs.writing(3))}, {speed:.0f} tokens a second"
+
+
+@check(200, alone=True)
+def latency_7b(device, folder):
+    """A recorded step writes tokens in fp16 and in packed 4 bits, all of which a kernel reads."""
+    model, processor, _, images = built(device)
+    asked = [prompts.prompt(processor, "features")], images[:1], model.device
+    inputs, said, held = prompts.prepare(processor, *asked), [], rig.needs().timing(1)
+    how = {"new_tokens": 16, "warmup": 1, "repeats": 3}
+    for bits in (16, 4):
+        if bits == 4:
+            quantize(model, Form("rtn", 4, 64), packed=True)
+            usage.reset_peak(device)
+        told, _, made = timed(
+            latency, Recorded, lambda: latency.measure_latency(model, inputs, **how)
+        )
+        ways = [way for one in made for way in one.ways.values()]
+        recorded = any(isinstance(way, Recording) for way in ways)
+        assert recorded or device == "cpu", f"{bits} bits: nothing was recorded"
+        said.append(f"{bits} bits {told['decode_ms_per_token']:.1f} ms, {rig.within(device, held)}")
+    assert packed.kernel_share(model) == 1 or device == "cpu", "weights are decoded every time"
+    return "; ".join(said)
 
 
 @check(240, alone=True)

@@ -1,4 +1,10 @@
-"""Adapters, on an NF4 base (QLoRA) or the base as it is, trained on answers only."""
+"""Adapters, on an NF4 base (QLoRA) or the base as it is, trained on answers only.
+
+transformers' Trainer with accelerate was tried: the same adapters, byte by byte, and no line fewer.
+Its checkpoints are pickled, DDP does not see the gradients of a recorded step, and a resume to the
+bit, steps that overflow and cuDNN's attention (whose gradients of padded rows are not numbers)
+would be ours to look after all the same.
+"""
 
 from __future__ import annotations
 
