@@ -102,17 +102,13 @@ class Card:
     """Seconds on one T4 of a model of these shapes; launches: times those measured."""
 
     arch: shapes.Architecture
+    seven_b: shapes.Architecture  # what was measured
     measured: pd.Series  # the rehearsal's, by (step, variant, quantity)
     launches: float = 1
 
-    @classmethod
-    def of(cls, arch) -> "Card":
-        rows = pd.read_csv(ROOT / "reports/gpu-rehearsal/rehearsal.csv")
-        return cls(arch, rows.set_index(["step", "variant", "quantity"]).measured)
-
     def share(self, size) -> float:
         """Of what 7B's blocks take, as size(out, in) of a linear counts."""
-        return self.arch.over_linears(size) / shapes.llava_7b().over_linears(size)
+        return self.arch.over_linears(size) / self.seven_b.over_linears(size)
 
     def products(self, tokens: float, rate: float) -> float:
         """At `rate` tokens a second of 7B on the H100."""
@@ -177,16 +173,6 @@ class Run:
     cards: int
     sessions: int
 
-    @classmethod
-    def read(cls, name: str) -> "Run":
-        cards, sessions = RUNS[name]
-        known = known_parameters(read_notebooks(ROOT))
-        p = {parameter: declared.default for parameter, declared in known.items()}
-        p |= read_params(ROOT / "params" / f"{name}.yaml", known)
-        arch = architecture(p)
-        p = batches.settled(p, arch, cards, KAGGLE.gib)
-        return cls(p, Counts(p, arch), Card.of(arch), cards, sessions)
-
     def training(self) -> float:
         """All T4 share a batch, or have fine-tunes of their own."""
         p, healed = self.p, len(self.counts.healed)
@@ -246,6 +232,20 @@ PARTS = {
 }
 
 
+def read_runs() -> dict[str, Run]:
+    known, seven_b = known_parameters(read_notebooks(ROOT)), shapes.llava_7b()
+    rows = pd.read_csv(ROOT / "reports/gpu-rehearsal/rehearsal.csv")
+    measured = rows.set_index(["step", "variant", "quantity"]).measured
+    runs = {}
+    for name, (cards, sessions) in RUNS.items():
+        p = {parameter: declared.default for parameter, declared in known.items()}
+        p |= read_params(ROOT / "params" / f"{name}.yaml", known)
+        arch = architecture(p)
+        p, card = batches.settled(p, arch, cards, KAGGLE.gib), Card(arch, seven_b, measured)
+        runs[name] = Run(p, Counts(p, arch), card, cards, sessions)
+    return runs
+
+
 def hours(run: Run, launches: float = 1) -> dict[str, float]:
     run = replace(run, card=replace(run.card, launches=launches))
     return {name: float(seconds(run)) / 3600 for name, (_, seconds) in PARTS.items()}
@@ -273,7 +273,7 @@ def table(runs: dict[str, Run]) -> str:
 
 
 def main() -> None:
-    runs = {name: Run.read(name) for name in RUNS}
+    runs = read_runs()
     print(table(runs))
     print(json.dumps({name: round(sum(hours(run).values()), 2) for name, run in runs.items()}))
 

@@ -61,7 +61,7 @@ def test_the_committed_figures_are_those_planned():
 
 def test_hours_on_t4s_are_the_pages_and_within_their_limits():
     t4_hours = script("t4_hours")
-    runs = {name: t4_hours.Run.read(name) for name in t4_hours.RUNS}
+    runs = t4_hours.read_runs()
     assert t4_hours.table(runs) in (ROOT / "docs/kaggle.md").read_text("utf-8")
     small, day, whole = (sum(t4_hours.hours(run).values()) for run in runs.values())
     assert small < 75 / 60 and day < 10 and whole < runs["kaggle-t4"].sessions * HOURS
