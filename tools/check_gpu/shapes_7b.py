@@ -131,13 +131,12 @@ def latency_7b(device, folder):
         if bits == 4:
             quantize(model, Form("rtn", 4, 64), packed=True)
             usage.reset_peak(device)
-        told, _, made = timed(
-            latency, Recorded, lambda: latency.measure_latency(model, inputs, **how)
-        )
+        samples, _, made = timed(latency, Recorded, lambda: latency.sampled(model, inputs, **how))
         ways = [way for one in made for way in one.ways.values()]
         recorded = any(isinstance(way, Recording) for way in ways)
         assert recorded or device == "cpu", f"{bits} bits: nothing was recorded"
-        said.append(f"{bits} bits {told['decode_ms_per_token']:.1f} ms, {rig.within(device, held)}")
+        token = latency.summary(samples)["decode_ms_per_token"]
+        said.append(f"{bits} bits {token:.1f} ms, {rig.within(device, held)}")
     assert packed.kernel_share(model) == 1 or device == "cpu", "weights are decoded every time"
     return "; ".join(said)
 
