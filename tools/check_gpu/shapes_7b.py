@@ -126,7 +126,7 @@ def latency_7b(device, folder):
     model, processor, _, images = built(device)
     asked = [prompts.prompt(processor, "features")], images[:1], model.device
     inputs, said, held = prompts.prepare(processor, *asked), [], rig.needs().timing(1)
-    how = {"new_tokens": 16, "warmup": 1, "repeats": 3}
+    how = {"new_tokens": 8, "warmup": 1, "repeats": 2}
     for bits in (16, 4):
         if bits == 4:
             quantize(model, Form("rtn", 4, 64), packed=True)
