@@ -70,9 +70,12 @@ class Counts:
         self.fatal = int(controls.isin(["whole", "protected"]).sum())
         how = {"depths": p["sft_depths"], "seeds": p["sft_seeds"], "rivals": p["sft_rivals"]}
         how["relearning"] = p["seed"] if p["relearning"] else None
-        tuned = variants.to_heal(self.pruned, choice, **how)
-        names = {"variant": tuned.healed_variant, "source": tuned.healed_variant, "healed": True}
-        self.healed = tuned.assign(**names)
+        how["distilled"] = p["distillation"] > 0
+        self.tuned = variants.to_heal(self.pruned, choice, **how)
+        made = self.tuned.healed_variant
+        healed = self.tuned.assign(variant=made, source=made, healed=True)
+        mended = variants.mended(self.pruned, choice, "maps") if p["replace_me"] else []
+        self.healed = pd.concat([healed, pd.DataFrame(mended)], ignore_index=True)
         known = pd.concat([self.pruned, self.healed], ignore_index=True)
         group = p["group_size"]
         asked = known, plans[0], p["equal_bytes"], p["bits"][1:]
@@ -94,7 +97,7 @@ class Counts:
     def loads(self) -> int:
         """One a step, one a fine-tune, and two of each model whose latency is measured."""
         steps = 2 + 1 + 5 + 1 + 3 + 4 + 3  # of 02 to 08
-        return steps + 1 + len(self.healed) + ROUNDS * len(self.judged)
+        return steps + 1 + len(self.tuned) + ROUNDS * len(self.judged)
 
 
 @dataclass(frozen=True)
@@ -174,10 +177,11 @@ class Run:
     sessions: int
 
     def training(self) -> float:
-        """All T4 share a batch, or have fine-tunes of their own."""
-        p, healed = self.p, len(self.counts.healed)
+        """All T4 share a batch, or have fine-tunes of their own; a teacher takes as long again."""
+        p, healed = self.p, len(self.counts.tuned)
         first = p["finetune_steps"] * self.card.learnt(p["finetune_batch"])
-        return (first + healed * p["sft_steps"] * self.card.learnt(p["sft_batch"])) / self.cards
+        steps = p["sft_steps"] * (healed + (p["distillation"] > 0))
+        return (first + steps * self.card.learnt(p["sft_batch"])) / self.cards
 
     def answers(self) -> float:
         """A model over two T4 works on one at a time, and reads a picture for each question."""
@@ -259,7 +263,7 @@ def table(runs: dict[str, Run]) -> str:
         found += [sum(hours(run, launches).values()) for run in runs.values()]
     counted = {
         "models asked": [len(run.counts.asked) for run in runs.values()],
-        "fine-tunes": [1 + len(run.counts.healed) for run in runs.values()],
+        "fine-tunes": [1 + len(run.counts.tuned) for run in runs.values()],
         "loads": [run.counts.loads for run in runs.values()],
     }
     heads = [f"`{name}`, {run.cards} T4" for name, run in runs.items()]
