@@ -9,7 +9,7 @@ from derm_compress.errors import DermError
 from derm_compress.method.pruning.plan import Plan
 from derm_compress.method.quantization import methods, wanted
 from derm_compress.method.quantization.grids import grid_of
-from derm_compress.method.quantization.methods import METHODS, Form, quantizers
+from derm_compress.method.quantization.methods import Form, quantizers
 from derm_compress.model import memory
 from derm_compress.model import variants as variants_of
 from derm_compress.model.recipe import Recipe
@@ -40,13 +40,6 @@ def test_names_say_method_width_and_options():
     assert found["awq3-text"].quantizer == "awq-text"
     assert found["awq3-text"].step == {"method": "awq", "bits": 3, "group_size": 64}
     assert Form("awq", 2, 64, block_bits={3: 4}).name == "awq2-mixed"
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
-def test_every_method_has_a_grid_a_format_and_words(method):
-    form = Form(method.name, method.widths[0], 64)
-    assert grid_of(form, 0).bits == form.bits and method.words
-    assert form.format().packed
 
 
 def test_a_step_is_read_with_defaults_and_unknown_fields_are_refused():

@@ -26,7 +26,7 @@ from derm_compress.method.finetune import train
 from derm_compress.method.importance.calibration import Calibration
 from derm_compress.method.quantization import checkpoint, quantize, search
 from derm_compress.method.quantization.methods import METHODS, Form, forms
-from derm_compress.method.quantization.packed import use_kernels
+from derm_compress.method.quantization.packed import PackedLinear, use_kernels
 from derm_compress.method.quantization.quantize import quantize_step, quantized_linears
 from derm_compress.model import anatomy, devices, loading, prompts, removal, shapes
 from derm_compress.model.generation import generate
@@ -212,6 +212,7 @@ def test_every_method_takes_grouped_heads_under_a_tied_head(tied, pictures):
     inputs = about(processor, pictures.images, "name")
     whole, tried = logits(model, inputs), set()
     more = [Form("awq", 3, duo=True, clip=True), Form("bitsandbytes", double=True)]
+    more += [Form("gptq", 3, clip=True, actorder=True), Form("rtn", 4, block_bits={0: 2})]
     for form in [*forms([*METHODS], [4, 2], 64), *more]:
         if form.method == "autoawq":  # writes what awq4 does
             continue
@@ -224,6 +225,9 @@ def test_every_method_takes_grouped_heads_under_a_tied_head(tied, pictures):
         if form.method != "llm_int8":  # which rounds its inputs, too
             rounded = quantize.quantize(copy.deepcopy(model), form, scales=scales)
             assert torch.allclose(logits(rounded, inputs), said, atol=1e-4), form.name
+            for one, other in zip(made.modules(), rounded.modules(), strict=False):
+                if isinstance(one, PackedLinear):
+                    assert torch.equal(one.dequantized(), other.weight)
         tried.add(form.method)
     assert tried == METHODS.keys() - {"autoawq"}
 
@@ -318,12 +322,6 @@ def test_a_mistyped_path_is_no_hub_id(name):
         DermError, match="there is no such folder; a model is tiny, small, pico, a folder"
     ):
         loading.load_base(name)
-
-
-def test_a_folder_of_the_home_directory_is_found(monkeypatch, folders):
-    folder = folders[PLAIN.name]
-    monkeypatch.setenv("HOME", str(folder.parent))
-    assert loading.load_base(f"~/{folder.name}")
 
 
 def test_a_penalty_of_the_folders_own_does_not_reach_greedy_answers(folders, pictures, tmp_path):

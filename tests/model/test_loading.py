@@ -12,16 +12,6 @@ from derm_compress.model import anatomy, loading
 from derm_compress.model.processors import check_picture_size
 
 
-def test_anatomy(pico):
-    model, _ = pico
-    assert len(anatomy.blocks(model)) == loading.PICO_BLOCKS
-    block = anatomy.blocks(model)[0]
-    dense = {name for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert set(anatomy.linears(block)) == dense and len(dense) == 7
-    counted = sum(p.numel() for part in anatomy.parts(model).values() for p in part.parameters())
-    assert counted == sum(p.numel() for p in model.parameters())
-
-
 def test_the_fingerprint_tells_models_apart(pico):
     model, _ = pico
     same, _ = loading.load_base("pico")

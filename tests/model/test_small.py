@@ -1,8 +1,6 @@
 """The small model is made of a wheel once, checked, found again, and made anew where damaged."""
 
 import os
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 
@@ -17,7 +15,7 @@ from derm_compress.evaluate.export import export_model, prune_folder
 from derm_compress.files import file_digest
 from derm_compress.method import activations
 from derm_compress.method.pruning.plan import Plan
-from derm_compress.model import anatomy, gguf_llama, loading, prompts, shapes, small, wheels
+from derm_compress.model import anatomy, gguf_llama, loading, prompts, shapes, small
 from derm_compress.model.generation import generate
 from derm_compress.model.recipe import Recipe
 from derm_compress.study import plan as plans
@@ -206,13 +204,6 @@ def test_a_run_says_where_models_are_kept(monkeypatch, tmp_path):
     assert small.home() == tmp_path / "artifacts" / "models"
     plans.Plan(tmp_path, {}, {"artifact_root": "elsewhere"}).settle_models()
     assert small.home() == tmp_path / "elsewhere" / "models"
-
-
-def test_what_has_come_is_counted_while_it_comes(tmp_path):
-    code = "import sys, time; f = open(sys.argv[1], 'wb', 0); f.write(bytes(2_500_000)); "
-    code += "time.sleep(0.3); f.write(bytes(1_000_000)); time.sleep(0.2)"
-    asked = [sys.executable, "-S", "-c", code, str(tmp_path / "file")]
-    assert [*wheels._arrived(subprocess.Popen(asked), tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.skipif(not os.environ.get("DERM_COMPRESS_LONG"), reason="fetches 93 MB if asked to")
