@@ -100,7 +100,10 @@ def changed(answer: str, whole: str) -> list[tuple[str, bool]]:
     shown = zip(words[first:end], new[first:end], strict=True)
     groups = groupby(shown, key=itemgetter(1))
     pieces = [(" ".join(word for word, _ in group), is_new) for is_new, group in groups]
-    return [("...", False)] * min(first, 1) + pieces + [("...", False)] * (end < len(words))
+    cut = [("...", False)]
+    before = cut if first else []
+    after = cut if end < len(words) else []
+    return before + pieces + after
 
 
 def lacking(text: str, other: str) -> list[bool]:
@@ -131,8 +134,8 @@ def most_new(words: list[str], new: list[bool]) -> tuple[int, int]:
 
 def room(words: list[str], first: int, end: int) -> int:
     """Characters of a stretch, with dots where it is cut."""
-    dots = 4 * (first > 0) + 4 * (end < len(words))
-    return dots + len(" ".join(words[first:end]))
+    cuts = [first > 0, end < len(words)]
+    return 4 * sum(cuts) + len(" ".join(words[first:end]))
 
 
 def answer_lines(row: dict) -> typeset.Lines:
