@@ -117,6 +117,12 @@ def notebook(path: Path, *cells: dict) -> Path:
     return path
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def project(root: Path) -> Path:
     """01_data -> 02_left and 03_right, in a folder with a space in its name."""
     root = root / "toy project"

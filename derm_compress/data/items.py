@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ class Dataset:
 
     def frame(self) -> pd.DataFrame:
         """One row per item; facts and subgroups as JSON."""
-        rows = [_with_dicts(asdict(item), _dumped) for item in self.items]
+        dumped = partial(json.dumps, sort_keys=True)
+        rows = [_with_dicts(asdict(item), dumped) for item in self.items]
         return pd.DataFrame(rows, columns=[field.name for field in fields(Item)])
 
 
@@ -92,10 +94,6 @@ def load_dataset(folder: Path) -> Dataset:
 
 def _with_dicts(row: dict, change: Callable) -> dict:
     return row | {name: change(row[name]) for name in ("facts", "subgroups")}
-
-
-def _dumped(value: dict[str, str]) -> str:
-    return json.dumps(value, sort_keys=True)
 
 
 def sample(items: Sequence[Item], n: int, seed: int) -> list[Item]:

@@ -25,12 +25,6 @@ def planned(root: Path, run: str, **values) -> Plan:
     return Plan(made.root, made.notebooks, made.values, root / "derm_compress")
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
 def changed(before: dict, after: dict) -> list[str]:
     return [stage for stage in before if before[stage] != after[stage]]
 
@@ -105,7 +99,7 @@ def test_an_edit_recomputes_what_uses_it_and_what_follows(study, module, recompu
 def test_a_key_changes_with_what_the_result_depends_on(tmp_path, file, old, new, recomputed):
     root = toy.project(tmp_path)
     before = planned(root, "tiny").keys
-    edit(root / file, old, new)
+    toy.edit(root / file, old, new)
     after = planned(root, "tiny").keys
     assert [stage[:2] for stage in changed(before, after)] == recomputed.split()
 

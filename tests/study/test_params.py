@@ -172,8 +172,7 @@ def test_notebooks_share_a_parameter_only_if_it_is_the_same(tmp_path):
         "02_left": ("01_data",),
         "03_right": ("01_data",),
     }
-    book = root / "notebooks" / "02_left.ipynb"
-    book.write_text(book.read_text().replace("[0..1000]", "[0..99]"))
+    toy.edit(root / "notebooks" / "02_left.ipynb", "[0..1000]", "[0..99]")
     with pytest.raises(DermError, match="01_data and 02_left declare seed with another"):
         params.read_notebooks(root)
 

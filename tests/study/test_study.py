@@ -37,12 +37,6 @@ def root(tmp_path):
     return toy.project(tmp_path)
 
 
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
 # A stage in its notebook, without a kernel
 
 
@@ -468,7 +462,7 @@ def test_again_nothing_runs_and_only_what_depends_runs_after_a_change(copy):
     again = toy.call(copy, "run", "params/tiny.yaml")
     assert again.stdout == "nothing has changed: reports/tiny/index.html\n"
     assert time.monotonic() - begun < 15
-    edit(copy / "notebooks" / "03_right.ipynb", "# 03_right", "# Better words")
+    toy.edit(copy / "notebooks" / "03_right.ipynb", "# 03_right", "# Better words")
     (copy / "params" / "other.yaml").write_text("run: other\ncount: 4\n")
     both = toy.call(copy, "run", "params/tiny.yaml", "params/other.yaml")
     assert both.returncode == 0 and both.stdout.count(" starts") == 1
@@ -629,8 +623,7 @@ def test_damaged_notes_of_a_run_are_named_and_made_anew_and_stop_no_other(copy):
     for other in (copy / "artifacts" / "runs" / "other").rglob("*.json"):
         other.write_text("[]")
     home = copy / "artifacts" / "runs" / "tiny"
-    note = home / "02_left.json"
-    note.write_text(note.read_text().replace('"seconds": ', '"seconds": 1'))
+    toy.edit(home / "02_left.json", '"seconds": ', '"seconds": 1')
     (home / "run_info.json").write_text('{"seconds": null')
     (home / "rendered.json").write_bytes(b"\xff")
     (home / "notebooks" / "03_right.ipynb").write_text("{}")
