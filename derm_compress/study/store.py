@@ -18,7 +18,7 @@ class Store:
     """`root/<stage>/<key>/` holds finished artifacts, `root/<stage>/<key>.work/` what is begun.
 
     `mounted`: roots of other stores, read-only; what they have finished counts, what they have
-    begun is gone on with. Every stage and key is checked first: no other place is ever touched.
+    begun can be adopted. Every stage and key is checked first: no other place is ever touched.
     """
 
     def __init__(self, root: Path, stages: Collection[str], mounted: Sequence[Path] = ()):
@@ -136,30 +136,28 @@ class Store:
         work, entry = self.work(stage, key), self.entry(stage, key)
         if entry.is_dir() and not work.exists():  # finished, but lacking something
             copy(entry, work)
-        self._go_on(stage, key)
         with files.disk_guard(work):
             work.mkdir(parents=True, exist_ok=True)
         for leftover in [*work.rglob(".part-*"), *links(work)]:
             files.remove(leftover)
         return work
 
-    def _go_on(self, stage: str, key: str) -> None:
-        """Copies the furthest of what mounted stores have begun, unless this one has begun."""
-        work = self.work(stage, key)
+    def adopt(self, stage: str, key: str) -> None:
+        """Copies what mounted stores have finished, or else the furthest of what they have begun.
+
+        This store then stands alone; what it has finished or begun itself stays.
+        """
+        own, work = self.own(stage, key), self.work(stage, key)
+        if not self.mounted or own.is_dir():
+            return
+        if self.complete(stage, key):
+            copy(self.entry(stage, key), own)
+            return
         begun = [files.artifact(root, stage, key).with_name(work.name) for root in self.mounted]
         found = max((path for path in begun if path.is_dir()), key=reached, default=None)
         if found and not work.exists():
             say(f"{stage}: goes on from {files.shown(found)}")
             copy(found, work)
-
-    def adopt(self, stage: str, key: str) -> None:
-        """Copies what mounted stores have finished or begun of it: this one then stands alone."""
-        if not self.mounted or self.own(stage, key).is_dir():
-            return
-        if self.complete(stage, key):
-            copy(self.entry(stage, key), self.own(stage, key))
-        else:
-            self._go_on(stage, key)
 
     def commit(self, stage: str, key: str, made: dict) -> None:
         """Turns the work folder into the artifact: manifest last, then one rename."""
