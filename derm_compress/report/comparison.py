@@ -13,18 +13,16 @@ from derm_compress.errors import DermError
 from derm_compress.files import read_json
 from derm_compress.report import signs, sweep, tables
 from derm_compress.report.figures.style import Drawing
+from derm_compress.report.results import table_of
 
 MODEL = ["blocks_removed_7b", "healed", "method", "bits"]
+FRACTION = ["fraction_removed"]
 SIDE_BY_SIDE = {  # table: its question, what tells its rows apart, its score
-    "table1_pruning": (
-        "Pruning alone, by the fraction of blocks removed",
-        ["fraction_removed"],
-        "",
-    ),
-    "table2_sft": ("After SFT, by what was removed at 7B", ["blocks_removed_7b"], "_after"),
-    "table3_quantization": ("Quantized", MODEL, ""),
-    "table4_efficiency": ("The ways of Table 4", ["setting"], ""),
-    "table5_ablation": ("One part exchanged at a time", ["setting"], ""),
+    "table1_pruning": ("Pruning alone, by the fraction of blocks removed", FRACTION, "score"),
+    "table2_sft": ("After SFT, by what was removed at 7B", ["blocks_removed_7b"], "score_after"),
+    "table3_quantization": ("Quantized", MODEL, "score"),
+    "table4_efficiency": ("The ways of Table 4", ["setting"], "score"),
+    "table5_ablation": ("One part exchanged at a time", ["setting"], "score"),
 }
 
 
@@ -51,8 +49,8 @@ def sections(root: Path, names: Sequence[str] = ()) -> list[Section]:
     found = [Section("", overview(infos), "Every run, and its verdicts on the paper's claims")]
     for one in sweep.sweeps(infos):
         found += swept(one)
-    for stem, (question, keys, end) in SIDE_BY_SIDE.items():
-        frame = beside(runs, stem, keys, f"score{end}")
+    for stem, (question, keys, score) in SIDE_BY_SIDE.items():
+        frame = beside(runs, stem, keys, score)
         if len(frame):
             caption = "score, % (95 % interval), a column a run"
             found.append(Section(f"Table {stem[5]}. {question}", frame, caption))
@@ -89,19 +87,16 @@ def overview(infos: dict[Path, dict]) -> pd.DataFrame:
     for folder, info in infos.items():
         link = Markup('<a href="{0}/index.html">{0}</a>').format(folder.name)
         again = f"python -m derm_compress report {folder.name}"
-        said = (
-            info.get("headline", "") if info else f"its run.json is damaged; {again} makes it anew"
-        )
+        damaged = f"its run.json is damaged; {again} makes it anew"
+        said = info.get("headline", "") if info else damaged
         rows.append((link, said, counts(folder), info.get("seconds", "")))
     return pd.DataFrame(rows, columns=["run", "what it says", "claims", "time, s"], dtype=object)
 
 
 def counts(folder: Path) -> str:
     """How many of the paper's claims got each verdict."""
-    file = folder / "tables" / "claims.csv"
-    if not file.exists():
-        return ""
-    found = pd.read_csv(file).query("counted").verdict.value_counts()
+    table = table_of(folder, "claims")
+    found = {} if table.empty else table.query("counted").verdict.value_counts()
     return "; ".join(f"{count} {verdict}" for verdict, count in found.items())
 
 
@@ -109,9 +104,9 @@ def beside(runs: dict[str, Path], stem: str, keys: list[str], score: str) -> pd.
     """A row for each key that any run has, in order (settings: of appearance); a column a run."""
     frames = []
     for name, folder in runs.items():
-        file = folder / "tables" / f"{stem}.csv"
-        if file.exists():
-            frame = pd.read_csv(file).drop_duplicates(keys)
+        frame = table_of(folder, stem)
+        if len(frame):
+            frame = frame.drop_duplicates(keys)
             cells = tables.readable(frame[[score, f"{score}_lo", f"{score}_hi"]])
             frames.append(frame[keys].assign(run=name, cell=cells[tables.heading(score)]))
     if not frames:

@@ -21,9 +21,8 @@ from markupsafe import Markup
 from derm_compress.errors import DermError
 from derm_compress.evaluate.judges import prompts, rubric
 from derm_compress.files import artifact, disk_guard, read_note, shown, write_text
-from derm_compress.report import comparison, figures, tables
+from derm_compress.report import comparison, figures, tables, wording
 from derm_compress.report.figures.style import Drawing
-from derm_compress.report.machine import made_on
 from derm_compress.report.notebook_html import cleaner, notebook_body
 from derm_compress.report.page import page, to_markdown
 from derm_compress.report.parts import PARTS, QUESTION, REFERENCES, Part
@@ -150,7 +149,7 @@ def contents(made: Run, facts: Facts, built: dict, drawn: dict, notebooks: list[
     return {
         "title": f"derm_compress, run {made.name}",
         "question": QUESTION,
-        "made_on": told_machine(made),
+        "made_on": wording.made_on(made.last.get("environment"), made.info),
         "run": made,
         "facts": facts,
         "first": {part["stem"]: part for part in parts if part["first"]},
@@ -160,14 +159,6 @@ def contents(made: Run, facts: Facts, built: dict, drawn: dict, notebooks: list[
         "stages": pd.DataFrame(stages, columns=["stage", "key", "seconds", "from the store"]),
         "provenance": made.info | {name: made.last.get(name) for name in ("git", "environment")},
     }
-
-
-def told_machine(made: Run) -> str:
-    """What the run was made on; empty before its end."""
-    known, info = made.last.get("environment"), made.info
-    if not known or "params_file" not in info:
-        return ""
-    return made_on(known, info.get("seconds"), info.get("overrides", {}), info["params_file"])
 
 
 def shown_table(

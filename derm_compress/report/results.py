@@ -248,6 +248,12 @@ def first_to_go(plan: dict, count: int) -> list:
     return list(plan["order"][:count])
 
 
+def table_of(folder: Path, stem: str) -> pd.DataFrame:
+    """A table of a report, given by its folder; empty where it has none."""
+    file = folder / "tables" / f"{stem}.csv"
+    return pd.read_csv(file) if file.is_file() else pd.DataFrame()
+
+
 def items_hash(items: pd.DataFrame) -> str:
     """sha256 of which items (id, disease, facts) are tested or held out, in any order."""
     held = items[items.split.isin(["test", "heldout"])]

@@ -19,7 +19,7 @@ from derm_compress.report import rule, tables, trainings, wording
 from derm_compress.report.page import inert, page
 from derm_compress.report.paper import model
 from derm_compress.report.paper import numbers as paper
-from derm_compress.report.results import Results, answers_of, first_to_go
+from derm_compress.report.results import Results, first_to_go
 from derm_compress.report.tables import allocation, answer, claims, statistics
 from derm_compress.report.tables.quantizers import plain_awq
 
@@ -56,12 +56,15 @@ def headline(results: Results) -> str:
 
 KNOWN = {  # in templates, beside the facts
     "allocation": allocation,
+    "answer": answer,
+    "claims": claims,
     "controls": controls,
     "rule": rule,
     "paper": paper,
     "plain_awq": plain_awq,
     "MENDED": MENDED,  # these stand for a criterion
     "DISTILLED": DISTILLED,
+    "statistics": statistics,
     "SURE": rule.SURE,  # a corrected p below this is a difference
     "FEW": 3,  # rivals, up to which each gets its own sentence
 }
@@ -128,13 +131,6 @@ class Facts:
         known = [f for f in frames if f is not None and {one, other} <= set(f.variant)]
         return trainings.apart(self.results, known[0] if known else None, one, other)
 
-    def rival(self) -> answer.Rival | None:
-        """The best model of one technique alone, at the full pipeline's bytes or the nearest."""
-        return answer.single(self.results)
-
-    def papers_size(self) -> bool:
-        return claims.at_papers_size(self.results)
-
     def blocks_for(self, gb: float) -> int:
         """How many of 32 blocks must go until the planned peak at 7B, in 4-bit AWQ, fits."""
         depths = range(paper.BLOCKS)
@@ -157,12 +153,6 @@ class Facts:
         told = {"ms": ms[whole], "apart": full_hi < lo or hi < full_lo}
         return told | {way: ms[whole] / ms[name] for way, name in names.items()}
 
-    def smallest_margin(self) -> float:
-        """What the test pictures can show, in points; nan where nothing was compared."""
-        if self.results.evaluation is None or self.results.full is None:
-            return np.nan
-        return statistics.smallest_margin(self.results)
-
     def specimen(self) -> dict | None:
         """How well an embedded model was made: what it can see at best; None of any other."""
         folder = PACKAGE / "model" / f"{self.base()}_llava"
@@ -173,11 +163,6 @@ class Facts:
         config = read_json(folder / "config.json").get("text_config", {})
         start = config.get("initializer_range") if self.base() == "tiny" else None
         return told | {"worst": min(seen, key=seen.get), "initializer_range": start}
-
-    def recovery(self) -> metrics.Recovery:
-        """What SFT gives back at the operating point, net of what it gives the unpruned model."""
-        four = [*self.results.main, self.results.variant(0, healed=True)]
-        return metrics.recovery(*(answers_of(self.results.answers, name) for name in four))
 
     def pictures(self) -> tuple[int, int]:
         """On how many pictures there are scores: Tables 1 to 3's, and Tables 4 and 5's."""

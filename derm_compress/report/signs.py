@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from derm_compress.report import wording
+from derm_compress.report.results import table_of
 
-CONTROLS, PIPELINE = "extra_controls", "table5_ablation"
-ENDS = ("", "_lo", "_hi")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A table's difference, and the question that its sign answers, with names of columns in it."""
-
-    stem: str
-    column: str
-    question: str
-
-
-ASKED = (
-    Asked("extra_criteria_tests", "difference", "Is the criterion ahead of {rival} before SFT?"),
-    Asked(
-        "extra_criteria_tests",
-        "difference_all",
-        "Is the criterion ahead of {rival} over all depths?",
-    ),
-    Asked("extra_healed_rivals", "difference", "Is the criterion ahead of {rival} after SFT?"),
-    Asked("table2_sft", "gain", "Does SFT raise the score of {model}?"),
-    Asked("extra_quantization_tests", "cost", "Does {model} gain by {quantizer} at {bits} bits?"),
-    Asked(
-        "extra_quantization_tests",
-        "difference",
-        "Does {model} gain by {quantizer} instead of AWQ at {bits} bits?",
-    ),
-    Asked("table5_ablation", "difference", "Is {setting} above the full pipeline?"),
+RIVALS, QUANTIZERS = "extra_criteria_tests", "extra_quantization_tests"
+ASKED = (  # question with names of columns in it, table, column of the difference that answers it
+    ("Is the criterion ahead of {rival} before SFT?", RIVALS, "difference"),
+    ("Is the criterion ahead of {rival} over all depths?", RIVALS, "difference_all"),
+    ("Is the criterion ahead of {rival} after SFT?", "extra_healed_rivals", "difference"),
+    ("Does SFT raise the score of {model}?", "table2_sft", "gain"),
+    ("Does {model} gain by {quantizer} at {bits} bits?", QUANTIZERS, "cost"),
+    ("Does {model} gain by {quantizer} instead of AWQ at {bits} bits?", QUANTIZERS, "difference"),
+    ("Is {setting} above the full pipeline?", "table5_ablation", "difference"),
 )
 
 
@@ -62,7 +42,7 @@ def signs(folders: Sequence[Path]) -> pd.DataFrame:
 
 def controls(folder: Path) -> pd.DataFrame:
     """A report's controls that were tested: question, said, sign (1 where it holds, else -1)."""
-    table = read(folder, CONTROLS).reindex(columns=["question", "holds"]).dropna()
+    table = table_of(folder, "extra_controls").reindex(columns=["question", "holds"]).dropna()
     holds = table.holds.astype(str).eq("True")
     said = holds.map({True: "holds", False: "fails"})
     sign = holds.map({True: 1, False: -1})
@@ -72,13 +52,12 @@ def controls(folder: Path) -> pd.DataFrame:
 def differences(folder: Path) -> pd.DataFrame:
     """What a report tests: question, said (points with their interval), sign (0: it holds 0)."""
     rows = []
-    for asked in ASKED:
-        columns = [asked.column + end for end in ENDS]
-        for row in in_words(folder, asked.stem):
-            value, lo, hi = (row.get(column) for column in columns)
+    for question, stem, column in ASKED:
+        for row in in_words(folder, stem):
+            value, lo, hi = (row.get(f"{column}{end}") for end in ("", "_lo", "_hi"))
             if not pd.isna(lo):
                 said = f"{value:+.1f} ({lo:.1f} to {hi:.1f})"
-                rows.append((asked.question.format(**row), said, int(lo > 0) - int(hi < 0)))
+                rows.append((question.format(**row), said, int(lo > 0) - int(hi < 0)))
     return pd.DataFrame(rows, columns=["question", "said", "sign"])
 
 
@@ -88,13 +67,13 @@ def in_words(folder: Path, stem: str) -> list[dict]:
     Of models by depth only the unpruned one and that of the operating point; no row where the
     report lacks the table.
     """
-    table = read(folder, stem)
+    table = table_of(folder, stem)
     if "criterion" in table:
         table["rival"] = table.criterion.map(rival)
     if "method" in table:
         table["quantizer"] = table.method.map(wording.quantizer, na_action="ignore")
     if "blocks_removed" in table and "variant" not in table:
-        operating = read(folder, PIPELINE).blocks_removed.iloc[:1]
+        operating = table_of(folder, "table5_ablation").blocks_removed.iloc[:1]
         names = {0: "the unpruned model"} | dict.fromkeys(operating, "the pruned model")
         table["model"] = table.blocks_removed.map(names)
         table = table.dropna(subset="model")
@@ -116,12 +95,6 @@ def alike(signs: dict[str, int]) -> str:
     if len(clear) == len(signs):
         return "yes"
     return f"clear in {wording.listed(clear)} alone" if clear else "clear in none"
-
-
-def read(folder: Path, stem: str) -> pd.DataFrame:
-    """A report's table; empty where it has none."""
-    file = folder / "tables" / f"{stem}.csv"
-    return pd.read_csv(file) if file.is_file() else pd.DataFrame()
 
 
 def counted(table: pd.DataFrame) -> str:

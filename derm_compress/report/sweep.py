@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from derm_compress.evaluate import metrics
 from derm_compress.report.figures import style
 from derm_compress.report.figures.style import Drawing
+from derm_compress.report.results import table_of
 
 SEED = "seed"
 SCORES = "table4_efficiency"  # the study's ways to compress, a row each
@@ -36,12 +37,12 @@ def sweeps(infos: dict[Path, dict]) -> list[Sweep]:
     """The sweeps among reports, given by folder with the run_info of each."""
     found: dict[tuple, list] = {}
     for folder, info in infos.items():
-        swept, file = info.get("sweep", {}), folder / "tables" / f"{SCORES}.csv"
-        if swept and file.exists():
+        swept, scores = info.get("sweep", {}), table_of(folder, SCORES)
+        if swept and len(scores):
             values = {name: as_value(value) for name, value in swept.items()}
             others = {k: v for k, v in info.get("overrides", {}).items() if k not in swept}
             key = info.get("params_file", ""), repr(others), tuple(swept)
-            found.setdefault(key, []).append(pd.read_csv(file).assign(**values))
+            found.setdefault(key, []).append(scores.assign(**values))
     made = []
     for (file, _, axes), rows in found.items():
         scores = pd.concat(rows).sort_values([*axes], kind="stable", ignore_index=True)
@@ -54,22 +55,14 @@ def as_value(value):
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def mean_over(values: pd.Series) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by Student's t; of one value no interval."""
-    if len(values) < 2:
-        return values.mean(), float("nan"), float("nan")
-    reach = stdtrit(len(values) - 1, metrics.TAILS[1]) * values.std() / len(values) ** 0.5
-    return values.mean(), values.mean() - reach, values.mean() + reach
-
-
 def over_runs(rows: pd.DataFrame, by: list[str], name: str) -> pd.DataFrame:
-    """The mean of a column over each group's `runs`, with its interval; in order of appearance."""
-    made = []
-    for keys, group in rows.groupby(by, sort=False):
-        known = group[name].dropna()
-        ends = zip((name, f"{name}_lo", f"{name}_hi"), mean_over(known), strict=True)
-        made.append(dict(zip(by, keys, strict=True)) | dict(ends) | {"runs": len(known)})
-    return pd.DataFrame(made)
+    """The mean of a column over each group's `runs` and its 95 % interval by Student's t, which one
+    run has not; in order of appearance."""
+    found = rows.groupby(by, sort=False)[name].agg(["mean", "sem", "count"]).reset_index()
+    reach = stdtrit(found["count"] - 1, metrics.TAILS[1]) * found["sem"]
+    ends = {f"{name}_lo": found["mean"] - reach, f"{name}_hi": found["mean"] + reach}
+    found = found.rename(columns={"mean": name, "count": "runs"}).assign(**ends)
+    return found[[*by, name, *ends, "runs"]]
 
 
 def over_seeds(sweep: Sweep) -> pd.DataFrame:
@@ -92,24 +85,24 @@ def differences(sweep: Sweep, axis: str) -> pd.DataFrame:
     return over_runs(pd.concat(found), [axis, "setting"], "difference")
 
 
+@matplotlib.rc_context(style.STYLE)
 def against(sweep: Sweep, axis: str) -> Drawing:
     """The mean score of each setting at each value of an axis, over all else that is swept."""
     table = over_runs(sweep.scores, ["setting", axis], "score")
     values = list(sweep.scores[axis].unique())
     numbers = pd.api.types.is_numeric_dtype(sweep.scores[axis]) and True not in values
     finding = f"score by {axis}, mean of {int(table.runs.min())} runs or more a point"
-    with matplotlib.rc_context(style.STYLE):
-        figure, (axes,) = style.canvas(finding, 3.4)
-        for marker, (setting, rows) in zip(
-            "osD^v*X", table.groupby("setting", sort=False), strict=False
-        ):
-            colour = next(one for word, one in COLOURS.items() if word in setting)
-            x = rows[axis] if numbers else rows[axis].map(values.index)
-            look = {"marker": marker, "color": colour, "label": setting, "linewidth": 1}
-            style.scores(axes, x, rows, **look)
-        if not numbers:
-            axes.set_xticks(range(len(values)), map(str, values))
-        axes.set_xlabel(axis)
-        style.score_axis(axes, "score, % (95 % interval over runs)")
-        style.legend_below(figure, 2)
+    figure, (axes,) = style.canvas(finding, 3.4)
+    for marker, (setting, rows) in zip(
+        "osD^v*X", table.groupby("setting", sort=False), strict=False
+    ):
+        colour = next(one for word, one in COLOURS.items() if word in setting)
+        x = rows[axis] if numbers else rows[axis].map(values.index)
+        look = {"marker": marker, "color": colour, "label": setting, "linewidth": 1}
+        style.scores(axes, x, rows, **look)
+    if not numbers:
+        axes.set_xticks(range(len(values)), map(str, values))
+    axes.set_xlabel(axis)
+    style.score_axis(axes, "score, % (95 % interval over runs)")
+    style.legend_below(figure, 2)
     return Drawing(figure, table, finding)

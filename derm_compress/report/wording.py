@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
@@ -28,6 +28,14 @@ MADE = {  # what stands for a criterion
     DISTILLED: "SFT with distillation",
 }
 NAMES |= MADE
+CUT = {  # parameters that make a run smaller
+    "n_heldout": "held-out pictures",
+    "importance_items": "pictures a ranking",
+    "importance_draws": "draws",
+    "finetune_steps": "steps of fine-tuning",
+    "sft_steps": "steps of SFT",
+    "sft_seeds": "seeds of SFT",
+}
 FILTERS = ("f", "g", "p", "percent", "points", "spread", "words", "model", "quantizer", "listed")
 FILTERS += ("criteria_explained",)
 
@@ -156,3 +164,27 @@ def listed(items: Iterable) -> str:
     """a, b and c."""
     *most, last = map(str, items)
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def made_on(environment: Mapping | None, info: Mapping) -> str:
+    """The machine, the stages' time together, and what the command line set over the run file, by
+    run_info.json; empty before a run's end."""
+    if not environment or "params_file" not in info:
+        return ""
+    gpu, seconds, told = environment.get("gpu"), info.get("seconds"), info.get("overrides", {})
+    machine = f"one {gpu}" if gpu else f"{environment.get('cores')} CPU cores, without a GPU"
+    said = f"This run took {spoken(seconds)} on {machine}" if seconds else f"It ran on {machine}"
+    fewer = [counted(told[name], words) for name, words in CUT.items() if name in told]
+    if fewer:
+        said += f". It was cut down from {info['params_file']}: {', '.join(fewer)}"
+    return said + "."
+
+
+def counted(number: str, words: str) -> str:
+    """39 held-out pictures, or 1 seed of SFT."""
+    return f"{number} {words if number != '1' else words.replace('s ', ' ', 1)}"
+
+
+def spoken(seconds: float) -> str:
+    """8 minutes, or 3.5 hours."""
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -11,6 +11,7 @@ from derm_compress.report import tables
 from derm_compress.report.page import inert
 from derm_compress.report.sentences import STAGES, Facts, findings, headline
 from derm_compress.report.tables import criteria
+from derm_compress.report.wording import made_on
 
 HEALED_AWQ = "pruned-6+sft|awq4"
 
@@ -187,3 +188,18 @@ def test_photographs_are_told_from_synthetic_pictures(results, plain):
     assert "1737 photographs, 0 of them test images" in text
     assert "synthetic pictures" not in said(photographs, "answer")
     assert "A model trained on synthetic pictures" in text
+
+
+def test_a_page_names_the_machine_and_what_was_cut_down():
+    cut = {"n_heldout": "39", "sft_seeds": "1", "device": "cpu"}
+    known, cores = {"params_file": "params/small.yaml"}, {"cores": 2, "gpu": None}
+    assert made_on(cores, known | {"seconds": 481.8}) == (
+        "This run took 8 minutes on 2 CPU cores, without a GPU."
+    )
+    gpu = made_on({"cores": 16, "gpu": "Tesla T4"}, known | {"seconds": 7200, "overrides": {}})
+    assert gpu == "This run took 2.0 hours on one Tesla T4."
+    assert made_on(cores, known | {"overrides": cut}) == (
+        "It ran on 2 CPU cores, without a GPU. It was cut down from params/small.yaml:"
+        " 39 held-out pictures, 1 seed of SFT."
+    )
+    assert made_on(None, known) == made_on(cores, {}) == ""

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import fabricate
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,11 +11,6 @@ from derm_compress.report import rule, tables
 from derm_compress.report.results import Results, load_results
 from derm_compress.report.sentences import Facts
 from derm_compress.report.tables import claims, specimen
-
-
-@pytest.fixture(scope="module")
-def finished():
-    return fabricate.finished()
 
 
 def holds(results):
@@ -30,11 +24,11 @@ def of_variant(frame, named, **changes):
     return frame.assign(**{name: frame[name].mask(rows, value) for name, value in changes.items()})
 
 
-def test_every_control_of_a_good_specimen_holds_and_no_claim_is_lost(finished):
-    assert set(holds(finished).values()) == {True}
-    table = claims.claims(finished)
+def test_every_control_of_a_good_specimen_holds_and_no_claim_is_lost(results):
+    assert set(holds(results).values()) == {True}
+    table = claims.claims(results)
     assert table.failed.eq("").all()
-    assert "all of them hold" in Facts(finished, {"claims": table}).said("extra_controls")[0]
+    assert "all of them hold" in Facts(results, {"claims": table}).said("extra_controls")[0]
 
 
 TURNED = {
@@ -68,14 +62,14 @@ TURNED = {
 
 
 @pytest.mark.parametrize("name", specimen.CONTROLS)
-def test_a_control_turns_with_its_data(finished, name):
-    turned = dataclasses.replace(finished, **TURNED[name](finished))
-    assert specimen.measure(name, finished).holds is True
+def test_a_control_turns_with_its_data(results, name):
+    turned = dataclasses.replace(results, **TURNED[name](results))
+    assert specimen.measure(name, results).holds is True
     assert specimen.measure(name, turned).holds is False
 
 
-def test_a_control_that_fails_takes_along_what_rests_on_it_and_nothing_else(finished):
-    turned = dataclasses.replace(finished, **TURNED["outlier channels"](finished))
+def test_a_control_that_fails_takes_along_what_rests_on_it_and_nothing_else(results):
+    turned = dataclasses.replace(results, **TURNED["outlier channels"](results))
     assert specimen.failed(turned) == ["outlier channels"]
     table = claims.claims(turned)
     resting = table.rests_on.str.contains("outlier channels")
@@ -103,8 +97,8 @@ def test_what_a_run_leaves_out_is_neither_held_nor_failed():
     assert read.holds.tolist() == ["not tested"] * 2
 
 
-def test_one_row_a_control_with_its_interval_for_people_and_as_csv(finished):
-    table = tables.make("extra_controls", finished)
+def test_one_row_a_control_with_its_interval_for_people_and_as_csv(results):
+    table = tables.make("extra_controls", results)
     assert list(table.control) == list(specimen.CONTROLS)
     assert list(table)[:7] == ["control", "question", "expected", "value", "lo", "hi", "holds"]
     assert (table.claims > 0).all()

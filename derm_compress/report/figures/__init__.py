@@ -15,15 +15,8 @@ from derm_compress.report.figures.style import FIGURES, Drawing
 from derm_compress.report.results import Results
 from derm_compress.report.sentences import Facts
 
-MODULES = (
-    ablation,
-    allocation,
-    importance,
-    pareto,
-    pruning,
-    quantization,
-    quotes,
-)  # each registers figures
+# Each registers its figures.
+MODULES = (ablation, allocation, importance, pareto, pruning, quantization, quotes)
 
 
 def figure(stem: str, results: Results) -> Drawing | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import pandas as pd
-from scipy.stats import spearmanr
 
 from derm_compress.evaluate import metrics
 from derm_compress.method.allocation.allocation import CANDIDATE, JOINT, PROBE, RUNNING
 from derm_compress.model.variants import HEALED
 from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import joins
+
+RANKS = {"method": "spearman", "min_periods": 3}
 
 
 def at_equal_bytes(results: Results) -> pd.DataFrame:
@@ -53,12 +54,5 @@ def agreement(results: Results) -> dict[str, float]:
     tried = results.allocations[results.allocations.way != PROBE].drop_duplicates("variant")
     table = at_equal_bytes(results).drop_duplicates("variant")
     pairs = {"candidates": results.allocations[results.allocations.way == CANDIDATE], "all": tried}
-    found = {name: ranks(frame.predicted, frame.kl) for name, frame in pairs.items()}
-    return found | {"healing": ranks(table.score_before, table.score_after)}
-
-
-def ranks(one: pd.Series, other: pd.Series) -> float:
-    known = one.notna() & other.notna()
-    if known.sum() < 3:
-        return float("nan")
-    return float(spearmanr(one[known], other[known]).statistic)
+    found = {name: frame.predicted.corr(frame.kl, **RANKS) for name, frame in pairs.items()}
+    return found | {"healing": table.score_before.corr(table.score_after, **RANKS)}

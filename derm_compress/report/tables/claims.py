@@ -9,13 +9,12 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
-from derm_compress.evaluate import metrics
 from derm_compress.method.quantization.methods import METHODS
 from derm_compress.model.variants import paper_depth
 from derm_compress.report import rule, trainings
 from derm_compress.report.paper import model, numbers
-from derm_compress.report.results import Results, answers_of
-from derm_compress.report.tables import answer, joins, specimen
+from derm_compress.report.results import Results
+from derm_compress.report.tables import answer, joins, specimen, statistics
 
 FILE = Path(__file__).parents[1] / "paper" / "claims.yaml"
 TOLD = yaml.safe_load(FILE.read_text("utf-8"))
@@ -93,8 +92,7 @@ def beats(results: Results, technique: str) -> Found:
 
 def recovered(results: Results) -> Found:
     """Of what pruning took, net of what the same SFT gives the unpruned model, in percent."""
-    four = [*results.main, results.variant(0, healed=True)]
-    back = metrics.recovery(*(answers_of(results.answers, name) for name in four))
+    back = statistics.recovery(results)
     if pd.isna(back.lo):
         return Found(because="pruning took too little to tell", untestable=True)
     variance = 2 * trainings.variance(results) * (100 / back.loss) ** 2

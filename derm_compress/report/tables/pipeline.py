@@ -1,13 +1,15 @@
-"""The paper's Tables 1 to 5, ours beside its own."""
+"""The paper's Tables 1 to 5, ours beside its own, and what stands beside them."""
 
 from __future__ import annotations
 
 import pandas as pd
 
+from derm_compress.evaluate import metrics
+from derm_compress.evaluate.judges import controls
 from derm_compress.model.variants import MENDED, paper_depth
 from derm_compress.report import trainings
 from derm_compress.report.paper import numbers
-from derm_compress.report.results import Results
+from derm_compress.report.results import ANSWERING, Results
 from derm_compress.report.tables import joins, quantizers, statistics
 
 CONTROL = "Original and the same SFT (control)"
@@ -112,8 +114,41 @@ def running(results: Results) -> pd.DataFrame:
     return joins.join(taken, results.memory, ["vram_gib"])
 
 
+def latencies(results: Results) -> pd.DataFrame:
+    """Every batch of every measured variant, beside the floor of its decoding."""
+    if results.one_prompt is None:
+        return pd.DataFrame()
+    taken = results.latency
+    return taken.assign(tokens_per_second=1000 * taken.batch / taken.decode_ms_per_token)
+
+
 def baselines(results: Results) -> pd.DataFrame:
     """What the score owes to fine-tuning and to seeing: before it, with blank or other pictures."""
     answers = results.together
     there = [name for name in BASELINES if name in set(answers.variant)]
     return joins.scored(pd.DataFrame({"variant": there}, dtype=object), results, answers)
+
+
+def diagnoses(results: Results) -> pd.DataFrame:
+    """Which disease stage 08's answers to the name question name: accuracy."""
+    every, rows = results.predictions, []
+    named = every[(every.stage == ANSWERING[-1]) & every.diagnosis.notna()]
+    for variant, part in named.groupby("variant", sort=False):
+        right = (part.diagnosis == part.disease).astype(float)
+        share = metrics.share_interval(part["item"], right)
+        rows.append(
+            {
+                "variant": variant,
+                **joins.interval("accuracy", share),
+                "balanced": 100 * right.groupby(part.disease).mean().mean(),
+                "none": (part.diagnosis == "none").sum(),
+                "several": (part.diagnosis == "several").sum(),
+                "n": share.n,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def judges(results: Results) -> pd.DataFrame:
+    """What the judges give to answers whose worth is known."""
+    return controls.controls_table(results.judge_controls)

@@ -10,7 +10,6 @@ from derm_compress.report.results import Results
 from derm_compress.report.tables import (
     allocation,
     answer,
-    answers,
     claims,
     criteria,
     pipeline,
@@ -38,10 +37,10 @@ TABLES = {  # stem: a function of Results to a frame, empty where they do not su
     "extra_criteria_tests": (criteria.criteria_tests, "variants answers"),
     "extra_measured": (pipeline.running, "variants latency"),
     "extra_baselines": (pipeline.baselines, "variants"),
-    "extra_judges": (answers.judges, "judge_controls"),
-    "extra_latency": (answers.latencies, "latency"),
+    "extra_judges": (pipeline.judges, "judge_controls"),
+    "extra_latency": (pipeline.latencies, "latency"),
     "extra_seeds": (statistics.seeds, "variants answers"),
-    "extra_diagnosis": (answers.diagnoses, "predictions"),
+    "extra_diagnosis": (pipeline.diagnoses, "predictions"),
     "extra_allocation": (allocation.at_equal_bytes, "allocations allocation_answers held"),
     "extra_controls": (claims.controls_beside, ""),
 }

@@ -48,8 +48,6 @@ def beyond(estimate: Iterable[float], least: float = 0.0) -> Found | None:
 
 def outliers(results: Results) -> Found | None:
     """A count over all projections, which has no interval."""
-    if results.inputs is None or results.inputs.empty:
-        return None
     own = results.inputs[results.inputs.variant == ORIGINAL]
     share = 100 * float((own.outlier_channels > 0).mean())
     return Found(share, None, None, share >= LOUD)
@@ -58,8 +56,6 @@ def outliers(results: Results) -> Found | None:
 def draws_agree(results: Results) -> Found | None:
     """By the study's own criterion: every two of several draws; of a single one its halves, with
     95 % of the ways to halve it."""
-    if results.values is None or results.values.empty:
-        return None
     if apart := rankings.draws_agree(results):
         return beyond(apart)
     known = results.values, results.protected, results.criterion
@@ -68,10 +64,9 @@ def draws_agree(results: Results) -> Found | None:
 
 def protected_fatal(results: Results) -> Found | None:
     """The mean over the protected blocks, each removed alone."""
-    marks = removals(results, results.removal_answers, "score")
-    if marks is None or removed.PROTECTED not in marks:
+    marks = metrics.percent(of_controls(results, results.removal_answers, "score"))
+    if removed.PROTECTED not in marks:
         return None
-    marks = metrics.percent(marks)
     kept = marks[removed.PROTECTED].mean(axis=1) - metrics.FLOOR
     whole = marks[removed.WHOLE].mean(axis=1) - metrics.FLOOR
     if whole.mean() <= 0:
@@ -82,26 +77,21 @@ def protected_fatal(results: Results) -> Found | None:
 def against_chance(results: Results, control: str) -> Found | None:
     """Nats a token below the random orders' loss, over these and pictures; a loss tells models
     apart that all score at the floor."""
-    losses = removals(results, results.removal_losses, "loss")
-    if losses is None or control not in losses:
+    losses = of_controls(results, results.removal_losses, "loss")
+    if control not in losses:
         return None
     apart = losses[removed.RANDOM].to_numpy() - losses[control].to_numpy()  # [pictures, orders]
     return beyond((apart.mean(), *metrics.crossed_interval(apart)))
 
 
-def removals(results: Results, measured: pd.DataFrame | None, values: str) -> pd.DataFrame | None:
+def of_controls(results: Results, measured: pd.DataFrame, values: str) -> pd.DataFrame:
     """What was measured of stage 04's controls, [pictures, (control, variant)]."""
-    table = results.removals
-    if table is None or measured is None or measured.empty:
-        return None
-    known = measured.merge(table[["variant", "control"]], on="variant")
+    known = measured.merge(results.removals[["variant", "control"]], on="variant")
     return known.pivot_table(index="item", columns=["control", "variant"], values=values).dropna()
 
 
 def off_the_grid(results: Results) -> Found | None:
     """The least over widths; it has no interval."""
-    if results.rounded is None or results.rounded.empty:
-        return None
     errors = results.rounded.pivot(index="bits", columns="weights", values="relative_error")
     share = 100 * float((errors["as they are"] / errors["with noise"]).min())
     return Found(share, None, None, share >= OFF)
@@ -109,8 +99,6 @@ def off_the_grid(results: Results) -> Found | None:
 
 def awq_beats_rounding(results: Results) -> Found | None:
     """By how many percent rounding's perplexity of the reference answers is above AWQ's."""
-    if results.losses is None or results.losses.empty:
-        return None
     losses = results.losses.pivot_table(index="item", columns="method", values="loss")
     ratios = np.exp(metrics.mean_interval(losses.rtn - losses.awq))
     return beyond(100 * (ratios - 1))
@@ -124,8 +112,6 @@ def seeing(results: Results, name: str) -> Found | None:
 
 def healing(results: Results) -> Found | None:
     """What SFT gives the pruned model beyond what it gives the unpruned one."""
-    if results.variants is None or results.answers is None:
-        return None
     n = results.operating
     names = [*results.main, results.variant(0, healed=True)]
     marks = [answers_of(results.answers, name) for name in names]
@@ -141,8 +127,6 @@ def healing(results: Results) -> Found | None:
 
 def healed_in_order(results: Results) -> Found | None:
     """The healed model above one as deep and trained alike, whose blocks stand in random order."""
-    if results.variants is None or results.answers is None:
-        return None
     known = results.models[results.models.criterion.eq(SHUFFLED) & results.models.healed]
     if known.empty:
         return None
@@ -152,22 +136,33 @@ def healed_in_order(results: Results) -> Found | None:
 
 def copied_is_worse(results: Results) -> Found | None:
     """What the judge takes from another picture's answer, against the right one."""
-    if results.judge_controls is None:
-        return None
     first = results.judge_controls[results.judge_controls["round"] == 0]
     first = first[first.judge == first.judge.iloc[-1]]
     pair = (first[first.control == control] for control in ("reference", COPIED))
     return beyond(metrics.paired_difference(*pair, n_permutations=1))
 
 
-MEASURES = (draws_agree, protected_fatal, against_chance, healing, healed_in_order, outliers)
-MEASURES = (*MEASURES, off_the_grid, awq_beats_rounding, seeing, copied_is_worse)
-MEASURES = {one.__name__: one for one in MEASURES}
+NEEDS = {  # what measures a control: the results without which it is not tested
+    draws_agree: "values",
+    protected_fatal: "removals removal_answers",
+    against_chance: "removals removal_losses",
+    healing: "variants answers",
+    healed_in_order: "variants answers",
+    outliers: "inputs",
+    off_the_grid: "rounded",
+    awq_beats_rounding: "losses",
+    seeing: "",
+    copied_is_worse: "judge_controls",
+}
+MEASURES = {function.__name__: function for function in NEEDS}
 
 
 def measure(name: str, results: Results) -> Found | None:
     """What a run finds for a control; None where it does not test it."""
     function, *told = CONTROLS[name]["measure"]
+    needed = [getattr(results, field) for field in NEEDS[MEASURES[function]].split()]
+    if any(frame is None or frame.empty for frame in needed):
+        return None
     return MEASURES[function](results, *told)
 
 

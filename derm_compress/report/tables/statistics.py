@@ -39,6 +39,8 @@ def comparisons(results: Results) -> pd.DataFrame:
 def smallest_margin(results: Results) -> float:
     """The smallest difference that the test pictures can exclude with POWER where there is none:
     the median over the full pipeline's rivals, in points; nan without any."""
+    if results.evaluation is None or results.full is None:
+        return np.nan
     test = results.evaluation[results.evaluation.split == "test"]
     full, margins = answers_of(test, results.full), []
     for variant in family(results).variant:
@@ -50,6 +52,12 @@ def smallest_margin(results: Results) -> float:
 def quantiles() -> float:
     """z(0.975) + z((1 + POWER) / 2): standard errors that two one-sided tests need."""
     return rule.Z + NormalDist().inv_cdf((1 + POWER) / 2)
+
+
+def recovery(results: Results) -> metrics.Recovery:
+    """What SFT gives back at the operating point, net of what it gives the unpruned model."""
+    four = [*results.main, results.variant(0, healed=True)]
+    return metrics.recovery(*(answers_of(results.answers, name) for name in four))
 
 
 def seeds(results: Results) -> pd.DataFrame:
