@@ -18,6 +18,7 @@ from derm_compress.report import wording
 MARKS = {"\\": "&#92;", "|": "\\|", "`": "&#96;", "[": "&#91;", "\n": " "}
 MARKS |= {mark: f"\\{mark}" for mark in "*_$"}
 LONG = 50  # of a list's items, all that a page shows
+SIDE = 216  # pixels of an enlarged picture
 
 
 @functools.cache
@@ -65,10 +66,10 @@ def as_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def as_png(picture: Image.Image, size: int = 216) -> str:
+def as_png(picture: Image.Image) -> str:
     """A picture's bytes as base64, enlarged for the eye."""
     written = io.BytesIO()
-    picture.resize((size, size), Image.Resampling.NEAREST).save(written, "png")
+    picture.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(written, "png")
     return as_base64(written.getvalue())
 
 

@@ -44,9 +44,9 @@ def side(lo: float, hi: float, at: float, above: bool) -> str:
     return HOLDS if (lo > at) == above else NOT
 
 
-def alike(lo: float, hi: float, margin: float = POINTS) -> bool:
+def alike(lo: float, hi: float) -> bool:
     """Whether a larger difference than the margin can be excluded either way."""
-    return -margin < lo and hi < margin
+    return lo > -POINTS and hi < POINTS
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:

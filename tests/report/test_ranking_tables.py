@@ -30,8 +30,8 @@ def noisy(noise, *, items=40, seed=0):
     return np.arange(BLOCKS)[:, None] + rng.normal(0, noise, (BLOCKS, items))
 
 
-def pair(values, one, other, **how):
-    table = rankings.agreement(values, PROTECTED, **how).set_index(["one", "other"])
+def pair(values, one, other):
+    table = rankings.agreement(values, PROTECTED).set_index(["one", "other"])
     return table.loc[(one, other)]
 
 

@@ -207,7 +207,7 @@ def test_a_notebook_is_shown_without_setup_its_parameters_folded(home):
     assert not re.search(r"set\d+aside", text) and "import runpy" not in text
     folded = text.split("<summary>Parameters</summary>")[1].split("</details>")[0]
     assert "seed: int = 0" in folded and "&lt;script&gt;" in folded
-    assert "read ./artifacts/x" in text and "derm_compress/x.py" in text and "<style>td" not in text
+    assert "read ./artifacts/x" in text and "derm_compress/x.py" in text and "td {}" not in text
 
 
 def test_equations_become_mathml_and_code_does_not():

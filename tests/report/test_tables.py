@@ -67,9 +67,9 @@ def test_missing_scores_are_empty_in_the_csv_and_named_where_people_read(results
 def test_people_read_intervals_in_one_cell_with_units_and_no_empty_columns(results):
     shown = tables.table("table4_efficiency", results)
     assert shown.loc[0, "decode, ms/token (quartiles)"] == "10 (9 to 11)"
-    assert "variant" not in shown and "score, % (quartiles)" not in shown
+    assert "variant" not in shown
     taken = tables.table("extra_measured", results)
-    assert "GPU in use, GiB" not in taken  # on a CPU
+    assert not any("GPU" in name for name in taken)  # on a CPU
     tests = tables.table("extra_criteria_tests", results)
     assert re.fullmatch(
         r"-?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)", tests["difference, all depths, points"][0]

@@ -66,18 +66,12 @@ def beside(results: Results) -> pd.DataFrame:
     table = pd.DataFrame({"variant": [name for name in wanted if name]})
     table = joins.scored(table, results, results.evaluation)
     table["model"] = [results.names[name] for name in table.variant]
-    changes = [against(results, name) for name in table.variant]
-    table[ABOVE] = pd.DataFrame([change[:3] for change in changes])
+    ours = [results.full] * len(table)
+    changes = joins.changes(results, results.evaluation, ours, table.variant)
+    table[ABOVE] = changes[joins.CHANGE[:3]]
     four = joins.of_paper(results, 4)[["variant", "paper_score"]].dropna()
     table = table.merge(four, on="variant", how="left")
     return table.assign(weights_mib=table.vram_gib * MIB)
-
-
-def against(results: Results, other: str | None) -> metrics.Difference:
-    """The full pipeline above another model, on stage 08's pictures."""
-    if other == results.full:
-        return metrics.Difference(*[np.nan] * 4, 0, 0)
-    return trainings.apart(results, results.evaluation, results.full, other)
 
 
 def decisions(results: Results) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from derm_compress.report.results import Results
 from derm_compress.report.tables import joins
 
 TAILS = (0.025, 0.975)
+DRAWS, SEED = 200, 0
 ALMOST = 1 - 1e-9  # a correlation whose arctanh is finite
 
 
@@ -27,9 +28,7 @@ def agreements(results: Results) -> pd.DataFrame:
     return agreement(results.values, results.protected)
 
 
-def agreement(
-    values: pd.DataFrame, protected: Iterable[int], *, draws: int = 200, seed: int = 0
-) -> pd.DataFrame:
+def agreement(values: pd.DataFrame, protected: Iterable[int]) -> pd.DataFrame:
     """Spearman's rank correlation of every two rankings, with a 95 % bootstrap over items: one,
     other, rho, rho_lo, rho_hi; a pair once, in the rankings' order.
 
@@ -38,7 +37,7 @@ def agreement(
     """
     known = by_block(values, protected)
     items = sorted({item for table in known.values() for item in table} - {""})
-    drawn = np.random.default_rng(seed).integers(0, max(len(items), 1), (draws, len(items)))
+    drawn = np.random.default_rng(SEED).integers(0, max(len(items), 1), (DRAWS, len(items)))
     counts = (drawn[:, :, None] == np.arange(len(items))).sum(1)  # [draws, items]
     every_once = np.ones(len(items))
     weights = pd.DataFrame(np.vstack([every_once, counts]), columns=items)
@@ -54,7 +53,7 @@ def agreement(
 
 
 def halves_agree(
-    values: pd.DataFrame, protected: Iterable[int], ranking: str, *, draws: int = 200, seed: int = 0
+    values: pd.DataFrame, protected: Iterable[int], ranking: str, *, draws: int = DRAWS
 ) -> tuple[float, float, float] | None:
     """Rank correlation of two halves of the calibration pictures: mean over ways to halve them, and
     its 2.5 and 97.5 percentiles; None for a ranking that reads no pictures.
@@ -65,7 +64,7 @@ def halves_agree(
     if table is None or not needs_data(table) or table.shape[1] < 2:
         return None
     of_item, items = table.to_numpy(), table.shape[1]  # [blocks, items]
-    order = np.random.default_rng(seed).permuted(np.tile(np.arange(items), (draws, 1)), axis=1)
+    order = np.random.default_rng(SEED).permuted(np.tile(np.arange(items), (draws, 1)), axis=1)
     half = items // 2
     parts = order[:, :half], order[:, items - half :]
     one, other = (standardised(of_item[:, part].mean(-1).T) for part in parts)  # [draws, blocks]
