@@ -13,7 +13,6 @@ from derm_compress.report.results import Results, answers_of
 from derm_compress.report.tables import quantizers
 
 METHODS = ("awq", "awq-text", "autoawq", "rtn", "rtn_symmetric", "bitsandbytes", "hqq")
-EMPTY = ["difference", "cost", "p_holm"]
 
 
 def variants():

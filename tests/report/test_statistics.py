@@ -86,8 +86,9 @@ def test_one_seed_gives_no_table_and_three_give_scores_and_the_net_gain(results)
         answers=pd.concat([results.answers, answers(seeds(), test)]),
     )
     table = statistics.seeds(full)
-    gain = "gain of pruned-6+sft, net of the control's"
-    assert table.measure.tolist() == ["score of original+sft", "score of pruned-6+sft", gain]
+    healed = "6 blocks removed, healed"
+    gain = f"gain of {healed}, net of the control's"
+    assert table.measure.tolist() == ["score of unpruned, healed", f"score of {healed}", gain]
     assert (table.seeds == 3).all() and table.n.tolist() == [117] * 3
     mean = 25 * full.answers.groupby("variant").score.mean()
     net = [mean[f"pruned-6+sft{end}"] - mean[f"original+sft{end}"] for end in ("", "~1", "~2")]

@@ -72,12 +72,13 @@ def seeds(results: Results) -> pd.DataFrame:
         )
         gains[base] = trained.sub(before[0], axis=0) if len(before) else before
     control = gains.pop(results.variant(0, healed=True), pd.DataFrame())
-    rows = [{"measure": f"score of {base}", **spread(frame)} for base, frame in marks.items()]
+    name = results.names
+    rows = [{"measure": f"score of {name[base]}", **spread(found)} for base, found in marks.items()]
     for base, gain in gains.items():
         shared = [seed for seed in gain if seed in control]
         if shared:
             net = (gain[shared] - control[shared]).dropna()
-            rows.append({"measure": f"gain of {base}, net of the control's", **spread(net)})
+            rows.append({"measure": f"gain of {name[base]}, net of the control's", **spread(net)})
     return pd.DataFrame(rows)
 
 
