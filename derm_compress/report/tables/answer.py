@@ -15,7 +15,6 @@ from derm_compress.report.tables import joins
 
 PRUNING, QUANTIZATION = "pruning", "quantization"
 ABOVE = ["compressed_above", "compressed_above_lo", "compressed_above_hi"]
-MIB = 1024  # in a GiB
 AS_MANY = 1.01  # of bytes: so much more counts as equal
 BUDGETS = (4, 6, 8, 12)  # GB of 10^9 bytes: cards that people have
 
@@ -70,8 +69,7 @@ def beside(results: Results) -> pd.DataFrame:
     changes = joins.changes(results, results.evaluation, ours, table.variant)
     table[ABOVE] = changes[joins.CHANGE[:3]]
     four = joins.of_paper(results, 4)[["variant", "paper_score"]].dropna()
-    table = table.merge(four, on="variant", how="left")
-    return table.assign(weights_mib=table.vram_gib * MIB)
+    return table.merge(four, on="variant", how="left")
 
 
 def decisions(results: Results) -> pd.DataFrame:
