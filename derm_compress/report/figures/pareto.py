@@ -60,7 +60,7 @@ def points(results: Results) -> pd.DataFrame:
         table[f"best_{name}"] = one & other
     best = table.variant[table.best_memory | table.best_time]
     letters = dict(zip(best, string.ascii_lowercase, strict=False))
-    return table.assign(mark=table.variant.map(letters).fillna(""))
+    return table.assign(mark=[letters.get(name, "") for name in table.variant])
 
 
 def front(cost: pd.Series, score: pd.Series) -> pd.Series:
