@@ -1,9 +1,8 @@
 """Training, answers, decoding and loading at LLaVA-1.5-7B's shapes, and training at `small`'s.
 
 The plain way and this one's, one after the other in one process, with random weights. The plain
-ways are kept here, but that of answers, which a model over several GPUs still goes. Without a GPU
-tiny shapes run on the CPU: that tries the code and measures nothing. `--out FOLDER` keeps
-benchmark.json.
+ways are kept here, that of answers in tools/check_gpu/rig.py. Without a GPU tiny shapes run on the
+CPU: that tries the code and measures nothing. `--out FOLDER` keeps benchmark.json.
 
 Last line: one JSON object. `ratio` is the plain way's time over the other's; `texts_equal` compares
 answers in fp32; decoding is one prompt's, over the time to read its bytes once. null: not measured.
@@ -42,7 +41,7 @@ from derm_compress.study.plan import environment
 from tools.check_gpu import rig
 
 W4 = {"method": "rtn", "bits": 4, "group_size": 64}
-WAYS = {"plain_tokens": answering.batch_replies, "tokens": answering.picture_replies}
+WAYS = {"plain_tokens": rig.plain_replies, "tokens": answering.picture_replies}
 
 
 @dataclass(frozen=True)

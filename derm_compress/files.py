@@ -217,11 +217,11 @@ class Journal:
     """An append-only log of finished items, a line each: [key, row, checksum of both].
 
     `done`: {key: row}; without a path in memory alone. A line that a kill cut short is dropped on
-    opening; a damaged one too, and said.
+    opening; a damaged one too, and said. Several processes may add to one, a write a line.
     """
 
     def __init__(self, path: Path | None = None):
-        self.done, self._path = {}, path
+        self.done, self.path = {}, path
         if path and path.exists():
             self._read(path)
 
@@ -243,12 +243,12 @@ class Journal:
     def add(self, key: str, row) -> None:
         """Keeps a row, as a later run will read it."""
         row = json.loads(json.dumps(row, default=plain))
-        if self._path:
-            line = json.dumps([key, row, checksum(key, row)])
-            with disk_guard(self._path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self._path, "a", encoding="utf-8") as handle:
-                    handle.write(line + "\n")
+        if self.path:
+            line = json.dumps([key, row, checksum(key, row)]).encode() + b"\n"
+            with disk_guard(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab", buffering=len(line) + 1) as handle:
+                    handle.write(line)
         self.done[key] = row
 
 

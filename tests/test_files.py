@@ -45,7 +45,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert not any(tmp_path.iterdir())
     journal.symlink_to("/dev/full")
     kept = Journal()
-    kept._path = journal
+    kept.path = journal
     with pytest.raises(DermError, match="the disk is full"):
         kept.add("1", 1)
     assert kept.done == {}

@@ -14,13 +14,12 @@ import pandas as pd
 from derm_compress.data import dialogue
 from derm_compress.data.items import Item
 from derm_compress.evaluate import schema
+from derm_compress.evaluate.dealing import Share, deal
 from derm_compress.evaluate.judges.rubric import score_by_rubric
 from derm_compress.files import Journal
 from derm_compress.method.iterate import each_model
 from derm_compress.model import anatomy, devices, loading, memory, oom, shapes
 from derm_compress.model import variants as variants_of
-from derm_compress.model.generation import generate
-from derm_compress.model.prompts import prepare, prompt
 from derm_compress.model.reading import Prompts
 from derm_compress.model.variants import ORIGINAL
 from derm_compress.model.writing import greedy_answers
@@ -48,10 +47,12 @@ def answer(
     """
     if not anatomy.has_values(model):
         return schema.frame([], schema.ANSWER)
-    devices.spread(model)
+    size = {"batch": batch_size, "new_tokens": max_new_tokens}
+    if devices.too_small(model.config, model.device, **size):
+        devices.spread(model)
     journal = journal or Journal()
-    way = batch_replies if devices.is_spread(model) else picture_replies
-    replies = partial(way, model, processor, images=images, max_new_tokens=max_new_tokens)
+    how = {"images": images, "max_new_tokens": max_new_tokens}
+    replies = partial(picture_replies, model, processor, **how)
     rounds = []
     for start in range(0, len(items), batch_size):
         some = items[start : start + batch_size]
@@ -69,14 +70,26 @@ def answer(
             if key not in journal.done:
                 row = {"variant": variant} | schema.asked(item, kind) | told[item.id, kind]
                 journal.add(key, row)
+    return answered(journal, variant, items)
+
+
+def answered(journal: Journal, variant: str, items: Sequence[Item]) -> pd.DataFrame:
+    """A variant's answers, which are all in the journal."""
     keys = [f"{variant} {item.id} {kind}" for kind in dialogue.QUESTIONS for item in items]
     return schema.frame([journal.done[key] for key in keys], schema.ANSWER)
+
+
+def scored(journal: Journal, variants: pd.DataFrame, items: Sequence[Item], device: str):
+    """All variants' answers from the journal, scored by the rubric; of shapes alone, none."""
+    names = () if device == anatomy.META else variants.variant
+    frames = [answered(journal, name, items) for name in names]
+    return score_by_rubric(schema.together(frames, schema.ANSWER))
 
 
 def picture_replies(
     model, processor, items: Sequence[Item], images: np.ndarray, *, batch_size, max_new_tokens
 ) -> dict[tuple[str, str], dict]:
-    """{(item, question): answer, tokens, stopped} of a model on one device: prompts read once."""
+    """{(item, question): answer, tokens, stopped}; prompts are read once."""
     questions = {kind: dialogue.question(kind) for kind in dialogue.QUESTIONS}
     prompts = Prompts.of(processor, images[0], questions, anatomy.decoder(model).device)
     how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
@@ -85,22 +98,6 @@ def picture_replies(
         text = processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
         stopped = said.tokens[-1] in prompts.ends
         found[said.item, said.question] = _reply(text, len(said.tokens), stopped)
-    return found
-
-
-def batch_replies(
-    model, processor, items: Sequence[Item], images: np.ndarray, *, batch_size, max_new_tokens
-) -> dict[tuple[str, str], dict]:
-    """The same of any model, by generate: each batch goes on until its longest answer ends."""
-    found = {}
-    for kind in dialogue.QUESTIONS:
-        for start in range(0, len(items), batch_size):
-            some = items[start : start + batch_size]
-            texts = [prompt(processor, kind)] * len(some)
-            inputs = prepare(processor, texts, images[[item.row for item in some]], model.device)
-            told = generate(model, processor, inputs, max_new_tokens=max_new_tokens)
-            for item, *reply in zip(some, *told, strict=True):
-                found[item.id, kind] = _reply(*reply)
     return found
 
 
@@ -128,13 +125,21 @@ def answer_variants(
 
     quantize: as assemble.materialize takes it, for quantized ones.
     """
-    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "journal": journal}
-    frames = []
-    turns = each_model(variants, store, device, "variants answered", wide=True, quantize=quantize)
-    for turn in turns:
-        asked = {"variant": turn.variant} | how
-        frames.append(answer(turn.model, turn.processor, items, images, **asked))
-    return score_by_rubric(schema.together(frames, schema.ANSWER))
+    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    journal = journal or Journal()
+    work = partial(answer_share, variants, store=store, quantize=quantize, **how)
+    deal(work, variants, items, images, device=device, journal=journal, **how)
+    return scored(journal, variants, items, device)
+
+
+def answer_share(
+    variants: pd.DataFrame, share: Share, *, journal: Journal, store, quantize, **how
+) -> None:
+    """answer() of every variant about a share's pictures, into the journal."""
+    read = {"what": "variants answered", "quantize": quantize} | share.place
+    for turn in each_model(variants, store, **read):
+        asked = {"variant": turn.variant, "journal": journal} | how
+        answer(turn.model, turn.processor, share.items, share.images, **asked)
 
 
 def answer_controls(

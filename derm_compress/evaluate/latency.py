@@ -47,7 +47,8 @@ def time_variants(
     The repeats are shared by ROUNDS, and pooled. how: new_tokens, warmup as in sampled().
     Columns beside its own: weights_gib (packed), `floor`'s, times_floor (the time of a token over
     it), and usage.resident_gib's. Batches that exceed a GPU's memory have no row. The journal keeps
-    what a round measured of each variant.
+    what a round measured of each variant. Every round loads it anew: a model made in place, as for
+    answers, would keep what was removed and a copy, in the memory that is measured here.
     """
     if device == anatomy.META:
         return pd.DataFrame(columns=["variant"])

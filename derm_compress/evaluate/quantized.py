@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from derm_compress.data.items import Item
-from derm_compress.evaluate import schema
-from derm_compress.evaluate.answers import answer
-from derm_compress.evaluate.judges.rubric import score_by_rubric
+from derm_compress.evaluate.answers import answer, scored
+from derm_compress.evaluate.dealing import Share, deal, with_pictures
 from derm_compress.files import Journal, write_frame
 from derm_compress.method.iterate import joined
 from derm_compress.method.quantization.block_errors import COLUMNS, each_quantized
@@ -35,15 +35,32 @@ def measure_quantized(
 
     The first as answers.answer_variants() gives them, the second block_errors.COLUMNS.
     """
-    journal, answers = journal or Journal(), []
-    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "journal": journal}
-    read = {"store": store, "device": device, "batch_size": quantization_batch}
-    for turn, errors in each_quantized(variants, unseen, images, known=journal.done, **read):
-        if turn.variant not in journal.done:
-            journal.add(turn.variant, errors.to_dict("records"))
-        asked = {"variant": turn.variant} | how
-        answers.append(answer(turn.model, turn.processor, items, images, **asked))
+    journal = journal or Journal()
+    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    read = {"store": store, "batch_size": quantization_batch}
+    work = partial(measure_share, variants, *with_pictures(unseen, images), read=read, **how)
+    deal(work, variants, items, images, device=device, journal=journal, **how)
     errors = [pd.DataFrame(journal.done.get(name, [])) for name in variants.variant]
     write_frame(folder / "errors.parquet", joined(errors, COLUMNS))
-    every = score_by_rubric(schema.together(answers, schema.ANSWER))
-    write_frame(folder / "answers.parquet", every)
+    write_frame(folder / "answers.parquet", scored(journal, variants, items, device))
+
+
+def measure_share(
+    variants: pd.DataFrame,
+    unseen: Sequence[Item],
+    pictures: np.ndarray,
+    share: Share,
+    *,
+    journal: Journal,
+    read: dict,
+    **how,
+) -> None:
+    """answer() about a share's pictures, into the journal; the first share also takes errors."""
+    known = list(variants.variant) if share.lane else journal.done
+    for turn, errors in each_quantized(
+        variants, unseen, pictures, known=known, **read, **share.place
+    ):
+        if turn.variant not in known:
+            journal.add(turn.variant, errors.to_dict("records"))
+        asked = {"variant": turn.variant, "journal": journal} | how
+        answer(turn.model, turn.processor, share.items, share.images, **asked)

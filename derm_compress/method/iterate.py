@@ -45,6 +45,7 @@ class Source:
 
     Removed blocks are put back, and weights from a copy on the host. Where the host has no room for
     that, `begin` is loaded anew, once the last model is let go: it never holds two large ones.
+    wide: spread over all GPUs. processes: as many do the same beside each other.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class Source:
         *,
         dtype=None,
         wide: bool = False,
+        processes: int = 1,
         quantize: Callable | None = None,
     ):
         self.begin, self.store, self.device, self.dtype = begin, store, device, dtype
-        self.wide, self.quantize = wide, quantize
+        self.wide, self.processes, self.quantize = wide, processes, quantize
         self.recipe = self.model = self.processor = self.copy = None
         self.removed = ExitStack()
 
@@ -88,7 +90,7 @@ class Source:
         """The weights as they were loaded, and a copy of them before they change."""
         usage.reset_peak(self.device)
         if self.recipe.weights == self.begin.weights:
-            if not self.copy and weights.fit(self.model):
+            if not self.copy and weights.fit(self.model, self.processes):
                 self.copy = weights.Weights(self.model)
         elif self.copy:
             self.copy.put_back(self.model)
@@ -105,7 +107,7 @@ class Source:
 
 
 def each_model(variants: pd.DataFrame, store, device: str, what: str, **how) -> Iterator[Turn]:
-    """A turn for every row, of one base; how: dtype, quantize, wide (over all GPUs) as in Source.
+    """A turn for every row, of one base; how: dtype, quantize, wide, processes as in Source.
 
     Models without values have nothing to say: none is given.
     """

@@ -21,10 +21,14 @@ class PrefixCache:
 
     def joined(self, layer: int, rows) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) [rows, heads, tokens, head size], those of the rows' pictures first."""
-        before = self.prefix.held[layer]
+        before, own = self.prefix.held[layer], self.held[layer]
+        device = own[0].device
+        picture = self.picture[rows].to(device)
+        if torch.is_tensor(rows):
+            rows = rows.to(device)
         return tuple(
-            torch.cat([first[self.picture[rows]], own[rows]], 2)
-            for first, own in zip(before, self.held[layer], strict=True)
+            torch.cat([first[picture], last[rows]], 2)
+            for first, last in zip(before, own, strict=True)
         )
 
 
@@ -58,6 +62,7 @@ class SlotCache:
 
     def update(self, keys, values, layer, *_):
         for place, new in zip(self.held[layer], (keys, values), strict=True):
+            self.spots = self.spots.to(place.device)  # where the next layers are, too
             place.flatten(0, 1).index_copy_(0, self.spots, new.transpose(1, 2).flatten(0, 1))
         return tuple(part[: self.rows, : self.seen].transpose(1, 2) for part in self.held[layer])
 

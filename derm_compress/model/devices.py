@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from derm_compress.model import memory, shapes
 from derm_compress.model.anatomy import blocks, tied
 from derm_compress.model.memory import GIB
 
@@ -44,20 +45,44 @@ def rooms() -> list[float]:
     return [room(gpu) for gpu in range(torch.cuda.device_count())]
 
 
-def spread(model, over: int | None = None, **how) -> None:
-    """Blocks over the GPUs, for generation: one T4 holds 7B in fp16 and hardly a batch beside it.
+def usable() -> list[float]:
+    """GiB of every GPU but for CUDA's own; none is touched, which would take memory there."""
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [gpu.total_memory / GIB - memory.CONTEXT for gpu in found]
 
-    In place; nothing happens where one GPU has room enough, unless `over` says over how many
-    devices. how: as accelerate's dispatch_model takes it.
+
+def too_small(config, device, **asked) -> bool:
+    """Whether none of several GPUs holds a model of a LlavaConfig and the answers that are asked.
+
+    asked: batch, new_tokens as in memory.too_small, by which the preflight plans.
     """
-    if over is None:
-        over = torch.cuda.device_count() if model.device.type == "cuda" else 1
-        held = sum(weight.nbytes for weight in model.parameters())
-        if over < 2 or hasattr(model, "hf_device_map") or 2 * held < torch.cuda.mem_get_info()[1]:
-            return
+    gib = usable() if str(device).startswith("cuda") else []
+    if len(gib) < 2:
+        return False
+    return memory.too_small(shapes.architecture(config), len(gib), min(gib), **asked)
+
+
+def spread(model, over: int | None = None, **how) -> None:
+    """Blocks over all GPUs, or so many devices, in place; once is enough.
+
+    how: as accelerate's dispatch_model takes it.
+    """
+    if hasattr(model, "hf_device_map"):
+        return
     from accelerate import dispatch_model
 
-    dispatch_model(model, placement(model, over), skip_keys="past_key_values", **how)
+    places = placement(model, over or torch.cuda.device_count())
+    dispatch_model(model, places, skip_keys="past_key_values", **how)
+
+
+def beside(module, read):
+    """What a module of a spread model reads, on its device; a cache has its parts on all."""
+    if not hasattr(module, "_hf_hook"):
+        return read
+    from accelerate.utils import send_to_device
+
+    where = module._hf_hook.execution_device
+    return send_to_device(read, where, skip_keys=["past_key_values"])
 
 
 def is_spread(model) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from derm_compress.data import dialogue
 from derm_compress.model.shapes import Architecture
 from derm_compress.model.variants import paper_depth
 
@@ -16,6 +17,8 @@ GIB = 2**30
 FP16, FP32 = 2, 4  # bytes
 GROUP = 64  # weights that share a scale, where nothing else is said
 QUESTION, ANSWER = 32, 200  # tokens of a question and of its longest answer, as plans assume
+PROMPT = 24  # tokens beside a picture's of a question, half of them before any question
+CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: of the 14.56 that a T4 reports 14.02 are left
 CONVERSATION = 200  # tokens of a training conversation of three turns beside its picture's
 REMOVED = ("blocks_removed", "attentions_removed", "mlps_removed")  # both from blocks that stay
 
@@ -94,6 +97,43 @@ def plan_peak(
         activations=FP16 * batch * max(decoder, arch.tower_values + tokens * arch.hidden),
         workspace=FP16 * arch.hidden * arch.intermediate * form.packed,
     )
+
+
+def plan_answers(arch: Architecture, *, batch: int, new_tokens: int, gpus: int = 1) -> float:
+    """GiB of the first GPU: `batch` answers under way while the next prompts are read.
+
+    Those about a picture are read together. Keys and values lie in lines of full length; those just
+    read are copied there, and one layer of them is joined to its picture's meanwhile. When all is
+    read the tower is away. Several GPUs have equal parts of the blocks, the last one the head.
+    """
+    kinds = len(dialogue.QUESTIONS)
+    pictures = max(1, batch // kinds)
+    prefix, rows = arch.image_tokens + PROMPT / 2, kinds * pictures
+    plan, token = plan_weights(arch), FP16 * 2 * arch.cache_width
+    weights = sum(plan.values())
+    if gpus > 1:
+        inside = plan["decoder_linears"] + plan["block_norms"]
+        weights -= inside * (1 - 1 / gpus) + plan["head"]
+    lines = token * arch.blocks * batch * (prefix + PROMPT + new_tokens) / gpus
+    read = token * arch.blocks * (pictures * prefix + rows * PROMPT) / gpus
+    inner = FP16 * (4 * arch.hidden + 3 * arch.intermediate)
+    joined = token * rows * (prefix + PROMPT)
+    logits = (FP16 + FP32) * max(batch, rows) * arch.vocabulary
+    looking = FP16 * pictures * (arch.tower_values + prefix * arch.hidden)
+    begin = inner * pictures * prefix
+    rest = inner * rows * PROMPT + 2 * joined
+    later = read + max(begin, rest, logits) - GIB * (plan["vision_tower"] + plan["projector"])
+    return weights + (lines + max(looking, later)) / GIB
+
+
+def too_small(arch: Architecture, gpus: int, gib: float, *, batch: int, new_tokens: int) -> bool:
+    """Whether none of several GPUs of so many GiB holds a model and a batch of its answers.
+
+    At least those about one picture, and the context of the process that starts one a GPU.
+    """
+    rows = max(batch, len(dialogue.QUESTIONS))
+    whole = plan_answers(arch, batch=rows, new_tokens=new_tokens)
+    return gpus > 1 and whole + CONTEXT > gib
 
 
 def plan_training(

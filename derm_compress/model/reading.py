@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from derm_compress.data import dialogue
-from derm_compress.model import anatomy
+from derm_compress.model import anatomy, devices
 from derm_compress.model.cache import PrefixCache, visible
 from derm_compress.model.prompts import IGNORED, ask, encode, ends, specials
 from derm_compress.model.units import Unit
@@ -36,6 +36,7 @@ def run(
     how = {"position_embeddings": rope, "attention_mask": mask, "past_key_values": cache}
     for s in range(start, 2 * len(blocks)):
         block = blocks[s // 2]
+        x, how = devices.beside(block, (x, how))
         if s % 2:
             y = x + block.mlp(block.post_attention_layernorm(x))
         else:

@@ -38,7 +38,10 @@ class Weights:
             block.load_state_dict(held)
 
 
-def fit(model) -> bool:
-    """Whether the host may hold a copy: never two large models, and half a model stays free."""
-    size = usage.tensor_gib(model)
-    return size <= SMALL or (model.device.type != "cpu" and 1.5 * size <= usage.host_gib())
+def fit(model, processes: int = 1) -> bool:
+    """Whether the host may hold a copy: never two large models, and half a model stays free.
+
+    processes: as many ask for one each.
+    """
+    size, beside = usage.tensor_gib(model), model.device.type != "cpu"
+    return size <= SMALL or (beside and 1.5 * size * processes <= usage.host_gib())

@@ -113,12 +113,13 @@ class Writer:
         self.most, self.ends = max_new_tokens, prompts.ends
         width = len(prompts.prefix) + max(map(len, prompts.rest.values())) + max_new_tokens
         self.ahead = self.AHEAD if guessing else 0
-        alike = anatomy.decoder(model).device.type == "cuda" and not devices.is_spread(model)
+        spread = devices.is_spread(model)  # a recording is of one GPU's work
+        alike = anatomy.decoder(model).device.type == "cuda" and not spread
         self.cache = SlotCache(lines, width + self.ahead, whole=alike)
         self.guesses, self.forward = Guesses(), Step(model, self.cache)
         if guessing:  # then rows may lack a unit
             self.forward.gated = range(2 * len(anatomy.blocks(model)))
-        self.read = Recorded(self.forward, "writing answers")
+        self.read = self.forward if spread else Recorded(self.forward, "writing answers")
         self.answers: list[Answer] = []  # under way; the first lines are theirs
 
     def ended(self, tokens: Sequence[int]) -> bool:

@@ -16,14 +16,17 @@ from derm_compress.model.memory import (
     FP16,
     FP32,
     GIB,
+    PROMPT,
+    plan_answers,
     plan_peak,
     plan_training,
     plan_weights,
+    too_small,
 )
 from derm_compress.model.shapes import Architecture
 from derm_compress.model.variants import RIVAL, paper_depth
 
-PROMPT, ANSWER = 24, 60  # tokens beside a picture's: of a question, an answer
+ANSWER = 60  # tokens of an answer
 GROUPED = (  # one of each that share inputs
     "self_attn.q_proj",
     "self_attn.qkv_proj",
@@ -50,13 +53,14 @@ class Step:
 class Needs:
     """Parts of a run with these parameters, on this architecture and so many GPUs.
 
-    gib: of each GPU; a model that takes less than half of one is not spread over several.
+    gib: of each GPU; where none holds the model and its answers, it is spread over several.
     """
 
     def __init__(self, p: dict, arch: Architecture, gpus: int = 1, gib: float = 0.0):
         self.p, self.arch, self.gpus = p, arch, gpus
         self.weights = sum(plan_weights(arch).values())
-        self.spread = gpus > 1 and 2 * self.weights >= gib
+        asked = {"batch": p["batch_size"], "new_tokens": p["max_new_tokens"]}
+        self.spread = too_small(arch, gpus, gib, **asked)
         self.kinds = len(dialogue.QUESTIONS)
         self.rival = RIVAL in p["rankings"] and RIVAL in p["sft_rivals"]
 
@@ -126,36 +130,9 @@ class Needs:
         return self.weights + (FP32 + FP16) * largest / GIB
 
     def answering(self, batch: int) -> float:
-        """GiB on the first GPU: of a spread model, whose blocks and cache are on all, or whole."""
-        return self.generating(batch) if self.spread else self.writing(batch)
-
-    def generating(self, batch: int) -> float:
-        plan = plan_peak(
-            self.arch, batch=batch, prompt_tokens=PROMPT, new_tokens=self.p["max_new_tokens"]
-        )
-        shared = sum(plan[part] for part in ("decoder_linears", "block_norms", "kv_cache"))
-        elsewhere = shared * (1 - 1 / self.gpus) + plan["head"]
-        return sum(plan.values()) - elsewhere
-
-    def writing(self, batch: int) -> float:
-        """GiB of `batch` answers under way while the next prompts are read, a picture's together.
-
-        Their keys and values lie in lines of full length; those just read are copied there, and one
-        layer of them is joined to its picture's meanwhile. When all is read the tower is away.
-        """
-        arch, pictures = self.arch, max(1, batch // self.kinds)
-        prefix, rows = arch.image_tokens + PROMPT / 2, self.kinds * pictures
-        token = FP16 * 2 * arch.cache_width
-        lines = token * arch.blocks * batch * (prefix + PROMPT + self.p["max_new_tokens"])
-        read = token * arch.blocks * (pictures * prefix + rows * PROMPT)
-        inner = FP16 * (4 * arch.hidden + 3 * arch.intermediate)
-        joined = token * rows * (prefix + PROMPT)
-        logits = (FP16 + FP32) * max(batch, rows) * arch.vocabulary
-        looking = FP16 * pictures * (arch.tower_values + prefix * arch.hidden)
-        begin = inner * pictures * prefix
-        rest = inner * rows * PROMPT + 2 * joined
-        later = read + max(begin, rest, logits) - GIB * self.tower()
-        return self.weights + (lines + max(looking, later)) / GIB
+        """GiB on the first GPU, of a model that is spread or whole."""
+        gpus = self.gpus if self.spread else 1
+        return plan_answers(self.arch, batch=batch, new_tokens=self.p["max_new_tokens"], gpus=gpus)
 
     def timing(self, batch: int) -> float:
         """GiB while latency is measured, which one GPU does alone."""

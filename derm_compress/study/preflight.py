@@ -6,12 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from derm_compress.model import shapes
-from derm_compress.model.memory import GIB
+from derm_compress.model.memory import CONTEXT
 from derm_compress.model.shapes import Architecture
 from derm_compress.study import batches
 from derm_compress.study.needs import Needs, Step
 
-CONTEXT = 0.54  # GiB of a GPU that CUDA keeps: of the 14.56 that a T4 reports 14.02 are left
 CLOSE = 0.3  # GiB: a plan holds tensors only
 
 
@@ -76,9 +75,10 @@ def here() -> Machine | None:
 
     if not torch.cuda.is_available():
         return None
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    gib = min(gpu.total_memory for gpu in found) / GIB - CONTEXT
-    return Machine(f"{len(found)} x {found[0].name}", len(found), gib)
+    from derm_compress.model import devices
+
+    gib = devices.usable()
+    return Machine(f"{len(gib)} x {torch.cuda.get_device_name()}", len(gib), min(gib))
 
 
 def faults(

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from asking import about
@@ -6,11 +8,14 @@ from letters import PICTURES, QUESTIONS, Words, altered, inputs_of, speaker
 from derm_compress.data import dialogue
 from derm_compress.method.importance.rankings import Ranking
 from derm_compress.model import anatomy, shapes
+from derm_compress.model.cache import SlotCache
 from derm_compress.model.reading import Prompts, Reading
 from derm_compress.model.units import Unit
+from derm_compress.model.writing import Step
 from derm_compress.study.needs import Needs
 
 TOLD = [[7, 8, 9], [], [11], [12, 13, 14, 15, 16, 17], [18, 19], [20]]
+SECOND = "meta"  # stands for another GPU: what mixes its tensors with others' is refused
 UNITS = [Unit.of(name) for name in (0, 2, "1.attention", "3.mlp")]
 
 
@@ -26,6 +31,27 @@ def read(small):
         prompts = Prompts.of(Words(), PICTURES[0], QUESTIONS, "cpu")
         kinds = [*QUESTIONS] * 3
         return Reading(small, prompts, PICTURES, [0, 0, 1, 1, 2, 2], kinds, TOLD, UNITS)
+
+
+@torch.inference_mode()
+def test_what_a_spread_model_reads_is_where_its_blocks_are():
+    model = speaker()
+    for i, block in enumerate(anatomy.blocks(model)):
+        block._hf_hook = SimpleNamespace(execution_device=SECOND if i > 1 else "cpu")
+        block.to(block._hf_hook.execution_device)
+    for last in (anatomy.decoder(model).norm, model.lm_head):
+        last.to(SECOND)
+    prompts = Prompts.of(Words(), PICTURES[0], QUESTIONS, "cpu")
+    asked = PICTURES, [0, 0, 1, 1, 2, 2], [*QUESTIONS] * 3, TOLD
+    read = Reading(model, prompts, *asked)
+    cache = SlotCache(4, read.begin + 20)
+    cache.fill(slice(0, 4), read.held(read.cache, torch.arange(4)))
+    places = torch.full((4, 1), read.begin + 10)
+    tokens, _ = Step(model, cache)(torch.ones_like(places), places, None)
+    where = [keys.device.type for keys, _ in cache.held.values()]
+    assert where == ["cpu"] * 2 + [SECOND] * (len(where) - 2) and len(where) > 2
+    assert {scores.device.type for scores in read.predictions(read.last)} == {SECOND}
+    assert tokens.shape == (4, 1)
 
 
 def whole(model, row):

@@ -10,7 +10,7 @@ from runs import DEFAULTS, KNOWN, NOTEBOOKS, ROOT, read_run
 from derm_compress.errors import DermError
 from derm_compress.files import MODELS
 from derm_compress.method.quantization import calibration
-from derm_compress.model import memory, prompts, shapes
+from derm_compress.model import devices, memory, prompts, shapes
 from derm_compress.study import batches, checks, params, preflight, run
 from derm_compress.study.needs import Needs
 from derm_compress.study.stage import start_stage
@@ -87,7 +87,7 @@ def test_merging_holds_the_weights_and_one_linear_twice():
 
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_the_small_run_fits_t4_whose_memory_sets_its_batch_sizes(gpus):
-    machine = preflight.Machine("T4", gpus, 14.56 - preflight.CONTEXT)
+    machine = preflight.Machine("T4", gpus, 14.56 - memory.CONTEXT)
     asked = DEFAULTS | read_run("small")
     arch = preflight.architecture(asked)
     assert preflight.faults(asked, arch, machine) == []
@@ -112,10 +112,19 @@ def test_what_the_small_runs_file_offers_would_run(monkeypatch, tmp_path):
     assert set(told) & first == {"run"}  # which is part of no key
 
 
-def test_answers_of_a_model_that_half_a_gpu_holds_stay_on_the_first():
-    spread, whole = (Needs(values(), ARCH, 2, gib) for gib in (14.2, 78))
-    alone = Needs(values(), ARCH, 1, 78)
-    assert spread.answering(16) < whole.answering(16) == alone.answering(16)
+def test_a_model_is_spread_where_no_gpu_holds_it_and_a_batch_of_its_answers(two_t4):
+    """As the preflight plans and a run decides; the process that starts others is there, too."""
+    spread, whole = (Needs(values(), ARCH, 2, gib) for gib in (14.02, 24))
+    alone, more = Needs(values(), ARCH, 1, 24), Needs(values(batch_size=32), ARCH, 2, 24)
+    assert spread.answering(16) < whole.answering(16) == alone.answering(16) < 24
+    assert (spread.spread, whole.spread, alone.spread, more.spread) == (True, False, False, True)
+    three = alone.answering(3)
+    room = three + memory.CONTEXT
+    for gib, batch, told in ((room, 1, False), (room - 0.01, 1, True), (room, 4, True)):
+        assert memory.too_small(ARCH, 2, gib, batch=batch, new_tokens=200) is told
+    asked = {"batch": 1, "new_tokens": 200}
+    assert devices.too_small(shapes.llava_7b_config(), "cuda", **asked)
+    assert not devices.too_small(shapes.llava_7b_config(), "cpu", **asked)
 
 
 @pytest.mark.parametrize(

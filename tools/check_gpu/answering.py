@@ -3,12 +3,14 @@
 import contextlib
 import gc
 import io
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import torch
 
 from derm_compress import evaluate, method
+from derm_compress.evaluate import dealing
 from derm_compress.files import Journal
 from derm_compress.method.importance.criteria import CRITERIA
 from derm_compress.method.iterate import each_model
@@ -109,6 +111,22 @@ def two_devices(device, folder):
     devices.spread(model, 2)
     assert devices.is_spread(model) and before == said() and before[0] != before[1]
     return "with and without two blocks"
+
+
+@check(200)
+def dealt(device, folder):
+    """Two GPUs, each with a process and a model of its own, say what one says."""
+    if device == "cpu" or torch.cuda.device_count() < 2:
+        raise Skip("needs two GPUs")
+    data, recipe = rig.drawn(), rig.tiny_recipe()
+    rows = [variants.variant(f"v{n}", recipe.pruned(range(n))) for n in (32, 27)]
+    asked = pd.DataFrame(rows), data.of("test"), data.images
+    how = {"device": device, "batch_size": 2, "max_new_tokens": 24, "store": rig.Stored(folder)}
+    both = evaluate.answer_variants(*asked, **how)
+    with patch.object(dealing, "cards", lambda device: [device]):
+        alone = evaluate.answer_variants(*asked, **how)
+    assert both.equals(alone), f"{(both.answer != alone.answer).sum()} of {len(both)} differ"
+    return f"{len(both)} answers"
 
 
 @check(150)

@@ -9,10 +9,11 @@ import torch
 from torch.nn.attention import SDPBackend
 from transformers import AutoModelForImageTextToText
 
-from derm_compress.data import synthetic
+from derm_compress.data import dialogue, synthetic
 from derm_compress.method import NF4Grid
 from derm_compress.method.quantization import packed
 from derm_compress.model import anatomy, devices, loading, prompts, shapes, usage
+from derm_compress.model.generation import generate
 from derm_compress.model.memory import GIB
 from derm_compress.model.recipe import Recipe
 from derm_compress.study.needs import Needs
@@ -66,6 +67,25 @@ def be_t4(device: str, *, capped: bool = False) -> None:
         if free < FREE:
             raise Skip(f"needs {FREE} GiB, {free:.1f} are free")
         torch.cuda.set_per_process_memory_fraction(min(1.0, KAGGLE.gib / total))
+
+
+def plain_replies(
+    model, processor, items, images: np.ndarray, *, batch_size: int, max_new_tokens: int
+) -> dict[tuple[str, str], dict]:
+    """answers.picture_replies by generate: each batch goes on until its longest answer ends."""
+    found = {}
+    for kind in dialogue.QUESTIONS:
+        for start in range(0, len(items), batch_size):
+            some = items[start : start + batch_size]
+            texts = [prompts.prompt(processor, kind)] * len(some)
+            pictures = images[[item.row for item in some]]
+            inputs = prompts.prepare(processor, texts, pictures, model.device)
+            told = zip(
+                *generate(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True
+            )
+            for item, (text, tokens, stopped) in zip(some, told, strict=True):
+                found[item.id, kind] = {"answer": text, "tokens": tokens, "stopped": stopped}
+    return found
 
 
 def drawn(n_train: int = 24, n_test: int = 6):

@@ -26,7 +26,7 @@ def side_by_side(work: Callable, pieces: Sequence) -> None:
             for piece in as_completed(running):
                 piece.result()
         except BrokenProcessPool as error:
-            advice = "memory may have run out; set processes lower and run again"
+            advice = "memory may have run out; free some, or set processes lower, and run again"
             raise DermError(f"a worker process was killed: {advice}") from error
         except BaseException:
             for process in multiprocessing.active_children():  # which may wait for the failed one

@@ -29,15 +29,17 @@ def each_quantized(
     device: str,
     batch_size: int,
     known: Sequence[str] = (),
+    **place,
 ) -> Iterator[tuple[Turn, pd.DataFrame]]:
     """A turn for every quantized variant, and the relative error of each block's output (COLUMNS).
 
     It is taken against the model before it was quantized, whose outputs wait on the host: at 7B
-    0.16 GiB a prompt. Variants whose errors are `known` come with none.
+    0.16 GiB a prompt. Variants whose errors are `known` come with none. place: wide, processes as
+    in each_model.
     """
     read = {"items": items, "images": images, "batch_size": batch_size}
-    rows = with_sources(variants)
-    for turn in each_model(rows, store, device, "quantized", wide=True, quantize=quantize_step):
+    rows = with_sources(variants, known)
+    for turn in each_model(rows, store, device, "quantized", quantize=quantize_step, **place):
         if not turn.recipe.quantized:
             outputs = turn.calibrated(partial(block_outputs, turn.model), "outputs", **read)
         elif turn.variant in known:
@@ -48,15 +50,16 @@ def each_quantized(
             yield turn, turn.original_blocks(errors)
 
 
-def with_sources(variants: pd.DataFrame) -> pd.DataFrame:
-    """(variant, recipe) of quantized variants, before those of each source the source itself."""
+def with_sources(variants: pd.DataFrame, known: Sequence[str] = ()) -> pd.DataFrame:
+    """(variant, recipe) of quantized variants, before those of each source the source itself, if
+    one is not `known`."""
     rows, source = [], None
     for row in variants.itertuples():
         before = Recipe.from_json(row.recipe).until(-1).to_json()
-        if before != source:
+        if before != source and row.variant not in known:
             rows.append({"variant": row.source, "recipe": before})
+            source = before
         rows.append({"variant": row.variant, "recipe": row.recipe})
-        source = before
     return pd.DataFrame(rows, columns=["variant", "recipe"])
 
 
