@@ -22,19 +22,15 @@ from derm_compress.model.recipe import Recipe
 
 @dataclass(frozen=True)
 class Share:
-    """What one process asks, and where; that of `lane` 0 does what is done once for all."""
+    """What one process asks; that of `lane` 0 does what is done once for all.
+
+    place: device, wide, processes as method.iterate.Source takes them.
+    """
 
     items: Sequence[Item]
     images: np.ndarray
-    device: str
+    place: dict
     lane: int = 0
-    processes: int = 1
-    wide: bool = False
-
-    @property
-    def place(self) -> dict:
-        """As method.iterate.Source takes it."""
-        return {"device": self.device, "wide": self.wide, "processes": self.processes}
 
 
 def deal(
@@ -53,21 +49,21 @@ def deal(
     Here, too, where no GPU holds a model and its answers, which is then spread (share.wide).
     Rounds of `batch_size` pictures stay whole, so that answers are those of one GPU.
     """
-    places = cards(device)
+    rounds = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    places, wide = cards(device), False
     if len(places) > 1 and len(variants):
         config = loading.config_of(Recipe.from_json(variants.recipe.iloc[0]).base)
-        if devices.too_small(config, device, batch=batch_size, new_tokens=max_new_tokens):
-            work(Share(items, images, device, wide=True), journal=journal)
-            return
-    rounds = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-    places = places[: len(rounds)]
-    if len(places) < 2:
-        work(Share(items, images, device), journal=journal)
+        size = {"batch": batch_size, "new_tokens": max_new_tokens}
+        wide = devices.too_small(config, device, **size)
+    lanes = min(len(places), len(rounds))
+    if wide or lanes < 2:
+        work(Share(items, images, {"device": device, "wide": wide}), journal=journal)
         return
     shares = []
-    for lane, place in enumerate(places):
-        own = [item for some in rounds[lane :: len(places)] for item in some]
-        shares.append(Share(*with_pictures(own, images), place, lane, len(places)))
+    for lane, place in enumerate(places[:lanes]):
+        own = [item for some in rounds[lane::lanes] for item in some]
+        where = {"device": place, "processes": lanes}
+        shares.append(Share(*with_pictures(own, images), where, lane))
     usage.reset_peak(device)  # else this process keeps a GPU's memory from them
     with tempfile.TemporaryDirectory() as scratch:
         path = journal.path or Path(scratch, "journal")
@@ -91,8 +87,8 @@ def with_pictures(items: Sequence[Item], images: np.ndarray) -> tuple[list[Item]
 
 def work_there(share: Share, *, work: Callable, journal: Journal) -> None:
     """A share's work in a process of its own."""
-    if share.device.startswith("cuda"):
-        torch.cuda.set_device(share.device)
+    if share.place["device"] != "cpu":
+        torch.cuda.set_device(share.place["device"])
     if share.lane:
         progress.mute()
     work(share, journal=journal)

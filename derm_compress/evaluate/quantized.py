@@ -57,9 +57,8 @@ def measure_share(
 ) -> None:
     """answer() about a share's pictures, into the journal; the first share also takes errors."""
     known = list(variants.variant) if share.lane else journal.done
-    for turn, errors in each_quantized(
-        variants, unseen, pictures, known=known, **read, **share.place
-    ):
+    read = {"known": known} | read | share.place
+    for turn, errors in each_quantized(variants, unseen, pictures, **read):
         if turn.variant not in known:
             journal.add(turn.variant, errors.to_dict("records"))
         asked = {"variant": turn.variant, "journal": journal} | how

@@ -21,14 +21,10 @@ class PrefixCache:
 
     def joined(self, layer: int, rows) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) [rows, heads, tokens, head size], those of the rows' pictures first."""
-        before, own = self.prefix.held[layer], self.held[layer]
-        device = own[0].device
-        picture = self.picture[rows].to(device)
-        if torch.is_tensor(rows):
-            rows = rows.to(device)
+        before = self.prefix.held[layer]
         return tuple(
-            torch.cat([first[picture], last[rows]], 2)
-            for first, last in zip(before, own, strict=True)
+            torch.cat([first[self.picture[rows]], own[rows]], 2)
+            for first, own in zip(before, self.held[layer], strict=True)
         )
 
 

@@ -156,7 +156,8 @@ class Reading:
         device = prompts.device
         self.begin = len(prompts.prefix)
         self.asked = [len(prompts.rest[kind]) for kind in kinds]
-        self.picture = torch.tensor(picture, device=device)
+        # an index on the CPU serves blocks on any device
+        self.picture = torch.tensor(picture, device="cpu" if devices.is_spread(model) else device)
         rows = [prompts.rest[kind] + list(more) for kind, more in zip(kinds, told, strict=True)]
         ids = torch.nn.utils.rnn.pad_sequence(map(torch.tensor, rows), batch_first=True).to(device)
         places = torch.arange(self.begin + ids.shape[1], device=device)

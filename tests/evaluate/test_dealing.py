@@ -74,7 +74,7 @@ def dealt(recipe, dataset, monkeypatch):
 
 def test_rounds_stay_whole_and_have_their_pictures(dealt, dataset):
     shares, items = dealt(5), dataset.of("test")
-    assert [share.device for share in shares] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert [share.place["device"] for share in shares] == ["cuda:0", "cuda:1", "cuda:2"]
     for share, own in zip(shares, (items[:2], items[2:4], items[4:5]), strict=True):
         assert [item.id for item in share.items] == [item.id for item in own]
         for item, before in zip(share.items, own, strict=True):
@@ -84,5 +84,5 @@ def test_rounds_stay_whole_and_have_their_pictures(dealt, dataset):
 @pytest.mark.parametrize(("count", "too_small"), [(2, False), (0, False), (5, True)])
 def test_one_round_or_a_model_over_all_gpus_is_asked_here(dealt, count, too_small):
     (share,) = dealt(count, too_small)
-    assert share.place == {"device": "cpu", "wide": too_small, "processes": 1}
+    assert share.place == {"device": "cpu", "wide": too_small}
     assert len(share.items) == count
