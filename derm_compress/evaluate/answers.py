@@ -97,12 +97,9 @@ def picture_replies(
     for said in greedy_answers(model, prompts, items, images, **how):
         text = processor.tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
         stopped = said.tokens[-1] in prompts.ends
-        found[said.item, said.question] = _reply(text, len(said.tokens), stopped)
+        told = {"answer": text, "tokens": len(said.tokens), "stopped": stopped}
+        found[said.item, said.question] = told
     return found
-
-
-def _reply(text: str, tokens: int, stopped: bool) -> dict:
-    return {"answer": text, "tokens": tokens, "stopped": stopped}
 
 
 def _of_size(replies: Callable, items: Sequence[Item], batch_size: int) -> tuple[int, dict]:

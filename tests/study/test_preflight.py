@@ -197,7 +197,10 @@ def test_the_runner_says_what_is_needed_and_refuses_what_does_not_fit(two_t4, ca
     stages = list(made.notebooks)
     run.foresee(made, stages, refuse=True)
     said = capsys.readouterr().out
-    assert "x, planned for 2 x Tesla T4:" in said and said.count("GB of disk") == 8
+    assert (
+        "x, planned for 2 x Tesla T4, over all of which the model lies when it answers:" in said
+        and said.count("GB of disk") == 8
+    )
     assert said.startswith("x: checking what it needs")  # before torch is there
     run.foresee(planned(device="meta", batch_size=640), stages, refuse=False)
     assert "set batch_size: " in capsys.readouterr().out
