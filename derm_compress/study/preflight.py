@@ -37,9 +37,9 @@ def says(plan, stages: Collection[str]) -> str:
     """What stages of a run will need, of the machine at hand if it has a GPU, or Kaggle's."""
     machine = here() or KAGGLE
     arch = architecture(plan.values)
-    lines = [f"{plan.run}, planned for {machine.name}:"]
-    if Needs(plan.values, arch, machine.gpus, machine.gib).spread:
-        lines[0] = f"{lines[0][:-1]}, over all of which the model lies when it answers:"
+    spread = Needs(plan.values, arch, machine.gpus, machine.gib).spread
+    over = ", over all of which the model lies when it answers" if spread else ""
+    lines = [f"{plan.run}, planned for {machine.name}{over}:"]
     steps = steps_of(stages, plan.values, arch, machine)
     for stage in dict.fromkeys(step.stage for step in steps):
         parts = [step for step in steps if step.stage == stage]
