@@ -117,7 +117,7 @@ def answer_7b(device, folder):
     assert len(tokens) == 3 * len(asked[2]) and tokens.between(1, 40).all()
     needs, speed = rig.needs(), tokens.sum() / (time.monotonic() - began)
     needs.p["max_new_tokens"] = 40
-    return f"{rig.within(device, needs.writing(3))}, {speed:.0f} tokens a second"
+    return f"{rig.within(device, needs.answering(3))}, {speed:.0f} tokens a second"
 
 
 @check(200, alone=True)
