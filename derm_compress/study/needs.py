@@ -57,10 +57,8 @@ class Needs:
     """
 
     def __init__(self, p: dict, arch: Architecture, gpus: int = 1, gib: float = 0.0):
-        self.p, self.arch, self.gpus = p, arch, gpus
+        self.p, self.arch, self.gpus, self.gib = p, arch, gpus, gib
         self.weights = sum(plan_weights(arch).values())
-        asked = {"batch": p["batch_size"], "new_tokens": p["max_new_tokens"]}
-        self.spread = too_small(arch, gpus, gib, **asked)
         self.kinds = len(dialogue.QUESTIONS)
         self.rival = RIVAL in p["rankings"] and RIVAL in p["sft_rivals"]
 
@@ -128,6 +126,12 @@ class Needs:
         """GiB while an adapter becomes part of the weights, linear by linear, on one GPU."""
         largest = max(out * into for out, into in self.arch.linears.values())
         return self.weights + (FP32 + FP16) * largest / GIB
+
+    @property
+    def spread(self) -> bool:
+        """Whether no GPU holds the model and its answers."""
+        asked = {"batch": self.p["batch_size"], "new_tokens": self.p["max_new_tokens"]}
+        return too_small(self.arch, self.gpus, self.gib, **asked)
 
     def answering(self, batch: int) -> float:
         """GiB on the first GPU, of a model that is spread or whole."""

@@ -213,7 +213,7 @@ def test_the_plan_of_answers_is_what_writing_them_allocates(blocks, most, batch)
         how = {"batch_size": batch, "max_new_tokens": most}
         answers = [*writing.greedy_answers(model, prompts, items, images, **how)]
     assert {len(answer.tokens) for answer in answers} == {most}
-    asked = {"max_new_tokens": most, "rankings": [], "sft_rivals": []}
+    asked = {"batch_size": batch, "max_new_tokens": most, "rankings": [], "sft_rivals": []}
     plan = needs.Needs(asked, shapes.architecture(model.config))
     taken = allocated.peak / 2  # planned in fp16
     assert taken <= (plan.answering(batch) - plan.weights) * memory.GIB <= 1.15 * taken
