@@ -143,15 +143,15 @@ class Card:
         weights = self.arch.decoder_linears() + self.arch.vocabulary * self.arch.hidden
         return max(self.launched, FP16 * (weights + cache) / (copied * T4[2] * 1e9))
 
-    def answered(self, models: int, pictures: int, p: dict, *, again: int = 1) -> float:
-        """All questions about so many pictures, which are read `again` for further questions.
+    def answered(self, models: int, pictures: int, p: dict) -> float:
+        """All questions about so many pictures, each of which is read once.
 
         As many steps as the longest answer has, or all answers take by turns.
         """
         asked = KINDS * pictures
         rows = max(1, min(p["batch_size"], asked))
         steps = max(p["max_new_tokens"], asked * ANSWER / rows)
-        read = self.read(again * pictures, asked * PROMPT, asked / rows)
+        read = self.read(pictures, asked * PROMPT, asked / rows)
         return models * (read + steps * self.written(rows))
 
     def searched(self, models: int, searches: int, pictures: int) -> float:
@@ -184,7 +184,7 @@ class Run:
         return (first + steps * self.card.learnt(p["sft_batch"])) / self.cards
 
     def answers(self) -> float:
-        """A model over two T4 works on one at a time, and reads a picture for each question."""
+        """A model over two T4 works on one at a time."""
         p, n = self.p, self.counts
         tested = 2 + len(n.pruned) + len(n.healed) + len(n.quantized)
         asked = [
@@ -193,8 +193,7 @@ class Run:
             (n.fatal, min(p["n_dev"], p["control_items"])),
             (len(n.judged) + 2, p["n_test"] + p["n_heldout"]),
         ]
-        again = KINDS if self.cards > 1 else 1
-        return sum(self.card.answered(*one, p, again=again) for one in asked)
+        return sum(self.card.answered(*one, p) for one in asked)
 
     def importance(self) -> float:
         """The study's own criterion on every draw; the others as if all read half the blocks."""
