@@ -97,7 +97,7 @@ def counts(folder: Path) -> str:
     """How many of the paper's claims got each verdict."""
     table = table_of(folder, "claims")
     found = {} if table.empty else table.query("counted").verdict.value_counts()
-    return "; ".join(f"{count} {verdict}" for verdict, count in found.items())
+    return "; ".join(f"{verdict}: {count}" for verdict, count in found.items())
 
 
 def beside(runs: dict[str, Path], stem: str, keys: list[str], score: str) -> pd.DataFrame:

@@ -31,7 +31,7 @@ STAGES = {  # stage: the templates that its notebook ends with
     "05_sft": "table2_sft extra_healed_rivals extra_seeds",
     "06_activation_analysis": "fig4_activations",
     "07_quantization": "table3_quantization extra_alpha extra_equal_bytes",
-    "08_evaluation": "answer table4_efficiency table5_ablation extra_diagnosis "
+    "08_evaluation": "answer beside_answer table4_efficiency table5_ablation extra_diagnosis "
     "extra_baselines extra_judges extra_controls claims",
     "09_allocation": "extra_allocation",
 }
@@ -65,6 +65,7 @@ KNOWN = {  # in templates, beside the facts
     "MENDED": MENDED,  # these stand for a criterion
     "DISTILLED": DISTILLED,
     "statistics": statistics,
+    "ANEW": wording.ANEW,
     "SURE": rule.SURE,  # a corrected p below this is a difference
     "FEW": 3,  # rivals, up to which each gets its own sentence
 }
@@ -130,6 +131,10 @@ class Facts:
         frames = [self.results.evaluation, self.results.answers]
         known = [f for f in frames if f is not None and {one, other} <= set(f.variant)]
         return trainings.apart(self.results, known[0] if known else None, one, other)
+
+    def synthetic(self) -> bool:
+        """Whether the pictures are the package's own."""
+        return (self.results.data_report or {}).get("source") == "synthetic"
 
     def blocks_for(self, gb: float) -> int:
         """How many of 32 blocks must go until the planned peak at 7B, in 4-bit AWQ, fits."""
@@ -212,6 +217,19 @@ class Facts:
         wide = rows.pivot(index=keys, columns="method", values="relative_error")
         wide = wide.reindex(columns=["awq", "rtn"]).dropna().reset_index()
         return wide.assign(worse=wide.awq > wide.rtn).to_dict("records")
+
+    def against_blind(self) -> dict[str, list[dict]]:
+        """Per main model, at each width: AWQ minus the best method that sees no activations."""
+        keys, ends = ["blocks_removed", "healed", "bits"], ["difference_lo", "difference_hi"]
+        columns = [*keys, "method", "calibrated", "difference", *ends]
+        rows = pd.DataFrame(self.of_main_models("extra_quantization_tests"), columns=columns)
+        rows = rows[rows.calibrated.eq(False)].dropna(subset="difference")
+        rows = rows.sort_values("difference").drop_duplicates(keys, keep="last")
+        rows = rows.sort_values(keys, ascending=[True, True, False])
+        rows[ends] = rows[ends[::-1]]
+        rows[["difference", *ends]] = 0 - rows[["difference", *ends]]
+        by_model = rows.groupby(["blocks_removed", "healed"])
+        return {wording.model(part.iloc[0]): part.to_dict("records") for _, part in by_model}
 
     def gone(self, name: str) -> list:
         """What a plan removes up to the operating point."""

@@ -18,7 +18,7 @@ ASKED = (  # question with names of columns in it, table, column of the differen
     ("Does SFT raise the score of {model}?", "table2_sft", "gain"),
     ("Does {model} gain by {quantizer} at {bits} bits?", QUANTIZERS, "cost"),
     ("Does {model} gain by {quantizer} instead of AWQ at {bits} bits?", QUANTIZERS, "difference"),
-    ("Is {setting} above the full pipeline?", "table5_ablation", "difference"),
+    ("Does the full pipeline gain by {exchanged}?", "table5_ablation", "difference"),
 )
 
 
@@ -26,8 +26,8 @@ def signs(folders: Sequence[Path]) -> pd.DataFrame:
     """A row for each question that all reports (their folders) answer, in the order of ASKED, and
     the controls first.
 
-    Columns: question, what each says, same sign: yes, no, or where an interval holds 0 which are
-    clear. Depths are those of each report, so that models count by their place in the study.
+    Columns: question, what each says, same sign: yes, no, or which are clear where an interval
+    holds 0. Depths are those of each report, so that models count by their place in the study.
     """
     tested = {}
     for folder in folders:
@@ -62,7 +62,7 @@ def differences(folder: Path) -> pd.DataFrame:
 
 
 def in_words(folder: Path, stem: str) -> list[dict]:
-    """A table's rows with `rival`, `quantizer` and `model` for people.
+    """A table's rows with `rival`, `quantizer`, `exchanged` and `model` for people.
 
     Of models by depth only the unpruned one and that of the operating point; no row where the
     report lacks the table.
@@ -72,6 +72,8 @@ def in_words(folder: Path, stem: str) -> list[dict]:
         table["rival"] = table.criterion.map(rival)
     if "method" in table:
         table["quantizer"] = table.method.map(wording.quantizer, na_action="ignore")
+    if "setting" in table:
+        table["exchanged"] = table.setting.map(wording.exchanged)
     if "blocks_removed" in table and "variant" not in table:
         operating = table_of(folder, "table5_ablation").blocks_removed.iloc[:1]
         names = {0: "the unpruned model"} | dict.fromkeys(operating, "the pruned model")
@@ -94,7 +96,7 @@ def alike(signs: dict[str, int]) -> str:
         return "no"
     if len(clear) == len(signs):
         return "yes"
-    return f"clear in {wording.listed(clear)} alone" if clear else "clear in none"
+    return f"clear in {wording.listed(clear)} only" if clear else "clear in none"
 
 
 def counted(table: pd.DataFrame) -> str:
@@ -103,6 +105,6 @@ def counted(table: pd.DataFrame) -> str:
     same, opposite = (counts.get(word, 0) for word in ("yes", "no"))
     return (
         f"Of {len(table)} questions that every run answers, {same} have the same clear answer in "
-        f"all and {opposite} opposite ones; of the others an interval holds 0. Points with 95 % "
-        "intervals; each run has its own operating point."
+        f"all runs and {opposite} have opposite ones; to the rest not every run gives a clear "
+        "answer. Points with 95 % intervals; each run has its own operating point."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import pandas as pd
@@ -21,13 +22,15 @@ SHOWN = {  # what is no variant: the base, and what the original was shown
     "blank": "unpruned, shown no picture",
     "shuffled": "unpruned, shown another disease's picture",
 }
-MADE = {  # what stands for a criterion
-    "shuffled": "blocks in random order",
-    "reinitialized": "random weights in its blocks",
-    MENDED: "ReplaceMe, untrained",
-    DISTILLED: "SFT with distillation",
+ANEW = {"shuffled": "blocks in random order", "reinitialized": "blocks of random weights"}
+MADE = ANEW | {MENDED: "ReplaceMe, untrained", DISTILLED: "SFT with distillation"}
+NAMES |= MADE  # what stands for a criterion; ANEW can only learn anew
+EXCHANGED = {  # the paper's names of what Table 5 exchanges
+    "Bitsandbytes quantization": "bitsandbytes instead of AWQ",
+    "Pruning Based on Magnitude Baseline": "blocks chosen by magnitude",
+    "Round to neighbour Quantization": "rounding instead of AWQ",
+    "Round to neighbour, symmetric grid (Eq. 1)": "symmetric rounding (Eq. 1) instead of AWQ",
 }
-NAMES |= MADE
 CUT = {  # parameters that make a run smaller
     "n_heldout": "held-out pictures",
     "importance_items": "pictures a ranking",
@@ -37,7 +40,7 @@ CUT = {  # parameters that make a run smaller
     "sft_seeds": "seeds of SFT",
 }
 FILTERS = ("f", "g", "p", "percent", "points", "spread", "words", "model", "quantizer", "listed")
-FILTERS += ("criteria_explained",)
+FILTERS += ("criteria_explained", "exchanged", "named")
 
 
 def f(value: float, digits: int) -> str:
@@ -137,6 +140,16 @@ def quantizer(name: str) -> str:
     """AWQ (clip) of awq-clip."""
     method, *options = name.split("-")
     return words(method) + (f" ({', '.join(options)})" if options else "")
+
+
+def exchanged(setting: str) -> str:
+    """What a row of the paper's Table 5 exchanges, as people say it."""
+    return EXCHANGED.get(setting, setting)
+
+
+def named(text: str, names: Mapping[str, str]) -> str:
+    """A text with what variants are called in place of their ids."""
+    return re.sub(r"[^\s,]+", lambda word: names.get(word.group(), word.group()), text)
 
 
 def criteria_explained(names: Iterable[str]) -> str:

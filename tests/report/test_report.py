@@ -83,8 +83,8 @@ def test_the_page_follows_the_papers_order_below_the_answer(home):
 
 
 class Words(HTMLParser):
-    """Words that a reader sees: before the appendix, and in all once its parts are unfolded, though
-    not the long tables folded within them."""
+    """Words that a reader sees: `main`, before the appendix; `whole`, once all its parts are
+    unfolded. Long tables, folded once more within a part, are not counted."""
 
     def __init__(self, text):
         super().__init__()
@@ -345,5 +345,5 @@ def test_all_runs_are_compared(root, tmp_path):
     assert first.loc[2, "a"].startswith("69.4 (") and first.loc[2, "b"] == ""
     assert first.loc[1, "b"].startswith("78.3 (")
     assert first.iloc[:, 0].tolist()[:3] == ["0", "0.0625", "0.125"]
-    claims = re.findall(r"(\d+) ", comparison.counts(folders["a"]))
+    claims = re.findall(r": (\d+)", comparison.counts(folders["a"]))
     assert sum(map(int, claims)) == 14 and comparison.counts(folders["b"]) == ""

@@ -62,7 +62,7 @@ def test_each_question_of_both_has_one_row_and_says_whether_signs_agree(two):
         "Is the criterion ahead of a random order over all depths?": "yes",
         "Does SFT raise the score of the unpruned model?": "clear in none",
         "Does SFT raise the score of the pruned model?": "yes",
-        "Does the unpruned model gain by AWQ (clip) at 3 bits?": "clear in one alone",
+        "Does the unpruned model gain by AWQ (clip) at 3 bits?": "clear in one only",
         "Does the pruned model after SFT gain by AWQ (clip) at 3 bits?": "clear in none",
     }
     assert table.iloc[1][["one", "other"]].tolist() == ["+3.0 (2.0 to 4.0)", "-3.0 (-4.0 to -2.0)"]
@@ -76,12 +76,10 @@ def test_of_three_reports_all_must_answer_and_agree(two):
     assert not any("SFT raise" in question for question in same.index)
     assert same["Does it see?"] == "no"
     assert same["Does the unpruned model gain by AWQ (clip) at 3 bits?"] == (
-        "clear in one and third alone"
+        "clear in one and third only"
     )
     said = signs.counted(table)
-    assert (
-        said.startswith("Of 7 questions") and "3 have the same clear answer in all and 2 " in said
-    )
+    assert said.startswith("Of 7 questions") and "answer in all runs and 2 have" in said
 
 
 def test_a_committed_report_agrees_with_itself():

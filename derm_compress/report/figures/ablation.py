@@ -41,7 +41,7 @@ def without_each_block(facts: Facts, ablations: pd.DataFrame) -> Drawing | None:
         *typeset.flow("The full model:", look=typeset.SMALL, to=typeset.BESIDE),
         *typeset.flow(typeset.plain(whole, WHOLE), to=typeset.BESIDE),
     ]
-    heads = {1: "Without", CELL: "cosine", TEXT: "it says (words that are new in bold)"}
+    heads = {1: "Without", CELL: "cosine", TEXT: "it says (new words are bold)"}
     lines = [[(column, words, typeset.SMALL) for column, words in heads.items()]]
     for row in together(data):
         lines += answer_lines(row)

@@ -92,8 +92,8 @@ def score_vs_blocks(facts: Facts, table1: pd.DataFrame) -> Drawing:
     finding = facts.title("score_vs_blocks")
     figure, (axes,) = style.canvas(finding, 4.2)
     style.score_axis(axes)
-    floor = "floor: every answer gets the lowest grade"
-    axes.text(0, metrics.FLOOR - 1, floor, va="top", color=style.QUIET)
+    lowest = "the lowest mark for every answer"
+    axes.text(0, metrics.FLOOR - 1, lowest, va="top", color=style.QUIET)
     theirs, look = paper.table(1), {"color": style.PAPER, "label": "paper, LLaVA-1.5-7B"}
     axes.plot(theirs.blocks_removed, theirs.paper_score, ":^", mfc="white", **look)
     if (table := facts.get("extra_criteria")) is not None:

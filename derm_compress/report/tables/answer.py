@@ -90,7 +90,7 @@ def decisions(results: Results) -> pd.DataFrame:
 
 def for_budget(results: Results, gb: float) -> dict:
     """The best scored model whose planned peak at 7B fits so many GB."""
-    situation = f"{gb} GB for a 7B model, peak included"
+    situation = f"{gb} GB, peak included"
     sizes = results.memory.drop_duplicates("variant").set_index("variant").peak_gib_7b * model.GB
     names = results.evaluation.variant[results.evaluation.score.notna()].unique()
     fit = [name for name in names if sizes.get(name, np.inf) <= gb]
@@ -113,7 +113,7 @@ def for_width(results: Results, bits: int) -> dict | None:
         return None
     situation, best = f"the bytes of {bits:g} bits in all blocks", max(fit, key=scores.get)
     if metrics.percent(scores[best]) <= metrics.FLOOR + 1:
-        return row(situation, "nothing: all that fit score at the floor")
+        return row(situation, "nothing: all that fit get the lowest mark")
     said = f"the best of {len(fit)} that fit"
     return against_control(results, situation, best, said)
 

@@ -115,7 +115,7 @@ def running(results: Results) -> pd.DataFrame:
 
 
 def latencies(results: Results) -> pd.DataFrame:
-    """Every batch of every measured variant, beside the floor of its decoding."""
+    """Every batch of every measured variant, beside the time to read what it takes."""
     if results.one_prompt is None:
         return pd.DataFrame()
     taken = results.latency

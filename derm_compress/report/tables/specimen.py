@@ -26,7 +26,7 @@ FILE = Path(__file__).parents[1] / "paper" / "controls.yaml"
 CONTROLS = yaml.safe_load(FILE.read_text("utf-8"))
 LOUD = 25  # % of the projections; outliers in fewer layers are none (Dettmers et al. 2022)
 OFF = 95  # %; weights on one of our grids would lose nothing
-FATAL = 50  # % of the score above the floor
+FATAL = 50  # % of the score above the lowest mark
 
 
 class Found(NamedTuple):
@@ -76,7 +76,7 @@ def protected_fatal(results: Results) -> Found | None:
 
 def against_chance(results: Results, control: str) -> Found | None:
     """Nats a token below the random orders' loss, over these and pictures; a loss tells models
-    apart that all score at the floor."""
+    apart that all get the lowest mark."""
     losses = of_controls(results, results.removal_losses, "loss")
     if control not in losses:
         return None

@@ -86,13 +86,15 @@ def readable(frame: pd.DataFrame, names: Mapping[str, str] = MappingProxyType({}
 
 def in_words(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     """The names of rankings, of quantizers and of these variants for people."""
-    known = IN_WORDS | {"variant": lambda name: names.get(name, name)}
-    spoken = {
+    known = IN_WORDS | dict.fromkeys(
+        ("variant", "measure"), lambda text: wording.named(text, names)
+    )
+    said = {
         name: frame[name].map(say, na_action="ignore")
         for name, say in known.items()
         if name in frame
     }
-    return frame.assign(**spoken)
+    return frame.assign(**said)
 
 
 def in_mib(frame: pd.DataFrame) -> pd.DataFrame:
