@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from derm_compress.evaluate import metrics
@@ -75,7 +74,7 @@ def beside(results: Results) -> pd.DataFrame:
 def decisions(results: Results) -> pd.DataFrame:
     """What to take for a card of so many GB, peak included, as planned at 7B; what a narrower width
     asks for; and how far pruning alone is safe."""
-    if results.memory is None or results.evaluation is None:
+    if results.memory is None or results.answers is None:
         return pd.DataFrame()
     rows = []
     for gb in BUDGETS:
@@ -90,31 +89,32 @@ def decisions(results: Results) -> pd.DataFrame:
 
 def for_budget(results: Results, gb: float) -> dict:
     """The best scored model whose planned peak at 7B fits so many GB."""
-    situation = f"{gb} GB, peak included"
-    sizes = results.memory.drop_duplicates("variant").set_index("variant").peak_gib_7b * model.GB
-    names = results.evaluation.variant[results.evaluation.score.notna()].unique()
-    fit = [name for name in names if sizes.get(name, np.inf) <= gb]
-    if not fit:
-        return row(situation, "nothing that was scored fits")
-    scores = results.evaluation.groupby("variant").score.mean()
-    best = max(fit, key=lambda name: scores[name])
-    said = f"the best of {len(fit)} that fit, planned peak {sizes[best]:.1f} GB"
-    return against_control(results, situation, best, said)
+    peaks = results.memory.drop_duplicates("variant").set_index("variant").peak_gib_7b * model.GB
+    return the_best(
+        results, f"{gb} GB, peak included", peaks[peaks <= gb], "planned peak {:.1f} GB"
+    )
 
 
-def for_width(results: Results, bits: int) -> dict | None:
+def for_width(results: Results, bits: int) -> dict:
     """The best scored model of the bytes that the unpruned one takes at a narrow width."""
     table = results.models[results.models.bits.eq(bits) & ~results.models.mixed]
     sizes = results.memory.drop_duplicates("variant").set_index("variant").vram_gib
     room = AS_MANY * sizes.reindex(table.variant[table.blocks_removed == 0]).max()
-    scores = results.evaluation.groupby("variant").score.mean().dropna()
-    fit = [name for name in scores.index if sizes.get(name, np.inf) <= room]
-    if not fit:
-        return None
-    situation, best = f"the bytes of {bits:g} bits in all blocks", max(fit, key=scores.get)
+    return the_best(results, f"the bytes of {bits:g} bits in all blocks", sizes[sizes <= room])
+
+
+def the_best(results: Results, situation: str, fit: pd.Series, size: str = "") -> dict:
+    """A line of the table: of the models that fit, with their sizes, the one that scores most on
+    the test pictures, which all were asked about; further seeds of a training do not count."""
+    again = results.variants.variant[results.variants.sft_seed > 0]
+    scores = results.answers.groupby("variant").score.mean().dropna()
+    scores = scores[scores.index.isin(fit.index) & ~scores.index.isin(again)]
+    if scores.empty:
+        return row(situation, "nothing that was scored fits")
+    best = scores.idxmax()
     if metrics.percent(scores[best]) <= metrics.FLOOR + 1:
         return row(situation, "nothing: all that fit get the lowest mark")
-    said = f"the best of {len(fit)} that fit"
+    said = ", ".join(filter(None, [f"the best of {len(scores)} that fit", size.format(fit[best])]))
     return against_control(results, situation, best, said)
 
 
@@ -139,7 +139,7 @@ def against_control(results: Results, situation: str, best: str, said: str) -> d
     """A line of the table: a model against the unpruned one with the same SFT; where no such one
     is, against the unpruned one."""
     whole = results.variant(0, healed=True) or results.variant(0)
-    change = trainings.apart(results, results.evaluation, best, whole)
+    change = trainings.apart(results, results.answers, best, whole)
     return row(situation, results.names[best], said, change, results.names.get(whole, ""))
 
 
