@@ -186,7 +186,9 @@ def made_on(environment: Mapping | None, info: Mapping) -> str:
         return ""
     gpu, seconds, told = environment.get("gpu"), info.get("seconds"), info.get("overrides", {})
     machine = f"one {gpu}" if gpu else f"{environment.get('cores')} CPU cores, without a GPU"
-    said = f"This run took {spoken(seconds)} on {machine}" if seconds else f"It ran on {machine}"
+    parts = info.get("seconds_are", "").startswith("sum")  # a stage that was cut off tells its end
+    took = "Its stages, from where each last went on, took" if parts else "This run took"
+    said = f"{took} {spoken(seconds)} on {machine}" if seconds else f"It ran on {machine}"
     fewer = [counted(told[name], words) for name, words in CUT.items() if name in told]
     if fewer:
         said += f". It was cut down from {info['params_file']}: {', '.join(fewer)}"

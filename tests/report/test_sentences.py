@@ -197,6 +197,9 @@ def test_a_page_names_the_machine_and_what_was_cut_down():
     assert made_on(cores, known | {"seconds": 481.8}) == (
         "This run took 8 minutes on 2 CPU cores, without a GPU."
     )
+    ends = {"seconds": 481.8, "seconds_are": "sum of the stages' own, some computed before"}
+    told = made_on(cores, known | ends)
+    assert told.startswith("Its stages, from where each last went on, took 8 minutes on")
     gpu = made_on({"cores": 16, "gpu": "Tesla T4"}, known | {"seconds": 7200, "overrides": {}})
     assert gpu == "This run took 2.0 hours on one Tesla T4."
     assert made_on(cores, known | {"overrides": cut}) == (
