@@ -63,5 +63,5 @@ def test_it_is_drawn_and_said(results):
     assert drawn["allocation_map"].data.bits.eq(3).all()
     assert "3 GiB" in drawn["extra_allocation"].finding
     said = " ".join(Facts(results).said("extra_allocation"))
-    assert "1 blocks removed at 3.00 bits stay nearest" in said and "uniform comes nearest" in said
-    assert "clearly above in 1 of 1 budgets" in said and "correlation of 1.00" in said
+    assert "1 blocks removed at 3.00 bits stay nearest" in said and "Next comes uniform" in said
+    assert "clearly beats uniform at 1 of 1 budgets" in said and "correlation of 1.00" in said

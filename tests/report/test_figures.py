@@ -76,8 +76,8 @@ def test_equal_results_give_equal_files_whatever_the_callers_style(full, drawn, 
         ("fig4_activations", "figure4", {"value": 99.0}, "the largest value is 99.0"),
         ("fig7_iterative_pruning", "answers", {"stopped": True}, "every answer ends"),
         ("extra_equal_bytes", "extra_equal_bytes", {"p_holm": 0.0}, "in 0 of 1 comparisons"),
-        ("extra_criteria", "extra_criteria_tests", {"p_all_holm": 1.0}, "clearly above none of"),
-        ("extra_criteria", "extra_criteria_tests", {"p_all_holm": 0.0}, "clearly above 1 of 1"),
+        ("extra_criteria", "extra_criteria_tests", {"p_all_holm": 1.0}, "clearly beats none of"),
+        ("extra_criteria", "extra_criteria_tests", {"p_all_holm": 0.0}, "clearly beats 1 of 1"),
     ],
 )
 def test_titles_follow_the_data(results, stem, name, values, said):
