@@ -77,7 +77,7 @@ def test_a_control_that_fails_takes_along_what_rests_on_it_and_nothing_else(resu
     assert (table.failed[resting] == "outlier channels").all() and table.failed[~resting].eq(
         ""
     ).all()
-    assert (table.because[resting] == "true of this run alone; fails: outlier channels").all()
+    assert (table.because[resting] == "true here alone; fails: outlier channels").all()
     said = Facts(turned, {"claims": table}).said("extra_controls")
     assert "1 of them fails: outlier channels" in said[0]
 

@@ -114,7 +114,7 @@ def the_best(results: Results, situation: str, fit: pd.Series, size: str = "") -
     best = scores.idxmax()
     if metrics.percent(scores[best]) <= metrics.FLOOR + 1:
         return row(situation, "nothing: all that fit get the lowest mark")
-    said = ", ".join(filter(None, [f"the best of {len(scores)} that fit", size.format(fit[best])]))
+    said = ", ".join(filter(None, [f"best of {len(scores)} that fit", size.format(fit[best])]))
     return against_control(results, situation, best, said)
 
 

@@ -195,7 +195,7 @@ def claims(results: Results, wanted: list[dict] = TOLD["claims"]) -> pd.DataFram
 def why(row: dict) -> str:
     """What a verdict rests on, in a few words."""
     if row["failed"]:
-        worth = "" if pd.isna(row["ours"]) else "true of this run alone; "
+        worth = "" if pd.isna(row["ours"]) else "true here alone; "
         return f"{worth}fails: {row['failed']}"
     if row["untestable"] or not row["counted"]:
         return row["because"]
