@@ -64,7 +64,7 @@ class Pictures:
             return "", f"several files have this name: {', '.join(found[:3])}"
         if found:
             return found[0], ""
-        dead = stem(tidy(name)) in map(stem, self.dead)
+        dead = stem(tidy(name)) in self._dead_stems
         return "", "a link that leads nowhere" if dead else "not in the data folder"
 
     @cached_property
@@ -73,6 +73,10 @@ class Pictures:
         paths = self.root.rglob("*") if self.root.is_dir() else ()
         links = [path for path in paths if path.is_symlink() and not path.exists()]
         return {path.relative_to(self.root).as_posix(): str(path.readlink()) for path in links}
+
+    @cached_property
+    def _dead_stems(self) -> set[str]:
+        return set(map(stem, self.dead))
 
 
 def tidy(name: str) -> str:

@@ -80,6 +80,28 @@ def test_pruned_by_plan_is_gated_is_exported_and_reloaded(
                 assert torch.equal(greedy(one, batch, cached=cached), ids)
 
 
+def silence(model, units):
+    """Makes units add nothing to the residual stream."""
+    for sublayer in (s for unit in units for s in unit.sublayers):
+        block = anatomy.blocks(model)[sublayer // 2]
+        (block.mlp.down_proj if sublayer % 2 else block.self_attn.o_proj).weight.data.zero_()
+
+
+@pytest.mark.parametrize(
+    ("plan", "n"), [(PLAN, 0), (PLAN, 2), (PLAN, 5)] + [(PARTS, n) for n in range(1, 7)]
+)
+def test_removal_is_the_residual_stream_without_the_units(pico, dataset, plan, n):
+    """Taking units out is making them add nothing, in logits, bit for bit, and in answers."""
+    model, processor = pico
+    batch = inputs_of(processor, dataset)
+    with removal.without(model, plan.removed(n)):
+        removed = logits(model, batch)
+        said = [greedy(model, batch, cached=cached) for cached in (True, False)]
+    silence(model, plan.removed(n))
+    assert torch.equal(logits(model, batch), removed)
+    assert all(torch.equal(greedy(model, batch), ids) for ids in said)
+
+
 @pytest.mark.parametrize(
     "units", [[3, 5], ["0.attention", "2.mlp"], [0, "4.attention", "4.mlp", "7.mlp"]]
 )

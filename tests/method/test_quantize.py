@@ -13,6 +13,7 @@ from derm_compress.errors import DermError
 from derm_compress.method.quantization import scaling
 from derm_compress.method.quantization.block_errors import block_errors, block_outputs
 from derm_compress.method.quantization.methods import METHODS, Form
+from derm_compress.method.quantization.packed import PackedLinear, use_kernels
 from derm_compress.method.quantization.quantize import (
     fold_scales,
     quantize,
@@ -51,6 +52,21 @@ def model():
 def scales(model):
     """{form: tensors of its search, or None} of FORMS."""
     return {name: scales_of(model, BATCHES, form) for name, form in FORMS.items()}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_packed_and_unpacked_are_the_same_numbers(model, scales, name):
+    feed = batch(2, seed=5, padding=2)
+    how = {"scales": scales[name]}
+    plain = quantize(copy.deepcopy(model), FORMS[name], **how)
+    made = quantize(copy.deepcopy(model), FORMS[name], packed=True, **how)
+    use_kernels(made, False)
+    expected = logits(plain, feed)
+    for _ in range(2):
+        assert (logits(made, feed) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for module, linear in zip(made.modules(), plain.modules(), strict=False):
+        if isinstance(module, PackedLinear):
+            assert torch.equal(module.dequantized(), linear.weight)
 
 
 @pytest.mark.parametrize("name", FORMS)

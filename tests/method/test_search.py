@@ -146,6 +146,15 @@ def test_what_each_part_of_a_quantizer_is_worth_on_held_out_inputs(model):
     assert clip < awq < 0.9 * rtn and max(rtn_clip, hqq) < rtn and duo != awq and awq_nf4 < nf4
 
 
+def test_a_search_repeats_itself_and_leaves_the_model_as_it_was(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (first, _), (second, _) = (search_one(model, BATCHES, Form("awq", clip=True)) for _ in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_half_precision_on_the_cpu_gives_nearly_the_same_losses(model):
     full, half = (
         search_one(one, BATCHES, Form("awq"))[1] for one in (model, copy.deepcopy(model).half())
